@@ -1,0 +1,142 @@
+//! Safetensors files, read tensor by tensor and written whole.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use safetensors::tensor::{Dtype, Metadata, TensorInfo};
+
+use crate::error::io_error;
+use crate::registry::nearest;
+use crate::{Error, Result};
+
+/// One or several safetensors files that together hold named tensors. Only the headers are kept in memory.
+#[derive(Debug)]
+pub struct Checkpoint {
+    path: PathBuf,
+    files: Vec<(PathBuf, File)>,
+    tensors: BTreeMap<String, (usize, u64, TensorInfo)>,
+}
+
+impl Checkpoint {
+    /// Opens one file, or a Hugging Face folder: `model.safetensors`, or the shards that
+    /// `model.safetensors.index.json` lists.
+    ///
+    /// # Errors
+    /// A file is missing or malformed.
+    pub fn open(path: &Path) -> Result<Self> {
+        let files = if path.is_dir() { model_files(path)? } else { vec![path.to_owned()] };
+        let mut checkpoint = Self { path: path.to_owned(), files: Vec::new(), tensors: BTreeMap::new() };
+        for file in files {
+            checkpoint.add(file)?;
+        }
+        Ok(checkpoint)
+    }
+
+    /// What was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The names of all tensors, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// Reads one tensor in the type it was stored in.
+    ///
+    /// # Errors
+    /// There is no such tensor, or its type is not a float or integer type that candle has.
+    pub fn read(&mut self, name: &str, device: &Device) -> Result<Tensor> {
+        let Some((file, start, info)) = self.tensors.get(name) else {
+            let near = nearest(name, self.names()).map_or_else(String::new, |n| format!("; the nearest name is `{n}`"));
+            return Err(Error::data(format!("tensor `{name}` is missing{near}"))
+                .file(&self.path)
+                .help("the weights belong to another architecture, or the file is incomplete"));
+        };
+        let dtype = dtype(info.dtype).ok_or_else(|| {
+            Error::data(format!("tensor `{name}` has the unsupported type {:?}", info.dtype)).file(&self.path)
+        })?;
+        let (path, file) = &mut self.files[*file];
+        let (begin, end) = info.data_offsets;
+        let mut bytes = vec![0; end - begin];
+        file.seek(SeekFrom::Start(start + begin as u64))
+            .and_then(|_| file.read_exact(&mut bytes))
+            .map_err(|error| io_error("read", path, error))?;
+        Ok(Tensor::from_raw_buffer(&bytes, dtype, &info.shape, device)?)
+    }
+
+    fn add(&mut self, path: PathBuf) -> Result<()> {
+        let mut file = File::open(&path).map_err(|error| io_error("open the weights", &path, error))?;
+        let damaged = |why: String| {
+            Error::data(format!("`{}` is not a complete safetensors file: {why}", path.display()))
+                .file(&path)
+                .help("the file is truncated or damaged: copy or download it again")
+        };
+        let size = file.metadata().map_err(|error| io_error("read", &path, error))?.len();
+        let mut prefix = [0; 8];
+        file.read_exact(&mut prefix).map_err(|_| damaged(format!("it has {size} bytes")))?;
+        let header = u64::from_le_bytes(prefix);
+        if header > size.saturating_sub(8) {
+            return Err(damaged(format!("its header should have {header} bytes, the file has {size}")));
+        }
+        let mut bytes = vec![0; header as usize];
+        file.read_exact(&mut bytes).map_err(|error| io_error("read", &path, error))?;
+        let metadata: Metadata =
+            serde_json::from_slice(&bytes).map_err(|error| damaged(format!("its header cannot be read ({error})")))?;
+        let end = metadata.tensors().values().map(|info| info.data_offsets.1).max().unwrap_or(0) as u64;
+        if 8 + header + end != size {
+            return Err(damaged(format!("{} bytes are expected, found {size}", 8 + header + end)));
+        }
+        let index = self.files.len();
+        for (name, info) in metadata.tensors() {
+            self.tensors.insert(name, (index, 8 + header, info.clone()));
+        }
+        self.files.push((path, file));
+        Ok(())
+    }
+}
+
+fn model_files(folder: &Path) -> Result<Vec<PathBuf>> {
+    let single = folder.join("model.safetensors");
+    let index = folder.join("model.safetensors.index.json");
+    if !index.is_file() {
+        return Ok(vec![single]);
+    }
+    let text = std::fs::read_to_string(&index).map_err(|error| io_error("read", &index, error))?;
+    let map: serde_json::Value = serde_json::from_str(&text)
+        .map_err(|error| Error::data("the shard index is not valid JSON").file(&index).source(error))?;
+    let shards = map["weight_map"].as_object().map(|map| map.values().filter_map(|v| v.as_str()));
+    let mut shards: Vec<PathBuf> = shards
+        .ok_or_else(|| Error::data("the shard index has no `weight_map`").file(&index))?
+        .map(|name| folder.join(name))
+        .collect();
+    shards.sort();
+    shards.dedup();
+    Ok(shards)
+}
+
+fn dtype(dtype: Dtype) -> Option<DType> {
+    Some(match dtype {
+        Dtype::F64 => DType::F64,
+        Dtype::F32 => DType::F32,
+        Dtype::F16 => DType::F16,
+        Dtype::BF16 => DType::BF16,
+        Dtype::I64 => DType::I64,
+        Dtype::U32 => DType::U32,
+        Dtype::U8 => DType::U8,
+        _ => return None,
+    })
+}
+
+/// Writes tensors as one safetensors file. The bytes depend on names and values alone.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn write_tensors(path: &Path, tensors: impl IntoIterator<Item = (String, Tensor)>) -> Result<()> {
+    let tensors: Vec<(String, Tensor)> = tensors.into_iter().collect();
+    safetensors::serialize_to_file(tensors.iter().map(|(name, tensor)| (name, tensor)), None, path)
+        .map_err(|error| Error::data(format!("cannot write `{}`", path.display())).file(path).source(error))
+}

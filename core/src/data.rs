@@ -1,0 +1,225 @@
+//! Examples, batches, seeded streams and mixtures.
+
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor};
+
+use crate::rng::{Seed, permutation};
+use crate::text::Row;
+use crate::{Error, Result};
+
+/// One tokenised row. Labels are the tokens from `first_label` on; each is predicted from the position before it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Example {
+    /// Prompt, answer and end of text.
+    pub tokens: Vec<u32>,
+    /// Index of the first token that counts in the loss; at least 1.
+    pub first_label: usize,
+}
+
+/// A batch of right-padded sequences, the input of a model.
+#[derive(Debug, Clone)]
+pub struct Tokens {
+    /// Token ids, `[batch, length]`, u32.
+    pub ids: Tensor,
+    /// The number of real tokens of each row; what follows is padding.
+    pub lengths: Vec<usize>,
+}
+
+impl Tokens {
+    /// Pads `rows` on the right with `pad`.
+    ///
+    /// # Errors
+    /// There is no row, or a tensor operation failed.
+    pub fn pad<R: AsRef<[u32]>>(rows: &[R], pad: u32, device: &Device) -> Result<Self> {
+        let length = rows.iter().map(|row| row.as_ref().len()).max().filter(|&length| length > 0);
+        let length = length.ok_or_else(|| Error::run("a batch has no token"))?;
+        let mut ids = Vec::with_capacity(rows.len() * length);
+        for row in rows {
+            ids.extend_from_slice(row.as_ref());
+            ids.resize(ids.len() + length - row.as_ref().len(), pad);
+        }
+        let lengths = rows.iter().map(|row| row.as_ref().len()).collect();
+        Ok(Self { ids: Tensor::from_vec(ids, (rows.len(), length), device)?, lengths })
+    }
+
+    /// `(batch, length)`.
+    pub fn dims(&self) -> (usize, usize) {
+        let dims = self.ids.dims();
+        (dims[0], dims[1])
+    }
+}
+
+/// A training batch: tokens and the labels to predict.
+///
+/// Labels are kept only where the loss is taken. `positions[k]` is the row `b * length + t` of the flattened hidden
+/// states that predicts `targets[k]`.
+#[derive(Debug, Clone)]
+pub struct Batch {
+    /// The input.
+    pub tokens: Tokens,
+    /// Flattened positions that predict a label, `[labels]`, u32.
+    pub positions: Tensor,
+    /// The labels, `[labels]`, u32.
+    pub targets: Tensor,
+}
+
+impl Batch {
+    /// Collates examples. The last token of a row predicts nothing, so it is not fed to the model.
+    ///
+    /// # Errors
+    /// No example has a label, or a tensor operation failed.
+    pub fn collate(examples: &[&Example], pad: u32, device: &Device) -> Result<Self> {
+        let rows: Vec<&[u32]> = examples.iter().map(|example| &example.tokens[..example.tokens.len() - 1]).collect();
+        let labels = examples.iter().enumerate().flat_map(|(row, example)| {
+            (example.first_label..example.tokens.len()).map(move |at| (row, at - 1, example.tokens[at]))
+        });
+        Self::with_labels(&rows, labels, pad, device)
+    }
+
+    /// A batch of `rows` whose labels are given as `(row, position that predicts it, label)`.
+    ///
+    /// # Errors
+    /// There is no label, or a tensor operation failed.
+    pub fn with_labels<R: AsRef<[u32]>>(
+        rows: &[R],
+        labels: impl IntoIterator<Item = (usize, usize, u32)>,
+        pad: u32,
+        device: &Device,
+    ) -> Result<Self> {
+        let tokens = Tokens::pad(rows, pad, device)?;
+        let (_, length) = tokens.dims();
+        let (positions, targets): (Vec<u32>, Vec<u32>) =
+            labels.into_iter().map(|(row, at, label)| ((row * length + at) as u32, label)).unzip();
+        if targets.is_empty() {
+            return Err(Error::run("a batch has no label: its loss would be 0/0"));
+        }
+        let count = targets.len();
+        Ok(Self {
+            tokens,
+            positions: Tensor::from_vec(positions, count, device)?,
+            targets: Tensor::from_vec(targets, count, device)?,
+        })
+    }
+
+    /// How many labels the loss averages over.
+    pub fn labels(&self) -> usize {
+        self.targets.elem_count()
+    }
+}
+
+/// A never-ending stream of batches: epochs of seeded permutations. The last batch of an epoch may be smaller, as in
+/// the Hugging Face trainer.
+///
+/// The state is one number, the count of batches drawn: batch `k` is a pure function of seed and `k`.
+#[derive(Debug, Clone)]
+pub struct Stream {
+    examples: Arc<Vec<Example>>,
+    batch_size: usize,
+    bucket: usize,
+    seed: Seed,
+    pad: u32,
+    drawn: usize,
+    epoch: Option<(usize, Vec<Vec<usize>>)>,
+}
+
+impl Stream {
+    /// A stream over `examples` in batches of `batch_size`.
+    ///
+    /// With `bucket > 1`, windows of `bucket` batches are sorted by length before being cut into batches, which are
+    /// then shuffled: less padding, the same examples per epoch.
+    ///
+    /// # Errors
+    /// There is no example, or the batch size is zero.
+    pub fn new(examples: Arc<Vec<Example>>, batch_size: usize, bucket: usize, seed: Seed, pad: u32) -> Result<Self> {
+        if examples.is_empty() {
+            return Err(Error::data("a data stream has no example"));
+        }
+        if batch_size == 0 {
+            return Err(Error::config("`batch_size` must be at least 1, found `0`").key("batch_size"));
+        }
+        Ok(Self { examples, batch_size, bucket, seed, pad, drawn: 0, epoch: None })
+    }
+
+    /// Batches per epoch.
+    pub fn batches_per_epoch(&self) -> usize {
+        self.examples.len().div_ceil(self.batch_size)
+    }
+
+    /// How many batches were drawn: the whole state of the stream.
+    pub fn drawn(&self) -> usize {
+        self.drawn
+    }
+
+    /// Goes on after `drawn` batches.
+    pub fn seek(&mut self, drawn: usize) {
+        self.drawn = drawn;
+    }
+
+    /// The next batch.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn next_batch(&mut self, device: &Device) -> Result<Batch> {
+        let (epoch, within) = (self.drawn / self.batches_per_epoch(), self.drawn % self.batches_per_epoch());
+        if self.epoch.as_ref().is_none_or(|(current, _)| *current != epoch) {
+            self.epoch = Some((epoch, self.order(epoch)));
+        }
+        let (_, order) = self.epoch.as_ref().expect("set above");
+        let batch: Vec<&Example> = order[within].iter().map(|&index| &self.examples[index]).collect();
+        self.drawn += 1;
+        Batch::collate(&batch, self.pad, device)
+    }
+
+    /// The batches of one epoch as example indices.
+    fn order(&self, epoch: usize) -> Vec<Vec<usize>> {
+        let mut generator = self.seed.at(epoch).generator();
+        let mut indices = permutation(self.examples.len(), &mut generator);
+        if self.bucket <= 1 {
+            return indices.chunks(self.batch_size).map(<[usize]>::to_vec).collect();
+        }
+        let mut batches = Vec::with_capacity(self.batches_per_epoch());
+        for window in indices.chunks_mut(self.batch_size * self.bucket) {
+            window.sort_by_key(|&index| self.examples[index].tokens.len());
+            let cut: Vec<Vec<usize>> = window.chunks(self.batch_size).map(<[usize]>::to_vec).collect();
+            let shuffled = permutation(cut.len(), &mut generator);
+            batches.extend(shuffled.into_iter().map(|at| cut[at].clone()));
+        }
+        batches
+    }
+}
+
+/// How many of `total` rows are harmful at ratio `p`: `p * total`, rounded to the nearest integer.
+///
+/// # Errors
+/// `p` is outside `[0, 1]`.
+pub fn harmful_count(total: usize, p: f64) -> Result<usize> {
+    if !(0. ..=1.).contains(&p) {
+        return Err(Error::config(format!("a harmful ratio must lie in [0, 1], found `{p}`"))
+            .key("harmful_ratios")
+            .help("0.1 means that one row in ten is harmful"));
+    }
+    Ok((p * total as f64).round() as usize)
+}
+
+/// `total` rows of which exactly [`harmful_count`] come from `harmful` and the rest from `benign`, each from the front
+/// of its list, in a seeded order.
+///
+/// # Errors
+/// `p` is outside `[0, 1]` or a list is too short.
+pub fn mixture(benign: &[Row], harmful: &[Row], total: usize, p: f64, seed: Seed) -> Result<Vec<Row>> {
+    let bad = harmful_count(total, p)?;
+    let take = |rows: &[Row], count: usize, what: &str| {
+        rows.get(..count).map(<[Row]>::to_vec).ok_or_else(|| {
+            Error::data(format!(
+                "{count} {what} rows are needed (samples = {total}, harmful ratio = {p}), found {}",
+                rows.len()
+            ))
+            .help(format!("lower `samples` or give more {what} rows"))
+        })
+    };
+    let mut rows = take(benign, total - bad, "user")?;
+    rows.extend(take(harmful, bad, "harmful")?);
+    let order = permutation(rows.len(), &mut seed.generator());
+    Ok(order.into_iter().map(|index| rows[index].clone()).collect())
+}

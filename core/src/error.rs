@@ -1,0 +1,210 @@
+//! One error type for core and plugins: a stable kind, a message, where it happened and what to do about it.
+
+use std::fmt;
+use std::path::Path;
+
+/// The result of everything in `titer-core`.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong, in few and stable classes. Each has one exit code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Kind {
+    /// A configuration, a setting or a name is wrong. Exit code 2.
+    Config,
+    /// A model or data file is missing, unreadable or malformed. Exit code 3.
+    Data,
+    /// The device cannot be used or cannot do what was asked. Exit code 4.
+    Device,
+    /// The computation itself failed: a non-finite loss, an operator error. Exit code 1.
+    Run,
+    /// The user asked to stop. Exit code 130.
+    Interrupted,
+}
+
+impl Kind {
+    /// The process exit code of this kind.
+    pub const fn exit_code(self) -> u8 {
+        match self {
+            Kind::Run => 1,
+            Kind::Config => 2,
+            Kind::Data => 3,
+            Kind::Device => 4,
+            Kind::Interrupted => 130,
+        }
+    }
+}
+
+/// An error with its [`Kind`], the place it was found in and a remedy.
+///
+/// The message is a lower-case fragment without a full stop, with the offending value in backticks. `at` holds
+/// pairs such as `("file", "data/x.json")` or `("key", "align.rho")`, outermost last.
+pub struct Error {
+    inner: Box<Inner>,
+}
+
+struct Inner {
+    kind: Kind,
+    message: String,
+    at: Vec<(&'static str, String)>,
+    help: Option<String>,
+    source: Option<Box<dyn std::error::Error + Send + Sync>>,
+}
+
+impl Error {
+    /// An error of `kind` that says `message`.
+    pub fn new(kind: Kind, message: impl Into<String>) -> Self {
+        let inner = Inner { kind, message: message.into(), at: Vec::new(), help: None, source: None };
+        Self { inner: Box::new(inner) }
+    }
+
+    /// A wrong configuration value ([`Kind::Config`]).
+    pub fn config(message: impl Into<String>) -> Self {
+        Self::new(Kind::Config, message)
+    }
+
+    /// Missing or malformed data ([`Kind::Data`]).
+    pub fn data(message: impl Into<String>) -> Self {
+        Self::new(Kind::Data, message)
+    }
+
+    /// A device that cannot do what was asked ([`Kind::Device`]).
+    pub fn device(message: impl Into<String>) -> Self {
+        Self::new(Kind::Device, message)
+    }
+
+    /// A failed computation ([`Kind::Run`]).
+    pub fn run(message: impl Into<String>) -> Self {
+        Self::new(Kind::Run, message)
+    }
+
+    /// The user asked to stop ([`Kind::Interrupted`]).
+    pub fn interrupted() -> Self {
+        Self::new(Kind::Interrupted, "interrupted")
+            .help("run the same command again: finished stages are kept and the rest resumes")
+    }
+
+    /// Adds the file the error is about, unless one is already named (the innermost one is the precise one).
+    #[must_use]
+    pub fn file(self, path: impl AsRef<Path>) -> Self {
+        if self.place("file").is_some() {
+            return self;
+        }
+        self.at("file", path.as_ref().display().to_string())
+    }
+
+    /// Adds the configuration key, data column or tensor name the error is about.
+    #[must_use]
+    pub fn key(self, key: impl Into<String>) -> Self {
+        self.at("key", key)
+    }
+
+    /// Adds any other place: `line`, `row`, `stage`, ….
+    #[must_use]
+    pub fn at(mut self, what: &'static str, value: impl Into<String>) -> Self {
+        self.inner.at.push((what, value.into()));
+        self
+    }
+
+    /// Says what the user can do about it.
+    #[must_use]
+    pub fn help(mut self, help: impl Into<String>) -> Self {
+        self.inner.help = Some(help.into());
+        self
+    }
+
+    /// Keeps the error that caused this one.
+    #[must_use]
+    pub fn source(mut self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        self.inner.source = Some(source.into());
+        self
+    }
+
+    /// The class of the error.
+    pub fn kind(&self) -> Kind {
+        self.inner.kind
+    }
+
+    /// The message alone, without places, remedy or cause.
+    pub fn message(&self) -> &str {
+        &self.inner.message
+    }
+
+    /// The remedy, if there is one.
+    pub fn remedy(&self) -> Option<&str> {
+        self.inner.help.as_deref()
+    }
+
+    /// The places the error names, innermost first.
+    pub fn places(&self) -> &[(&'static str, String)] {
+        &self.inner.at
+    }
+
+    /// The first place of that name.
+    pub fn place(&self, what: &str) -> Option<&str> {
+        self.inner.at.iter().find(|(name, _)| *name == what).map(|(_, value)| value.as_str())
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.inner.message)?;
+        for (what, value) in &self.inner.at {
+            write!(f, "\n  {what}: {value}")?;
+        }
+        if let Some(source) = &self.inner.source {
+            write!(f, "\n  cause: {source}")?;
+        }
+        if let Some(help) = &self.inner.help {
+            write!(f, "\n  help: {help}")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}: {self}", self.inner.kind)
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.inner.source.as_ref().map(|source| &**source as &(dyn std::error::Error + 'static))
+    }
+}
+
+impl From<candle_core::Error> for Error {
+    fn from(error: candle_core::Error) -> Self {
+        Self::run("a tensor operation failed").source(error)
+    }
+}
+
+impl From<Error> for candle_core::Error {
+    fn from(error: Error) -> Self {
+        Self::wrap(error)
+    }
+}
+
+/// Turns an I/O error about `path` into an error that names it.
+pub fn io_error(action: &str, path: &Path, error: std::io::Error) -> Error {
+    let missing = error.kind() == std::io::ErrorKind::NotFound;
+    let wrapped = Error::data(format!("cannot {action} `{}`", path.display())).file(path).source(error);
+    if missing { wrapped.help("check the path; relative paths are taken from the working directory") } else { wrapped }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shows_place_and_remedy() {
+        let error =
+            Error::config("`rho` must be at least 0, found `-1`").key("align.rho").file("a.toml").help("set rho = 2.0");
+        assert_eq!(
+            error.to_string(),
+            "`rho` must be at least 0, found `-1`\n  key: align.rho\n  file: a.toml\n  help: set rho = 2.0"
+        );
+        assert_eq!(error.kind().exit_code(), 2);
+    }
+}

@@ -1,0 +1,72 @@
+//! Looking plugins up by name.
+//!
+//! Plugins describe themselves with an `inventory` entry. Reading them back sorts by name, refuses duplicates and
+//! answers an unknown name with the nearest ones. Entries arrive only if the crate that submits them is linked: a
+//! runner needs `use titer_plugins as _;`, or the registry is silently empty.
+
+use serde_json::Value;
+
+use crate::{Error, Result, Settings, SettingsType};
+
+/// What every kind of plugin entry has in common.
+pub trait Entry: inventory::Collect + 'static {
+    /// The kind of plugin as a word: `defense`, `model`, `task`, `judge`.
+    const KIND: &'static str;
+    /// The name it is asked for by.
+    fn name(&self) -> &'static str;
+    /// One line for `titer list`.
+    fn summary(&self) -> &'static str;
+    /// The type of its settings.
+    fn settings(&self) -> &SettingsType;
+    /// Changes whenever the behaviour does, so that cached results of the old one are not used.
+    fn version(&self) -> u32;
+}
+
+/// All entries of one kind, sorted by name.
+///
+/// # Errors
+/// Two entries share a name.
+pub fn all<E: Entry>() -> Result<Vec<&'static E>> {
+    let mut entries: Vec<&'static E> = inventory::iter::<E>.into_iter().collect();
+    entries.sort_by_key(|entry| entry.name());
+    match entries.windows(2).find(|pair| pair[0].name() == pair[1].name()) {
+        Some(pair) => Err(Error::config(format!("two {}s are registered as `{}`", E::KIND, pair[0].name()))
+            .help("rename one of them, or load only one of the two plugins")),
+        None => Ok(entries),
+    }
+}
+
+/// The entry called `name`.
+///
+/// # Errors
+/// No such entry; the error names the nearest ones.
+pub fn find<E: Entry>(name: &str) -> Result<&'static E> {
+    let entries = all::<E>()?;
+    entries.iter().copied().find(|entry| entry.name() == name).ok_or_else(|| {
+        let names = entries.iter().map(|entry| entry.name());
+        let hint = nearest(name, names.clone()).map_or_else(String::new, |near| format!("; did you mean `{near}`?"));
+        Error::config(format!("unknown {} `{name}`{hint}", E::KIND)).help(format!(
+            "known {}s: {}",
+            E::KIND,
+            names.collect::<Vec<_>>().join(", ")
+        ))
+    })
+}
+
+/// The settings of the entry with every default filled in, as canonical JSON.
+///
+/// # Errors
+/// An unknown key or a value of the wrong type.
+pub fn resolve<E: Entry>(entry: &E, given: &Settings) -> Result<Value> {
+    entry.settings().resolve(given)
+}
+
+/// The candidate most like `word`, if one is near enough to be a likely typing mistake.
+pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    candidates
+        .into_iter()
+        .map(|candidate| (strsim::jaro_winkler(word, candidate), candidate))
+        .filter(|(likeness, _)| *likeness > 0.75)
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .map(|(_, candidate)| candidate)
+}

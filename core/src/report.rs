@@ -1,0 +1,201 @@
+//! The result of an experiment: `results.json`, version 1.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// The version of the schema.
+pub const SCHEMA: u32 = 1;
+
+/// The content of `results.json`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Results {
+    /// Always [`SCHEMA`].
+    pub schema: u32,
+    /// The experiment's name.
+    pub experiment: String,
+    /// The version of Titer that wrote it.
+    pub titer: String,
+    /// One row per method × setting × seed × task.
+    pub rows: Vec<ResultRow>,
+    /// Cells that failed.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub failures: Vec<Failure>,
+}
+
+/// A cell that could not be computed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Failure {
+    /// The cell, for people.
+    pub cell: String,
+    /// Why.
+    pub error: String,
+}
+
+/// One cell of the table: one method in one setting with one seed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ResultRow {
+    /// The method's name in the configuration.
+    pub method: String,
+    /// The alignment defense and its settings (`{"defense": "vaccine", "rho": 2.0, …}`).
+    pub align: Value,
+    /// The fine-tuning defense and its settings.
+    pub fine_tune: Value,
+    /// The post-fine-tuning defense and its settings, or null.
+    pub post: Value,
+    /// The base model.
+    pub model: String,
+    /// The seed of the base model, if it was pretrained here.
+    pub base_seed: Option<u64>,
+    /// The user's task.
+    pub task: String,
+    /// Fraction of harmful rows in the user's data, in `[0, 1]`.
+    pub harmful_ratio: f64,
+    /// Rows of the user's data.
+    pub samples: usize,
+    /// Peak learning rate of the user's fine-tuning: the attack's strength.
+    pub learning_rate: f64,
+    /// The seed.
+    pub seed: u64,
+    /// `double`, `single` or `full`.
+    pub lora: String,
+    /// The protocol id: rows of different ids do not compare.
+    pub protocol: String,
+    /// The headline judge.
+    pub judge: String,
+    /// Metrics in percent.
+    pub metrics: Metrics,
+    /// The same metrics by every other judge, by its name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub judges: BTreeMap<String, Metrics>,
+    /// How many prompts each metric counts, by the probe's name: `harmful`, `task`, `benign`.
+    pub n: BTreeMap<String, usize>,
+    /// 95 % Wilson intervals in percent, by the metric's name.
+    pub intervals: BTreeMap<String, [f64; 2]>,
+    /// What it cost.
+    pub ledger: Ledger,
+    /// Training curves.
+    pub curves: Curves,
+    /// Paths of the answer files, relative to the run folder, by the probe's name.
+    pub answers: BTreeMap<String, String>,
+}
+
+/// Metrics in percent, 0 to 100. `None` where the experiment has no such probe.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Metrics {
+    /// Harmful prompts answered with compliance after the attack. Lower is better.
+    pub harmful_score: Option<f64>,
+    /// Likewise before the attack, after alignment.
+    pub harmful_score_aligned: Option<f64>,
+    /// Right answers on the user's task.
+    pub fine_tune_accuracy: Option<f64>,
+    /// Likewise before fine-tuning.
+    pub fine_tune_accuracy_aligned: Option<f64>,
+    /// Harmful prompts refused after the attack.
+    pub refusal_rate: Option<f64>,
+    /// Likewise before the attack.
+    pub refusal_rate_aligned: Option<f64>,
+    /// Benign prompts refused after the attack. Lower is better.
+    pub over_refusal_rate: Option<f64>,
+    /// Likewise before the attack.
+    pub over_refusal_rate_aligned: Option<f64>,
+    /// Benign prompts answered helpfully after the attack.
+    pub benign_helpfulness: Option<f64>,
+    /// Likewise before the attack.
+    pub benign_helpfulness_aligned: Option<f64>,
+    /// Answers to harmful and benign prompts that are coherent (a compliance or a refusal).
+    pub coherence: Option<f64>,
+}
+
+/// The metrics' names, in the order of the tables, with the short form and whether higher is better.
+pub const METRICS: [(&str, &str, bool); 11] = [
+    ("harmful_score", "HS", false),
+    ("refusal_rate", "RR", true),
+    ("fine_tune_accuracy", "FA", true),
+    ("benign_helpfulness", "BH", true),
+    ("over_refusal_rate", "ORR", false),
+    ("coherence", "coherence", true),
+    ("harmful_score_aligned", "HS aligned", false),
+    ("refusal_rate_aligned", "RR aligned", true),
+    ("fine_tune_accuracy_aligned", "FA aligned", true),
+    ("benign_helpfulness_aligned", "BH aligned", true),
+    ("over_refusal_rate_aligned", "ORR aligned", false),
+];
+
+impl Metrics {
+    /// The metric called `name` in [`METRICS`].
+    pub fn get(&self, name: &str) -> Option<f64> {
+        match name {
+            "harmful_score" => self.harmful_score,
+            "harmful_score_aligned" => self.harmful_score_aligned,
+            "fine_tune_accuracy" => self.fine_tune_accuracy,
+            "fine_tune_accuracy_aligned" => self.fine_tune_accuracy_aligned,
+            "refusal_rate" => self.refusal_rate,
+            "refusal_rate_aligned" => self.refusal_rate_aligned,
+            "over_refusal_rate" => self.over_refusal_rate,
+            "over_refusal_rate_aligned" => self.over_refusal_rate_aligned,
+            "benign_helpfulness" => self.benign_helpfulness,
+            "benign_helpfulness_aligned" => self.benign_helpfulness_aligned,
+            "coherence" => self.coherence,
+            _ => None,
+        }
+    }
+}
+
+/// What a cell cost. Seconds and bytes are measured, so they differ between runs; everything else does not.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Ledger {
+    /// Seconds of the alignment stage, when it ran.
+    pub align_seconds: f64,
+    /// Seconds of the fine-tuning stage, when it ran.
+    pub fine_tune_seconds: f64,
+    /// Seconds of the post-fine-tuning stage, when it ran.
+    pub post_seconds: f64,
+    /// Seconds of generating the answers, when that ran.
+    pub answer_seconds: f64,
+    /// Peak memory of the process when the fine-tuning ended, in bytes.
+    pub peak_bytes: u64,
+    /// Forward-and-backward passes per step of the alignment defense.
+    pub passes_per_step: f64,
+    /// Steps of alignment.
+    pub align_steps: usize,
+    /// Steps of fine-tuning.
+    pub fine_tune_steps: usize,
+    /// What the method must know beyond the data of each stage, by stage.
+    pub privileged: BTreeMap<String, String>,
+}
+
+/// Training curves: `(step, value)`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Curves {
+    /// Loss during alignment.
+    pub align_loss: Vec<(usize, f64)>,
+    /// Loss during fine-tuning.
+    pub fine_tune_loss: Vec<(usize, f64)>,
+    /// Loss on held-back harmful rows during fine-tuning.
+    pub harmful_loss: Vec<(usize, f64)>,
+}
+
+/// One stored answer, a line of `answers/*.jsonl`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Answer {
+    /// Which probe: `harmful`, `benign` or `task`.
+    pub probe: String,
+    /// The prompt's instruction.
+    pub instruction: String,
+    /// The prompt's input, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub input: Option<String>,
+    /// The reference answer, if there is one.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub reference: String,
+    /// What the model said.
+    pub answer: String,
+    /// The verdict of each judge, by its name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub verdicts: BTreeMap<String, crate::judge::Verdict>,
+    /// Whether the task counts it as right.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub correct: Option<bool>,
+}

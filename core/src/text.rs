@@ -1,0 +1,266 @@
+//! From text to tokens and back: rows, prompt templates, the tokenizer.
+
+use std::path::Path;
+
+use minijinja::{Environment, context};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::data::Example;
+use crate::error::io_error;
+use crate::{Error, Result};
+
+/// One row of a data set: an instruction, an optional input to it, and the answer to learn or to compare with.
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Row {
+    /// What the user asks. Empty for plain documents, which are learnt from their first token on.
+    pub instruction: String,
+    /// What the instruction is about, where the data set keeps it apart.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub input: Option<String>,
+    /// The answer.
+    pub output: String,
+}
+
+impl Row {
+    /// A row without an input.
+    pub fn new(instruction: impl Into<String>, output: impl Into<String>) -> Self {
+        Self { instruction: instruction.into(), input: None, output: output.into() }
+    }
+}
+
+/// How a row becomes the text of a prompt: the name of a built-in template or a Jinja text over `instruction` and
+/// `input`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(transparent)]
+pub struct Template(String);
+
+/// The built-in templates: name and Jinja text.
+///
+/// `alpaca` is the prompt of the Vaccine repository, to the byte: no newline after the last colon.
+pub const TEMPLATES: [(&str, &str); 3] = [
+    (
+        "alpaca",
+        "{% if input %}Below is an instruction that describes a task, paired with an input that provides further \
+         context. Write a response that appropriately completes the request.\n\n### Instruction:\n{{ instruction }}\
+         \n\n### Input:\n{{ input }}\n\n### Response:{% else %}Below is an instruction that describes a task. Write \
+         a response that appropriately completes the request.\n\n### Instruction:\n{{ instruction }}\n\n### \
+         Response:{% endif %}",
+    ),
+    (
+        "alpaca-newline",
+        "{% if input %}Below is an instruction that describes a task, paired with an input that provides further \
+         context. Write a response that appropriately completes the request.\n\n### Instruction:\n{{ instruction }}\
+         \n\n### Input:\n{{ input }}\n\n### Response:\n{% else %}Below is an instruction that describes a task. \
+         Write a response that appropriately completes the request.\n\n### Instruction:\n{{ instruction }}\n\n### \
+         Response:\n{% endif %}",
+    ),
+    ("chat", "<user> {{ instruction }}{% if input %} {{ input }}{% endif %} <asst>"),
+];
+
+impl Template {
+    /// A template by its built-in name or as a Jinja text.
+    pub fn new(text: impl Into<String>) -> Self {
+        Self(text.into())
+    }
+
+    /// The Jinja text.
+    pub fn text(&self) -> &str {
+        TEMPLATES.iter().find(|(name, _)| *name == self.0).map_or(&self.0, |(_, text)| text)
+    }
+
+    /// The prompt of `row`; empty for a plain document.
+    ///
+    /// # Errors
+    /// The Jinja text is malformed or does not use `instruction`.
+    pub fn render(&self, row: &Row) -> Result<String> {
+        if row.instruction.is_empty() && row.input.is_none() {
+            return Ok(String::new());
+        }
+        let mut environment = Environment::empty();
+        environment.set_undefined_behavior(minijinja::UndefinedBehavior::Strict);
+        let input = row.input.as_deref().unwrap_or("");
+        environment.render_str(self.text(), context! { instruction => &row.instruction, input }).map_err(|error| {
+            let names: Vec<&str> = TEMPLATES.iter().map(|(name, _)| *name).collect();
+            Error::config(format!("the prompt template cannot be rendered: {error}"))
+                .key("template")
+                .help(format!("use one of {} or a Jinja text over `instruction` and `input`", names.join(", ")))
+        })
+    }
+
+    /// Checks the template without a row.
+    ///
+    /// # Errors
+    /// As [`Template::render`], or the instruction does not reach the prompt.
+    pub fn check(&self) -> Result<()> {
+        let prompt = self.render(&Row { input: Some("%input%".into()), ..Row::new("%instruction%", "") })?;
+        if prompt.contains("%instruction%") {
+            return Ok(());
+        }
+        Err(Error::config(format!("the prompt template `{}` does not use `instruction`", self.0))
+            .key("template")
+            .help("write `{{ instruction }}` where the user's request belongs"))
+    }
+}
+
+/// A tokenizer with its special tokens.
+#[derive(Debug, Clone)]
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    /// Ends an answer.
+    pub eos: u32,
+    /// Fills short rows of a batch; never attended to and never a label.
+    pub pad: u32,
+}
+
+impl Tokenizer {
+    /// Wraps a tokenizer whose end-of-text token is `eos`. Padding uses `pad` (its loss and attention are masked, so
+    /// any id will do).
+    pub fn new(inner: tokenizers::Tokenizer, eos: u32, pad: u32) -> Self {
+        Self { inner, eos, pad }
+    }
+
+    /// Reads `tokenizer.json`.
+    ///
+    /// # Errors
+    /// The file is missing or malformed.
+    pub fn from_file(path: &Path, eos: u32, pad: u32) -> Result<Self> {
+        let bytes = std::fs::read(path).map_err(|error| {
+            io_error("read the tokenizer", path, error)
+                .help("the model folder needs a `tokenizer.json` (the fast tokenizer of Hugging Face)")
+        })?;
+        Self::from_bytes(&bytes, eos, pad).map_err(|error| error.file(path))
+    }
+
+    /// Reads the bytes of a `tokenizer.json`.
+    ///
+    /// # Errors
+    /// The bytes are malformed.
+    pub fn from_bytes(bytes: &[u8], eos: u32, pad: u32) -> Result<Self> {
+        let mut inner = tokenizers::Tokenizer::from_bytes(bytes)
+            .map_err(|error| Error::data(format!("the tokenizer cannot be read: {error}")))?;
+        inner.with_padding(None);
+        let _ = inner.with_truncation(None);
+        Ok(Self::new(inner, eos, pad))
+    }
+
+    /// The `tokenizer.json` of this tokenizer.
+    ///
+    /// # Errors
+    /// It cannot be serialised.
+    pub fn to_json(&self) -> Result<String> {
+        self.inner.to_string(false).map_err(|error| Error::run(format!("the tokenizer cannot be written: {error}")))
+    }
+
+    /// How many ids there are, added tokens included.
+    pub fn vocab_size(&self) -> usize {
+        self.inner.get_vocab_size(true)
+    }
+
+    /// The largest id plus one: what a model's embedding must hold.
+    pub fn id_bound(&self) -> u32 {
+        self.inner.get_vocab(true).into_values().max().map_or(0, |id| id + 1)
+    }
+
+    /// The id of a token.
+    pub fn id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// The tokens of `text`, with the tokenizer's own special tokens (a leading `<bos>`, say) if `special`.
+    ///
+    /// # Errors
+    /// The tokenizer failed.
+    pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
+        let encoding =
+            self.inner.encode(text, special).map_err(|error| Error::data(format!("cannot tokenise: {error}")))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The text of `ids`, without special tokens.
+    ///
+    /// # Errors
+    /// The tokenizer failed.
+    pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        self.inner.decode(ids, true).map_err(|error| Error::run(format!("cannot decode tokens: {error}")))
+    }
+}
+
+/// Text to tokens under one protocol: tokenizer, template and length limit.
+#[derive(Debug, Clone)]
+pub struct Encoder {
+    /// The tokenizer.
+    pub tokenizer: Tokenizer,
+    /// The prompt template.
+    pub template: Template,
+    /// Rows are cut after this many tokens (the tail, as the reference does).
+    pub max_length: usize,
+}
+
+impl Encoder {
+    /// The tokens of the prompt of `row`.
+    ///
+    /// # Errors
+    /// The template or the tokenizer failed.
+    pub fn prompt(&self, row: &Row) -> Result<Vec<u32>> {
+        self.tokenizer.encode(&self.template.render(row)?, true)
+    }
+
+    /// The tokens of prompt, answer and end of text, with the prompt's tokens masked from the loss.
+    ///
+    /// Prompt and answer are tokenised together, as at the reference; where a token spans the boundary, the mask ends
+    /// before it, so that no part of the answer goes unlearnt. `None` if the length limit leaves no label.
+    ///
+    /// # Errors
+    /// The template or the tokenizer failed.
+    pub fn example(&self, row: &Row) -> Result<Option<Example>> {
+        let prompt_text = self.template.render(row)?;
+        let prompt = self.tokenizer.encode(&prompt_text, true)?;
+        let mut tokens = self.tokenizer.encode(&format!("{prompt_text}{}", join(&prompt_text, &row.output)), true)?;
+        let shared = prompt.iter().zip(&tokens).take_while(|(a, b)| a == b).count();
+        tokens.push(self.tokenizer.eos);
+        tokens.truncate(self.max_length);
+        // The first token has nothing before it to be predicted from.
+        let first_label = shared.max(1);
+        Ok((first_label < tokens.len()).then_some(Example { tokens, first_label }))
+    }
+
+    /// [`Encoder::example`] for every row, without those that lost all labels to the length limit.
+    ///
+    /// # Errors
+    /// No row is left, or the template or the tokenizer failed.
+    pub fn examples(&self, rows: &[Row]) -> Result<Vec<Example>> {
+        if rows.is_empty() {
+            return Err(Error::data("the data set is empty").help("point it at a file with at least one row"));
+        }
+        let mut examples = Vec::with_capacity(rows.len());
+        for row in rows {
+            examples.extend(self.example(row)?);
+        }
+        if examples.is_empty() {
+            return Err(Error::data(format!(
+                "all labels are truncated away: no answer token of {} rows lies within {} tokens",
+                rows.len(),
+                self.max_length
+            ))
+            .key("max_length")
+            .help("raise max_length above the length of the prompts"));
+        }
+        if examples.len() < rows.len() {
+            let (lost, rows) = (rows.len() - examples.len(), rows.len());
+            tracing::warn!(
+                lost,
+                rows,
+                max_length = self.max_length,
+                "rows without any label after truncation are left out"
+            );
+        }
+        Ok(examples)
+    }
+}
+
+/// What separates a prompt from its answer: a space after a chat marker such as `<asst>`, nothing otherwise (the
+/// reference joins them without one).
+fn join(prompt: &str, answer: &str) -> String {
+    if prompt.ends_with('>') { format!(" {answer}") } else { answer.to_owned() }
+}

@@ -1,0 +1,449 @@
+//! Parameters by name: loading, saving, training them in full or through LoRA, snapshots.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor, Var};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::{Checkpoint, write_tensors};
+use crate::grads::{Grads, sum_of_squares};
+use crate::model::Model;
+use crate::registry::nearest;
+use crate::rng::{Seed, randn, uniform};
+use crate::{Error, Result};
+
+/// How a parameter starts when a model is built from scratch.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Init {
+    /// Normal with this standard deviation.
+    Normal(f64),
+    /// All ones.
+    Ones,
+    /// All zeros.
+    Zeros,
+}
+
+/// One declared parameter.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Param {
+    /// The Hugging Face name, such as `model.layers.0.self_attn.q_proj.weight`.
+    pub name: String,
+    /// The shape, as in the checkpoint.
+    pub shape: Vec<usize>,
+    /// How it starts in a model built from scratch.
+    pub init: Init,
+    /// Whether it is the weight `[out, in]` of a linear layer, which LoRA may adapt.
+    pub linear: bool,
+}
+
+/// The handle of a parameter within its model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ParamId(usize);
+
+/// The parameters of a model in checkpoint order.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct ParamList(Vec<Param>);
+
+impl ParamList {
+    /// Declares a parameter that LoRA does not adapt.
+    pub fn tensor(&mut self, name: impl Into<String>, shape: &[usize], init: Init) -> ParamId {
+        self.push(Param { name: name.into(), shape: shape.to_vec(), init, linear: false })
+    }
+
+    /// Declares the weight `[output, input]` of the linear layer `module`.
+    pub fn linear(&mut self, module: &str, output: usize, input: usize, std: f64) -> ParamId {
+        let (name, init) = (format!("{module}.weight"), Init::Normal(std));
+        self.push(Param { name, shape: vec![output, input], init, linear: true })
+    }
+
+    /// The parameters in order.
+    pub fn iter(&self) -> impl Iterator<Item = &Param> {
+        self.0.iter()
+    }
+
+    /// How many numbers there are in all.
+    pub fn count(&self) -> usize {
+        self.0.iter().map(|param| param.shape.iter().product::<usize>()).sum()
+    }
+
+    fn push(&mut self, param: Param) -> ParamId {
+        self.0.push(param);
+        ParamId(self.0.len() - 1)
+    }
+}
+
+/// A low-rank adapter: `W + (alpha / r) · B A` with `A: [r, in]`, `B: [out, r]` (Hu et al. 2021).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct LoraConfig {
+    /// The rank `r`.
+    pub r: usize,
+    /// The numerator of the scale `alpha / r`.
+    pub alpha: f64,
+    /// Probability of dropping an input of the adapter in training.
+    pub dropout: f32,
+    /// The linear layers to adapt, by the last part of their name.
+    pub target_modules: Vec<String>,
+}
+
+impl Default for LoraConfig {
+    /// The Vaccine repository's shape (r = 8 on all seven projections), with the customary `alpha = 2 r`.
+    fn default() -> Self {
+        let targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+        Self { r: 8, alpha: 16., dropout: 0., target_modules: targets.map(str::to_owned).to_vec() }
+    }
+}
+
+impl LoraConfig {
+    /// The factor on `B A`.
+    pub fn scale(&self) -> f64 {
+        self.alpha / self.r as f64
+    }
+
+    /// Checks ranges.
+    ///
+    /// # Errors
+    /// A rank of zero, a dropout outside `[0, 1)`, or no target.
+    pub fn check(&self) -> Result<()> {
+        if self.r == 0 {
+            return Err(Error::config("`r` must be at least 1, found `0`").key("lora.r"));
+        }
+        if !(0. ..1.).contains(&self.dropout) {
+            let message = format!("`dropout` must lie in [0, 1), found `{}`", self.dropout);
+            return Err(Error::config(message).key("lora.dropout"));
+        }
+        if self.target_modules.is_empty() {
+            return Err(Error::config("`target_modules` is empty: LoRA would train nothing").key("lora.target_modules"));
+        }
+        Ok(())
+    }
+}
+
+/// The two factors of one adapted layer.
+#[derive(Debug, Clone)]
+pub struct Adapter {
+    /// `A: [r, in]`.
+    pub a: Tensor,
+    /// `B: [out, r]`.
+    pub b: Tensor,
+}
+
+#[derive(Debug, Clone)]
+struct Lora {
+    config: LoraConfig,
+    adapters: BTreeMap<usize, Adapter>,
+}
+
+/// The numbers of a model: base parameters, at most one adapter, and which of them are trained.
+///
+/// Cloning shares storage: a clone sees later updates. A copy that does not is [`Weights::snapshot`] (of what is
+/// trained) or [`Weights::merged`].
+#[derive(Debug, Clone)]
+pub struct Weights {
+    params: Arc<ParamList>,
+    base: Vec<Tensor>,
+    lora: Option<Lora>,
+    trainable: BTreeMap<String, Var>,
+}
+
+impl Weights {
+    /// Seeded random weights for `model`.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn random(model: &dyn Model, seed: Seed, dtype: DType, device: &Device) -> Result<Self> {
+        let init = |param: &Param| -> Result<Tensor> {
+            Ok(match param.init {
+                Init::Ones => Tensor::ones(param.shape.as_slice(), dtype, device)?,
+                Init::Zeros => Tensor::zeros(param.shape.as_slice(), dtype, device)?,
+                Init::Normal(std) => {
+                    let normal = randn(&param.shape, &mut seed.named(&param.name).generator(), device)?;
+                    (normal * std)?.to_dtype(dtype)?
+                }
+            })
+        };
+        let base = model.params().iter().map(init).collect::<Result<_>>()?;
+        Ok(Self::from_parts(model, base))
+    }
+
+    /// The weights of `model` out of a checkpoint, which must hold every declared parameter in the declared shape.
+    ///
+    /// # Errors
+    /// A parameter is missing, of another shape, or not finite.
+    pub fn load(model: &dyn Model, checkpoint: &mut Checkpoint, dtype: DType, device: &Device) -> Result<Self> {
+        let load = |param: &Param| -> Result<Tensor> {
+            let tensor = checkpoint.read(&param.name, device)?;
+            if tensor.dims() != param.shape {
+                return Err(Error::data(format!(
+                    "`{}` has shape {:?}, but the configuration asks for {:?}",
+                    param.name,
+                    tensor.dims(),
+                    param.shape
+                ))
+                .file(checkpoint.path())
+                .help("config.json and the weights belong to different models"));
+            }
+            if !sum_of_squares(&tensor)?.is_finite() {
+                return Err(Error::data(format!("`{}` holds a value that is not finite", param.name))
+                    .file(checkpoint.path())
+                    .help("the checkpoint is damaged: download or train it again"));
+            }
+            Ok(tensor.to_dtype(dtype)?)
+        };
+        let base = model.params().iter().map(load).collect::<Result<_>>()?;
+        Ok(Self::from_parts(model, base))
+    }
+
+    fn from_parts(model: &dyn Model, base: Vec<Tensor>) -> Self {
+        Self { params: Arc::new(model.params().clone()), base, lora: None, trainable: BTreeMap::new() }
+    }
+
+    /// The tensor of a parameter, without its adapter.
+    pub fn get(&self, id: ParamId) -> &Tensor {
+        &self.base[id.0]
+    }
+
+    /// The adapter of a linear layer's weight, with its scale.
+    pub fn adapter(&self, id: ParamId) -> Option<(&Adapter, f64)> {
+        let lora = self.lora.as_ref()?;
+        Some((lora.adapters.get(&id.0)?, lora.config.scale()))
+    }
+
+    /// The adapters' dropout probability; zero without adapters.
+    pub fn adapter_dropout(&self) -> f32 {
+        self.lora.as_ref().map_or(0., |lora| lora.config.dropout)
+    }
+
+    /// The configuration of the attached adapter.
+    pub fn lora(&self) -> Option<&LoraConfig> {
+        self.lora.as_ref().map(|lora| &lora.config)
+    }
+
+    /// The parameters under training, by name.
+    pub fn trainable(&self) -> &BTreeMap<String, Var> {
+        &self.trainable
+    }
+
+    /// The element type of the base parameters.
+    pub fn dtype(&self) -> DType {
+        self.base.first().map_or(DType::F32, Tensor::dtype)
+    }
+
+    /// Where the weights live.
+    pub fn device(&self) -> &Device {
+        self.base.first().map_or(&Device::Cpu, Tensor::device)
+    }
+
+    /// The base parameters by name, without adapters.
+    pub fn named(&self) -> impl Iterator<Item = (&str, &Tensor)> {
+        self.params.iter().map(|param| param.name.as_str()).zip(&self.base)
+    }
+
+    /// Trains every base parameter.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn train_full(&mut self) -> Result<()> {
+        self.merge()?;
+        for (param, tensor) in self.params.iter().zip(&mut self.base) {
+            let var = Var::from_tensor(&tensor.copy()?)?;
+            *tensor = var.as_tensor().clone();
+            self.trainable.insert(param.name.clone(), var);
+        }
+        Ok(())
+    }
+
+    /// Attaches a fresh adapter and trains it: `A` uniform in `±1/√in` (PEFT's Kaiming uniform), `B` zero, so the
+    /// model computes what it did before.
+    ///
+    /// # Errors
+    /// An adapter is already attached, or a target matches no linear layer.
+    pub fn train_lora(&mut self, config: &LoraConfig, seed: Seed) -> Result<()> {
+        let device = self.device().clone();
+        self.attach(config, |module, output, input| {
+            let bound = 1. / (input as f32).sqrt();
+            let a = uniform(&[config.r, input], bound, &mut seed.named(module).generator(), &device)?;
+            Ok(Adapter { a, b: Tensor::zeros((output, config.r), DType::F32, &device)? })
+        })
+    }
+
+    /// Attaches a stored adapter (PEFT's names) and trains it.
+    ///
+    /// # Errors
+    /// An adapter is already attached, a target matches nothing, or a tensor is missing or of another shape.
+    pub fn continue_lora(&mut self, config: &LoraConfig, checkpoint: &mut Checkpoint) -> Result<()> {
+        let device = self.device().clone();
+        self.attach(config, |module, output, input| {
+            let mut read = |factor: &str, shape: [usize; 2]| -> Result<Tensor> {
+                let name = format!("base_model.model.{module}.{factor}.weight");
+                let tensor = checkpoint.read(&name, &device)?.to_dtype(DType::F32)?;
+                if tensor.dims() == shape {
+                    return Ok(tensor);
+                }
+                Err(Error::data(format!("`{name}` has shape {:?}, expected {shape:?}", tensor.dims()))
+                    .file(checkpoint.path()))
+            };
+            Ok(Adapter { a: read("lora_A", [config.r, input])?, b: read("lora_B", [output, config.r])? })
+        })
+    }
+
+    fn attach(
+        &mut self,
+        config: &LoraConfig,
+        mut make: impl FnMut(&str, usize, usize) -> Result<Adapter>,
+    ) -> Result<()> {
+        config.check()?;
+        if self.lora.is_some() {
+            return Err(Error::run("an adapter is already attached: merge it first"));
+        }
+        self.check_targets(config)?;
+        self.freeze();
+        let mut adapters = BTreeMap::new();
+        for (index, param) in self.params.iter().enumerate().filter(|(_, param)| param.linear) {
+            let module = module_of(&param.name);
+            if !config.target_modules.iter().any(|target| matches(module, target)) {
+                continue;
+            }
+            let adapter = make(module, param.shape[0], param.shape[1])?;
+            let mut train = |factor: &str, tensor: &Tensor| -> Result<Tensor> {
+                let var = Var::from_tensor(&tensor.copy()?)?;
+                let tensor = var.as_tensor().clone();
+                self.trainable.insert(format!("{module}.{factor}.weight"), var);
+                Ok(tensor)
+            };
+            let adapter = Adapter { a: train("lora_A", &adapter.a)?, b: train("lora_B", &adapter.b)? };
+            adapters.insert(index, adapter);
+        }
+        self.lora = Some(Lora { config: config.clone(), adapters });
+        Ok(())
+    }
+
+    /// Every target must name at least one layer; published code skips such targets without a word.
+    fn check_targets(&self, config: &LoraConfig) -> Result<()> {
+        let modules: Vec<&str> =
+            self.params.iter().filter(|param| param.linear).map(|param| module_of(&param.name)).collect();
+        let unmatched = config.target_modules.iter().find(|target| !modules.iter().any(|m| matches(m, target)));
+        let Some(target) = unmatched else { return Ok(()) };
+        let mut names: Vec<&str> = modules.iter().filter_map(|module| module.rsplit('.').next()).collect();
+        names.sort_unstable();
+        names.dedup();
+        let hint =
+            nearest(target, names.iter().copied()).map_or_else(String::new, |n| format!("; did you mean `{n}`?"));
+        Err(Error::config(format!("LoRA target `{target}` matches no linear layer of this model{hint}"))
+            .key("lora.target_modules")
+            .help(format!("layers of this model: {}", names.join(", "))))
+    }
+
+    /// Adds the adapter into the base parameters, `W += (alpha / r) · B A`, and drops it.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn merge(&mut self) -> Result<()> {
+        self.freeze();
+        let Some(lora) = self.lora.take() else { return Ok(()) };
+        for (index, adapter) in lora.adapters {
+            let delta = (adapter.b.detach().matmul(&adapter.a.detach())? * lora.config.scale())?;
+            let weight = &mut self.base[index];
+            *weight = (weight.to_dtype(DType::F32)? + delta)?.to_dtype(weight.dtype())?;
+        }
+        Ok(())
+    }
+
+    /// A copy with the adapter merged, which later updates do not change.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn merged(&self) -> Result<Self> {
+        let mut copy = self.frozen();
+        copy.base = copy.base.iter().map(Tensor::copy).collect::<candle_core::Result<_>>()?;
+        copy.merge()?;
+        Ok(copy)
+    }
+
+    /// A view of the same numbers in which nothing is trained: passes through it build no graph for the weights.
+    #[must_use]
+    pub fn frozen(&self) -> Self {
+        let mut view = self.clone();
+        view.freeze();
+        view
+    }
+
+    fn freeze(&mut self) {
+        for tensor in &mut self.base {
+            *tensor = tensor.detach();
+        }
+        for adapter in self.lora.iter_mut().flat_map(|lora| lora.adapters.values_mut()) {
+            *adapter = Adapter { a: adapter.a.detach(), b: adapter.b.detach() };
+        }
+        self.trainable.clear();
+    }
+
+    /// A copy of the trained parameters.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn snapshot(&self) -> Result<Grads> {
+        self.trainable.iter().map(|(name, var)| Ok((name.clone(), var.as_tensor().copy()?.detach()))).collect()
+    }
+
+    /// Sets the trained parameters to `values`; the others stay.
+    ///
+    /// # Errors
+    /// A name is not under training or a shape differs.
+    pub fn set(&self, values: &Grads) -> Result<()> {
+        for (name, tensor) in values.iter() {
+            self.var(name)?.set(tensor)?;
+        }
+        Ok(())
+    }
+
+    /// Moves the trained parameters by `scale * direction`.
+    ///
+    /// # Errors
+    /// A name is not under training or a shape differs.
+    pub(crate) fn shift(&self, direction: &Grads, scale: f64) -> Result<()> {
+        for (name, tensor) in direction.iter() {
+            let var = self.var(name)?;
+            var.set(&(var.as_detached_tensor() + (tensor * scale)?)?)?;
+        }
+        Ok(())
+    }
+
+    fn var(&self, name: &str) -> Result<&Var> {
+        self.trainable.get(name).ok_or_else(|| Error::run(format!("`{name}` is not a parameter under training")))
+    }
+
+    /// Writes the base parameters as safetensors.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn save(&self, path: &Path) -> Result<()> {
+        write_tensors(path, self.named().map(|(name, tensor)| (name.to_owned(), tensor.clone())))
+    }
+
+    /// Writes the adapter as safetensors under PEFT's names.
+    ///
+    /// # Errors
+    /// There is no adapter, or the file cannot be written.
+    pub fn save_adapter(&self, path: &Path) -> Result<()> {
+        let lora = self.lora.as_ref().ok_or_else(|| Error::run("there is no adapter to save"))?;
+        let tensors = lora.adapters.iter().flat_map(|(&index, adapter)| {
+            let module = module_of(&self.params.0[index].name);
+            let name = |factor: &str| format!("base_model.model.{module}.{factor}.weight");
+            [(name("lora_A"), adapter.a.clone()), (name("lora_B"), adapter.b.clone())]
+        });
+        write_tensors(path, tensors)
+    }
+}
+
+/// `model.layers.0.self_attn.q_proj` of `model.layers.0.self_attn.q_proj.weight`.
+fn module_of(name: &str) -> &str {
+    name.strip_suffix(".weight").unwrap_or(name)
+}
+
+fn matches(module: &str, target: &str) -> bool {
+    module == target || module.strip_suffix(target).is_some_and(|front| front.ends_with('.'))
+}

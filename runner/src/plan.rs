@@ -1,0 +1,286 @@
+//! The plan: which stages must run, in what order, for which cells of the table. Plain data.
+//!
+//! A plan is a pure function of configuration, registry and data files: no device, no weights. Each stage has a key,
+//! the hash of everything that can change its result; two cells that share a prefix share its stages.
+
+use serde::Serialize;
+use serde_json::Value;
+use titer_core::optim::Schedule;
+use titer_core::weights::LoraConfig;
+
+/// A stage's identity: the hash of its specification, its parent's key, plugin versions and data content.
+pub type Key = String;
+
+/// The whole plan.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Plan {
+    /// The experiment's name.
+    pub experiment: String,
+    /// Every stage once, parents first.
+    pub stages: Vec<PlannedStage>,
+    /// The cells of the table.
+    pub cells: Vec<Cell>,
+}
+
+/// One stage of the plan.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct PlannedStage {
+    /// Its identity.
+    pub key: Key,
+    /// What it is, for people: `align Vaccine, seed 0`.
+    pub label: String,
+    /// The stage whose artifact it starts from.
+    pub parent: Option<Key>,
+    /// What to do.
+    pub spec: StageSpec,
+}
+
+/// What a stage does.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "stage", rename_all = "snake_case")]
+pub enum StageSpec {
+    /// Pretrains a model from scratch.
+    Pretrain(PretrainSpec),
+    /// Takes a checkpoint folder as it is.
+    Load(LoadSpec),
+    /// Trains under a defense: alignment or fine-tuning.
+    Train(TrainSpec),
+    /// Applies a post-fine-tuning defense.
+    Post(PostSpec),
+    /// Generates answers to prompts.
+    Answer(AnswerSpec),
+    /// Judges or scores stored answers.
+    Judge(JudgeSpec),
+}
+
+/// A plugin with its resolved settings: every default filled in.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct PluginSpec {
+    /// The registered name.
+    pub name: String,
+    /// The resolved settings.
+    pub settings: Value,
+    /// The plugin's version.
+    pub version: u32,
+}
+
+/// Rows from a task.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct RowsSpec {
+    /// The task.
+    pub task: PluginSpec,
+    /// How many rows.
+    pub rows: usize,
+    /// The hash of the files the task reads; empty for generated data.
+    pub content: String,
+}
+
+/// How text becomes tokens.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct EncodingSpec {
+    /// The prompt template: a built-in name or a Jinja text.
+    pub template: String,
+    /// Rows are cut after this many tokens.
+    pub max_length: usize,
+}
+
+/// How a stage trains.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct OptimSpec {
+    /// Updates in all.
+    pub steps: Steps,
+    /// Examples per batch.
+    pub batch_size: usize,
+    /// Micro batches per update.
+    pub accumulate: usize,
+    /// Batches per length-sorted window; 1 for none.
+    pub bucket: usize,
+    /// Peak learning rate.
+    pub learning_rate: f64,
+    /// Its course.
+    pub schedule: Schedule,
+    /// Fraction of the steps over which it rises from zero.
+    pub warmup: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// AdamW's moment decays.
+    pub betas: [f64; 2],
+    /// AdamW's epsilon.
+    pub eps: f64,
+    /// Global gradient norm to clip to; `None` for no clipping.
+    pub clip: Option<f64>,
+}
+
+/// The length of training.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Steps {
+    /// A number of updates.
+    Steps(usize),
+    /// A number of passes over the data.
+    Epochs(usize),
+}
+
+/// Pretraining from scratch.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct PretrainSpec {
+    /// The model and its sizes; the vocabulary's size comes from the task.
+    pub model: PluginSpec,
+    /// The documents.
+    pub data: RowsSpec,
+    /// Rows are cut after this many tokens.
+    pub max_length: usize,
+    /// How to train.
+    pub optim: OptimSpec,
+    /// Seed of weights and data order.
+    pub seed: u64,
+    /// Element type of the weights.
+    pub dtype: String,
+}
+
+/// A checkpoint folder.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct LoadSpec {
+    /// The model that reads it.
+    pub model: String,
+    /// The model's version.
+    pub version: u32,
+    /// The folder. It is not part of the key; its content is.
+    #[serde(skip)]
+    pub path: std::path::PathBuf,
+    /// The hash of the folder's model files.
+    pub content: String,
+    /// Element type to load the weights in.
+    pub dtype: String,
+}
+
+/// Training under a defense.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct TrainSpec {
+    /// `align` or `fine_tune`.
+    pub phase: titer_core::Stage,
+    /// The defense.
+    pub defense: PluginSpec,
+    /// The rows to train on, concatenated.
+    pub data: Vec<RowsSpec>,
+    /// In fine-tuning, the harmful rows mixed in.
+    pub harmful: Option<MixSpec>,
+    /// The defense's extra streams, by name.
+    pub streams: Vec<(String, RowsSpec)>,
+    /// Held-back harmful rows whose loss is tracked.
+    pub monitor: Option<RowsSpec>,
+    /// Text to tokens.
+    pub encoding: EncodingSpec,
+    /// How to train.
+    pub optim: OptimSpec,
+    /// The adapter to train.
+    pub adapter: AdapterSpec,
+    /// The cell's seed.
+    pub seed: u64,
+}
+
+/// Harmful rows in a user's data.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct MixSpec {
+    /// Where they come from; `rows` is how many are used.
+    pub source: RowsSpec,
+    /// Their share of all rows.
+    pub ratio: f64,
+}
+
+/// What is trained.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "mode", rename_all = "snake_case")]
+pub enum AdapterSpec {
+    /// Merge what is there, then train a fresh adapter (the field's "double LoRA" when fine-tuning).
+    Fresh(LoraConfig),
+    /// Go on training the parent's adapter ("single LoRA"); a fresh one if the parent has none.
+    Continue(LoraConfig),
+    /// Train every parameter.
+    Full,
+}
+
+/// A post-fine-tuning defense.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct PostSpec {
+    /// The defense.
+    pub defense: PluginSpec,
+    /// Its extra streams, by name.
+    pub streams: Vec<(String, RowsSpec)>,
+    /// Text to tokens.
+    pub encoding: EncodingSpec,
+    /// Examples per batch of the streams.
+    pub batch_size: usize,
+    /// The cell's seed.
+    pub seed: u64,
+}
+
+/// Answers to prompts.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct AnswerSpec {
+    /// `harmful`, `benign` or `task`.
+    pub probe: String,
+    /// The prompts.
+    pub prompts: RowsSpec,
+    /// The prompt template.
+    pub template: String,
+    /// Greedy decoding, at most this many tokens.
+    pub max_new_tokens: usize,
+    /// Prompts per batch. Not part of the key: answers do not depend on it.
+    #[serde(skip)]
+    pub batch_size: usize,
+}
+
+/// Verdicts on answers.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct JudgeSpec {
+    /// `harmful`, `benign` or `task`.
+    pub probe: String,
+    /// The judge, or for the `task` probe `None`: the task's own scoring.
+    pub judge: Option<PluginSpec>,
+    /// The prompts' task, which scores the `task` probe.
+    pub prompts: RowsSpec,
+}
+
+/// One cell of the table.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Cell {
+    /// The method's name.
+    pub method: String,
+    /// The alignment defense with its settings, as results.json shows it.
+    pub align: Value,
+    /// The fine-tuning defense with its settings.
+    pub fine_tune: Value,
+    /// The post-fine-tuning defense with its settings, or null.
+    pub post: Value,
+    /// The base model.
+    pub model: String,
+    /// The base's seed.
+    pub base_seed: Option<u64>,
+    /// The user's task, by its name in the configuration.
+    pub task: String,
+    /// Share of harmful rows.
+    pub harmful_ratio: f64,
+    /// Rows of user data.
+    pub samples: usize,
+    /// Peak learning rate of fine-tuning.
+    pub learning_rate: f64,
+    /// The seed.
+    pub seed: u64,
+    /// `double`, `single` or `full`.
+    pub lora: String,
+    /// The protocol id.
+    pub protocol: String,
+    /// The base stage.
+    pub base_key: Key,
+    /// The alignment stage; `None` for the method without alignment.
+    pub align_key: Option<Key>,
+    /// The fine-tuning stage.
+    pub fine_tune_key: Key,
+    /// The post stage.
+    pub post_key: Option<Key>,
+    /// Judge stages of the aligned model: `(probe, judge's name, key)`; the name is empty for the task's own scoring.
+    pub aligned_judgements: Vec<(String, String, Key)>,
+    /// Judge stages of the final model.
+    pub judgements: Vec<(String, String, Key)>,
+}
