@@ -60,7 +60,13 @@ impl CustomOp2 for SwiGlu {
         Ok((by_dtype!(g.dtype(), forward(g, lg, u, lu))?, lg.shape().clone()))
     }
 
-    fn bwd(&self, g: &Tensor, u: &Tensor, _y: &Tensor, grad: &Tensor) -> CandleResult<(Option<Tensor>, Option<Tensor>)> {
+    fn bwd(
+        &self,
+        g: &Tensor,
+        u: &Tensor,
+        _y: &Tensor,
+        grad: &Tensor,
+    ) -> CandleResult<(Option<Tensor>, Option<Tensor>)> {
         let (dg, du) = by_dtype!(g.dtype(), backward(g, u, grad))?;
         Ok((Some(dg), Some(du)))
     }
