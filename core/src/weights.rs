@@ -357,6 +357,12 @@ impl Weights {
         Ok(())
     }
 
+    /// Drops the adapter: the base parameters as they were before it.
+    pub fn discard_adapter(&mut self) {
+        self.freeze();
+        self.lora = None;
+    }
+
     /// A copy with the adapter merged, which later updates do not change.
     ///
     /// # Errors

@@ -1,1 +1,6 @@
+//! Runs experiments.
+
+pub mod base_model;
+pub mod memory;
 pub mod plan;
+pub mod train_loop;
