@@ -3,4 +3,5 @@
 pub mod base_model;
 pub mod memory;
 pub mod plan;
+pub mod stages;
 pub mod train_loop;

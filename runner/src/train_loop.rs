@@ -26,6 +26,8 @@ pub trait Watch {
     fn started(&mut self, total: usize, resumed: usize);
     /// A step is done.
     fn step(&mut self, step: usize, loss: f64);
+    /// So many prompts are answered.
+    fn answered(&mut self, done: usize);
     /// Whether the user asked to stop.
     fn must_stop(&self) -> bool;
     /// Whether it is time for a checkpoint.

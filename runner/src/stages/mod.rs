@@ -1,0 +1,187 @@
+//! What each kind of stage does: one file each. A stage reads its parent's artifact and writes its own folder.
+
+mod answer;
+mod judge;
+mod load;
+mod post;
+mod pretrain;
+mod train;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::Device;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use titer_core::checkpoint::Checkpoint;
+use titer_core::data::Stream;
+use titer_core::device::parse_dtype;
+use titer_core::error::io_error;
+use titer_core::rng::Seed;
+use titer_core::step::Streams;
+use titer_core::text::{Encoder, Template, Tokenizer};
+use titer_core::{AlignmentDefense, DefenseEntry, Error, Result, Row, Settings, Task, TaskEntry, registry};
+
+use crate::base_model::BaseModel;
+use crate::plan::{AdapterSpec, EncodingSpec, Key, Plan, PlannedStage, PluginSpec, RowsSpec, StageSpec};
+use crate::train_loop::Watch;
+
+pub use answer::AnswerRecord;
+pub use judge::{JudgeRecord, read_answers};
+
+/// Stored numbers of a stage, in every artifact.
+pub const RECORD: &str = "record.json";
+/// Stored answers, one JSON object a line.
+pub const ANSWERS: &str = "answers.jsonl";
+
+/// Where a stage writes, where it finds others' artifacts, and whom it tells.
+pub struct StageIo<'a> {
+    /// The folder to write the artifact into.
+    pub output: &'a Path,
+    /// The artifact folder of a finished stage.
+    pub artifact: &'a dyn Fn(&str) -> Result<PathBuf>,
+    /// Progress, checkpoints, the wish to stop.
+    pub watch: &'a mut dyn Watch,
+}
+
+/// Runs the stages of one plan.
+#[derive(Debug)]
+pub struct Stages {
+    stages: BTreeMap<Key, PlannedStage>,
+    /// Relative data paths start here: the configuration's folder.
+    folder: PathBuf,
+    device: Device,
+}
+
+impl Stages {
+    /// The stages of `plan`, on `device`; relative data paths start at `folder`.
+    pub fn new(plan: &Plan, folder: &Path, device: Device) -> Self {
+        let stages = plan.stages.iter().map(|stage| (stage.key.clone(), stage.clone())).collect();
+        Self { stages, folder: folder.to_owned(), device }
+    }
+
+    /// Runs one stage whose parent is done.
+    ///
+    /// # Errors
+    /// The stage failed or was interrupted.
+    pub fn run(&self, stage: &PlannedStage, io: &mut StageIo) -> Result<()> {
+        let parent = || stage.parent.as_deref().ok_or_else(|| Error::run("the stage has no parent"));
+        match &stage.spec {
+            StageSpec::Pretrain(spec) => pretrain::run(self, spec, io),
+            StageSpec::Load(spec) => load::run(self, spec, io),
+            StageSpec::Train(spec) => train::run(self, spec, parent()?, io),
+            StageSpec::Post(spec) => post::run(self, spec, parent()?, io),
+            StageSpec::Answer(spec) => answer::run(self, spec, parent()?, io),
+            StageSpec::Judge(spec) => judge::run(self, spec, parent()?, io),
+        }
+    }
+
+    /// The model as a finished stage left it: its base, and its adapter attached.
+    fn open(&self, key: &str, artifact: &dyn Fn(&str) -> Result<PathBuf>) -> Result<BaseModel> {
+        let stage = self.stages.get(key).ok_or_else(|| Error::run(format!("stage `{key}` is not part of the plan")))?;
+        let parent = || {
+            let parent = stage.parent.as_deref().ok_or_else(|| Error::run("the stage has no parent"))?;
+            self.open(parent, artifact)
+        };
+        match &stage.spec {
+            StageSpec::Pretrain(spec) => {
+                let dtype = parse_dtype(&spec.dtype, &self.device)?;
+                BaseModel::open(&artifact(key)?, Some(&spec.model.name), dtype, &self.device)
+            }
+            StageSpec::Load(spec) => {
+                let dtype = parse_dtype(&spec.dtype, &self.device)?;
+                BaseModel::open(&spec.path, Some(&spec.model), dtype, &self.device)
+            }
+            StageSpec::Train(spec) => self.apply(parent()?, &artifact(key)?, &spec.adapter),
+            StageSpec::Post(_) => {
+                let parent = parent()?;
+                let adapter = parent.weights.lora().cloned().map_or(AdapterSpec::Full, AdapterSpec::Continue);
+                self.apply(parent, &artifact(key)?, &adapter)
+            }
+            StageSpec::Answer(_) | StageSpec::Judge(_) => Err(Error::run("this stage holds answers, not a model")),
+        }
+    }
+
+    /// Puts a stage's stored weights on its parent's.
+    fn apply(&self, mut parent: BaseModel, folder: &Path, adapter: &AdapterSpec) -> Result<BaseModel> {
+        let attach = |parent: &mut BaseModel, config| {
+            parent.weights.continue_lora(config, &mut Checkpoint::open(&folder.join("adapter_model.safetensors"))?)
+        };
+        match adapter {
+            AdapterSpec::Full => {
+                let mut file = Checkpoint::open(&folder.join("model.safetensors"))?;
+                let dtype = parent.weights.dtype();
+                parent.weights = titer_core::Weights::load(parent.model.as_ref(), &mut file, dtype, &self.device)?;
+            }
+            AdapterSpec::Fresh(config) => {
+                parent.weights.merge()?;
+                attach(&mut parent, config)?;
+            }
+            AdapterSpec::Continue(config) => {
+                parent.weights.discard_adapter();
+                attach(&mut parent, config)?;
+            }
+        }
+        Ok(parent)
+    }
+
+    fn task(&self, spec: &PluginSpec) -> Result<Box<dyn Task>> {
+        let entry = registry::find::<TaskEntry>(&spec.name)?;
+        (entry.build)(&settings(spec), &self.folder)
+    }
+
+    /// Training rows in the order of `seed`.
+    fn train_rows(&self, spec: &RowsSpec, seed: Seed) -> Result<Vec<Row>> {
+        self.task(&spec.task)?.train(spec.rows, seed.named("rows").named(&spec.task.name))
+    }
+
+    /// The defense's extra streams.
+    fn streams(
+        &self,
+        specs: &[(String, RowsSpec)],
+        encoder: &Encoder,
+        batch_size: usize,
+        seed: Seed,
+    ) -> Result<Streams> {
+        let mut streams = Streams::default();
+        for (name, spec) in specs {
+            let seed = seed.named("stream").named(name);
+            let examples = encoder.examples(&self.train_rows(spec, seed)?).map_err(|error| error.at("stream", name))?;
+            let stream = Stream::new(examples.into(), batch_size, 1, seed, encoder.tokenizer.pad)?;
+            streams.insert(name, stream);
+        }
+        Ok(streams)
+    }
+}
+
+fn settings(spec: &PluginSpec) -> Settings {
+    Settings::from(spec.settings.as_object().cloned().unwrap_or_default())
+}
+
+fn defense(spec: &PluginSpec) -> Result<Box<dyn AlignmentDefense>> {
+    (registry::find::<DefenseEntry>(&spec.name)?.build)(&settings(spec))
+}
+
+fn encoder(spec: &EncodingSpec, tokenizer: &Tokenizer) -> Encoder {
+    Encoder { tokenizer: tokenizer.clone(), template: Template::new(&spec.template), max_length: spec.max_length }
+}
+
+/// Writes a value as JSON.
+fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    let text = serde_json::to_string(value).map_err(|error| Error::run("cannot serialise").source(error))?;
+    std::fs::write(path, text).map_err(|error| io_error("write", path, error))
+}
+
+/// Reads a value that [`write_json`] wrote.
+///
+/// # Errors
+/// The file is missing or damaged.
+pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let text = std::fs::read_to_string(path).map_err(|error| io_error("read", path, error))?;
+    serde_json::from_str(&text).map_err(|error| {
+        Error::data(format!("`{}` is damaged", path.display()))
+            .file(path)
+            .source(error)
+            .help("delete the stage's folder in the store and run again")
+    })
+}
