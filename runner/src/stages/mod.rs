@@ -35,6 +35,7 @@ pub const RECORD: &str = "record.json";
 pub const ANSWERS: &str = "answers.jsonl";
 
 /// Where a stage writes, where it finds others' artifacts, and whom it tells.
+#[expect(missing_debug_implementations, reason = "it holds closures and lives for one call")]
 pub struct StageIo<'a> {
     /// The folder to write the artifact into.
     pub output: &'a Path,
