@@ -7,7 +7,7 @@
 //! | [`defense`] [`model`] [`task`] [`judge`] | one trait each, and the entry that registers it |
 //! | [`registry`] [`settings`] | looking plugins up by name; typed settings |
 //! | [`step`] [`sites`] [`grads`] | the verbs of a defense, activation points, gradient arithmetic |
-//! | [`weights`] [`checkpoint`] | parameters, LoRA, snapshots; safetensors files |
+//! | [`weights`] [`checkpoint`] | parameters, LoRA, snapshots; tensor files |
 //! | [`layers`] [`ops`] | what models are built of; differentiable operators |
 //! | [`text`] [`data`] [`rng`] | templates and tokenizers; streams and mixtures; named generators |
 //! | [`optim`] [`generate`] [`cache`] | AdamW and schedules; batched greedy decoding |

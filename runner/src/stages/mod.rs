@@ -48,7 +48,7 @@ pub struct StageIo<'a> {
 /// Runs the stages of one plan.
 #[derive(Debug)]
 pub struct Stages {
-    stages: BTreeMap<Key, PlannedStage>,
+    by_key: BTreeMap<Key, PlannedStage>,
     /// Relative data paths start here: the configuration's folder.
     folder: PathBuf,
     device: Device,
@@ -57,8 +57,8 @@ pub struct Stages {
 impl Stages {
     /// The stages of `plan`, on `device`; relative data paths start at `folder`.
     pub fn new(plan: &Plan, folder: &Path, device: Device) -> Self {
-        let stages = plan.stages.iter().map(|stage| (stage.key.clone(), stage.clone())).collect();
-        Self { stages, folder: folder.to_owned(), device }
+        let by_key = plan.stages.iter().map(|stage| (stage.key.clone(), stage.clone())).collect();
+        Self { by_key, folder: folder.to_owned(), device }
     }
 
     /// Runs one stage whose parent is done.
@@ -79,7 +79,7 @@ impl Stages {
 
     /// The model as a finished stage left it: its base, and its adapter attached.
     fn open(&self, key: &str, artifact: &dyn Fn(&str) -> Result<PathBuf>) -> Result<BaseModel> {
-        let stage = self.stages.get(key).ok_or_else(|| Error::run(format!("stage `{key}` is not part of the plan")))?;
+        let stage = self.by_key.get(key).ok_or_else(|| Error::run(format!("stage `{key}` is not part of the plan")))?;
         let parent = || {
             let parent = stage.parent.as_deref().ok_or_else(|| Error::run("the stage has no parent"))?;
             self.open(parent, artifact)
