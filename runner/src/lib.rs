@@ -1,1 +1,36 @@
+//! The runner of Titer: from a configuration to a report.
+//!
+//! # Code map, in the order of the flow
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`config`] | what the user writes, its layers, and the place of every mistake |
+//! | [`resolve`] | names looked up, defaults filled in, data hashed: all mistakes at once |
+//! | [`planner`] [`plan`] | which stages for which cells; a pure function |
+//! | [`store`] | finished stages by key: atomic, locked, verified |
+//! | [`executor`] | runs what is missing, several stages at once |
+//! | [`stages`] | what each stage does |
+//! | [`results`] [`reporters`] [`compare`] | `results.json`, its renderings, runs side by side |
+//! | [`cli`] [`commands`] [`progress`] [`diagnostics`] | the command line and what it shows |
+//! | [`driver`] | asks the CUDA driver for its version; the crate's only `unsafe` |
+
+#![warn(missing_docs)]
+
+pub mod cli;
+pub mod commands;
+pub mod compare;
+pub mod config;
+pub mod diagnostics;
+pub mod driver;
+pub mod executor;
 pub mod plan;
+pub mod planner;
+pub mod progress;
+pub mod reporters;
+pub mod resolve;
+pub mod results;
+pub mod stages;
+pub mod store;
+
+// Without a reference to the crate its plugins would not be linked and the registry would be silently empty.
+use titer_plugins as _;
