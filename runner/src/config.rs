@@ -420,14 +420,14 @@ impl Config {
     /// Unknown keys, missing keys, wrong types: every mistake at once.
     pub fn from_source(source: Source) -> Result<Loaded, Problems> {
         let schema = Self::schema().to_value();
-        let mut problems = Problems::default();
-        for error in schema::check(&schema, source.value()) {
-            problems.push(source.locate("", error));
-        }
-        problems.into_result(())?;
+        let errors = schema::check(&schema, source.value()).into_iter();
+        errors.map(|error| source.locate("", error)).collect::<Problems>().into_result(())?;
         // The schema has vouched for the shape; what serde still refuses it names itself.
         let config = serde_json::from_value(source.value().clone())
             .map_err(|error| source.locate("", titer_core::Error::config(error.to_string())))?;
         Ok(Loaded { config, source })
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -15,11 +15,6 @@ impl Problems {
         self.0.push(error);
     }
 
-    /// Adds what another check found.
-    pub fn extend(&mut self, others: Problems) {
-        self.0.extend(others.0);
-    }
-
     /// The mistakes in the order they were found.
     pub fn errors(&self) -> &[Error] {
         &self.0
@@ -28,8 +23,10 @@ impl Problems {
     /// `value`, if nothing was found.
     ///
     /// # Errors
-    /// Something was.
-    pub fn into_result<T>(self, value: T) -> Result<T, Problems> {
+    /// Something was; mistakes in a file come in the order of its lines.
+    pub fn into_result<T>(mut self, value: T) -> Result<T, Problems> {
+        let line = |error: &Error| error.place("line").and_then(|line| line.parse::<usize>().ok());
+        self.0.sort_by_key(|error| line(error).unwrap_or(usize::MAX));
         if self.0.is_empty() { Ok(value) } else { Err(self) }
     }
 
@@ -40,6 +37,12 @@ impl Problems {
         let kinds = self.0.iter().map(Error::kind);
         let gravest = kinds.min_by_key(|kind| rank(kind).unwrap_or(usize::MAX));
         ExitCode::from(gravest.unwrap_or(Kind::Run).exit_code())
+    }
+}
+
+impl FromIterator<Error> for Problems {
+    fn from_iter<I: IntoIterator<Item = Error>>(errors: I) -> Self {
+        Self(errors.into_iter().collect())
     }
 }
 

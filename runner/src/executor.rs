@@ -200,14 +200,12 @@ fn finished(plan: &Plan, store: &Store) -> BTreeSet<Key> {
     // Children come after their parents, so walking backwards a parent found damaged is judged before its own parent.
     for stage in plan.stages.iter().rev() {
         let Some(parent) = stage.parent.as_ref().filter(|_| !cached.contains(&stage.key)) else { continue };
-        let intact = store.artifact(parent).and_then(|artifact| artifact.verified().map(drop));
-        if let Err(error) = intact
-            && cached.remove(parent)
-        {
-            tracing::warn!("{} will be computed again: {error}", parent);
-            if let Err(error) = store.discard(parent) {
-                tracing::warn!("{error}");
-            }
+        if !cached.contains(parent) {
+            continue;
+        }
+        if let Err(error) = store.artifact(parent).and_then(|artifact| artifact.verified().map(drop)) {
+            cached.remove(parent);
+            tracing::warn!("{parent} will be computed again: {error}");
         }
     }
     cached
@@ -317,6 +315,7 @@ impl<'a> Execution<'a> {
             Turn::Done(_) => return Ok(false),
             Turn::Ours(claim) => claim,
         };
+        let started = Instant::now();
         let context = StageContext {
             folder: claim.folder(),
             ancestors: self.ancestors(stage)?,
@@ -326,7 +325,7 @@ impl<'a> Execution<'a> {
             interrupt: self.interrupt,
         };
         self.runner.run(stage, &context)?;
-        claim.commit()?;
+        claim.commit(started.elapsed().as_secs_f64())?;
         Ok(true)
     }
 
@@ -367,4 +366,169 @@ fn panicked(panic: &(dyn std::any::Any + Send)) -> Error {
     let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
     Error::run(format!("the stage panicked: {}", text.unwrap_or("no message")))
         .help("this is a defect of Titer or of a plugin; please report it with the configuration")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Barrier;
+    use std::sync::atomic::AtomicBool;
+
+    use super::*;
+    use crate::plan::StageSpec;
+
+    /// A runner made of a closure. It writes one file after the closure agreed.
+    struct Fake<F>(F);
+
+    impl<F: Fn(&PlannedStage, &StageContext) -> Result<()> + Sync> StageRunner for Fake<F> {
+        fn run(&self, stage: &PlannedStage, context: &StageContext) -> Result<()> {
+            (self.0)(stage, context)?;
+            crate::store::write_file(&context.folder.join("label.txt"), stage.label.as_bytes())
+        }
+    }
+
+    struct Silent;
+
+    impl Sink for Silent {
+        fn emit(&self, _event: Event) {}
+    }
+
+    struct Bench {
+        _folder: tempfile::TempDir,
+        plan: Plan,
+        store: Store,
+        interrupt: Interrupt,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            let store = Store::open(folder.path()).unwrap();
+            Self { _folder: folder, plan: crate::testing::plan(&[]), store, interrupt: Interrupt::default() }
+        }
+
+        fn run(&self, count: usize, run: impl Fn(&PlannedStage, &StageContext) -> Result<()> + Sync) -> Outcome {
+            let jobs = Jobs { count, threads: 1 };
+            execute(&self.plan, &self.store, &Fake(run), &Silent, &self.interrupt, jobs).unwrap()
+        }
+    }
+
+    fn is_align(stage: &PlannedStage) -> bool {
+        matches!(&stage.spec, StageSpec::Train(spec) if spec.phase == titer_core::Stage::Align)
+    }
+
+    #[test]
+    fn parents_run_first_and_nothing_runs_twice() {
+        let bench = Bench::new();
+        let order = Mutex::new(Vec::new());
+        let outcome = bench.run(2, |stage, context| {
+            if stage.parent.is_some() {
+                assert!(context.parent()?.join("label.txt").exists());
+            }
+            order.lock().unwrap().push(stage.key.clone());
+            Ok(())
+        });
+        assert_eq!((outcome.ran.len(), outcome.failed.len()), (bench.plan.stages.len(), 0));
+        let order = order.into_inner().unwrap();
+        let at = |key: &Key| order.iter().position(|other| other == key).unwrap();
+        for stage in &bench.plan.stages {
+            assert!(stage.parent.iter().all(|parent| at(parent) < at(&stage.key)));
+        }
+        let again = bench.run(2, |_, _| panic!("everything is cached"));
+        assert_eq!((again.ran.len(), again.cached.len()), (0, bench.plan.stages.len()));
+    }
+
+    #[test]
+    fn two_jobs_run_two_stages_at_once() {
+        let (bench, meeting) = (Bench::new(), Barrier::new(2));
+        let outcome = bench.run(2, |stage, _| {
+            // The two bases; alone, the first would wait for ever.
+            if stage.parent.is_none() {
+                meeting.wait();
+            }
+            Ok(())
+        });
+        assert!(outcome.failed.is_empty());
+    }
+
+    #[test]
+    fn a_failure_takes_only_its_descendants() {
+        let bench = Bench::new();
+        let outcome = bench.run(2, |stage, _| match stage.spec {
+            StageSpec::Train(_) if is_align(stage) => Err(Error::run("the loss is not finite")),
+            _ => Ok(()),
+        });
+        // Four alignments; eight attacks on them; two answers and two verdicts for each of those twelve.
+        assert_eq!(outcome.failed.len(), 12 * 5);
+        assert_eq!(outcome.ran.len(), bench.plan.stages.len() - 12 * 5);
+        let (failed, kept): (Vec<_>, Vec<_>) =
+            bench.plan.cells.iter().partition(|cell| outcome.failure(cell).is_some());
+        assert!(failed.iter().all(|cell| cell.method == "Shield") && kept.iter().all(|cell| cell.method == "none"));
+        let (_, error) = outcome.failure(failed[0]).unwrap();
+        assert_eq!(error.message(), "the loss is not finite");
+        let retry = bench.run(1, |_, _| Ok(()));
+        assert_eq!(retry.ran.len(), 12 * 5);
+    }
+
+    #[test]
+    fn a_panic_is_a_failure_with_its_message() {
+        let bench = Bench::new();
+        let outcome = bench.run(2, |stage, _| if is_align(stage) { panic!("index out of bounds") } else { Ok(()) });
+        let messages: Vec<_> = outcome.failed.values().map(|error| error.message().to_owned()).collect();
+        assert!(messages.iter().any(|message| message == "the stage panicked: index out of bounds"), "{messages:?}");
+        assert_eq!(outcome.failed.len(), 12 * 5);
+    }
+
+    #[test]
+    fn an_interrupted_run_resumes_with_what_is_missing() {
+        let bench = Bench::new();
+        let outcome = bench.run(1, |stage, context| {
+            if is_align(stage) {
+                context.partials.save(7, |_| Ok(()))?;
+                bench.interrupt.set();
+            }
+            if context.interrupted() { Err(Error::interrupted()) } else { Ok(()) }
+        });
+        assert!(outcome.interrupted && outcome.failed.is_empty());
+        let before = outcome.ran.len();
+        assert!(before > 0 && before < bench.plan.stages.len());
+
+        let resumed = AtomicBool::new(false);
+        let bench = Bench { interrupt: Interrupt::default(), ..bench };
+        let outcome = bench.run(1, |stage, context| {
+            if is_align(stage) && context.partials.newest().is_some_and(|(step, _)| step == 7) {
+                resumed.store(true, Ordering::Relaxed);
+            }
+            Ok(())
+        });
+        assert_eq!((outcome.cached.len(), outcome.ran.len()), (before, bench.plan.stages.len() - before));
+        assert!(resumed.into_inner(), "the checkpoint is there");
+    }
+
+    #[test]
+    fn a_stage_that_stops_by_itself_ends_the_run() {
+        let bench = Bench::new();
+        let outcome = bench.run(2, |_, _| Err(Error::interrupted()));
+        assert!(outcome.interrupted && outcome.ran.is_empty());
+    }
+
+    #[test]
+    fn a_damaged_parent_is_computed_again() {
+        let bench = Bench::new();
+        bench.run(1, |stage, _| if is_align(stage) { Err(Error::run("later")) } else { Ok(()) });
+        let base = bench.plan.stages.iter().find(|stage| stage.parent.is_none()).unwrap();
+        let file = bench.store.artifact(&base.key).unwrap().folder().join("label.txt");
+        let size = std::fs::metadata(&file).unwrap().len();
+        std::fs::write(&file, "x".repeat(usize::try_from(size).unwrap())).unwrap();
+        let outcome = bench.run(1, |_, _| Ok(()));
+        assert!(outcome.ran.contains(&base.key) && outcome.failed.is_empty());
+    }
+
+    #[test]
+    fn longer_paths_are_more_urgent() {
+        let plan = crate::testing::plan(&[]);
+        let urgency = urgency(&plan);
+        for stage in &plan.stages {
+            assert!(stage.parent.iter().all(|parent| urgency[parent.as_str()] > urgency[stage.key.as_str()]));
+        }
+    }
 }

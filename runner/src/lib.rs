@@ -31,6 +31,8 @@ pub mod resolve;
 pub mod results;
 pub mod stages;
 pub mod store;
+#[cfg(test)]
+mod testing;
 
 // Without a reference to the crate its plugins would not be linked and the registry would be silently empty.
 use titer_plugins as _;

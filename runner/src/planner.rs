@@ -297,3 +297,125 @@ impl TrainSpec {
         self.data.iter().map(|rows| rows.rows).sum::<usize>() + harmful
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::testing::plan;
+
+    fn count(plan: &Plan, fits: impl Fn(&StageSpec) -> bool) -> usize {
+        plan.stages.iter().filter(|stage| fits(&stage.spec)).count()
+    }
+
+    fn keys(plan: &Plan) -> BTreeSet<Key> {
+        plan.stages.iter().map(|stage| stage.key.clone()).collect()
+    }
+
+    #[test]
+    fn shared_stages_appear_once() {
+        let plan = plan(&[]);
+        // Two methods × two ratios × two seeds × two bases.
+        assert_eq!(plan.cells.len(), 16);
+        assert_eq!(count(&plan, |spec| matches!(spec, StageSpec::Pretrain(_))), 2);
+        // Only one method aligns: once per seed and base, for both ratios.
+        assert_eq!(count(&plan, |spec| matches!(spec, StageSpec::Train(spec) if spec.phase == Stage::Align)), 4);
+        assert_eq!(count(&plan, |spec| matches!(spec, StageSpec::Train(spec) if spec.phase == Stage::FineTune)), 16);
+        // Two bases, four aligned and sixteen final models; a harmful and a task probe each.
+        assert_eq!(count(&plan, |spec| matches!(spec, StageSpec::Answer(_))), 2 * (2 + 4 + 16));
+        assert_eq!(count(&plan, |spec| matches!(spec, StageSpec::Judge(_))), 2 * (2 + 4 + 16));
+    }
+
+    #[test]
+    fn parents_come_first_and_keys_are_unique() {
+        let plan = plan(&[]);
+        let mut seen = BTreeSet::new();
+        for stage in &plan.stages {
+            assert!(stage.parent.iter().all(|parent| seen.contains(parent)), "{}", stage.label);
+            assert!(seen.insert(stage.key.clone()), "{}", stage.label);
+        }
+        assert!(plan.cells.iter().flat_map(Cell::keys).all(|key| seen.contains(key)));
+    }
+
+    #[test]
+    fn cells_are_ordered_by_method_task_ratio_seed_and_base() {
+        let order: Vec<_> = plan(&[])
+            .cells
+            .iter()
+            .map(|cell| (cell.method.clone(), cell.harmful_ratio, cell.seed, cell.base_seed))
+            .take(5)
+            .collect();
+        let none = || "none".to_owned();
+        let expected = [(0., 0, Some(0)), (0., 0, Some(1)), (0., 1, Some(0)), (0., 1, Some(1)), (0.1, 0, Some(0))];
+        assert_eq!(order, expected.map(|(ratio, seed, base)| (none(), ratio, seed, base)));
+    }
+
+    #[test]
+    fn what_cannot_change_a_result_changes_no_key() {
+        let before = keys(&plan(&[]));
+        for (from, to) in [
+            ("name = \"Shield\"", "name = \"Armour\""),
+            ("experiment = \"demo\"", "experiment = \"other\""),
+            ("experiment = \"demo\"", "experiment = \"demo\"\ndevice = \"cpu\""),
+            ("task_prompts = 5", "task_prompts = 5\nbatch_size = 7"),
+            ("name = \"chat\", ", ""),
+        ] {
+            assert_eq!(keys(&plan(&[(from, to)])), before, "{to}");
+        }
+    }
+
+    #[test]
+    fn a_change_reaches_what_follows_and_nothing_before() {
+        let before = plan(&[]);
+        let kept = |from: &str, to: &str| {
+            let after = keys(&plan(&[(from, to)]));
+            before.stages.iter().filter(|stage| after.contains(&stage.key)).count()
+        };
+        let all = before.stages.len();
+        let training = "train = { steps = 10, batch_size = 4, learning_rate = 1e-3 }\n\n[align]";
+        assert_eq!(kept(training, &training.replace("10", "11")), 0);
+        // The defense's setting: its four alignments, their eight attacks, and what is asked of those twelve models.
+        assert_eq!(kept("rho = 2.0", "rho = 3.0"), all - 12 * (1 + 4));
+        // One ratio: eight attacks.
+        assert_eq!(kept("[0.0, 0.1]", "[0.0, 0.2]"), all - 8 * (1 + 4));
+        // The prompts' count: half of the answers and verdicts.
+        assert_eq!(kept("task_prompts = 5", "task_prompts = 6"), all - 22 * 2);
+    }
+
+    #[test]
+    fn data_content_is_part_of_the_key() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("rows.csv");
+        let with = |text: &str| {
+            std::fs::write(&file, text).unwrap();
+            keys(&plan(&[("word = \"hello\"", &format!("file = {file:?}"))]))
+        };
+        let (one, two) = (with("a"), with("b"));
+        assert_eq!(with("a"), one);
+        // Attacks and their probes differ, and so do the task's probes of bases and aligned models.
+        assert_eq!(one.difference(&two).count(), 16 * 5 + (2 + 4) * 2);
+    }
+
+    #[test]
+    fn the_protocol_says_how_numbers_were_taken() {
+        let protocol = |from: &str, to: &str| plan(&[(from, to)]).cells[0].protocol.clone();
+        let before = protocol("rho", "rho");
+        assert_eq!(protocol("rho = 2.0", "rho = 3.0"), before);
+        assert_eq!(protocol("[0.0, 0.1]", "[0.0, 0.2]"), before);
+        assert_ne!(protocol("task_prompts = 5", "task_prompts = 6"), before);
+        assert_ne!(protocol("seeds = [0, 1]\n\n[lora]", "seeds = [0]\n\n[lora]"), before);
+        assert_ne!(protocol("experiment = \"demo\"", "experiment = \"demo\"\nencoding.template = \"chat\""), before);
+    }
+
+    #[test]
+    fn epochs_become_updates() {
+        let plan = plan(&[]);
+        let align = plan.stages.iter().find_map(|stage| match &stage.spec {
+            StageSpec::Train(spec) if spec.phase == Stage::Align => Some(spec),
+            _ => None,
+        });
+        // 50 rows in batches of 4 are 13 updates; twice.
+        assert_eq!(align.map(|spec| spec.optim.updates(spec.rows())), Some(26));
+    }
+}

@@ -279,7 +279,8 @@ impl Resolver<'_> {
         settings: &Map<String, Value>,
     ) -> Option<(&'static E, PluginSpec)> {
         let entry = self.take(name_key, find::<E>(name))?;
-        let settings = self.take(key, entry.settings().resolve(&Settings::from(settings.clone())))?;
+        let settings = entry.settings().resolve(&Settings::from(settings.clone()));
+        let settings = self.take(key, settings.map_err(|error| explained(name, error)))?;
         Some((entry, PluginSpec { name: name.to_owned(), settings, version: entry.version() }))
     }
 
@@ -488,7 +489,8 @@ impl Resolver<'_> {
         }
         let (entry, spec) = self.plugin::<DefenseEntry>(key, &name_key, name, settings)?;
         // What building refuses is a setting out of range.
-        self.take(key, (entry.build)(&Settings::from(settings.clone())));
+        let built = (entry.build)(&Settings::from(settings.clone()));
+        self.take(key, built.map_err(|error| explained(name, error)));
         if !entry.stages.contains(&stage) {
             let stages: Vec<_> = entry.stages.iter().map(|stage| stage.name()).collect();
             let message = format!("`{name}` does not act at the stage `{}`", stage.name());
@@ -624,6 +626,11 @@ impl Resolver<'_> {
     }
 }
 
+/// Points to the plugin's documentation, unless the plugin gave a remedy of its own.
+fn explained(name: &str, error: Error) -> Error {
+    if error.remedy().is_some() { error } else { error.help(format!("`titer explain {name}` shows its settings")) }
+}
+
 /// The architecture of a model pretrained here. The vocabulary comes from the task when training begins; here it only
 /// has to be one that the task could have.
 fn build_model(entry: &ModelEntry, settings: &Value, task: &dyn Task) -> Result<Box<dyn Model>> {
@@ -658,4 +665,64 @@ pub(crate) fn hash_file(path: &Path) -> Result<String> {
     let mut hasher = blake3::Hasher::new();
     hasher.update_reader(file).map_err(failed)?;
     Ok(hasher.finalize().to_hex().to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::testing::{load, problems};
+
+    #[test]
+    fn the_sample_resolves() {
+        let experiment = super::resolve(&load(&[], &[]).unwrap()).unwrap_or_else(|problems| panic!("{problems}"));
+        assert_eq!(experiment.methods[1].align.as_ref().unwrap().spec.settings["rho"], 2.0);
+        assert_eq!(experiment.fine_tune.harmful.unwrap().rows, 4);
+    }
+
+    #[test]
+    fn each_mistake_is_told() {
+        let train = "train = { epochs = 2, batch_size = 4, learning_rate = 1e-3 }";
+        for (from, to, expected) in [
+            ("seeds = [0, 1]\n\n[lora]", "seeds = []\n\n[lora]", "the list is empty: nothing would run"),
+            ("seeds = [0, 1]\n\n[lora]", "seeds = [1, 1]\n\n[lora]", "`1` appears twice"),
+            ("harmful_ratios = [0.0, 0.1]", "harmful_ratios = [0.0, 1.1]", "must lie in [0, 1], found `1.1`"),
+            ("\"q_proj\"", "\"q_prj\"", "no linear layer `q_prj`; did you mean `q_proj`?"),
+            ("\"fake-model\"", "\"fake-modl\"", "unknown model `fake-modl`; did you mean `fake-model`?"),
+            ("\"fake-judge\"", "\"fake-juge\"", "unknown judge `fake-juge`; did you mean `fake-judge`?"),
+            ("task = \"fake-rows\", rows = 50", "task = \"fake-row\", rows = 50", "key: align.data.0.task"),
+            ("\"fake-shield\"", "\"fake-shild\"", "unknown defense `fake-shild`; did you mean `fake-shield`?"),
+            ("rho = 2.0", "roh = 2.0", "key: methods.1.align.roh"),
+            ("rho = 2.0", "rho = -2.0", "`rho` must be at least 0"),
+            ("rho = 2.0", "rho = \"a\"", "key: methods.1.align.rho"),
+            ("fine_tune = \"fake-plain\"", "fine_tune = \"fake-shield\"", "does not act at the stage `fine_tune`"),
+            ("fine_tune = \"fake-plain\"", "fine_tune = \"fake-elsewhere\"", "acts on the sites `expert_out`"),
+            ("[streams]\nharmful", "[streams]\nother", "draws from the stream `harmful`, which is not configured"),
+            ("name = \"Shield\"", "name = \"none\"", "`none` appears twice"),
+            (train, &train.replace("epochs", "steps = 3, epochs"), "either `steps` or `epochs`; both are given"),
+            (train, &train.replace("epochs = 2, ", ""), "either `steps` or `epochs`; neither is given"),
+            (train, &train.replace("size = 4", "size = 0"), "expected at least 1, found `0`"),
+            (train, &train.replace("1e-3", "1e-3, warmup = 2"), "key: align.train.warmup"),
+            ("rows = 100", "word = \"x\"", "the number of rows is missing"),
+            ("word = \"hello\"", "wrd = \"hello\"", "unknown setting `wrd`; did you mean `word`?"),
+            ("word = \"hello\"", "file = \"no.csv\"", "cannot read"),
+            ("judges = [\"fake-judge\"]", "", "need a judge"),
+        ] {
+            let text = problems(&[(from, to)]);
+            assert!(text.contains(expected), "`{to}` should give `{expected}`, gave\n{text}");
+            assert!(text.contains("help: "), "no remedy in\n{text}");
+        }
+    }
+
+    #[test]
+    fn missing_data_and_a_wrong_key_have_their_own_exit_codes() {
+        let missing = super::resolve(&load(&[("word = \"hello\"", "file = \"no.csv\"")], &[]).unwrap()).unwrap_err();
+        assert_eq!(missing.exit_code(), std::process::ExitCode::from(3));
+        let wrong = super::resolve(&load(&[("rho = 2.0", "roh = 2.0")], &[]).unwrap()).unwrap_err();
+        assert_eq!(wrong.exit_code(), std::process::ExitCode::from(2));
+    }
+
+    #[test]
+    fn all_mistakes_come_at_once() {
+        let text = problems(&[("rho = 2.0", "roh = 2.0"), ("\"q_proj\"", "\"q_prj\""), ("[0.0, 0.1]", "[0.0, 3.0]")]);
+        assert!(text.contains("\n3 errors\n"), "{text}");
+    }
 }

@@ -34,6 +34,8 @@ pub struct Store {
 /// The commit record.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 struct Commit {
+    /// Seconds that the stage took.
+    seconds: f64,
     /// Every file of the artifact by its path within it.
     files: BTreeMap<String, FileRecord>,
 }
@@ -214,7 +216,14 @@ impl Artifact {
         if hash_file(&path)? == record.blake3 {
             return Ok(path);
         }
+        // Without its record the stage counts as missing, so the next run computes it anew.
+        let _ = fs::remove_file(self.folder.join(COMMIT));
         Err(damaged(&path, "its content is not what its record says"))
+    }
+
+    /// Seconds that the stage took, without what an interrupted run did before.
+    pub fn seconds(&self) -> f64 {
+        self.commit.seconds
     }
 
     /// Whether the stage wrote a file of that name.
@@ -243,13 +252,13 @@ impl Claim {
         Partials { folder: self.store.root.join("partial").join(&self.key) }
     }
 
-    /// Makes the folder the stage's artifact and drops its checkpoints.
+    /// Makes the folder the stage's artifact, which took `seconds`, and drops its checkpoints.
     ///
     /// # Errors
     /// The files cannot be brought to disk.
-    pub fn commit(self) -> Result<Artifact> {
+    pub fn commit(self, seconds: f64) -> Result<Artifact> {
         let target = self.store.stage(&self.key);
-        publish(&self.folder(), &target)?;
+        publish(&self.folder(), &target, seconds)?;
         remove(&self.partials().folder)?;
         Artifact::read(target)
     }
@@ -272,7 +281,7 @@ impl Partials {
         fs::create_dir_all(&unfinished).map_err(|error| io_error("make", &unfinished, error))?;
         write(&unfinished)?;
         remove(&target)?;
-        publish(&unfinished, &target)?;
+        publish(&unfinished, &target, 0.)?;
         self.steps().into_iter().filter(|&(other, _)| other != step).try_for_each(|(_, folder)| remove(&folder))
     }
 
@@ -293,8 +302,8 @@ impl Partials {
 }
 
 /// Brings everything in `folder` to disk, records it and renames it to `target`.
-fn publish(folder: &Path, target: &Path) -> Result<()> {
-    let mut commit = Commit::default();
+fn publish(folder: &Path, target: &Path, seconds: f64) -> Result<()> {
+    let mut commit = Commit { seconds, ..Commit::default() };
     record(folder, "", &mut commit)?;
     let bytes = serde_json::to_vec_pretty(&commit).expect("records serialise");
     write_file(&folder.join(COMMIT), &bytes)?;
@@ -348,4 +357,123 @@ fn damaged(path: &Path, why: &str) -> Error {
     Error::data(format!("a stored artifact is damaged: {why}"))
         .file(path)
         .help("run the same command again: the damaged stage is computed anew")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn store() -> (tempfile::TempDir, Store) {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path()).unwrap();
+        (folder, store)
+    }
+
+    fn claim(store: &Store, key: &str) -> Claim {
+        match store.claim(&key.to_owned(), || false).unwrap() {
+            Turn::Ours(claim) => claim,
+            Turn::Done(_) => panic!("`{key}` is done"),
+        }
+    }
+
+    fn finish(store: &Store, key: &str) -> Artifact {
+        let claim = claim(store, key);
+        fs::create_dir(claim.folder().join("sub")).unwrap();
+        fs::write(claim.folder().join("a.txt"), "one").unwrap();
+        fs::write(claim.folder().join("sub/b.txt"), "two").unwrap();
+        claim.commit(1.).unwrap()
+    }
+
+    #[test]
+    fn an_artifact_appears_whole() {
+        let (_folder, store) = store();
+        let key = "k".to_owned();
+        let claim = claim(&store, "k");
+        fs::write(claim.folder().join("a.txt"), "one").unwrap();
+        assert!(!store.is_committed(&key));
+        let artifact = claim.commit(1.).unwrap();
+        assert!(store.is_committed(&key));
+        assert_eq!(fs::read_to_string(artifact.file("a.txt").unwrap()).unwrap(), "one");
+        assert!(artifact.file("b.txt").is_err());
+        assert!(matches!(store.claim(&key, || false).unwrap(), Turn::Done(_)));
+    }
+
+    #[test]
+    fn a_killed_process_leaves_nothing_behind() {
+        let (_folder, store) = store();
+        let dead = claim(&store, "k");
+        fs::write(dead.folder().join("half.txt"), "ha").unwrap();
+        drop(dead);
+        // Also as if it had died while its folder was being removed or its record written.
+        fs::create_dir_all(store.stage(&"k".to_owned())).unwrap();
+        assert!(!store.is_committed(&"k".to_owned()));
+        let files: Vec<_> = finish(&store, "k").commit.files.into_keys().collect();
+        assert_eq!(files, ["a.txt", "sub/b.txt"]);
+    }
+
+    #[test]
+    fn damage_is_found_and_computed_anew() {
+        let (_folder, store) = store();
+        let key = "k".to_owned();
+        let artifact = finish(&store, "k");
+        fs::write(artifact.folder().join("a.txt"), "eno").unwrap();
+        assert!(store.is_committed(&key), "sizes agree");
+        assert!(artifact.verified().unwrap_err().to_string().contains("damaged"));
+        assert!(!store.is_committed(&key), "found damaged, it counts as missing");
+        let artifact = finish(&store, "k");
+        fs::write(artifact.folder().join("a.txt"), "longer").unwrap();
+        assert!(!store.is_committed(&key));
+        finish(&store, "k").verified().unwrap();
+        fs::remove_file(store.stage(&key).join("sub/b.txt")).unwrap();
+        assert!(!store.is_committed(&key));
+        fs::write(finish(&store, "k").folder().join(COMMIT), "{").unwrap();
+        assert!(!store.is_committed(&key));
+    }
+
+    #[test]
+    fn the_newest_whole_checkpoint_wins() {
+        let (_folder, store) = store();
+        let claim = claim(&store, "k");
+        let partials = claim.partials();
+        let save = |step, text: &str| {
+            partials.save(step, |folder| Ok(fs::write(folder.join("w.txt"), text).unwrap())).unwrap();
+        };
+        assert!(partials.newest().is_none());
+        save(10, "ten");
+        // A later one that was cut short, and one whose file rotted.
+        fs::create_dir_all(partials.folder.join("000000000030")).unwrap();
+        fs::create_dir_all(partials.folder.join("new")).unwrap();
+        assert_eq!(partials.newest().map(|(step, _)| step), Some(10));
+        save(20, "twenty");
+        let (step, folder) = partials.newest().unwrap();
+        assert_eq!((step, fs::read_to_string(folder.join("w.txt")).unwrap().as_str()), (20, "twenty"));
+        assert_eq!(partials.steps().len(), 1, "older ones are gone");
+        fs::write(folder.join("w.txt"), "twentx").unwrap();
+        assert!(partials.newest().is_none());
+        claim.commit(1.).unwrap();
+        assert!(!partials.folder.exists());
+    }
+
+    #[test]
+    fn a_failed_checkpoint_keeps_the_last_one() {
+        let (_folder, store) = store();
+        let partials = claim(&store, "k").partials();
+        partials.save(1, |_| Ok(())).unwrap();
+        partials.save(2, |_| Err(Error::run("disk full"))).unwrap_err();
+        assert_eq!(partials.newest().map(|(step, _)| step), Some(1));
+    }
+
+    #[test]
+    fn the_second_process_waits_and_reuses() {
+        let (_folder, store) = store();
+        let key = "k".to_owned();
+        let first = claim(&store, "k");
+        assert_eq!(store.claim(&key, || true).unwrap_err().kind(), titer_core::Kind::Interrupted);
+        std::thread::scope(|scope| {
+            let second = scope.spawn(|| matches!(store.claim(&key, || false), Ok(Turn::Done(_))));
+            std::thread::sleep(Duration::from_millis(50));
+            first.commit(1.).unwrap();
+            assert!(second.join().unwrap());
+        });
+    }
 }

@@ -46,20 +46,35 @@ fn as_json(plan: &Plan, store: &Store) -> String {
 struct Total {
     stages: usize,
     cached: usize,
+    /// Work left.
     work: f64,
+    /// Work and seconds of the cached stages, which tell the speed.
+    known: (f64, f64),
+}
+
+impl Total {
+    /// Seconds that the work left takes at the speed of the cached stages; `None` if there are none.
+    fn seconds(&self) -> Option<f64> {
+        let (work, seconds) = self.known;
+        if self.work == 0. { Some(0.) } else { (work > 0.).then(|| self.work * seconds / work) }
+    }
 }
 
 fn as_text(plan: &Plan, store: &Store) -> String {
     let mut text = String::new();
     let mut totals: BTreeMap<&str, Total> = BTreeMap::new();
     for stage in &plan.stages {
-        let cached = store.is_committed(&stage.key);
+        let (artifact, work) = (store.artifact(&stage.key).ok(), work(&stage.spec));
+        let cached = artifact.is_some();
         let total = totals.entry(kind(&stage.spec)).or_default();
         total.stages += 1;
         total.cached += usize::from(cached);
-        total.work += if cached { 0. } else { work(&stage.spec) };
+        match artifact {
+            Some(artifact) => total.known = (total.known.0 + work, total.known.1 + artifact.seconds()),
+            None => total.work += work,
+        }
         let state = if cached { "cached" } else { "to run" };
-        let _ = writeln!(text, "{state}  {}  {:>10}  {}", &stage.key[..8], amount(work(&stage.spec)), stage.label);
+        let _ = writeln!(text, "{state}  {}  {:>10}  {}", &stage.key[..8], amount(work), stage.label);
     }
     let left: f64 = totals.values().map(|total| total.work).sum();
     let _ = writeln!(text, "\n{}: {} cells, {} stages", plan.experiment, plan.cells.len(), plan.stages.len());
@@ -72,6 +87,12 @@ fn as_text(plan: &Plan, store: &Store) -> String {
         );
     }
     let _ = writeln!(text, "work left: {} forward passes of one example", amount(left));
+    match totals.values().map(Total::seconds).sum::<Option<f64>>() {
+        Some(seconds) => {
+            let _ = writeln!(text, "time left: about {:.0} s of one job, judging by the cached stages", seconds.ceil());
+        }
+        None => text += "time left: unknown until a stage of each kind is cached\n",
+    }
     let _ = writeln!(text, "store: {}", store.root().display());
     text
 }

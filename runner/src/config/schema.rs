@@ -28,7 +28,7 @@ impl<'a> Checker<'a> {
             return self.visit_names(&names.iter().collect::<Vec<_>>(), value, key);
         }
         if !accepts(schema, value) {
-            return self.report(key, mismatch(&expectation(schema), value));
+            return self.report(key, mismatch(&expected_type(schema), value));
         }
         match value {
             Value::Object(map) => {
@@ -77,15 +77,24 @@ impl<'a> Checker<'a> {
         if constants.len() == branches.len() {
             return self.visit_names(&constants, value, key);
         }
-        let resolved = branches.iter().map(|branch| self.follow(branch));
-        match resolved.clone().find(|branch| branches_or_type_accept(branch, value)) {
+        match branches.iter().map(|branch| self.follow(branch)).find(|branch| self.fits(branch, value)) {
             Some(branch) => self.visit(branch, value, key),
-            None => {
-                let names: Vec<String> = resolved.map(expectation).filter(|name| name != "nothing").collect();
-                let expected = if names.is_empty() { expectation(schema) } else { names.join(" or ") };
-                self.report(key, mismatch(&expected, value));
-            }
+            None => self.report(key, mismatch(&self.expectation(schema), value)),
         }
+    }
+
+    fn fits(&self, schema: &'a Value, value: &Value) -> bool {
+        match branches(schema) {
+            Some(branches) => branches.iter().any(|branch| self.fits(self.follow(branch), value)),
+            None => accepts(schema, value),
+        }
+    }
+
+    /// The expected type in words; of alternatives, each one but `null`.
+    fn expectation(&self, schema: &'a Value) -> String {
+        let Some(branches) = branches(schema) else { return expected_type(schema) };
+        let words = branches.iter().map(|branch| self.expectation(self.follow(branch)));
+        words.filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" or ")
     }
 
     fn visit_names(&mut self, names: &[&Value], value: &Value, key: &str) {
@@ -114,13 +123,6 @@ impl<'a> Checker<'a> {
 
 fn branches(schema: &Value) -> Option<&[Value]> {
     schema.get("anyOf").or_else(|| schema.get("oneOf")).and_then(Value::as_array).map(Vec::as_slice)
-}
-
-fn branches_or_type_accept(schema: &Value, value: &Value) -> bool {
-    match branches(schema) {
-        Some(branches) => branches.iter().any(|branch| branches_or_type_accept(branch, value)),
-        None => accepts(schema, value),
-    }
 }
 
 /// Whether the value has a type that the schema names, and is not below its minimum.
@@ -152,22 +154,20 @@ fn type_names(schema: &Value) -> Vec<&str> {
     }
 }
 
-/// The expected type in words.
-fn expectation(schema: &Value) -> String {
+fn expected_type(schema: &Value) -> String {
     let word = |name: &str| match name {
-        "string" => "a string".to_owned(),
-        "boolean" => "true or false".into(),
-        "integer" if schema.get("minimum").is_some() => "a whole number, at least 0".into(),
-        "integer" => "a whole number".into(),
-        "number" => "a number".into(),
-        "array" => match schema.get("minItems") {
-            Some(length) => format!("a list of {length}"),
-            None => "a list".into(),
-        },
-        "object" => "a table".into(),
-        _ => "nothing".into(),
+        "string" => Some("a string".to_owned()),
+        "boolean" => Some("true or false".to_owned()),
+        "integer" if schema.get("minimum").is_some() => Some("a whole number, at least 0".to_owned()),
+        "integer" => Some("a whole number".to_owned()),
+        "number" => Some("a number".to_owned()),
+        "array" => {
+            Some(schema.get("minItems").map_or_else(|| "a list".to_owned(), |count| format!("a list of {count}")))
+        }
+        "object" => Some("a table".to_owned()),
+        _ => None,
     };
-    type_names(schema).into_iter().filter(|name| *name != "null").map(word).next().unwrap_or_else(|| "nothing".into())
+    type_names(schema).into_iter().find_map(word).unwrap_or_default()
 }
 
 fn summary(schema: &Value) -> String {
@@ -177,21 +177,20 @@ fn summary(schema: &Value) -> String {
 
 fn mismatch(expected: &str, found: &Value) -> Error {
     let kind = match found {
-        Value::Null => "nothing",
-        Value::Bool(_) => "true or false",
-        Value::Number(_) => "number",
-        Value::String(_) => "string",
-        Value::Array(_) => "list",
-        Value::Object(_) => "table",
+        Value::Null | Value::Bool(_) => "",
+        Value::Number(_) => "the number ",
+        Value::String(_) => "the string ",
+        Value::Array(_) => "the list ",
+        Value::Object(_) => "the table ",
     };
-    let example = match expected {
-        "a string" => "write it in quotes",
-        "a number" | "a whole number" | "a whole number, at least 0" => "write it without quotes, as in 8",
-        "true or false" => "write true or false without quotes",
-        "a table" => "write { key = value }",
-        _ => "write [first, second] for a list; `titer schema` describes every key",
+    let remedy = match found {
+        Value::String(text) if text.parse::<f64>().is_ok() => format!("write {text} without quotes"),
+        _ if expected.starts_with("a string") => format!("write it in quotes: \"{}\"", plain(found)),
+        _ if expected.starts_with("a list") => format!("write it as a list: [{found}]"),
+        _ if expected.starts_with("a table") => "write { key = value }".to_owned(),
+        _ => format!("write {expected}; `titer schema` describes every key"),
     };
-    Error::config(format!("expected {expected}, found the {kind} `{}`", plain(found))).help(example)
+    Error::config(format!("expected {expected}, found {kind}`{}`", plain(found))).help(remedy)
 }
 
 fn unknown(name: &str, known: &[&str]) -> Error {
