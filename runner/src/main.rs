@@ -1,1 +1,7 @@
-fn main() {}
+//! The command `titer`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    titer::cli::main()
+}

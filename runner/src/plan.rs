@@ -285,3 +285,20 @@ pub struct Cell {
     /// Judge stages of the final model.
     pub judgements: Vec<(String, String, Key)>,
 }
+
+impl Cell {
+    /// The cell in words: `Vaccine, agnews, p=0.1, n=500, lr=0.0003, seed 0`.
+    pub fn label(&self) -> String {
+        let Self { method, task, harmful_ratio, samples, learning_rate, seed, .. } = self;
+        let base = self.base_seed.map_or_else(String::new, |seed| format!(", base {seed}"));
+        format!("{method}, {task}, p={harmful_ratio}, n={samples}, lr={learning_rate}{base}, seed {seed}")
+    }
+
+    /// The stages the cell is made of, parents first.
+    pub fn keys(&self) -> impl Iterator<Item = &Key> {
+        let judged = self.aligned_judgements.iter().chain(&self.judgements).map(|(_, _, key)| key);
+        let trained =
+            [Some(&self.base_key), self.align_key.as_ref(), Some(&self.fine_tune_key), self.post_key.as_ref()];
+        trained.into_iter().flatten().chain(judged)
+    }
+}

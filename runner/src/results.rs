@@ -1,73 +1,48 @@
 //! From judged answers to `results.json`: one row for each cell of the plan.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use serde_json::Value;
 use titer_core::report::{Answer, Curves, Failure, Ledger, Metrics, ResultRow, Results, SCHEMA};
 use titer_core::{DefenseEntry, Error, Result, Verdict, registry};
 
-use crate::plan::{Cell, Key, Plan, PlannedStage, StageSpec};
+use crate::executor::Outcome;
+use crate::plan::{Cell, Key, Plan, PlannedStage};
 use crate::stages::{ANSWERS, AnswerRecord, JudgeRecord, RECORD, read_answers, read_json};
 use crate::statistics::wilson;
+use crate::store::{Store, write_file};
 use crate::train_loop::Record;
 
 /// Points that a training curve keeps: enough to draw.
 const CURVE_POINTS: usize = 60;
 
-/// The results of the cells whose stages are all done, and the failures of the others.
-#[derive(Debug)]
-pub struct Assembly<'a> {
-    plan: &'a Plan,
-    stages: BTreeMap<&'a str, &'a PlannedStage>,
-    /// Why stages failed, by key.
-    failed: &'a BTreeMap<Key, String>,
-    /// The store: the artifact folder of a finished stage.
-    artifacts: BTreeMap<Key, PathBuf>,
+/// The results of the cells whose stages are all done, and the failures of the others. Each cell's answers are copied
+/// to `out/answers`.
+///
+/// # Errors
+/// An artifact is damaged, or a file cannot be written.
+pub fn assemble(plan: &Plan, store: &Store, outcome: &Outcome, out: &Path) -> Result<Results> {
+    let stages = plan.stages.iter().map(|stage| (stage.key.as_str(), stage)).collect();
+    let assembly = Assembly { stages, store };
+    let (mut rows, mut failures) = (Vec::new(), Vec::new());
+    for cell in &plan.cells {
+        match outcome.failure(cell) {
+            None => rows.push(assembly.row(cell, out)?),
+            Some((_, error)) => failures.push(Failure { cell: cell.label(), error: error.to_string() }),
+        }
+    }
+    let (experiment, titer) = (plan.experiment.clone(), env!("CARGO_PKG_VERSION").to_owned());
+    Ok(Results { schema: SCHEMA, experiment, titer, rows, failures })
 }
 
-impl<'a> Assembly<'a> {
-    /// Of `plan`, with the artifact folders of its finished stages and the errors of its failed ones.
-    pub fn new(plan: &'a Plan, artifacts: BTreeMap<Key, PathBuf>, failed: &'a BTreeMap<Key, String>) -> Self {
-        let stages = plan.stages.iter().map(|stage| (stage.key.as_str(), stage)).collect();
-        Self { plan, stages, failed, artifacts }
-    }
+struct Assembly<'a> {
+    stages: BTreeMap<&'a str, &'a PlannedStage>,
+    store: &'a Store,
+}
 
-    /// Puts the table together and writes each cell's answers under `folder/answers`.
-    ///
-    /// # Errors
-    /// An artifact is damaged, or a file cannot be written.
-    pub fn results(&self, folder: &Path) -> Result<Results> {
-        let (mut rows, mut failures) = (Vec::new(), Vec::new());
-        for cell in &self.plan.cells {
-            match self.first_missing(cell) {
-                None => rows.push(self.row(cell, folder)?),
-                Some(error) => failures.push(Failure { cell: label(cell), error }),
-            }
-        }
-        let (experiment, titer) = (self.plan.experiment.clone(), env!("CARGO_PKG_VERSION").to_owned());
-        Ok(Results { schema: SCHEMA, experiment, titer, rows, failures })
-    }
-
-    /// Why a cell cannot be shown: the error of the stage that failed, or of one it needed.
-    fn first_missing(&self, cell: &Cell) -> Option<String> {
-        let judged = cell.judgements.iter().chain(&cell.aligned_judgements).map(|(_, _, key)| key.as_str());
-        judged.filter(|key| !self.artifacts.contains_key(*key)).map(|key| self.reason(key)).next()
-    }
-
-    fn reason(&self, key: &str) -> String {
-        let chain = std::iter::successors(Some(key), |key| self.stages.get(key)?.parent.as_deref());
-        let error = chain.filter_map(|key| self.failed.get(key)).next();
-        error.cloned().unwrap_or_else(|| "the run was interrupted before this cell was done".to_owned())
-    }
-
-    fn artifact(&self, key: &str) -> Result<&Path> {
-        let folder = self.artifacts.get(key).map(PathBuf::as_path);
-        folder.ok_or_else(|| Error::run(format!("stage `{key}` is not done")))
-    }
-
+impl Assembly<'_> {
     fn record<T: serde::de::DeserializeOwned>(&self, key: &str) -> Result<T> {
-        read_json(&self.artifact(key)?.join(RECORD))
+        read_json(&self.store.artifact(&key.to_owned())?.file(RECORD)?)
     }
 
     fn row(&self, cell: &Cell, folder: &Path) -> Result<ResultRow> {
@@ -84,7 +59,8 @@ impl<'a> Assembly<'a> {
                     std::collections::btree_map::Entry::Vacant(entry) => {
                         let spent: AnswerRecord = self.record(answer_key)?;
                         answer_seconds += if model == Model::Final { spent.seconds } else { 0. };
-                        entry.insert(Probe { answers: read_answers(self.artifact(answer_key)?)? })
+                        let answers = self.store.artifact(&answer_key.to_owned())?.file(ANSWERS)?;
+                        entry.insert(Probe { answers: read_answers(&answers)? })
                     }
                 };
                 entry.note(judge, &record)?;
@@ -203,7 +179,7 @@ impl Probe {
             text += &serde_json::to_string(answer).map_err(|error| Error::run("cannot serialise").source(error))?;
             text.push('\n');
         }
-        crate::store::write_atomic(path, text.as_bytes())
+        write_file(path, text.as_bytes())
     }
 }
 
@@ -274,15 +250,6 @@ fn thin(values: &[f64]) -> Vec<(usize, f64)> {
     let run = values.len().div_ceil(CURVE_POINTS).max(1);
     let mean = |(at, chunk): (usize, &[f64])| (at * run + chunk.len(), chunk.iter().sum::<f64>() / chunk.len() as f64);
     values.chunks(run).enumerate().map(mean).collect()
-}
-
-/// A cell for people.
-fn label(cell: &Cell) -> String {
-    let base = cell.base_seed.map_or_else(String::new, |seed| format!(", base {seed}"));
-    format!(
-        "{}, {}, p = {}, n = {}, learning rate {}, seed {}{base}",
-        cell.method, cell.task, cell.harmful_ratio, cell.samples, cell.learning_rate, cell.seed
-    )
 }
 
 /// A cell as the stem of a file name: readable, and unique through the key of its last stage.

@@ -22,7 +22,7 @@ pub struct JudgeRecord {
 }
 
 pub(super) fn run(stages: &Stages, spec: &JudgeSpec, parent: &str, io: &mut StageIo) -> Result<()> {
-    let answers = read_answers(&(io.artifact)(parent)?)?;
+    let answers = read_answers(&(io.artifact)(parent)?.join(ANSWERS))?;
     io.watch.started(answers.len(), 0);
     let asked = answers.into_iter().map(|answer| {
         let row = Row { instruction: answer.instruction, input: answer.input, output: answer.reference };
@@ -49,16 +49,15 @@ pub(super) fn run(stages: &Stages, spec: &JudgeSpec, parent: &str, io: &mut Stag
     write_json(&io.output.join(RECORD), &record)
 }
 
-/// The stored answers of a stage.
+/// Stored answers.
 ///
 /// # Errors
 /// The file is missing or damaged.
-pub fn read_answers(folder: &Path) -> Result<Vec<Answer>> {
-    let path = folder.join(ANSWERS);
-    let text = std::fs::read_to_string(&path).map_err(|error| io_error("read", &path, error))?;
+pub fn read_answers(path: &Path) -> Result<Vec<Answer>> {
+    let text = std::fs::read_to_string(path).map_err(|error| io_error("read", path, error))?;
     let parse = |(line, text): (usize, &str)| {
         serde_json::from_str(text).map_err(|error| {
-            Error::data("a stored answer is damaged").file(&path).at("line", (line + 1).to_string()).source(error)
+            Error::data("a stored answer is damaged").file(path).at("line", (line + 1).to_string()).source(error)
         })
     };
     text.lines().enumerate().map(parse).collect()

@@ -1,14 +1,17 @@
 //! What each kind of stage does: one file each. A stage reads its parent's artifact and writes its own folder.
 
 mod answer;
+mod generate;
 mod judge;
 mod load;
 mod post;
 mod pretrain;
 mod train;
+mod watch;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use candle_core::Device;
 use serde::Serialize;
@@ -23,10 +26,14 @@ use titer_core::text::{Encoder, Template, Tokenizer};
 use titer_core::{AlignmentDefense, DefenseEntry, Error, Result, Row, Settings, Task, TaskEntry, registry};
 
 use crate::base_model::BaseModel;
+use crate::executor::{StageContext, StageRunner};
 use crate::plan::{AdapterSpec, EncodingSpec, Key, Plan, PlannedStage, PluginSpec, RowsSpec, StageSpec};
 use crate::train_loop::Watch;
 
+use watch::ContextWatch;
+
 pub use answer::AnswerRecord;
+pub use generate::{Generation, generate};
 pub use judge::{JudgeRecord, read_answers};
 
 /// Stored numbers of a stage, in every artifact.
@@ -39,7 +46,7 @@ pub const ANSWERS: &str = "answers.jsonl";
 pub struct StageIo<'a> {
     /// The folder to write the artifact into.
     pub output: &'a Path,
-    /// The artifact folder of a finished stage.
+    /// The artifact folder of a finished stage, verified.
     pub artifact: &'a dyn Fn(&str) -> Result<PathBuf>,
     /// Progress, checkpoints, the wish to stop.
     pub watch: &'a mut dyn Watch,
@@ -52,13 +59,24 @@ pub struct Stages {
     /// Relative data paths start here: the configuration's folder.
     folder: PathBuf,
     device: Device,
+    /// How often training keeps a checkpoint.
+    checkpoint_every: Duration,
+}
+
+impl StageRunner for Stages {
+    fn run(&self, stage: &PlannedStage, context: &StageContext) -> Result<()> {
+        let artifact = |key: &str| Ok(context.artifact(&key.to_owned())?.verified()?.to_owned());
+        let mut watch = ContextWatch::new(stage, context, self.checkpoint_every);
+        let io = &mut StageIo { output: &context.folder, artifact: &artifact, watch: &mut watch };
+        self.run(stage, io)
+    }
 }
 
 impl Stages {
     /// The stages of `plan`, on `device`; relative data paths start at `folder`.
-    pub fn new(plan: &Plan, folder: &Path, device: Device) -> Self {
+    pub fn new(plan: &Plan, folder: &Path, device: Device, checkpoint_every: Duration) -> Self {
         let by_key = plan.stages.iter().map(|stage| (stage.key.clone(), stage.clone())).collect();
-        Self { by_key, folder: folder.to_owned(), device }
+        Self { by_key, folder: folder.to_owned(), device, checkpoint_every }
     }
 
     /// Runs one stage whose parent is done.

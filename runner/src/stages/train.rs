@@ -83,8 +83,7 @@ fn rows(stages: &Stages, spec: &TrainSpec, seed: Seed) -> Result<Vec<Row>> {
     }
     let Some(mix) = &spec.harmful else { return Ok(rows) };
     let harmful = stages.train_rows(&mix.source, seed)?;
-    let total = spec.data.iter().map(|part| part.rows).sum();
-    mixture(&rows, &harmful, total, mix.ratio, seed.named("mixture"))
+    mixture(&rows, &harmful, spec.rows(), mix.ratio, seed.named("mixture"))
 }
 
 /// Held-back rows as batches, in their own order.

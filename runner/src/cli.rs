@@ -1,0 +1,94 @@
+//! The command line: arguments, logging, exit codes.
+
+use std::ffi::OsString;
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+use crate::commands::{self, Done};
+use crate::diagnostics::Problems;
+
+/// Compares defenses against harmful fine-tuning of language models, head to head.
+#[derive(Debug, Parser)]
+#[command(name = "titer", version, propagate_version = true, arg_required_else_help = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// Says more; repeat it for even more.
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    pub verbose: u8,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Runs an experiment; finished stages are reused, so the same command resumes an interrupted run.
+    Run(commands::run::Args),
+    /// Shows the stages of an experiment, what is cached and what the rest costs; runs nothing.
+    Plan(commands::plan::Args),
+    /// Renders the results of a run.
+    Report(commands::report::Args),
+    /// Puts the results of several runs side by side.
+    Compare(commands::compare::Args),
+    /// Lists the plugins.
+    List(commands::list::Args),
+    /// Explains a plugin: what it does, where it was published, its settings.
+    Explain(commands::explain::Args),
+    /// Pretrains the base models of an experiment and nothing else.
+    Pretrain(commands::pretrain::Args),
+    /// Lets a model answer prompts.
+    Generate(commands::generate::Args),
+    /// Prints the JSON schema of configurations.
+    Schema,
+    /// Checks the machine: cores, memory, device, stage store.
+    Doctor(commands::doctor::Args),
+}
+
+/// Runs the command of this process's arguments.
+pub fn main() -> ExitCode {
+    match run(std::env::args_os()) {
+        Ok(done) => {
+            // A reader that has gone away, as in `titer list | head`, is no error of ours.
+            let _ = std::io::stdout().write_all(done.text.as_bytes());
+            ExitCode::from(done.code)
+        }
+        Err(problems) => {
+            let _ = write!(std::io::stderr(), "{problems}");
+            problems.exit_code()
+        }
+    }
+}
+
+/// Runs a command line.
+///
+/// # Errors
+/// What the command could not do. Malformed arguments end the process, as clap does.
+pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Result<Done, Problems> {
+    let cli = Cli::parse_from(arguments);
+    log_to_stderr(cli.verbose);
+    match &cli.command {
+        Command::Run(args) => commands::run::run(args),
+        Command::Plan(args) => commands::plan::run(args),
+        Command::Report(args) => commands::report::run(args),
+        Command::Compare(args) => commands::compare::run(args),
+        Command::List(args) => commands::list::run(args),
+        Command::Explain(args) => commands::explain::run(args),
+        Command::Pretrain(args) => commands::pretrain::run(args),
+        Command::Generate(args) => commands::generate::run(args),
+        Command::Schema => commands::schema(),
+        Command::Doctor(args) => commands::doctor::run(args),
+    }
+}
+
+/// `TITER_LOG` takes filters such as `titer=debug`; `-v` raises the level of Titer's own crates.
+fn log_to_stderr(verbose: u8) {
+    let level = ["warn", "info", "debug", "trace"][usize::from(verbose.min(3))];
+    let default = format!("warn,titer={level},titer_core={level},titer_plugins={level}");
+    let filter = EnvFilter::try_from_env("TITER_LOG").unwrap_or_else(|_| EnvFilter::new(default));
+    let logger = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time();
+    // A second call in one process, as in tests, keeps the first logger.
+    let _ = logger.try_init();
+}

@@ -1,0 +1,92 @@
+//! `titer explain`.
+
+use std::fmt::Write;
+
+use serde_json::Value;
+use titer_core::registry::{Entry, all, nearest};
+use titer_core::{DefenseEntry, Error, JudgeEntry, ModelEntry, SettingsType, TaskEntry};
+
+use super::Done;
+use crate::diagnostics::Problems;
+
+/// The arguments.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Args {
+    /// The name of a defense, model, task or judge.
+    pub name: String,
+}
+
+/// Explains every plugin of that name.
+///
+/// # Errors
+/// There is none; the error names the nearest.
+pub fn run(args: &Args) -> Result<Done, Problems> {
+    let mut names = Vec::new();
+    let mut text = String::new();
+    for entry in all::<DefenseEntry>()? {
+        names.push(entry.name);
+        if entry.name == args.name {
+            text += &defense(entry);
+        }
+    }
+    others::<ModelEntry>(&args.name, &mut names, &mut text)?;
+    others::<TaskEntry>(&args.name, &mut names, &mut text)?;
+    others::<JudgeEntry>(&args.name, &mut names, &mut text)?;
+    if text.is_empty() {
+        let hint = nearest(&args.name, names.iter().copied());
+        let hint = hint.map_or_else(String::new, |near| format!("; did you mean `{near}`?"));
+        let error = Error::config(format!("nothing is called `{}`{hint}", args.name));
+        return Err(error.help("`titer list` shows every plugin").into());
+    }
+    Ok(text.into())
+}
+
+fn others<E: Entry>(name: &str, names: &mut Vec<&'static str>, text: &mut String) -> Result<(), Error> {
+    for entry in all::<E>()? {
+        names.push(entry.name());
+        if entry.name() == name {
+            *text += &format!("{} ({}, version {})\n{}\n", name, E::KIND, entry.version(), entry.summary());
+            *text += &settings(entry.settings());
+        }
+    }
+    Ok(())
+}
+
+fn defense(entry: &DefenseEntry) -> String {
+    let mut text = format!("{} (defense, version {})\n{}\n\n", entry.name, entry.version, entry.summary);
+    let stages: Vec<_> = entry.stages.iter().map(|stage| stage.name()).collect();
+    let list = |items: &[&str]| if items.is_empty() { "none".to_owned() } else { items.join(", ") };
+    let passes = (entry.passes)(&(entry.settings.defaults)());
+    let answers = if entry.privilege.harmful_answers { "sees harmful answers" } else { "sees no harmful answers" };
+    for (what, value) in [
+        ("paper", entry.paper.to_owned()),
+        ("update", entry.formula.to_owned()),
+        ("stages", stages.join(", ")),
+        ("streams", list(entry.streams)),
+        ("sites", list(entry.sites)),
+        ("passes", format!("{passes} per step at the default settings")),
+        ("privilege", format!("{answers}; needs: {}", entry.privilege.needs)),
+        ("neutral", entry.neutral.map_or_else(|| "no such settings".into(), |neutral| neutral().to_string())),
+        ("notes", entry.notes.to_owned()),
+    ] {
+        if !value.is_empty() {
+            let _ = writeln!(text, "  {what:<10} {}", value.replace('\n', "\n             "));
+        }
+    }
+    text + &settings(&entry.settings)
+}
+
+/// A line per setting: name, default, meaning.
+fn settings(settings: &SettingsType) -> String {
+    let (schema, defaults) = ((settings.schema)().to_value(), (settings.defaults)());
+    let Some(properties) = schema.get("properties").and_then(Value::as_object).filter(|map| !map.is_empty()) else {
+        return "\nsettings: none\n".into();
+    };
+    let mut text = String::from("\nsettings\n");
+    for (name, property) in properties {
+        let meaning = property.get("description").and_then(Value::as_str).unwrap_or("").replace('\n', " ");
+        let default = defaults.get(name).map_or_else(String::new, Value::to_string);
+        let _ = writeln!(text, "  {:<28} {meaning}", format!("{name} = {default}"));
+    }
+    text
+}

@@ -1,0 +1,73 @@
+//! `titer run`.
+
+use std::path::{Path, PathBuf};
+
+use titer_core::device::{parse_device, parse_dtype};
+use titer_core::error::io_error;
+use titer_core::report::Results;
+use titer_core::{Error, Kind};
+
+use super::{ConfigArgs, Done};
+use crate::diagnostics::Problems;
+use crate::executor::{Interrupt, Jobs, Outcome, execute};
+use crate::plan::{Plan, StageSpec};
+use crate::progress::{Fanout, Journal, for_stderr};
+use crate::{reporters, results, threads};
+
+/// The arguments.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Args {
+    /// The experiment.
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// The folder for results [default: runs/<experiment>].
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// `auto`, `cpu`, `cuda` or `cuda:N`; overrides the configuration.
+    #[arg(long)]
+    pub device: Option<String>,
+    /// Stages to run at once [default: one per core; one on a GPU].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub jobs: Option<u16>,
+    /// Never uses the network.
+    #[arg(long)]
+    pub offline: bool,
+}
+
+/// Runs the experiment and writes its reports.
+///
+/// # Errors
+/// The configuration is wrong, the device cannot be used, or the user interrupted the run.
+pub fn run(args: &Args) -> Result<Done, Problems> {
+    let (loaded, plan, store) = args.config.prepare(args.device.as_deref())?;
+    let config = &loaded.config;
+    let device = parse_device(&config.device).map_err(|error| loaded.source.locate("", error))?;
+    parse_dtype(&config.dtype, &device).map_err(|error| loaded.source.locate("", error))?;
+    let out = args.out.clone().unwrap_or_else(|| Path::new("runs").join(&config.experiment));
+    std::fs::create_dir_all(&out).map_err(|error| io_error("make the results folder", &out, error))?;
+
+    // Stages on one GPU would only compete for its memory, and large models on the CPU for its caches.
+    let alone = !device.is_cpu() || plan.stages.iter().any(|stage| matches!(stage.spec, StageSpec::Load(_)));
+    let jobs = Jobs::new(args.jobs.map(usize::from).or(alone.then_some(1)));
+    threads::fix(jobs.threads);
+    let interrupt = Interrupt::default();
+    interrupt.on_ctrl_c()?;
+    let (journal, progress) = (Journal::open(&out)?, for_stderr());
+    let sink = Fanout(vec![&journal, &*progress]);
+    let stages = loaded.stages(&plan, device);
+    let outcome = execute(&plan, &store, &stages, &sink, &interrupt, jobs)?;
+    if outcome.interrupted {
+        return Err(Error::interrupted().into());
+    }
+    let results = results::assemble(&plan, &store, &outcome, &out)?;
+    reporters::write_all(&results, &out)?;
+    Ok(summary(&plan, &outcome, &results, &out))
+}
+
+fn summary(plan: &Plan, outcome: &Outcome, results: &Results, out: &Path) -> Done {
+    let mut text = format!("{} of {} cells in {}\n", results.rows.len(), plan.cells.len(), out.display());
+    for failure in &results.failures {
+        text += &format!("failed: {}\n  {}\n", failure.cell, failure.error.replace('\n', "\n  "));
+    }
+    Done { text, code: if outcome.failed.is_empty() { 0 } else { Kind::Run.exit_code() } }
+}

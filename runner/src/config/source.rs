@@ -1,0 +1,264 @@
+//! The layers of a configuration and the origin of each value.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
+use titer_core::Error;
+use titer_core::error::io_error;
+use toml::de::{DeTable, DeValue};
+
+/// The prefix of environment variables that override a key; `__` stands for the dot between tables.
+const PREFIX: &str = "TITER_";
+/// The variables of that prefix that are no configuration keys.
+const RESERVED: [&str; 2] = ["TITER_CACHE_DIR", "TITER_LOG"];
+
+/// The merged values of file, environment and command line, with the place each one came from.
+#[derive(Debug, Clone)]
+pub struct Source {
+    path: PathBuf,
+    text: String,
+    value: Value,
+    /// Keys in the file and their lines, from 1.
+    lines: BTreeMap<String, usize>,
+    /// Keys set from elsewhere, in the order they were laid over the file, and by what.
+    overrides: Vec<(String, String)>,
+}
+
+impl Source {
+    /// Reads the file and lays the environment and then `--set` assignments over it.
+    ///
+    /// # Errors
+    /// The file cannot be read or parsed, or an assignment is malformed.
+    pub fn read(
+        path: &Path,
+        environment: impl IntoIterator<Item = (String, String)>,
+        assignments: &[String],
+    ) -> Result<Self, Error> {
+        let text = std::fs::read_to_string(path).map_err(|error| io_error("read", path, error))?;
+        let mut source = Self::parse(path, text)?;
+        let mut variables: Vec<_> = environment.into_iter().collect();
+        variables.sort();
+        for (name, text) in variables {
+            if let Some(key) = name.strip_prefix(PREFIX).filter(|_| !RESERVED.contains(&name.as_str())) {
+                let key = key.to_lowercase().replace("__", ".");
+                source.set(&key, &text, format!("environment variable {name}"))?;
+            }
+        }
+        for assignment in assignments {
+            let (key, text) = assignment.split_once('=').ok_or_else(|| {
+                Error::config(format!("`{assignment}` is not an assignment"))
+                    .at("from", "--set")
+                    .help("write --set key=value, as in --set fine_tune.samples=500")
+            })?;
+            source.set(key.trim(), text.trim(), format!("--set {assignment}"))?;
+        }
+        Ok(source)
+    }
+
+    /// Parses `text` by the extension of `path`.
+    ///
+    /// # Errors
+    /// The extension is unknown or the text is malformed.
+    pub fn parse(path: &Path, text: String) -> Result<Self, Error> {
+        let extension = path.extension().and_then(std::ffi::OsStr::to_str).unwrap_or("");
+        let (value, lines) = match extension {
+            "toml" => toml_value(&text),
+            "yaml" | "yml" => yaml_value(&text),
+            _ => Err(Error::config(format!("`{}` is neither TOML nor YAML by its name", path.display()))
+                .help("name the file .toml, .yaml or .yml")),
+        }
+        .map_err(|error| with_text(error.file(path), &text))?;
+        Ok(Self { path: path.to_owned(), text, value, lines, overrides: Vec::new() })
+    }
+
+    /// The merged values.
+    pub fn value(&self) -> &Value {
+        &self.value
+    }
+
+    /// The folder that relative paths in the file start from.
+    pub fn folder(&self) -> &Path {
+        match self.path.parent() {
+            Some(folder) if folder != Path::new("") => folder,
+            _ => Path::new("."),
+        }
+    }
+
+    /// Adds to an error under the key `prefix` the whole key and the place where the user wrote it.
+    pub fn locate(&self, prefix: &str, error: Error) -> Error {
+        let inner = error.place("key").unwrap_or("");
+        let dot = if prefix.is_empty() || inner.is_empty() { "" } else { "." };
+        let key = format!("{prefix}{dot}{inner}");
+        let file = error.place("file").map(str::to_owned);
+        let mut located = Error::new(error.kind(), error.message());
+        if !key.is_empty() {
+            located = located.key(key.clone());
+        }
+        for (what, value) in error.places().iter().filter(|(what, _)| !["key", "file"].contains(what)) {
+            located = located.at(what, value.clone());
+        }
+        if let Some(help) = error.remedy() {
+            located = located.help(help);
+        }
+        if let Some(file) = file {
+            // The error is about another file, such as a data file; the configuration only names it.
+            return located.at("file", file).at("configuration", self.path.display().to_string()).source(error);
+        }
+        let within = |set: &str| key == set || key.starts_with(&format!("{set}."));
+        if let Some((_, origin)) = self.overrides.iter().rev().find(|(set, _)| within(set)) {
+            return located.at("from", origin.clone());
+        }
+        let located = located.file(&self.path);
+        match self.line(&key) {
+            Some(line) => with_text(located.at("line", line.to_string()), &self.text),
+            None => located,
+        }
+    }
+
+    /// The line of `key` in the file, or of the nearest table around it.
+    fn line(&self, key: &str) -> Option<usize> {
+        let mut key = key;
+        loop {
+            if let Some(line) = self.lines.get(key) {
+                return Some(*line);
+            }
+            key = key.rsplit_once('.')?.0;
+        }
+    }
+
+    /// Sets one key from outside the file. The text is TOML if it parses as such and a plain string otherwise.
+    fn set(&mut self, key: &str, text: &str, origin: String) -> Result<(), Error> {
+        let value = match toml::from_str::<toml::Table>(&format!("value = {text}")) {
+            Ok(mut table) => table.remove("value").map_or(Ok(Value::Null), serde_json::to_value),
+            Err(_) => Ok(Value::from(text)),
+        };
+        let value = value.map_err(|error| Error::config(error.to_string()).at("from", origin.clone()))?;
+        let mut slot = &mut self.value;
+        for part in key.split('.') {
+            slot = step_into(slot, part).ok_or_else(|| {
+                Error::config(format!("`{key}` leads through a value that is no table"))
+                    .at("from", origin.clone())
+                    .help("name a key of a table, or an index within a list, as in methods.0.name")
+            })?;
+        }
+        *slot = value;
+        self.overrides.push((key.to_owned(), origin));
+        Ok(())
+    }
+}
+
+/// The place called `part` under `value`, made if it is a new key.
+fn step_into<'a>(value: &'a mut Value, part: &str) -> Option<&'a mut Value> {
+    if value.is_null() {
+        *value = Value::Object(Map::new());
+    }
+    match value {
+        Value::Object(map) => Some(map.entry(part).or_insert(Value::Null)),
+        Value::Array(items) => items.get_mut(part.parse::<usize>().ok()?),
+        _ => None,
+    }
+}
+
+/// Shows the line that the error is about.
+fn with_text(error: Error, text: &str) -> Error {
+    let line = error.place("line").and_then(|line| line.parse::<usize>().ok());
+    match line.and_then(|line| text.lines().nth(line.saturating_sub(1))) {
+        Some(text) => error.at("text", text.trim_end()),
+        None => error,
+    }
+}
+
+type Parsed = (Value, BTreeMap<String, usize>);
+
+fn toml_value(text: &str) -> Result<Parsed, Error> {
+    let malformed = |error: toml::de::Error| {
+        let located = Error::config(format!("the file is not valid TOML: {}", error.message()));
+        match error.span() {
+            Some(span) => located.at("line", line_at(text, span.start).to_string()),
+            None => located,
+        }
+    };
+    let value: toml::Table = toml::from_str(text).map_err(malformed)?;
+    let mut lines = BTreeMap::new();
+    toml_lines(text, DeTable::parse(text).map_err(malformed)?.get_ref(), "", &mut lines);
+    let value = serde_json::to_value(value).map_err(|error| Error::config(error.to_string()))?;
+    Ok((value, lines))
+}
+
+fn toml_lines(text: &str, table: &DeTable<'_>, prefix: &str, lines: &mut BTreeMap<String, usize>) {
+    for (name, value) in table {
+        let key = join(prefix, name.get_ref());
+        lines.insert(key.clone(), line_at(text, name.span().start));
+        match value.get_ref() {
+            DeValue::Table(table) => toml_lines(text, table, &key, lines),
+            DeValue::Array(items) => {
+                for (index, item) in items.iter().enumerate() {
+                    let key = join(&key, &index.to_string());
+                    lines.insert(key.clone(), line_at(text, item.span().start));
+                    if let DeValue::Table(table) = item.get_ref() {
+                        toml_lines(text, table, &key, lines);
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+fn yaml_value(text: &str) -> Result<Parsed, Error> {
+    let value: Value = serde_norway::from_str(text).map_err(|error| {
+        let located = Error::config(format!("the file is not valid YAML: {error}"));
+        match error.location() {
+            Some(location) => located.at("line", location.line().to_string()),
+            None => located,
+        }
+    })?;
+    Ok((value, yaml_lines(text)))
+}
+
+/// The lines of keys in block style, told by their indentation; the parser does not say. A key within `{…}` is found
+/// at the line of the block around it.
+fn yaml_lines(text: &str) -> BTreeMap<String, usize> {
+    let mut lines = BTreeMap::new();
+    // The open blocks: the column of their keys, and their path.
+    let mut open: Vec<(usize, String)> = Vec::new();
+    let mut items: BTreeMap<String, usize> = BTreeMap::new();
+    for (number, line) in text.lines().enumerate() {
+        let mut rest = line.trim_start();
+        let mut column = line.len() - rest.len();
+        if rest.is_empty() || rest.starts_with('#') {
+            continue;
+        }
+        while let Some(item) = rest.strip_prefix("- ") {
+            // An item may stand in the column of the key that holds the list.
+            open.retain(|(start, path)| *start < column || (*start == column && !is_item(path)));
+            let list = open.last().map_or("", |(_, path)| path).to_owned();
+            let index = items.entry(list.clone()).and_modify(|index| *index += 1).or_insert(0);
+            let path = join(&list, &index.to_string());
+            lines.insert(path.clone(), number + 1);
+            open.push((column, path));
+            rest = item.trim_start();
+            column = line.len() - rest.len();
+        }
+        if let Some((key, _)) = rest.split_once(':').filter(|(key, _)| !key.contains(['{', '"', ' ', '['])) {
+            open.retain(|(start, path)| *start < column && !(is_item(path) && *start >= column));
+            let path = join(open.last().map_or("", |(_, path)| path), key);
+            lines.insert(path.clone(), number + 1);
+            open.push((column, path));
+        }
+    }
+    lines
+}
+
+fn is_item(path: &str) -> bool {
+    path.rsplit('.').next().is_some_and(|part| part.parse::<usize>().is_ok())
+}
+
+fn join(prefix: &str, part: &str) -> String {
+    if prefix.is_empty() { part.to_owned() } else { format!("{prefix}.{part}") }
+}
+
+fn line_at(text: &str, offset: usize) -> usize {
+    text.as_bytes()[..offset.min(text.len())].iter().filter(|byte| **byte == b'\n').count() + 1
+}

@@ -1,0 +1,534 @@
+//! Runs the stages of a plan: parents first, several at once, each in a thread pool of its own.
+//!
+//! A stage that fails takes only its descendants with it. Results do not depend on the order or the number of jobs.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use titer_core::event::{Event, Sink};
+use titer_core::{Error, Kind, Result};
+
+use crate::plan::{Cell, Key, Plan, PlannedStage};
+use crate::planner::work;
+use crate::store::{Artifact, Partials, Store, Turn};
+
+/// Deep graphs are walked recursively on the backward pass.
+const STACK_BYTES: usize = 64 << 20;
+
+/// Does the work of a stage.
+pub trait StageRunner: Sync {
+    /// Runs `stage` and writes its files into [`StageContext::folder`]. It should look at
+    /// [`StageContext::interrupted`] between steps, keep a checkpoint and return [`Error::interrupted`].
+    ///
+    /// # Errors
+    /// The stage failed or was interrupted.
+    fn run(&self, stage: &PlannedStage, context: &StageContext) -> Result<()>;
+}
+
+/// What a stage may use while it runs.
+pub struct StageContext<'a> {
+    /// Where its files belong.
+    pub folder: PathBuf,
+    /// The artifacts it builds on: its parent's first, then that one's parent's.
+    pub ancestors: Vec<Artifact>,
+    /// Its checkpoints.
+    pub partials: Partials,
+    /// Where it reports progress.
+    pub sink: &'a dyn Sink,
+    store: &'a Store,
+    interrupt: &'a Interrupt,
+}
+
+impl std::fmt::Debug for StageContext<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("StageContext").field("folder", &self.folder).finish_non_exhaustive()
+    }
+}
+
+impl StageContext<'_> {
+    /// Whether the user asked to stop.
+    pub fn interrupted(&self) -> bool {
+        self.interrupt.is_set()
+    }
+
+    /// The parent's artifact, every file verified.
+    ///
+    /// # Errors
+    /// The stage has no parent, or the artifact is damaged.
+    pub fn parent(&self) -> Result<&Path> {
+        let parent = self.ancestors.first().ok_or_else(|| Error::run("the stage has no parent"))?;
+        parent.verified()
+    }
+
+    /// The artifact of any finished stage.
+    ///
+    /// # Errors
+    /// It is not finished or damaged.
+    pub fn artifact(&self, key: &Key) -> Result<Artifact> {
+        self.store.artifact(key)
+    }
+}
+
+/// The user's wish to stop, shared between threads.
+#[derive(Debug, Clone, Default)]
+pub struct Interrupt(Arc<AtomicUsize>);
+
+impl Interrupt {
+    /// Whether the user asked to stop.
+    pub fn is_set(&self) -> bool {
+        self.0.load(Ordering::Relaxed) > 0
+    }
+
+    /// Asks to stop. Says how often that was asked before.
+    pub fn set(&self) -> usize {
+        self.0.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Asks to stop on Ctrl-C; a second one ends the process at once, which the store survives.
+    ///
+    /// # Errors
+    /// The system does not allow a handler.
+    pub fn on_ctrl_c(&self) -> Result<()> {
+        let interrupt = self.clone();
+        ctrlc::set_handler(move || {
+            if interrupt.set() > 0 {
+                std::process::exit(i32::from(Kind::Interrupted.exit_code()));
+            }
+            tracing::warn!("stopping after the current step; press Ctrl-C again to stop at once");
+        })
+        .map_err(|error| Error::run("cannot listen for Ctrl-C").source(error))
+    }
+}
+
+/// What became of the stages.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// Stages taken from the store.
+    pub cached: BTreeSet<Key>,
+    /// Stages that ran.
+    pub ran: BTreeSet<Key>,
+    /// Stages that failed, with the reason; those skipped for an ancestor's sake name it.
+    pub failed: BTreeMap<Key, Arc<Error>>,
+    /// Whether the user stopped the run.
+    pub interrupted: bool,
+}
+
+impl Outcome {
+    /// The first stage of the cell that failed, and why.
+    pub fn failure(&self, cell: &Cell) -> Option<(&Key, &Error)> {
+        let found = cell.keys().find_map(|key| self.failed.get_key_value(key));
+        found.map(|(key, error)| (key, error.as_ref()))
+    }
+}
+
+/// How many stages run at once, and on how many threads each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Jobs {
+    /// Stages at once.
+    pub count: usize,
+    /// Threads of each.
+    pub threads: usize,
+}
+
+impl Jobs {
+    /// `count` jobs that share the machine's cores; by default one per core.
+    pub fn new(count: Option<usize>) -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let count = count.unwrap_or(cores).max(1);
+        Self { count, threads: (cores / count).max(1) }
+    }
+}
+
+/// Runs every stage of the plan that the store does not have.
+///
+/// # Errors
+/// No thread could be started. A failing stage is no error here: see [`Outcome::failed`].
+pub fn execute(
+    plan: &Plan,
+    store: &Store,
+    runner: &dyn StageRunner,
+    sink: &dyn Sink,
+    interrupt: &Interrupt,
+    jobs: Jobs,
+) -> Result<Outcome> {
+    let started = Instant::now();
+    let cached = finished(plan, store);
+    sink.emit(Event::RunStarted {
+        experiment: plan.experiment.clone(),
+        stages: plan.stages.len(),
+        cached: cached.len(),
+    });
+    let pools = (0..jobs.count)
+        .map(|_| rayon::ThreadPoolBuilder::new().num_threads(jobs.threads).stack_size(STACK_BYTES).build())
+        .collect::<std::result::Result<Vec<_>, _>>()
+        .map_err(|error| Error::run("cannot start the worker threads").source(error))?;
+    let execution = Execution {
+        plan,
+        store,
+        runner,
+        sink,
+        interrupt,
+        urgency: urgency(plan),
+        board: Mutex::new(Board::new(plan, cached)),
+        changed: Condvar::new(),
+    };
+    std::thread::scope(|scope| {
+        for pool in &pools {
+            scope.spawn(|| execution.work(pool));
+        }
+    });
+    let mut outcome = execution.board.into_inner().unwrap_or_else(PoisonError::into_inner).outcome;
+    outcome.interrupted = interrupt.is_set();
+    sink.emit(Event::RunFinished {
+        seconds: started.elapsed().as_secs_f64(),
+        ran: outcome.ran.len(),
+        cached: outcome.cached.len(),
+        failed: outcome.failed.len(),
+    });
+    Ok(outcome)
+}
+
+/// Stages that need not run. One that a missing stage will read is checked to the last byte, since a damaged one must
+/// be computed again.
+fn finished(plan: &Plan, store: &Store) -> BTreeSet<Key> {
+    let mut cached: BTreeSet<Key> =
+        plan.stages.iter().map(|stage| &stage.key).filter(|key| store.is_committed(key)).cloned().collect();
+    // Children come after their parents, so walking backwards a parent found damaged is judged before its own parent.
+    for stage in plan.stages.iter().rev() {
+        let Some(parent) = stage.parent.as_ref().filter(|_| !cached.contains(&stage.key)) else { continue };
+        if !cached.contains(parent) {
+            continue;
+        }
+        if let Err(error) = store.artifact(parent).and_then(|artifact| artifact.verified().map(drop)) {
+            cached.remove(parent);
+            tracing::warn!("{parent} will be computed again: {error}");
+        }
+    }
+    cached
+}
+
+/// For each stage the work on the longest path from its start to the end of the plan. Running the most urgent first
+/// packs the jobs well.
+fn urgency(plan: &Plan) -> BTreeMap<&str, f64> {
+    let mut urgency: BTreeMap<&str, f64> = BTreeMap::new();
+    for stage in plan.stages.iter().rev() {
+        let own = urgency.entry(&stage.key).or_default();
+        *own += work(&stage.spec) + 1e-6;
+        let own = *own;
+        if let Some(parent) = &stage.parent {
+            let below = urgency.entry(parent).or_default();
+            *below = below.max(own);
+        }
+    }
+    urgency
+}
+
+struct Execution<'a> {
+    plan: &'a Plan,
+    store: &'a Store,
+    runner: &'a dyn StageRunner,
+    sink: &'a dyn Sink,
+    interrupt: &'a Interrupt,
+    urgency: BTreeMap<&'a str, f64>,
+    board: Mutex<Board<'a>>,
+    changed: Condvar,
+}
+
+/// Where every stage stands.
+struct Board<'a> {
+    /// Neither started nor finished nor failed.
+    waiting: BTreeMap<&'a str, &'a PlannedStage>,
+    outcome: Outcome,
+}
+
+impl<'a> Board<'a> {
+    fn new(plan: &'a Plan, cached: BTreeSet<Key>) -> Self {
+        let missing = plan.stages.iter().filter(|stage| !cached.contains(&stage.key));
+        let waiting = missing.map(|stage| (stage.key.as_str(), stage)).collect();
+        Self { waiting, outcome: Outcome { cached, ..Outcome::default() } }
+    }
+
+    fn is_done(&self, key: &Key) -> bool {
+        self.outcome.cached.contains(key) || self.outcome.ran.contains(key)
+    }
+
+    fn is_ready(&self, stage: &PlannedStage) -> bool {
+        stage.parent.as_ref().is_none_or(|parent| self.is_done(parent))
+    }
+
+    /// Marks every waiting descendant of a failed stage as failed, in the plan's order, and returns them.
+    fn fail(&mut self, plan: &'a Plan, failed: &PlannedStage, error: Error) -> Vec<&'a PlannedStage> {
+        self.outcome.failed.insert(failed.key.clone(), Arc::new(error));
+        let mut skipped = Vec::new();
+        for stage in &plan.stages {
+            let fails = stage.parent.as_ref().is_some_and(|parent| self.outcome.failed.contains_key(parent));
+            if fails && self.waiting.remove(stage.key.as_str()).is_some() {
+                let error = Error::run(format!("skipped, because `{}` failed", failed.label));
+                self.outcome.failed.insert(stage.key.clone(), Arc::new(error));
+                skipped.push(stage);
+            }
+        }
+        skipped
+    }
+}
+
+impl<'a> Execution<'a> {
+    fn board(&self) -> MutexGuard<'_, Board<'a>> {
+        // The board is whole at every unlock, so a panic elsewhere does not spoil it.
+        self.board.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The life of one worker: take the most urgent ready stage, run it, say how it went.
+    fn work(&self, pool: &rayon::ThreadPool) {
+        while let Some(stage) = self.next() {
+            let started = Instant::now();
+            let result = catch_unwind(AssertUnwindSafe(|| pool.install(|| self.run(stage))))
+                .unwrap_or_else(|panic| Err(panicked(panic.as_ref())));
+            self.settle(stage, result, started);
+            self.changed.notify_all();
+        }
+    }
+
+    fn next(&self) -> Option<&'a PlannedStage> {
+        let mut board = self.board();
+        loop {
+            if board.waiting.is_empty() || self.interrupt.is_set() {
+                return None;
+            }
+            let ready = board.waiting.values().copied().filter(|stage| board.is_ready(stage));
+            let urgency = |stage: &PlannedStage| self.urgency.get(stage.key.as_str()).copied().unwrap_or(0.);
+            if let Some(stage) = ready.max_by(|a, b| urgency(a).total_cmp(&urgency(b)).then(b.key.cmp(&a.key))) {
+                board.waiting.remove(stage.key.as_str());
+                return Some(stage);
+            }
+            board = self.changed.wait(board).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Runs one stage, unless another process has done so. True if it ran here.
+    fn run(&self, stage: &PlannedStage) -> Result<bool> {
+        let claim = match self.store.claim(&stage.key, || self.interrupt.is_set())? {
+            Turn::Done(_) => return Ok(false),
+            Turn::Ours(claim) => claim,
+        };
+        let started = Instant::now();
+        let context = StageContext {
+            folder: claim.folder(),
+            ancestors: self.ancestors(stage)?,
+            partials: claim.partials(),
+            sink: self.sink,
+            store: self.store,
+            interrupt: self.interrupt,
+        };
+        self.runner.run(stage, &context)?;
+        claim.commit(started.elapsed().as_secs_f64())?;
+        Ok(true)
+    }
+
+    fn ancestors(&self, stage: &PlannedStage) -> Result<Vec<Artifact>> {
+        let find = |key: &Key| self.plan.stages.iter().find(|stage| stage.key == *key);
+        let chain = std::iter::successors(stage.parent.as_ref(), |key| find(key)?.parent.as_ref());
+        chain.map(|key| self.store.artifact(key)).collect()
+    }
+
+    fn settle(&self, stage: &PlannedStage, result: Result<bool>, started: Instant) {
+        let (key, label) = (stage.key.clone(), stage.label.clone());
+        let mut board = self.board();
+        match result {
+            Ok(ran) => {
+                let done = if ran { &mut board.outcome.ran } else { &mut board.outcome.cached };
+                done.insert(key.clone());
+                drop(board);
+                self.sink.emit(Event::StageFinished { key, label, seconds: started.elapsed().as_secs_f64() });
+            }
+            Err(error) if error.kind() == Kind::Interrupted => {
+                // Also when the stage stopped of its own accord: its descendants cannot run now.
+                self.interrupt.set();
+            }
+            Err(error) => {
+                let mut events = vec![Event::StageFailed { key, label, error: error.to_string() }];
+                for skipped in board.fail(self.plan, stage, error) {
+                    let error = format!("skipped, because `{}` failed", stage.label);
+                    events.push(Event::StageFailed { key: skipped.key.clone(), label: skipped.label.clone(), error });
+                }
+                drop(board);
+                events.into_iter().for_each(|event| self.sink.emit(event));
+            }
+        }
+    }
+}
+
+fn panicked(panic: &(dyn std::any::Any + Send)) -> Error {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    Error::run(format!("the stage panicked: {}", text.unwrap_or("no message")))
+        .help("this is a defect of Titer or of a plugin; please report it with the configuration")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Barrier;
+    use std::sync::atomic::AtomicBool;
+
+    use super::*;
+    use crate::plan::StageSpec;
+
+    /// A runner made of a closure. It writes one file after the closure agreed.
+    struct Fake<F>(F);
+
+    impl<F: Fn(&PlannedStage, &StageContext) -> Result<()> + Sync> StageRunner for Fake<F> {
+        fn run(&self, stage: &PlannedStage, context: &StageContext) -> Result<()> {
+            (self.0)(stage, context)?;
+            crate::store::write_file(&context.folder.join("label.txt"), stage.label.as_bytes())
+        }
+    }
+
+    struct Silent;
+
+    impl Sink for Silent {
+        fn emit(&self, _event: Event) {}
+    }
+
+    struct Bench {
+        _folder: tempfile::TempDir,
+        plan: Plan,
+        store: Store,
+        interrupt: Interrupt,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            let store = Store::open(folder.path()).unwrap();
+            Self { _folder: folder, plan: crate::testing::plan(&[]), store, interrupt: Interrupt::default() }
+        }
+
+        fn run(&self, count: usize, run: impl Fn(&PlannedStage, &StageContext) -> Result<()> + Sync) -> Outcome {
+            let jobs = Jobs { count, threads: 1 };
+            execute(&self.plan, &self.store, &Fake(run), &Silent, &self.interrupt, jobs).unwrap()
+        }
+    }
+
+    fn is_align(stage: &PlannedStage) -> bool {
+        matches!(&stage.spec, StageSpec::Train(spec) if spec.phase == titer_core::Stage::Align)
+    }
+
+    #[test]
+    fn parents_run_first_and_nothing_runs_twice() {
+        let bench = Bench::new();
+        let order = Mutex::new(Vec::new());
+        let outcome = bench.run(2, |stage, context| {
+            if stage.parent.is_some() {
+                assert!(context.parent()?.join("label.txt").exists());
+            }
+            order.lock().unwrap().push(stage.key.clone());
+            Ok(())
+        });
+        assert_eq!((outcome.ran.len(), outcome.failed.len()), (bench.plan.stages.len(), 0));
+        let order = order.into_inner().unwrap();
+        let at = |key: &Key| order.iter().position(|other| other == key).unwrap();
+        for stage in &bench.plan.stages {
+            assert!(stage.parent.iter().all(|parent| at(parent) < at(&stage.key)));
+        }
+        let again = bench.run(2, |_, _| panic!("everything is cached"));
+        assert_eq!((again.ran.len(), again.cached.len()), (0, bench.plan.stages.len()));
+    }
+
+    #[test]
+    fn two_jobs_run_two_stages_at_once() {
+        let (bench, meeting) = (Bench::new(), Barrier::new(2));
+        let outcome = bench.run(2, |stage, _| {
+            // The two bases; alone, the first would wait for ever.
+            if stage.parent.is_none() {
+                meeting.wait();
+            }
+            Ok(())
+        });
+        assert!(outcome.failed.is_empty());
+    }
+
+    #[test]
+    fn a_failure_takes_only_its_descendants() {
+        let bench = Bench::new();
+        let outcome = bench.run(2, |stage, _| match stage.spec {
+            StageSpec::Train(_) if is_align(stage) => Err(Error::run("the loss is not finite")),
+            _ => Ok(()),
+        });
+        // Four alignments; eight attacks on them; two answers and two verdicts for each of those twelve.
+        assert_eq!(outcome.failed.len(), 12 * 5);
+        assert_eq!(outcome.ran.len(), bench.plan.stages.len() - 12 * 5);
+        let (failed, kept): (Vec<_>, Vec<_>) =
+            bench.plan.cells.iter().partition(|cell| outcome.failure(cell).is_some());
+        assert!(failed.iter().all(|cell| cell.method == "Shield") && kept.iter().all(|cell| cell.method == "none"));
+        let (_, error) = outcome.failure(failed[0]).unwrap();
+        assert_eq!(error.message(), "the loss is not finite");
+        let retry = bench.run(1, |_, _| Ok(()));
+        assert_eq!(retry.ran.len(), 12 * 5);
+    }
+
+    #[test]
+    fn a_panic_is_a_failure_with_its_message() {
+        let bench = Bench::new();
+        let outcome = bench.run(2, |stage, _| if is_align(stage) { panic!("index out of bounds") } else { Ok(()) });
+        let messages: Vec<_> = outcome.failed.values().map(|error| error.message().to_owned()).collect();
+        assert!(messages.iter().any(|message| message == "the stage panicked: index out of bounds"), "{messages:?}");
+        assert_eq!(outcome.failed.len(), 12 * 5);
+    }
+
+    #[test]
+    fn an_interrupted_run_resumes_with_what_is_missing() {
+        let bench = Bench::new();
+        let outcome = bench.run(1, |stage, context| {
+            if is_align(stage) {
+                context.partials.save(7, |_| Ok(()))?;
+                bench.interrupt.set();
+            }
+            if context.interrupted() { Err(Error::interrupted()) } else { Ok(()) }
+        });
+        assert!(outcome.interrupted && outcome.failed.is_empty());
+        let before = outcome.ran.len();
+        assert!(before > 0 && before < bench.plan.stages.len());
+
+        let resumed = AtomicBool::new(false);
+        let bench = Bench { interrupt: Interrupt::default(), ..bench };
+        let outcome = bench.run(1, |stage, context| {
+            if is_align(stage) && context.partials.newest().is_some_and(|(step, _)| step == 7) {
+                resumed.store(true, Ordering::Relaxed);
+            }
+            Ok(())
+        });
+        assert_eq!((outcome.cached.len(), outcome.ran.len()), (before, bench.plan.stages.len() - before));
+        assert!(resumed.into_inner(), "the checkpoint is there");
+    }
+
+    #[test]
+    fn a_stage_that_stops_by_itself_ends_the_run() {
+        let bench = Bench::new();
+        let outcome = bench.run(2, |_, _| Err(Error::interrupted()));
+        assert!(outcome.interrupted && outcome.ran.is_empty());
+    }
+
+    #[test]
+    fn a_damaged_parent_is_computed_again() {
+        let bench = Bench::new();
+        bench.run(1, |stage, _| if is_align(stage) { Err(Error::run("later")) } else { Ok(()) });
+        let base = bench.plan.stages.iter().find(|stage| stage.parent.is_none()).unwrap();
+        let file = bench.store.artifact(&base.key).unwrap().folder().join("label.txt");
+        let size = std::fs::metadata(&file).unwrap().len();
+        std::fs::write(&file, "x".repeat(usize::try_from(size).unwrap())).unwrap();
+        let outcome = bench.run(1, |_, _| Ok(()));
+        assert!(outcome.ran.contains(&base.key) && outcome.failed.is_empty());
+    }
+
+    #[test]
+    fn longer_paths_are_more_urgent() {
+        let plan = crate::testing::plan(&[]);
+        let urgency = urgency(&plan);
+        for stage in &plan.stages {
+            assert!(stage.parent.iter().all(|parent| urgency[parent.as_str()] > urgency[stage.key.as_str()]));
+        }
+    }
+}

@@ -1,0 +1,197 @@
+//! Shows events to people: bars on a terminal, plain lines elsewhere; and keeps all of them in `events.jsonl`.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{IsTerminal, Write};
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use serde_json::json;
+use titer_core::Result;
+use titer_core::error::io_error;
+use titer_core::event::{Event, Sink};
+
+/// At most one line per stage in this time, where there is no terminal.
+const QUIET: Duration = Duration::from_secs(5);
+
+/// Sends each event to several sinks.
+pub struct Fanout<'a>(pub Vec<&'a dyn Sink>);
+
+impl std::fmt::Debug for Fanout<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Fanout({} sinks)", self.0.len())
+    }
+}
+
+impl Sink for Fanout<'_> {
+    fn emit(&self, event: Event) {
+        for sink in &self.0 {
+            sink.emit(event.clone());
+        }
+    }
+}
+
+/// What suits standard error: bars on a terminal, lines elsewhere.
+pub fn for_stderr() -> Box<dyn Sink> {
+    if std::io::stderr().is_terminal() { Box::new(Bars::default()) } else { Box::new(Lines::new(std::io::stderr())) }
+}
+
+/// Appends events to a file, one JSON object per line with the time in seconds since 1970.
+#[derive(Debug)]
+pub struct Journal {
+    file: Mutex<File>,
+}
+
+impl Journal {
+    /// The journal of a run's folder; an earlier run's events stay in it.
+    ///
+    /// # Errors
+    /// The file cannot be opened.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let path = folder.join("events.jsonl");
+        let file = File::options().create(true).append(true).open(&path);
+        Ok(Self { file: Mutex::new(file.map_err(|error| io_error("open", &path, error))?) })
+    }
+}
+
+impl Sink for Journal {
+    fn emit(&self, event: Event) {
+        let time = std::time::UNIX_EPOCH.elapsed().map_or(0., |time| time.as_secs_f64());
+        let mut line = json!(event);
+        line["time"] = json!(time);
+        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        // One write per line, so that a killed process leaves whole lines.
+        if let Err(error) = file.write_all(format!("{line}\n").as_bytes()) {
+            tracing::warn!("cannot write events.jsonl: {error}");
+        }
+    }
+}
+
+/// Plain lines for logs.
+#[derive(Debug)]
+pub struct Lines<W> {
+    state: Mutex<(W, BTreeMap<String, Running>)>,
+}
+
+#[derive(Debug)]
+struct Running {
+    label: String,
+    total: usize,
+    resumed: usize,
+    started: Instant,
+    shown: Instant,
+}
+
+impl<W: Write> Lines<W> {
+    /// Lines written to `out`.
+    pub fn new(out: W) -> Self {
+        Self { state: Mutex::new((out, BTreeMap::new())) }
+    }
+}
+
+impl<W: Write + Send> Sink for Lines<W> {
+    fn emit(&self, event: Event) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let (out, running) = &mut *state;
+        let line = match event {
+            Event::RunStarted { experiment, stages, cached } => {
+                format!("{experiment}: {stages} stages, {cached} in the store")
+            }
+            Event::StageStarted { key, label, total, resumed } => {
+                let line = match resumed {
+                    0 => format!("start   {label}"),
+                    _ => format!("resume  {label} at {resumed}/{total}"),
+                };
+                let now = Instant::now();
+                running.insert(key, Running { label, total, resumed, started: now, shown: now });
+                line
+            }
+            Event::Step { key, step, loss } => {
+                let Some(stage) = running.get_mut(&key).filter(|stage| stage.shown.elapsed() >= QUIET) else { return };
+                stage.shown = Instant::now();
+                let loss = loss.map_or_else(String::new, |loss| format!(", loss {loss:.4}"));
+                let rate = (step - stage.resumed.min(step)) as f64 / stage.started.elapsed().as_secs_f64();
+                let left = (stage.total.saturating_sub(step)) as f64 / rate.max(1e-9);
+                format!("        {} {step}/{}{loss}, {rate:.1}/s, {left:.0} s left", stage.label, stage.total)
+            }
+            Event::StageFinished { key, label, seconds } => {
+                running.remove(&key);
+                format!("done    {label} ({seconds:.1} s)")
+            }
+            Event::StageFailed { key, label, error } => {
+                running.remove(&key);
+                format!("FAILED  {label}: {error}")
+            }
+            Event::RunFinished { seconds, ran, cached, failed } => summary(seconds, ran, cached, failed),
+            _ => return,
+        };
+        // Nobody is left to tell if standard error is closed.
+        let _ = writeln!(out, "{line}");
+    }
+}
+
+/// A bar per running stage, and one for the whole run.
+#[derive(Debug, Default)]
+pub struct Bars {
+    screen: MultiProgress,
+    state: Mutex<(Option<ProgressBar>, BTreeMap<String, ProgressBar>)>,
+}
+
+impl Sink for Bars {
+    fn emit(&self, event: Event) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let (overall, running) = &mut *state;
+        let advance = |overall: &Option<ProgressBar>| overall.iter().for_each(|bar| bar.inc(1));
+        match event {
+            Event::RunStarted { experiment, stages, cached } => {
+                let bar = self.screen.add(ProgressBar::new(stages as u64).with_position(cached as u64));
+                bar.set_style(style("{msg} [{bar:30}] {pos}/{len} stages, {elapsed} elapsed"));
+                bar.set_message(experiment);
+                bar.enable_steady_tick(Duration::from_secs(1));
+                *overall = Some(bar);
+            }
+            Event::StageStarted { key, label, total, resumed } => {
+                let bar = ProgressBar::new(total as u64).with_position(resumed as u64);
+                let bar = match &overall {
+                    Some(overall) => self.screen.insert_before(overall, bar),
+                    None => self.screen.add(bar),
+                };
+                bar.set_style(style("  {prefix:42!} [{bar:20}] {pos}/{len} {per_sec} eta {eta} {msg}"));
+                bar.set_prefix(label);
+                bar.reset_eta();
+                running.insert(key, bar);
+            }
+            Event::Step { key, step, loss } => {
+                if let Some(bar) = running.get(&key) {
+                    bar.set_position(step as u64);
+                    loss.into_iter().for_each(|loss| bar.set_message(format!("loss {loss:.4}")));
+                }
+            }
+            Event::StageFinished { key, .. } => {
+                running.remove(&key).into_iter().for_each(|bar| bar.finish_and_clear());
+                advance(overall);
+            }
+            Event::StageFailed { key, label, error } => {
+                running.remove(&key).into_iter().for_each(|bar| bar.finish_and_clear());
+                let _ = self.screen.println(format!("FAILED  {label}: {error}"));
+                advance(overall);
+            }
+            Event::RunFinished { seconds, ran, cached, failed } => {
+                std::mem::take(running).into_values().for_each(|bar| bar.finish_and_clear());
+                overall.take().into_iter().for_each(|bar| bar.finish_and_clear());
+                let _ = self.screen.println(summary(seconds, ran, cached, failed));
+            }
+            _ => {}
+        }
+    }
+}
+
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template).expect("the templates above are valid").progress_chars("=> ")
+}
+
+fn summary(seconds: f64, ran: usize, cached: usize, failed: usize) -> String {
+    format!("{ran} stages ran, {cached} came from the store, {failed} failed, in {seconds:.1} s")
+}

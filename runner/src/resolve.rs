@@ -1,0 +1,728 @@
+//! From what the user wrote to what it means: names looked up, defaults filled in, data files hashed.
+//!
+//! Every mistake is collected with its key, so that one run of `titer plan` shows them all. What comes out holds no
+//! mistake that can be known without a device.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
+use titer_core::error::io_error;
+use titer_core::model::sites_of_kind;
+use titer_core::registry::{Entry, find, nearest};
+use titer_core::text::Template;
+use titer_core::weights::LoraConfig;
+use titer_core::{DefenseEntry, Error, JudgeEntry, Model, ModelEntry, Result, Settings, Stage, Task, TaskEntry};
+
+use crate::config::{
+    AlignAdapter, BaseConfig, DefenseRef, EvaluateConfig, FineTuneConfig, FineTuneMode, JudgeRef, Loaded, MethodConfig,
+    Source, TaskRef, TrainConfig, UserTask,
+};
+use crate::diagnostics::Problems;
+use crate::plan::{AdapterSpec, EncodingSpec, LoadSpec, OptimSpec, PluginSpec, PretrainSpec, RowsSpec, Steps};
+
+/// The defense of a stage for which the method names none.
+const PLAIN: &str = "sft";
+/// The word for "no defense here".
+const NONE: &str = "none";
+
+/// A configuration with everything looked up.
+#[derive(Debug, Clone)]
+pub struct Experiment {
+    /// The name.
+    pub name: String,
+    /// Seeds of everything after the base.
+    pub seeds: Vec<u64>,
+    /// The bases.
+    pub bases: Vec<Base>,
+    /// The registered model.
+    pub model: String,
+    /// Text to tokens.
+    pub encoding: EncodingSpec,
+    /// The alignment stage, if the configuration has one.
+    pub align: Option<Align>,
+    /// The fine-tuning stage.
+    pub fine_tune: FineTune,
+    /// The methods.
+    pub methods: Vec<Method>,
+    /// Prompts that judges look at: `harmful`, `benign`.
+    pub probes: Vec<Probe>,
+    /// The judges, the headline one first.
+    pub judges: Vec<PluginSpec>,
+    /// Prompts per batch of generation.
+    pub batch_size: usize,
+}
+
+/// A base model.
+#[derive(Debug, Clone)]
+pub enum Base {
+    /// A checkpoint folder.
+    Load(LoadSpec),
+    /// One pretrained here.
+    Pretrain(PretrainSpec),
+}
+
+/// The alignment stage, without its defense.
+#[derive(Debug, Clone)]
+pub struct Align {
+    /// The rows.
+    pub data: Vec<RowsSpec>,
+    /// What is trained.
+    pub adapter: AdapterSpec,
+    /// How.
+    pub optim: OptimSpec,
+}
+
+/// The fine-tuning stage, without its defense and without what is swept over.
+#[derive(Debug, Clone)]
+pub struct FineTune {
+    /// The users' tasks.
+    pub tasks: Vec<UserRows>,
+    /// Row counts to sweep over.
+    pub samples: Vec<usize>,
+    /// The source of harmful rows; its `rows` are those that the largest mixture needs.
+    pub harmful: Option<RowsSpec>,
+    /// Their shares.
+    pub ratios: Vec<f64>,
+    /// Peak learning rates.
+    pub learning_rates: Vec<f64>,
+    /// What is trained.
+    pub mode: FineTuneMode,
+    /// The adapter of that mode.
+    pub adapter: AdapterSpec,
+    /// Rows whose loss is tracked.
+    pub monitor: Option<RowsSpec>,
+    /// How; the learning rate is that of the sweep.
+    pub optim: OptimSpec,
+}
+
+/// A user's task.
+#[derive(Debug, Clone)]
+pub struct UserRows {
+    /// Its name in the table.
+    pub name: String,
+    /// Its test prompts; training rows are of the same task.
+    pub probe: Probe,
+}
+
+/// Prompts and how they are answered.
+#[derive(Debug, Clone)]
+pub struct Probe {
+    /// `harmful`, `benign` or `task`.
+    pub name: &'static str,
+    /// The prompts.
+    pub prompts: RowsSpec,
+    /// The task's scoring rule, in words.
+    pub scoring: &'static str,
+    /// Longest answer.
+    pub max_new_tokens: usize,
+}
+
+/// A method.
+#[derive(Debug, Clone)]
+pub struct Method {
+    /// The name in the table.
+    pub name: String,
+    /// The alignment defense; `None` for an attack straight on the base.
+    pub align: Option<Defense>,
+    /// The fine-tuning defense.
+    pub fine_tune: Defense,
+    /// The post-fine-tuning defense.
+    pub post: Option<Defense>,
+}
+
+/// A defense and the streams it draws from.
+#[derive(Debug, Clone)]
+pub struct Defense {
+    /// The defense.
+    pub spec: PluginSpec,
+    /// Its streams by name.
+    pub streams: Vec<(String, RowsSpec)>,
+    /// Passes per step with these settings.
+    pub passes: f64,
+}
+
+/// Looks everything up.
+///
+/// # Errors
+/// Every mistake that can be known without a device.
+pub fn resolve(loaded: &Loaded) -> Result<Experiment, Problems> {
+    let config = &loaded.config;
+    let mut cx = Resolver { source: &loaded.source, problems: Problems::default(), hashes: BTreeMap::new() };
+
+    cx.check(!config.experiment.is_empty(), "experiment", "the name is empty", "name the experiment");
+    cx.seeds("seeds", &config.seeds);
+    cx.take("", config.lora.check());
+    cx.dtype(&config.dtype);
+    cx.take("encoding", Template::new(&config.encoding.template).check());
+    cx.positive("encoding.max_length", config.encoding.max_length);
+    let encoding = EncodingSpec {
+        template: Template::new(&config.encoding.template).text().to_owned(),
+        max_length: config.encoding.max_length,
+    };
+
+    let (bases, model) = cx.base(&config.base, &config.dtype).unzip();
+    if let Some(model) = &model {
+        cx.lora_targets(&config.lora, model.as_ref());
+    }
+
+    let streams: BTreeMap<&str, Option<RowsSpec>> = config
+        .streams
+        .iter()
+        .map(|(name, rows)| (name.as_str(), cx.rows(&format!("streams.{name}"), rows).map(|(rows, _)| rows)))
+        .collect();
+    let methods = cx.methods(&config.methods, &streams, model.as_deref());
+
+    let aligns = methods.iter().any(|method| method.align.is_some());
+    let align = config.align.as_ref().and_then(|align| {
+        cx.check(!align.data.is_empty(), "align.data", "the list is empty", "name the alignment data");
+        let data: Vec<_> = align
+            .data
+            .iter()
+            .enumerate()
+            .filter_map(|(index, rows)| cx.rows(&format!("align.data.{index}"), rows))
+            .map(|(rows, _)| rows)
+            .collect();
+        let adapter = match align.adapter {
+            AlignAdapter::Lora => AdapterSpec::Fresh(config.lora.clone()),
+            AlignAdapter::Full => AdapterSpec::Full,
+        };
+        Some(Align { data, adapter, optim: cx.optim("align.train", &align.train)? })
+    });
+    if aligns && config.align.is_none() {
+        cx.problem(
+            "methods",
+            "a method aligns, but there is no alignment stage",
+            "add [align] with data and train, or set align = \"none\"",
+        );
+    }
+    let fine_tune = cx.fine_tune(&config.fine_tune, &config.lora, config.evaluate.task_prompts);
+    let (probes, judges) = cx.evaluate(&config.evaluate);
+
+    match (bases, fine_tune) {
+        (Some(bases), Some(fine_tune)) => cx.problems.into_result(Experiment {
+            name: config.experiment.clone(),
+            seeds: config.seeds.clone(),
+            bases,
+            model: config.base.model.clone(),
+            encoding,
+            align,
+            fine_tune,
+            methods,
+            probes,
+            judges,
+            batch_size: config.evaluate.batch_size,
+        }),
+        // A missing part has left its reason behind.
+        _ => Err(cx.problems),
+    }
+}
+
+struct Resolver<'a> {
+    source: &'a Source,
+    problems: Problems,
+    /// Content hashes of files already read.
+    hashes: BTreeMap<PathBuf, String>,
+}
+
+impl Resolver<'_> {
+    /// Keeps the value and collects the error, under the key.
+    fn take<T>(&mut self, key: &str, result: Result<T>) -> Option<T> {
+        result.map_err(|error| self.problems.push(self.source.locate(key, error))).ok()
+    }
+
+    fn problem(&mut self, key: &str, message: &str, help: &str) {
+        self.take::<()>(key, Err(Error::config(message).help(help)));
+    }
+
+    fn check(&mut self, holds: bool, key: &str, message: &str, help: &str) {
+        if !holds {
+            self.problem(key, message, help);
+        }
+    }
+
+    fn positive(&mut self, key: &str, number: usize) {
+        self.check(number > 0, key, "expected at least 1, found `0`", "set it to 1 or more");
+    }
+
+    fn fraction(&mut self, key: &str, number: f64, help: &str) {
+        self.check((0. ..=1.).contains(&number), key, &format!("must lie in [0, 1], found `{number}`"), help);
+    }
+
+    fn seeds(&mut self, key: &str, seeds: &[u64]) {
+        self.check(!seeds.is_empty(), key, "the list is empty: nothing would run", "give at least one seed, as in [0]");
+        self.distinct(key, seeds.iter().map(u64::to_string));
+    }
+
+    fn distinct(&mut self, key: &str, names: impl IntoIterator<Item = String>) {
+        let mut seen = BTreeSet::new();
+        for name in names {
+            if seen.contains(&name) {
+                self.problem(key, &format!("`{name}` appears twice"), "remove or rename one of them");
+            }
+            seen.insert(name);
+        }
+    }
+
+    fn dtype(&mut self, dtype: &str) {
+        let known = ["f32", "f16", "bf16"];
+        let message = format!("unknown element type `{dtype}`");
+        self.check(known.contains(&dtype), "dtype", &message, "use f32, f16 or bf16");
+    }
+
+    /// Looks a plugin up and fills its settings in.
+    fn plugin<E: Entry>(
+        &mut self,
+        key: &str,
+        name_key: &str,
+        name: &str,
+        settings: &Map<String, Value>,
+    ) -> Option<(&'static E, PluginSpec)> {
+        let entry = self.take(name_key, find::<E>(name))?;
+        let settings = entry.settings().resolve(&Settings::from(settings.clone()));
+        let settings = self.take(key, settings.map_err(|error| explained(name, error)))?;
+        Some((entry, PluginSpec { name: name.to_owned(), settings, version: entry.version() }))
+    }
+
+    /// Builds a task, which checks that its files are there, and hashes them.
+    fn task(
+        &mut self,
+        key: &str,
+        name: &str,
+        settings: &Map<String, Value>,
+    ) -> Option<(PluginSpec, String, Box<dyn Task>)> {
+        let (entry, spec) = self.plugin::<TaskEntry>(key, &format!("{key}.task"), name, settings)?;
+        let task = (entry.build)(&Settings::from(settings.clone()), self.source.folder());
+        let task = self.take(key, task)?;
+        let content = self.content(&task.files());
+        Some((spec, self.take(key, content)?, task))
+    }
+
+    fn rows(&mut self, key: &str, rows: &TaskRef) -> Option<(RowsSpec, Box<dyn Task>)> {
+        let built = self.task(key, &rows.task, &rows.settings);
+        let count = rows
+            .rows
+            .ok_or_else(|| Error::config("the number of rows is missing").key("rows").help("add it, as in rows = 500"));
+        let count = self.take(key, count)?;
+        self.positive(&format!("{key}.rows"), count);
+        let (task, content, built) = built?;
+        Some((RowsSpec { task, rows: count, content }, built))
+    }
+
+    fn content(&mut self, files: &[PathBuf]) -> Result<String> {
+        if files.is_empty() {
+            return Ok(String::new());
+        }
+        let mut whole = blake3::Hasher::new();
+        for file in files {
+            let hash = match self.hashes.get(file) {
+                Some(hash) => hash,
+                None => self.hashes.entry(file.clone()).or_insert(hash_file(file)?),
+            };
+            whole.update(hash.as_bytes());
+        }
+        Ok(whole.finalize().to_hex().to_string())
+    }
+
+    fn base(&mut self, base: &BaseConfig, dtype: &str) -> Option<(Vec<Base>, Box<dyn Model>)> {
+        let entry = self.take("base.model", find::<ModelEntry>(&base.model));
+        match (&base.path, &base.pretrain) {
+            (Some(path), None) => {
+                self.check(
+                    base.shape.is_empty(),
+                    "base.shape",
+                    "a checkpoint has its own shape",
+                    "remove [base.shape]",
+                );
+                let (spec, model) = self.checkpoint(entry?, path, dtype)?;
+                Some((vec![Base::Load(spec)], model))
+            }
+            (None, Some(pretrain)) => {
+                self.seeds("base.seeds", &base.seeds);
+                self.positive("base.pretrain.max_length", pretrain.max_length);
+                let rows = self.rows("base.pretrain.data", &pretrain.data);
+                let optim = self.optim("base.pretrain.train", &pretrain.train);
+                let settings = self.take("base.shape", entry?.settings.resolve(&Settings::from(base.shape.clone())))?;
+                let (data, task) = rows?;
+                let model = self.take("base.shape", build_model(entry?, &settings, task.as_ref()))?;
+                let model_spec = PluginSpec { name: base.model.clone(), settings, version: entry?.version };
+                let optim = optim?;
+                let spec = |&seed: &u64| {
+                    Base::Pretrain(PretrainSpec {
+                        model: model_spec.clone(),
+                        data: data.clone(),
+                        max_length: pretrain.max_length,
+                        optim: optim.clone(),
+                        seed,
+                        dtype: dtype.to_owned(),
+                    })
+                };
+                Some((base.seeds.iter().map(spec).collect(), model))
+            }
+            (path, _) => {
+                let found = if path.is_some() { "both are given" } else { "neither is given" };
+                self.problem(
+                    "base",
+                    &format!("a base model comes from either `path` or `pretrain`; {found}"),
+                    "set base.path to a checkpoint folder, or add [base.pretrain]",
+                );
+                None
+            }
+        }
+    }
+
+    fn checkpoint(&mut self, entry: &ModelEntry, path: &Path, dtype: &str) -> Option<(LoadSpec, Box<dyn Model>)> {
+        let folder = self.source.folder().join(path);
+        let files = self.take("base.path", model_files(&folder))?;
+        let config = self.take("base.path", read_json(&folder.join("config.json")))?;
+        let model = self.take("base.path", (entry.from_config)(&config, &folder))?;
+        let content = self.content(&files);
+        let content = self.take("base.path", content)?;
+        let (model_name, version, dtype) = (entry.name.to_owned(), entry.version, dtype.to_owned());
+        Some((LoadSpec { model: model_name, version, path: folder, content, dtype }, model))
+    }
+
+    fn lora_targets(&mut self, lora: &LoraConfig, model: &dyn Model) {
+        let linears: BTreeSet<String> = model
+            .params()
+            .iter()
+            .filter(|param| param.linear)
+            .filter_map(|param| param.name.trim_end_matches(".weight").rsplit('.').next().map(str::to_owned))
+            .collect();
+        for (index, target) in lora.target_modules.iter().enumerate().filter(|(_, target)| !linears.contains(*target)) {
+            let hint = nearest(target, linears.iter().map(String::as_str));
+            let hint = hint.map_or_else(String::new, |near| format!("; did you mean `{near}`?"));
+            let known = linears.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
+            self.problem(
+                &format!("lora.target_modules.{index}"),
+                &format!("the model has no linear layer `{target}`{hint}"),
+                &format!("its linear layers: {known}"),
+            );
+        }
+    }
+
+    fn optim(&mut self, key: &str, train: &TrainConfig) -> Option<OptimSpec> {
+        let at = |name: &str| format!("{key}.{name}");
+        self.positive(&at("batch_size"), train.batch_size);
+        self.positive(&at("accumulate"), train.accumulate);
+        self.positive(&at("bucket"), train.bucket);
+        self.fraction(&at("warmup"), train.warmup, "0.1 means that the rate rises over the first tenth of the steps");
+        self.learning_rate(&at("learning_rate"), train.learning_rate);
+        for (name, number) in [("weight_decay", train.weight_decay), ("eps", train.eps), ("clip", train.clip)] {
+            let message = format!("must be a finite number, at least 0, found `{number}`");
+            self.check(number >= 0. && number.is_finite(), &at(name), &message, "0 switches it off");
+        }
+        for (index, beta) in train.betas.iter().enumerate() {
+            let message = format!("must lie in [0, 1), found `{beta}`");
+            self.check((0. ..1.).contains(beta), &at(&format!("betas.{index}")), &message, "usual are [0.9, 0.999]");
+        }
+        let steps = match (train.steps, train.epochs) {
+            (Some(steps), None) => ("steps", steps, Steps::Steps(steps)),
+            (None, Some(epochs)) => ("epochs", epochs, Steps::Epochs(epochs)),
+            (steps, _) => {
+                let found = if steps.is_some() { "both are given" } else { "neither is given" };
+                let message = format!("training takes either `steps` or `epochs`; {found}");
+                self.problem(key, &message, "keep one of them, as in steps = 400");
+                return None;
+            }
+        };
+        self.positive(&at(steps.0), steps.1);
+        Some(OptimSpec {
+            steps: steps.2,
+            batch_size: train.batch_size,
+            accumulate: train.accumulate,
+            bucket: train.bucket,
+            learning_rate: train.learning_rate,
+            schedule: train.schedule,
+            warmup: train.warmup,
+            weight_decay: train.weight_decay,
+            betas: train.betas,
+            eps: train.eps,
+            clip: Some(train.clip).filter(|clip| *clip > 0.),
+        })
+    }
+
+    fn learning_rate(&mut self, key: &str, rate: f64) {
+        let message = format!("must be a positive number, found `{rate}`");
+        self.check(rate > 0. && rate.is_finite(), key, &message, "1e-3 is usual for LoRA, 1e-5 for all parameters");
+    }
+
+    fn methods(
+        &mut self,
+        methods: &[MethodConfig],
+        streams: &BTreeMap<&str, Option<RowsSpec>>,
+        model: Option<&dyn Model>,
+    ) -> Vec<Method> {
+        self.check(!methods.is_empty(), "methods", "the list is empty: nothing would run", "add a [[methods]] table");
+        self.distinct("methods", methods.iter().map(|method| method.name.clone()));
+        let mut resolved = Vec::new();
+        for (index, method) in methods.iter().enumerate() {
+            let mut defense = |stage: Stage, given: Option<&DefenseRef>| {
+                self.defense(&format!("methods.{index}.{}", stage.name()), stage, given, streams, model)
+            };
+            let plain = DefenseRef::Name(PLAIN.into());
+            let align = defense(Stage::Align, method.align.as_ref());
+            let fine_tune = defense(Stage::FineTune, Some(method.fine_tune.as_ref().unwrap_or(&plain)));
+            let post = defense(Stage::Post, method.post.as_ref());
+            if let Some(fine_tune) = fine_tune {
+                resolved.push(Method { name: method.name.clone(), align, fine_tune, post });
+            }
+        }
+        resolved
+    }
+
+    fn defense(
+        &mut self,
+        key: &str,
+        stage: Stage,
+        given: Option<&DefenseRef>,
+        streams: &BTreeMap<&str, Option<RowsSpec>>,
+        model: Option<&dyn Model>,
+    ) -> Option<Defense> {
+        let no_settings = Map::new();
+        let (name, name_key, settings) = match given? {
+            DefenseRef::Name(name) => (name, key.to_owned(), &no_settings),
+            DefenseRef::Table { defense, settings } => (defense, format!("{key}.defense"), settings),
+        };
+        if name == NONE && stage != Stage::FineTune {
+            return None;
+        }
+        let (entry, spec) = self.plugin::<DefenseEntry>(key, &name_key, name, settings)?;
+        // What building refuses is a setting out of range.
+        let built = (entry.build)(&Settings::from(settings.clone()));
+        self.take(key, built.map_err(|error| explained(name, error)));
+        if !entry.stages.contains(&stage) {
+            let stages: Vec<_> = entry.stages.iter().map(|stage| stage.name()).collect();
+            let message = format!("`{name}` does not act at the stage `{}`", stage.name());
+            self.problem(&name_key, &message, &format!("use it at {}", stages.join(" or ")));
+        }
+        if let Some(model) = model {
+            for kind in entry.sites.iter().filter(|kind| sites_of_kind(model, kind).is_err()) {
+                let message = format!("`{name}` acts on the sites `{kind}`, which this model does not have");
+                self.problem(&name_key, &message, "use another model or another defense");
+            }
+        }
+        let mut drawn = Vec::new();
+        for stream in entry.streams {
+            match streams.get(stream) {
+                Some(rows) => drawn.extend(rows.clone().map(|rows| ((*stream).to_owned(), rows))),
+                None => self.problem(
+                    &name_key,
+                    &format!("`{name}` draws from the stream `{stream}`, which is not configured"),
+                    &format!("add `{stream} = {{ task = \"…\", rows = … }}` under [streams]"),
+                ),
+            }
+        }
+        Some(Defense { passes: (entry.passes)(&spec.settings), spec, streams: drawn })
+    }
+
+    fn fine_tune(&mut self, config: &FineTuneConfig, lora: &LoraConfig, prompts: usize) -> Option<FineTune> {
+        let samples = config.samples.as_slice();
+        self.check(!samples.is_empty(), "fine_tune.samples", "the list is empty", "give at least one number of rows");
+        for &samples in samples {
+            self.positive("fine_tune.samples", samples);
+        }
+        let ratios = &config.harmful_ratios;
+        self.check(!ratios.is_empty(), "fine_tune.harmful_ratios", "the list is empty", "0 is the clean run");
+        for (index, &ratio) in ratios.iter().enumerate() {
+            let key = format!("fine_tune.harmful_ratios.{index}");
+            self.fraction(&key, ratio, "0.1 means that one row in ten is harmful");
+        }
+        self.distinct("fine_tune.harmful_ratios", ratios.iter().map(f64::to_string));
+        for (index, &rate) in config.learning_rates.iter().enumerate() {
+            self.learning_rate(&format!("fine_tune.learning_rates.{index}"), rate);
+        }
+        self.check(!config.tasks.is_empty(), "fine_tune.tasks", "the list is empty", "name at least one task");
+        self.positive("evaluate.task_prompts", prompts);
+        let tasks = config.tasks.iter().enumerate();
+        let tasks: Vec<_> = tasks.filter_map(|(index, task)| self.user_task(index, task, prompts)).collect();
+        self.distinct("fine_tune.tasks", tasks.iter().map(|task| task.name.clone()));
+        let harmful = self.harmful_rows(config);
+        let monitor = config.monitor.as_ref().and_then(|rows| self.rows("fine_tune.monitor", rows));
+        let adapter = match config.mode {
+            FineTuneMode::Double => AdapterSpec::Fresh(lora.clone()),
+            FineTuneMode::Single => AdapterSpec::Continue(lora.clone()),
+            FineTuneMode::Full => AdapterSpec::Full,
+        };
+        let optim = self.optim("fine_tune.train", &config.train)?;
+        let rates =
+            if config.learning_rates.is_empty() { vec![optim.learning_rate] } else { config.learning_rates.clone() };
+        Some(FineTune {
+            tasks,
+            samples: samples.to_vec(),
+            harmful,
+            ratios: ratios.clone(),
+            learning_rates: rates,
+            mode: config.mode,
+            adapter,
+            monitor: monitor.map(|(rows, _)| rows),
+            optim,
+        })
+    }
+
+    /// The harmful rows that the largest mixture needs.
+    fn harmful_rows(&mut self, config: &FineTuneConfig) -> Option<RowsSpec> {
+        let most = config.samples.as_slice().iter().copied().max().unwrap_or(0);
+        let ratio = config.harmful_ratios.iter().copied().fold(0., f64::max);
+        let needed = titer_core::data::harmful_count(most, ratio.min(1.)).unwrap_or(0);
+        let Some(source) = &config.harmful else {
+            self.check(
+                needed == 0,
+                "fine_tune.harmful_ratios",
+                "a ratio above 0 needs harmful rows, and `fine_tune.harmful` is missing",
+                "add `harmful = { task = \"…\" }` under [fine_tune]",
+            );
+            return None;
+        };
+        let (task, content, _) = self.task("fine_tune.harmful", &source.task, &source.settings)?;
+        let available = source.rows.unwrap_or(needed);
+        let message = format!("{needed} harmful rows are needed (samples × ratio), `rows` allows {available}");
+        self.check(available >= needed, "fine_tune.harmful.rows", &message, "leave `rows` out, or raise it");
+        Some(RowsSpec { task, rows: needed, content })
+    }
+
+    fn user_task(&mut self, index: usize, user: &UserTask, prompts: usize) -> Option<UserRows> {
+        let key = format!("fine_tune.tasks.{index}");
+        let (task, content, built) = self.task(&key, &user.task, &user.settings)?;
+        let max_new_tokens = user.max_new_tokens.unwrap_or_else(|| built.max_new_tokens());
+        self.positive(&format!("{key}.max_new_tokens"), max_new_tokens);
+        let prompts = RowsSpec { task, rows: prompts, content };
+        let probe = Probe { name: "task", prompts, scoring: built.scoring(), max_new_tokens };
+        Some(UserRows { name: user.name.clone().unwrap_or_else(|| user.task.clone()), probe })
+    }
+
+    fn evaluate(&mut self, config: &EvaluateConfig) -> (Vec<Probe>, Vec<PluginSpec>) {
+        self.positive("evaluate.batch_size", config.batch_size);
+        self.positive("evaluate.max_new_tokens", config.max_new_tokens.unwrap_or(1));
+        let mut probes = Vec::new();
+        for (name, rows) in [("harmful", &config.harmful), ("benign", &config.benign)] {
+            let rows = rows.as_ref().and_then(|rows| self.rows(&format!("evaluate.{name}"), rows));
+            probes.extend(rows.map(|(prompts, task)| Probe {
+                name,
+                prompts,
+                scoring: task.scoring(),
+                max_new_tokens: config.max_new_tokens.unwrap_or_else(|| task.max_new_tokens()),
+            }));
+        }
+        let no_settings = Map::new();
+        let mut judges = Vec::new();
+        for (index, judge) in config.judges.iter().enumerate() {
+            let key = format!("evaluate.judges.{index}");
+            let (name, name_key, settings) = match judge {
+                JudgeRef::Name(name) => (name, key.clone(), &no_settings),
+                JudgeRef::Table { judge, settings } => (judge, format!("{key}.judge"), settings),
+            };
+            judges.extend(self.plugin::<JudgeEntry>(&key, &name_key, name, settings).map(|(_, spec)| spec));
+        }
+        let judged = config.harmful.is_some() || config.benign.is_some();
+        self.check(
+            !judged || !config.judges.is_empty(),
+            "evaluate.judges",
+            "harmful and benign answers need a judge",
+            "name one, as in judges = [\"…\"]; `titer list judges` shows them",
+        );
+        self.distinct("evaluate.judges", judges.iter().map(|judge| judge.name.clone()));
+        (probes, judges)
+    }
+}
+
+/// Points to the plugin's documentation, unless the plugin gave a remedy of its own.
+fn explained(name: &str, error: Error) -> Error {
+    if error.remedy().is_some() { error } else { error.help(format!("`titer explain {name}` shows its settings")) }
+}
+
+/// The architecture of a model pretrained here. The vocabulary comes from the task when training begins; here it only
+/// has to be one that the task could have.
+fn build_model(entry: &ModelEntry, settings: &Value, task: &dyn Task) -> Result<Box<dyn Model>> {
+    let mut settings = settings.as_object().cloned().unwrap_or_default();
+    if let (Some(size), Some(words)) = (settings.get_mut("vocab_size"), task.vocabulary()) {
+        *size = Value::from(words.len());
+    }
+    (entry.build)(&Settings::from(settings))
+}
+
+/// The files of a checkpoint folder that can change what it computes, sorted by name.
+fn model_files(folder: &Path) -> Result<Vec<PathBuf>> {
+    const EXTENSIONS: [&str; 5] = ["safetensors", "json", "model", "jinja", "txt"];
+    let listing = std::fs::read_dir(folder).map_err(|error| io_error("read the checkpoint folder", folder, error))?;
+    let mut files: Vec<PathBuf> = listing
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.extension().and_then(std::ffi::OsStr::to_str).is_some_and(|ext| EXTENSIONS.contains(&ext)))
+        .collect();
+    files.sort();
+    Ok(files)
+}
+
+fn read_json(path: &Path) -> Result<Value> {
+    let bytes = std::fs::read(path).map_err(|error| io_error("read", path, error))?;
+    serde_json::from_slice(&bytes).map_err(|error| Error::data("the file is not valid JSON").file(path).source(error))
+}
+
+/// The hash of a file's bytes.
+pub(crate) fn hash_file(path: &Path) -> Result<String> {
+    let failed = |error| io_error("read", path, error);
+    let file = std::fs::File::open(path).map_err(failed)?;
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_reader(file).map_err(failed)?;
+    Ok(hasher.finalize().to_hex().to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::testing::{load, problems};
+
+    #[test]
+    fn the_sample_resolves() {
+        let experiment = super::resolve(&load(&[], &[]).unwrap()).unwrap_or_else(|problems| panic!("{problems}"));
+        assert_eq!(experiment.methods[1].align.as_ref().unwrap().spec.settings["rho"], 2.0);
+        assert_eq!(experiment.fine_tune.harmful.unwrap().rows, 4);
+    }
+
+    #[test]
+    fn each_mistake_is_told() {
+        let train = "train = { epochs = 2, batch_size = 4, learning_rate = 1e-3 }";
+        for (from, to, expected) in [
+            ("seeds = [0, 1]\n\n[lora]", "seeds = []\n\n[lora]", "the list is empty: nothing would run"),
+            ("seeds = [0, 1]\n\n[lora]", "seeds = [1, 1]\n\n[lora]", "`1` appears twice"),
+            ("harmful_ratios = [0.0, 0.1]", "harmful_ratios = [0.0, 1.1]", "must lie in [0, 1], found `1.1`"),
+            ("\"q_proj\"", "\"q_prj\"", "no linear layer `q_prj`; did you mean `q_proj`?"),
+            ("\"fake-model\"", "\"fake-modl\"", "unknown model `fake-modl`; did you mean `fake-model`?"),
+            ("\"fake-judge\"", "\"fake-juge\"", "unknown judge `fake-juge`; did you mean `fake-judge`?"),
+            ("task = \"fake-rows\", rows = 50", "task = \"fake-row\", rows = 50", "key: align.data.0.task"),
+            ("\"fake-shield\"", "\"fake-shild\"", "unknown defense `fake-shild`; did you mean `fake-shield`?"),
+            ("rho = 2.0", "roh = 2.0", "key: methods.1.align.roh"),
+            ("rho = 2.0", "rho = -2.0", "`rho` must be at least 0"),
+            ("rho = 2.0", "rho = \"a\"", "key: methods.1.align.rho"),
+            ("fine_tune = \"fake-plain\"", "fine_tune = \"fake-shield\"", "does not act at the stage `fine_tune`"),
+            ("fine_tune = \"fake-plain\"", "fine_tune = \"fake-elsewhere\"", "acts on the sites `expert_out`"),
+            ("[streams]\nharmful", "[streams]\nother", "draws from the stream `harmful`, which is not configured"),
+            ("name = \"Shield\"", "name = \"none\"", "`none` appears twice"),
+            (train, &train.replace("epochs", "steps = 3, epochs"), "either `steps` or `epochs`; both are given"),
+            (train, &train.replace("epochs = 2, ", ""), "either `steps` or `epochs`; neither is given"),
+            (train, &train.replace("size = 4", "size = 0"), "expected at least 1, found `0`"),
+            (train, &train.replace("1e-3", "1e-3, warmup = 2"), "key: align.train.warmup"),
+            ("rows = 100", "word = \"x\"", "the number of rows is missing"),
+            ("word = \"hello\"", "wrd = \"hello\"", "unknown setting `wrd`; did you mean `word`?"),
+            ("word = \"hello\"", "file = \"no.csv\"", "cannot read"),
+            ("judges = [\"fake-judge\"]", "", "need a judge"),
+        ] {
+            let text = problems(&[(from, to)]);
+            assert!(text.contains(expected), "`{to}` should give `{expected}`, gave\n{text}");
+            assert!(text.contains("help: "), "no remedy in\n{text}");
+        }
+    }
+
+    #[test]
+    fn missing_data_and_a_wrong_key_have_their_own_exit_codes() {
+        let missing = super::resolve(&load(&[("word = \"hello\"", "file = \"no.csv\"")], &[]).unwrap()).unwrap_err();
+        assert_eq!(missing.exit_code(), std::process::ExitCode::from(3));
+        let wrong = super::resolve(&load(&[("rho = 2.0", "roh = 2.0")], &[]).unwrap()).unwrap_err();
+        assert_eq!(wrong.exit_code(), std::process::ExitCode::from(2));
+    }
+
+    #[test]
+    fn all_mistakes_come_at_once() {
+        let text = problems(&[("rho = 2.0", "roh = 2.0"), ("\"q_proj\"", "\"q_prj\""), ("[0.0, 0.1]", "[0.0, 3.0]")]);
+        assert!(text.contains("\n3 errors\n"), "{text}");
+    }
+}
