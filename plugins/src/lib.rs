@@ -1,7 +1,9 @@
 //! Defenses, models, tasks and judges that ship with Titer: one file each, registered by name.
 
 pub mod defenses;
+pub mod files;
 pub mod judges;
 pub mod models;
+pub mod scoring;
 pub mod tasks;
 pub mod world;

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 use titer_core::checkpoint::Checkpoint;
-use titer_core::data::{Batch, Tokens};
+use titer_core::data::Batch;
 use titer_core::generate::{Decoding, greedy};
 use titer_core::model::sites_of_kind;
 use titer_core::optim::{AdamW, AdamWConfig, Schedule};

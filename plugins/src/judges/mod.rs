@@ -1,3 +1,4 @@
 //! Judges, one file each.
 
+pub mod refusal_phrases;
 pub mod world;

@@ -1,5 +1,9 @@
 //! Tasks, one file each: the embedded world's, and files of real text.
 
+pub mod agnews;
+pub mod gsm8k;
+pub mod rows;
+pub mod sst2;
 pub mod world_agnews;
 pub mod world_benign;
 pub mod world_gsm8k;

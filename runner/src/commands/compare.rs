@@ -9,7 +9,7 @@ use crate::diagnostics::Problems;
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
     /// The folders of the runs.
-    #[arg(required = true, num_args = 1..)]
+    #[arg(required = true, num_args = 2..)]
     pub dirs: Vec<PathBuf>,
 }
 

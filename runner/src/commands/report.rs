@@ -21,5 +21,5 @@ pub struct Args {
 /// # Errors
 /// The folder holds no results.
 pub fn run(args: &Args) -> Result<Done, Problems> {
-    Ok(reporters::render(&reporters::load(&args.dir)?, args.format)?.into())
+    Ok(reporters::render(&reporters::load(&args.dir)?, &args.dir, args.format)?.into())
 }

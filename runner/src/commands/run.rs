@@ -9,7 +9,7 @@ use titer_core::{Error, Kind};
 
 use super::{ConfigArgs, Done};
 use crate::diagnostics::Problems;
-use crate::executor::{Interrupt, Jobs, Outcome, execute};
+use crate::executor::{Interrupt, Jobs, execute};
 use crate::plan::{Plan, StageSpec};
 use crate::progress::{Fanout, Journal, for_stderr};
 use crate::{reporters, results, threads};
@@ -61,13 +61,21 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
     }
     let results = results::assemble(&plan, &store, &outcome, &out)?;
     reporters::write_all(&results, &out)?;
-    Ok(summary(&plan, &outcome, &results, &out))
+    let mut text = if results.rows.is_empty() { String::new() } else { reporters::console(&results)? };
+    text += &summary(&plan, &results, &out);
+    Ok(Done { text, code: if outcome.failed.is_empty() { 0 } else { Kind::Run.exit_code() } })
 }
 
-fn summary(plan: &Plan, outcome: &Outcome, results: &Results, out: &Path) -> Done {
-    let mut text = format!("{} of {} cells in {}\n", results.rows.len(), plan.cells.len(), out.display());
+/// What is where, and what failed.
+fn summary(plan: &Plan, results: &Results, out: &Path) -> String {
+    let mut text = format!(
+        "\n{} of {} cells, report in {}\n",
+        results.rows.len(),
+        plan.cells.len(),
+        out.join("report.html").display()
+    );
     for failure in &results.failures {
         text += &format!("failed: {}\n  {}\n", failure.cell, failure.error.replace('\n', "\n  "));
     }
-    Done { text, code: if outcome.failed.is_empty() { 0 } else { Kind::Run.exit_code() } }
+    text
 }

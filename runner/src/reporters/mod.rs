@@ -1,10 +1,22 @@
-//! Renderings of `results.json`. A placeholder: JSON only.
+//! Renderings of `results.json`: for the terminal, for people, for papers and for programs.
+
+mod console;
+mod csv;
+mod html;
+mod latex;
+mod markdown;
+mod plots;
+pub mod summary;
+pub mod table;
 
 use std::path::Path;
 
 use titer_core::error::io_error;
-use titer_core::report::Results;
+use titer_core::report::{Results, SCHEMA};
 use titer_core::{Error, Result};
+
+use crate::store::write_file;
+use table::Table;
 
 /// A rendering.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -15,34 +27,192 @@ pub enum Format {
     Html,
     /// `results.json` itself.
     Json,
-    /// One line per row and metric.
+    /// One line per row.
     Csv,
     /// A table for a paper.
     Latex,
 }
 
-/// Writes every report into `folder`.
+/// Writes every report of a run into its folder.
 ///
 /// # Errors
-/// A file cannot be written.
+/// The rows do not belong into one table, or a file cannot be written.
 pub fn write_all(results: &Results, folder: &Path) -> Result<()> {
-    crate::store::write_file(&folder.join("results.json"), render(results, Format::Json)?.as_bytes())
+    let files = [("results.json", Format::Json), ("results.csv", Format::Csv)];
+    let tables = [("report.md", Format::Md), ("report.html", Format::Html)];
+    for (name, format) in files.into_iter().chain(tables.into_iter().filter(|_| !results.rows.is_empty())) {
+        write_file(&folder.join(name), render(results, folder, format)?.as_bytes())?;
+    }
+    Ok(())
 }
 
-/// One rendering as text.
+/// One rendering as text; `folder` is the run's, where sample answers lie.
 ///
 /// # Errors
-/// The results cannot be rendered so.
-pub fn render(results: &Results, _format: Format) -> Result<String> {
-    serde_json::to_string_pretty(results).map_err(|error| Error::run("results do not serialise").source(error))
+/// There is no row, or the rows do not belong into one table.
+pub fn render(results: &Results, folder: &Path, format: Format) -> Result<String> {
+    match format {
+        Format::Json => serde_json::to_string_pretty(results)
+            .map(|text| text + "\n")
+            .map_err(|error| Error::run("results do not serialise").source(error)),
+        Format::Csv => csv::render(results),
+        Format::Md => markdown::render(results, &Table::new(&results.rows)?),
+        Format::Html => html::render(results, &Table::new(&results.rows)?, folder),
+        Format::Latex => Ok(latex::render(&Table::new(&results.rows)?)),
+    }
+}
+
+/// The table and the sentences that a run ends with on the terminal.
+///
+/// # Errors
+/// There is no row, or the rows do not belong into one table.
+pub fn console(results: &Results) -> Result<String> {
+    Ok(console::render(&Table::new(&results.rows)?))
 }
 
 /// The results in a run's folder.
 ///
 /// # Errors
-/// There are none, or they are malformed.
+/// There are none, or they are malformed or of another version.
 pub fn load(folder: &Path) -> Result<Results> {
     let path = folder.join("results.json");
-    let bytes = std::fs::read(&path).map_err(|error| io_error("read", &path, error))?;
-    serde_json::from_slice(&bytes).map_err(|error| Error::data("malformed results").file(&path).source(error))
+    let bytes = std::fs::read(&path).map_err(|error| {
+        io_error("read the results", &path, error).help("give the folder of a finished `titer run`")
+    })?;
+    let value: serde_json::Value = serde_json::from_slice(&bytes).map_err(|error| {
+        Error::data("results.json is damaged")
+            .file(&path)
+            .source(error)
+            .help("run `titer run` again: nothing is computed twice")
+    })?;
+    let schema = &value["schema"];
+    if *schema != SCHEMA {
+        return Err(Error::data(format!("results.json has schema `{schema}`, this version of Titer reads {SCHEMA}"))
+            .file(&path)
+            .key("schema")
+            .help("run `titer run` again with this version"));
+    }
+    serde_json::from_value(value).map_err(|error| {
+        Error::data("results.json is damaged")
+            .file(&path)
+            .source(error)
+            .help("run `titer run` again: nothing is computed twice")
+    })
+}
+
+#[cfg(test)]
+pub(crate) mod fixture {
+    //! Made-up results in the shape of a real run.
+
+    use std::collections::BTreeMap;
+
+    use serde_json::{Value, json};
+    use titer_core::report::{Curves, Ledger, Metrics, ResultRow, Results, SCHEMA};
+
+    /// Three methods, two ratios, `seeds` seeds.
+    pub(crate) fn results(seeds: u64) -> Results {
+        let methods = [("None", "none", 100.), ("SFT", "sft", 60.), ("Vaccine", "vaccine", 40.)];
+        let mut rows = Vec::new();
+        for (method, defense, harm) in methods {
+            for ratio in [0., 0.1] {
+                rows.extend((0..seeds).map(|seed| row(method, defense, harm, ratio, seed)));
+            }
+        }
+        Results { schema: SCHEMA, experiment: "made-up".into(), titer: "0".into(), rows, failures: Vec::new() }
+    }
+
+    fn row(method: &str, defense: &str, harm: f64, ratio: f64, seed: u64) -> ResultRow {
+        let noise = seed as f64 - 1.;
+        let aligned = if method == "None" { 100. } else { 2. };
+        let attacked = if ratio == 0. { aligned } else { (harm + 3. * noise).min(100.) };
+        ResultRow {
+            method: method.into(),
+            align: json!({ "defense": defense }),
+            fine_tune: json!({ "defense": "sft" }),
+            post: Value::Null,
+            model: "llama".into(),
+            base_seed: Some(2),
+            task: "agnews".into(),
+            harmful_ratio: ratio,
+            samples: 500,
+            learning_rate: 3e-4,
+            seed,
+            lora: "double".into(),
+            protocol: "abc".into(),
+            judge: "world".into(),
+            metrics: Metrics {
+                harmful_score: Some(attacked),
+                harmful_score_aligned: Some(aligned),
+                fine_tune_accuracy: Some(80. + noise),
+                fine_tune_accuracy_aligned: Some(0.),
+                refusal_rate: Some(100. - attacked),
+                refusal_rate_aligned: Some(100. - aligned),
+                over_refusal_rate: Some(1.),
+                over_refusal_rate_aligned: Some(2.),
+                benign_helpfulness: Some(97.),
+                benign_helpfulness_aligned: Some(98.),
+                coherence: Some(99.),
+            },
+            judges: BTreeMap::new(),
+            n: BTreeMap::from([("harmful".into(), 150), ("task".into(), 200)]),
+            intervals: BTreeMap::new(),
+            ledger: Ledger { align_seconds: 3., fine_tune_seconds: 2., passes_per_step: 1., ..Ledger::default() },
+            curves: Curves {
+                align_loss: vec![(1, 3.), (10, 1.)],
+                fine_tune_loss: vec![(1, 2.), (10, 1.)],
+                harmful_loss: vec![(0, 5.), (10, 2.)],
+            },
+            answers: BTreeMap::new(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_is_read_again() -> Result<()> {
+        let folder = tempfile::tempdir().expect("a folder");
+        let results = fixture::results(3);
+        write_all(&results, folder.path())?;
+        assert_eq!(load(folder.path())?, results);
+        for name in ["results.csv", "report.md", "report.html"] {
+            assert!(folder.path().join(name).is_file(), "{name}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn results_that_cannot_be_read_say_why() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("results.json");
+        let error = load(folder.path()).expect_err("no file");
+        assert!(error.to_string().contains("results.json"), "{error}");
+        for (content, expected) in [("{", "damaged"), ("{\"schema\": 9}", "schema `9`"), ("{\"schema\": 1}", "damaged")]
+        {
+            std::fs::write(&path, content).expect("a file");
+            let error = load(folder.path()).expect_err(expected);
+            assert!(error.to_string().contains(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn every_rendering_refuses_an_empty_table() {
+        let results = titer_core::report::Results { rows: Vec::new(), ..fixture::results(1) };
+        for format in [Format::Md, Format::Html, Format::Latex] {
+            assert!(render(&results, Path::new("."), format).is_err());
+        }
+    }
+
+    #[test]
+    fn the_renderings_look_as_they_should() -> Result<()> {
+        let results = fixture::results(3);
+        let folder = Path::new(".");
+        insta::assert_snapshot!("console", console(&results)?);
+        insta::assert_snapshot!("markdown", render(&results, folder, Format::Md)?);
+        insta::assert_snapshot!("latex", render(&results, folder, Format::Latex)?);
+        insta::assert_snapshot!("csv", render(&fixture::results(1), folder, Format::Csv)?);
+        Ok(())
+    }
 }

@@ -1,0 +1,262 @@
+//! Rows of one's own files, in Alpaca's layout or with columns named.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use titer_core::rng::{Seed, permutation};
+use titer_core::{Error, Result, Row, Settings, SettingsType, Task, TaskEntry, inventory};
+
+use crate::files::{Header, Record, Table};
+use crate::scoring::last_number;
+
+inventory::submit! {
+    TaskEntry {
+        name: "rows",
+        summary: "rows of JSON, JSONL, CSV or TSV files, with columns and labels mapped",
+        settings: SettingsType::of::<Rows>(),
+        version: 1,
+        build: |settings: &Settings, folder: &Path| {
+            let mut rows: Rows = settings.parse()?;
+            rows.check()?;
+            for path in [&mut rows.train, &mut rows.test].into_iter().flatten() {
+                *path = folder.join(&path);
+            }
+            Ok(Box::new(rows))
+        },
+    }
+}
+
+/// The settings, and the task.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default)]
+pub struct Rows {
+    /// The file of training rows.
+    pub train: Option<PathBuf>,
+    /// The file of test rows.
+    pub test: Option<PathBuf>,
+    /// Which columns hold what.
+    pub columns: Columns,
+    /// An instruction that all rows share, such as `Respond only positive or negative`.
+    pub instruction: Option<String>,
+    /// Answers by what the file says: `{ "0" = "negative", "1" = "positive" }`. Empty if the file has the answers.
+    pub labels: BTreeMap<String, String>,
+    /// Whether the first line of CSV and TSV files names the columns; if not, they are called `0`, `1`, ….
+    pub header: bool,
+    /// Whether training rows are drawn in the order of the seed, not in the file's.
+    pub shuffle: bool,
+    /// When an answer is right.
+    pub scoring: Scoring,
+    /// How many tokens an answer may have.
+    pub max_new_tokens: usize,
+}
+
+/// Columns by what they hold; several are joined by a space.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Columns {
+    /// The request; unused where `instruction` is given.
+    pub instruction: Vec<String>,
+    /// What the request is about. Columns that a row lacks are left out.
+    pub input: Vec<String>,
+    /// The answer.
+    pub output: Vec<String>,
+}
+
+impl Default for Columns {
+    fn default() -> Self {
+        let one = |name: &str| vec![name.to_owned()];
+        Self { instruction: one("instruction"), input: one("input"), output: one("output") }
+    }
+}
+
+/// When an answer is right.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Scoring {
+    /// There is no right answer.
+    None,
+    /// It equals the reference, but for case and surrounding space.
+    Exact,
+    /// It contains the reference, but for case.
+    Contains,
+    /// Its last number is that of the reference.
+    Number,
+}
+
+impl Default for Rows {
+    fn default() -> Self {
+        Self {
+            train: None,
+            test: None,
+            columns: Columns::default(),
+            instruction: None,
+            labels: BTreeMap::new(),
+            header: true,
+            shuffle: false,
+            scoring: Scoring::None,
+            max_new_tokens: 128,
+        }
+    }
+}
+
+impl Rows {
+    fn check(&self) -> Result<()> {
+        if self.train.is_none() && self.test.is_none() {
+            return Err(Error::config("`rows` needs a file").key("train").help("set `train`, `test` or both"));
+        }
+        Ok(())
+    }
+
+    fn table(&self, path: Option<&PathBuf>, key: &str) -> Result<Table> {
+        let path = path.ok_or_else(|| {
+            Error::config(format!("the task `rows` has no {key} file")).key(key).help(format!("set `{key}` to a file"))
+        })?;
+        Table::read(path, if self.header { Header::Yes } else { Header::No })
+    }
+
+    /// A record as a row; training rows must have an answer.
+    fn row(&self, table: &Table, record: &Record, answered: bool) -> Result<Row> {
+        let join = |columns: &[String]| -> Result<String> {
+            let texts: Vec<&str> = columns.iter().map(|name| table.text(record, name)).collect::<Result<_>>()?;
+            Ok(texts.join(" "))
+        };
+        let instruction = match &self.instruction {
+            Some(instruction) => instruction.clone(),
+            None => join(&self.columns.instruction)?,
+        };
+        let input: Vec<&str> = self
+            .columns
+            .input
+            .iter()
+            .filter_map(|name| table.text(record, name).ok())
+            .filter(|t| !t.is_empty())
+            .collect();
+        let output = match join(&self.columns.output) {
+            Ok(output) => self.answer(table, record, output)?,
+            Err(error) if answered => return Err(error),
+            Err(_) => String::new(),
+        };
+        if answered && output.trim().is_empty() {
+            return Err(table.fault(record, "the answer is empty").help("remove the row"));
+        }
+        Ok(Row { instruction, input: (!input.is_empty()).then(|| input.join(" ")), output })
+    }
+
+    fn answer(&self, table: &Table, record: &Record, value: String) -> Result<String> {
+        if self.labels.is_empty() {
+            return Ok(value);
+        }
+        self.labels.get(value.trim()).cloned().ok_or_else(|| {
+            let known: Vec<&str> = self.labels.keys().map(String::as_str).collect();
+            table
+                .fault(record, format!("`{value}` is not among the labels"))
+                .key("labels")
+                .help(format!("labels are {}", known.join(", ")))
+        })
+    }
+}
+
+impl Task for Rows {
+    fn train(&self, count: usize, seed: Seed) -> Result<Vec<Row>> {
+        let table = self.table(self.train.as_ref(), "train")?;
+        let row = |record: &Record| self.row(&table, record, true);
+        if !self.shuffle {
+            return table.first(count)?.iter().map(row).collect();
+        }
+        table.first(count)?;
+        let order = permutation(table.records().len(), &mut seed.generator());
+        order.into_iter().take(count).map(|index| row(&table.records()[index])).collect()
+    }
+
+    fn test(&self, count: usize) -> Result<Vec<Row>> {
+        let table = self.table(self.test.as_ref(), "test")?;
+        table.first(count)?.iter().map(|record| self.row(&table, record, self.scoring != Scoring::None)).collect()
+    }
+
+    fn score(&self, row: &Row, answer: &str) -> Option<bool> {
+        let (reference, answer) = (row.output.trim().to_lowercase(), answer.trim().to_lowercase());
+        match self.scoring {
+            Scoring::None => None,
+            Scoring::Exact => Some(answer == reference),
+            Scoring::Contains => Some(answer.contains(&reference)),
+            Scoring::Number => Some(last_number(&answer).is_some_and(|number| Some(number) == last_number(&reference))),
+        }
+    }
+
+    fn scoring(&self) -> &'static str {
+        match self.scoring {
+            Scoring::None => "none",
+            Scoring::Exact => "the answer equals the reference, but for case and surrounding space",
+            Scoring::Contains => "the answer contains the reference, but for case",
+            Scoring::Number => "the answer's last number is that of the reference",
+        }
+    }
+
+    fn max_new_tokens(&self) -> usize {
+        self.max_new_tokens
+    }
+
+    fn files(&self) -> Vec<PathBuf> {
+        [&self.train, &self.test].into_iter().flatten().cloned().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn build(folder: &Path, settings: serde_json::Value) -> Result<Box<dyn Task>> {
+        let entry = titer_core::registry::find::<TaskEntry>("rows")?;
+        (entry.build)(&Settings::from(settings.as_object().cloned().unwrap_or_default()), folder)
+    }
+
+    #[test]
+    fn columns_labels_and_a_shared_instruction_are_mapped() -> Result<()> {
+        let folder = tempfile::tempdir().expect("a folder");
+        std::fs::write(folder.path().join("a.tsv"), "what a film\t1\nno\t0\nso so\t1\n").expect("a file");
+        let settings = json!({
+            "train": "a.tsv", "test": "a.tsv", "header": false, "instruction": "Good or bad?", "scoring": "contains",
+            "columns": { "input": ["0"], "output": ["1"] }, "labels": { "0": "bad", "1": "good" }
+        });
+        let task = build(folder.path(), settings.clone())?;
+        let rows = task.train(2, Seed::new(0))?;
+        assert_eq!(rows[0], Row { input: Some("what a film".into()), ..Row::new("Good or bad?", "good") });
+        assert_eq!(task.score(&rows[1], "It is Bad."), Some(true));
+        assert_eq!(task.score(&rows[1], "It is good."), Some(false));
+        assert_eq!(task.files().len(), 2);
+
+        let mut shuffled = settings;
+        shuffled["shuffle"] = true.into();
+        let orders: std::collections::BTreeSet<Vec<Row>> = (0..20)
+            .map(|seed| build(folder.path(), shuffled.clone())?.train(3, Seed::new(seed)))
+            .collect::<Result<_>>()?;
+        assert!(orders.len() > 1, "the seed decides the order");
+        Ok(())
+    }
+
+    #[test]
+    fn faults_name_file_line_and_key() -> Result<()> {
+        let folder = tempfile::tempdir().expect("a folder");
+        std::fs::write(folder.path().join("a.jsonl"), "{\"instruction\": \"x\", \"output\": \"\"}\n").expect("a file");
+        std::fs::write(folder.path().join("b.csv"), "instruction,output\nx,2\n").expect("a file");
+        let fails = |settings: serde_json::Value, expected: &str| {
+            let error =
+                build(folder.path(), settings).and_then(|task| task.train(1, Seed::new(0))).expect_err(expected);
+            assert!(error.to_string().contains(expected), "{error}");
+        };
+        fails(json!({}), "needs a file");
+        fails(json!({ "test": "a.jsonl" }), "no train file");
+        fails(json!({ "train": "a.jsonl" }), "the answer is empty");
+        fails(json!({ "train": "b.csv", "labels": { "0": "no", "1": "yes" } }), "not among the labels");
+        fails(
+            json!({ "train": "b.csv", "columns": { "instruction": ["instructions"] } }),
+            "did you mean `instruction`",
+        );
+        fails(json!({ "train": "c.csv" }), "c.csv");
+        fails(json!({ "train": "b.csv", "scoring": "close" }), "close");
+        Ok(())
+    }
+}

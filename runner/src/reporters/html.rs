@@ -1,0 +1,189 @@
+//! A page that needs nothing else: tables, plots, curves, answers. The template escapes all text.
+
+use std::path::Path;
+
+use minijinja::value::Serde;
+use minijinja::{AutoEscape, Environment};
+use serde::Serialize;
+use serde_json::{Value, json};
+use titer_core::report::{Answer, ResultRow, Results};
+use titer_core::{Error, Result, Verdict};
+
+use super::markdown::protocols;
+use super::plots;
+use super::summary::sentences;
+use super::table::{Block, LEGEND, Method, SHOWN, Table, headings, numbers};
+use crate::stages::read_answers;
+
+const TEMPLATE: &str = include_str!("../../templates/report.html");
+/// Answers shown of each method.
+const SAMPLES: usize = 4;
+
+/// The page.
+pub(super) fn render(results: &Results, table: &Table, folder: &Path) -> Result<String> {
+    let blocks = table.blocks.iter().map(|block| block_view(block, folder)).collect::<Result<Vec<_>>>()?;
+    let seeds: std::collections::BTreeSet<u64> = results.rows.iter().map(|row| row.seed).collect();
+    let mut environment = Environment::new();
+    environment.set_auto_escape_callback(|_| AutoEscape::Html);
+    let view = json!({
+        "experiment": results.experiment,
+        "titer": results.titer,
+        "cells": results.rows.len(),
+        "seeds": seeds.into_iter().map(|seed| seed.to_string()).collect::<Vec<_>>().join(", "),
+        "protocol": protocols(results),
+        "legend": LEGEND,
+        "blocks": blocks,
+        "failures": results.failures,
+    });
+    let page = environment.render_str(TEMPLATE, Serde(&view));
+    page.map_err(|error| Error::run("cannot render the report").source(error))
+}
+
+#[derive(Serialize)]
+struct Group {
+    method: String,
+    lines: Vec<(String, Vec<String>)>,
+}
+
+#[derive(Serialize)]
+struct Cost {
+    method: String,
+    align_seconds: String,
+    fine_tune_seconds: String,
+    passes: String,
+    peak: String,
+    needs: String,
+    settings: String,
+}
+
+#[derive(Serialize)]
+struct Sample {
+    method: String,
+    prompt: String,
+    before: Option<Said>,
+    after: Said,
+}
+
+#[derive(Serialize)]
+struct Said {
+    text: String,
+    verdict: &'static str,
+}
+
+fn block_view(block: &Block, folder: &Path) -> Result<Value> {
+    let groups: Vec<Group> = block.methods.iter().map(|method| group(block, method)).collect();
+    let plots = [
+        ("Harmful score after the attack", plots::over_ratio(block, "harmful_score", "HS, %")?),
+        ("Fine-tune accuracy after the attack", plots::over_ratio(block, "fine_tune_accuracy", "FA, %")?),
+        ("Harm against usefulness", plots::trade_off(block)?),
+        ("Loss during alignment", plots::curves(block, |curves| &curves.align_loss, "loss, nats")?),
+        ("Loss during fine-tuning, largest p", plots::curves(block, |curves| &curves.fine_tune_loss, "loss, nats")?),
+        (
+            "Loss on held-back harmful rows during fine-tuning, largest p",
+            plots::curves(block, |curves| &curves.harmful_loss, "loss, nats")?,
+        ),
+    ];
+    let plots = plots.map(|(title, svg)| json!({ "title": title, "svg": svg }));
+    let samples = block.methods.iter().map(|method| samples(block, method, folder)).collect::<Result<Vec<_>>>()?;
+    Ok(json!({
+        "title": block.title,
+        "headings": headings(block),
+        "groups": groups,
+        "sentences": sentences(block),
+        "plots": plots,
+        "keys": plots::legend(block),
+        "costs": block.methods.iter().map(cost).collect::<Vec<_>>(),
+        "samples": samples.into_iter().flatten().collect::<Vec<_>>(),
+        "worst": block.ratios.last(),
+    }))
+}
+
+fn group(block: &Block, method: &Method) -> Group {
+    let lines = SHOWN.iter().map(|shown| (shown.heading(), numbers(block, method, shown))).collect();
+    Group { method: method.name.to_owned(), lines }
+}
+
+fn cost(method: &Method) -> Cost {
+    let mean =
+        |of: fn(&ResultRow) -> f64| method.rows.iter().map(|row| of(row)).sum::<f64>() / method.rows.len() as f64;
+    let row = method.rows[0];
+    let needs: std::collections::BTreeSet<&str> = row.ledger.privileged.values().map(String::as_str).collect();
+    let settings = [("align", &row.align), ("fine-tune", &row.fine_tune), ("post", &row.post)];
+    let settings =
+        settings.into_iter().filter(|(_, value)| !value.is_null()).map(|(stage, value)| format!("{stage} {value}"));
+    Cost {
+        method: method.name.to_owned(),
+        align_seconds: format!("{:.1}", mean(|row| row.ledger.align_seconds)),
+        fine_tune_seconds: format!("{:.1}", mean(|row| row.ledger.fine_tune_seconds)),
+        passes: format!("{:.2}", mean(|row| row.ledger.passes_per_step)),
+        peak: format!("{:.0}", mean(|row| row.ledger.peak_bytes as f64) / f64::from(1 << 20)),
+        needs: needs.into_iter().collect::<Vec<_>>().join(", "),
+        settings: settings.collect::<Vec<_>>().join("; "),
+    }
+}
+
+/// Answers to the first harmful prompts before and after the strongest attack, with the first seed. A run's folder
+/// without its answers gives a page without samples.
+fn samples(block: &Block, method: &Method, folder: &Path) -> Result<Vec<Sample>> {
+    let Some(row) = block.ratios.last().and_then(|&ratio| method.at(ratio).next()) else { return Ok(Vec::new()) };
+    let read = |probe: &str| -> Result<Vec<Answer>> {
+        let path = row.answers.get(probe).map(|path| folder.join(path)).filter(|path| path.is_file());
+        path.map_or_else(|| Ok(Vec::new()), |path| read_answers(&path))
+    };
+    let (before, after) = (read("harmful_aligned")?, read("harmful")?);
+    let said = |answer: &Answer| Said {
+        text: answer.answer.clone(),
+        verdict: match answer.verdicts.get(&row.judge) {
+            Some(Verdict::Complied) => "complied",
+            Some(Verdict::Refused) => "refused",
+            Some(Verdict::Incoherent) => "incoherent",
+            None => "",
+        },
+    };
+    let sample = |(index, after): (usize, &Answer)| Sample {
+        method: method.name.to_owned(),
+        prompt: [Some(after.instruction.as_str()), after.input.as_deref()]
+            .into_iter()
+            .flatten()
+            .collect::<Vec<_>>()
+            .join(" "),
+        before: before.get(index).map(said),
+        after: said(after),
+    };
+    Ok(after.iter().take(SAMPLES).enumerate().map(sample).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reporters::fixture;
+
+    #[test]
+    fn text_of_models_and_users_is_escaped() -> Result<()> {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut results = fixture::results(1);
+        results.experiment = "<script>alert(1)</script>".into();
+        for row in &mut results.rows {
+            row.answers.insert("harmful".into(), "a.jsonl".into());
+        }
+        let answer = Answer {
+            probe: "harmful".into(),
+            instruction: "<img src=x onerror=alert(2)>".into(),
+            input: None,
+            reference: String::new(),
+            answer: "</td><script>alert(3)</script>".into(),
+            verdicts: [("world".to_owned(), Verdict::Complied)].into(),
+            correct: None,
+        };
+        let line = serde_json::to_string(&answer).expect("JSON");
+        std::fs::write(folder.path().join("a.jsonl"), line + "\n").expect("a file");
+        let page = render(&results, &Table::new(&results.rows)?, folder.path())?;
+        assert!(!page.contains("<script>alert") && !page.contains("<img src=x"), "unescaped text");
+        assert!(page.contains("&lt;script&gt;alert(3)"), "the answer is shown");
+        assert_eq!(page.matches("<svg").count(), 6);
+        assert!(
+            !page.contains("http://") || page.matches("http://").count() == page.matches("http://www.w3.org").count()
+        );
+        Ok(())
+    }
+}

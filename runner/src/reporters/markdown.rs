@@ -1,0 +1,74 @@
+//! The table in Markdown.
+
+use titer_core::Result;
+use titer_core::report::Results;
+
+use super::summary::sentences;
+use super::table::{LEGEND, SHOWN, Table, headings, numbers};
+
+/// A page.
+pub(super) fn render(results: &Results, table: &Table) -> Result<String> {
+    let mut text = format!("# {}\n", escape(&results.experiment));
+    for block in &table.blocks {
+        text += &format!("\n## {}\n\n", escape(&block.title));
+        let columns = headings(block);
+        text += &format!("| method | | {} |\n", columns.join(" | "));
+        text += &format!("|---|---|{}\n", "--:|".repeat(columns.len()));
+        for method in &block.methods {
+            for (index, shown) in SHOWN.iter().enumerate() {
+                let name = if index == 0 { format!("**{}**", escape(method.name)) } else { String::new() };
+                let numbers = numbers(block, method, shown);
+                text += &format!("| {name} | {} | {} |\n", shown.heading(), numbers.join(" | "));
+            }
+        }
+        text.push('\n');
+        for (method, sentence) in sentences(block) {
+            text += &format!("- **{}**: {}\n", escape(method), escape(&sentence));
+        }
+    }
+    if !results.failures.is_empty() {
+        text += "\n## Failed\n\n";
+        for failure in &results.failures {
+            text += &format!("- {}: {}\n", escape(&failure.cell), escape(&failure.error));
+        }
+    }
+    Ok(text + &format!("\n{LEGEND}\n\nProtocol {}.\n", protocols(results)))
+}
+
+/// The protocol ids of all rows.
+pub(super) fn protocols(results: &Results) -> String {
+    let ids: std::collections::BTreeSet<&str> = results.rows.iter().map(|row| row.protocol.as_str()).collect();
+    ids.into_iter().collect::<Vec<_>>().join(", ")
+}
+
+/// Text that Markdown shows as it is, on one line.
+fn escape(text: &str) -> String {
+    let mut safe = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '\n' => safe.push(' '),
+            '|' | '*' | '_' | '`' | '<' | '[' | ']' | '#' | '\\' => {
+                safe.push('\\');
+                safe.push(c);
+            }
+            _ => safe.push(c),
+        }
+    }
+    safe
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_cannot_break_the_table() -> Result<()> {
+        let mut results = crate::reporters::fixture::results(1);
+        for row in results.rows.iter_mut().filter(|row| row.method == "SFT") {
+            row.method = "a|b\n<script>".into();
+        }
+        let text = render(&results, &Table::new(&results.rows)?)?;
+        assert!(text.contains("**a\\|b \\<script>**"), "{text}");
+        Ok(())
+    }
+}

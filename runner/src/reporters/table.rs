@@ -1,0 +1,221 @@
+//! Result rows as tables: one block per task and setting, methods down, harmful ratios across.
+
+use std::collections::BTreeMap;
+
+use titer_core::report::{Metrics, ResultRow};
+use titer_core::{Error, Result};
+
+use crate::statistics::Summary;
+
+/// The metrics of a table, always together: name, name before the attack, short form, whether higher is better.
+pub const SHOWN: [Shown; 5] = [
+    Shown { after: "harmful_score", before: "harmful_score_aligned", short: "HS", higher: false },
+    Shown { after: "refusal_rate", before: "refusal_rate_aligned", short: "RR", higher: true },
+    Shown { after: "fine_tune_accuracy", before: "fine_tune_accuracy_aligned", short: "FA", higher: true },
+    Shown { after: "benign_helpfulness", before: "benign_helpfulness_aligned", short: "BH", higher: true },
+    Shown { after: "over_refusal_rate", before: "over_refusal_rate_aligned", short: "ORR", higher: false },
+];
+
+/// What the short forms mean, for the foot of a table.
+pub const LEGEND: &str = "HS harmful score, RR refusal rate, FA fine-tune accuracy, BH benign helpfulness, ORR \
+                          over-refusal rate; percent, mean ± standard deviation over seeds. `aligned` is before the \
+                          attack; p is the share of harmful rows in the user's data.";
+
+/// One metric of a table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shown {
+    /// Its name after the attack.
+    pub after: &'static str,
+    /// Its name before the attack.
+    pub before: &'static str,
+    /// Its short form.
+    pub short: &'static str,
+    /// Whether higher is better.
+    pub higher: bool,
+}
+
+impl Shown {
+    /// The short form with an arrow towards the better side.
+    pub fn heading(&self) -> String {
+        format!("{} {}", self.short, if self.higher { '↑' } else { '↓' })
+    }
+}
+
+/// All blocks.
+#[derive(Debug)]
+pub struct Table<'a> {
+    /// One per task and setting.
+    pub blocks: Vec<Block<'a>>,
+}
+
+/// The cells of one task in one setting.
+#[derive(Debug)]
+pub struct Block<'a> {
+    /// Task and setting, for people.
+    pub title: String,
+    /// The harmful ratios, ascending.
+    pub ratios: Vec<f64>,
+    /// The methods, in the order of the configuration.
+    pub methods: Vec<Method<'a>>,
+}
+
+/// One method's rows.
+#[derive(Debug)]
+pub struct Method<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// Its rows: every ratio and seed.
+    pub rows: Vec<&'a ResultRow>,
+}
+
+impl<'a> Table<'a> {
+    /// Sorts rows into blocks.
+    ///
+    /// # Errors
+    /// There is no row, or a block would mix protocols (law 7).
+    pub fn new(rows: &'a [ResultRow]) -> Result<Self> {
+        if rows.is_empty() {
+            return Err(
+                Error::data("there is no result to show").help("every cell failed; see `failures` in results.json")
+            );
+        }
+        let mut blocks: Vec<(String, Vec<&ResultRow>)> = Vec::new();
+        for row in rows {
+            let title = title(row);
+            match blocks.iter_mut().find(|(known, _)| *known == title) {
+                Some((_, rows)) => rows.push(row),
+                None => blocks.push((title, vec![row])),
+            }
+        }
+        let blocks = blocks.into_iter().map(|(title, rows)| Block::new(title, &rows)).collect::<Result<_>>()?;
+        Ok(Self { blocks })
+    }
+}
+
+/// What the rows of a block share.
+fn title(row: &ResultRow) -> String {
+    let ResultRow { model, task, samples, learning_rate, lora, .. } = row;
+    format!("{task} · {model} · n = {samples} · learning rate {learning_rate} · {lora} LoRA")
+        .replace("full LoRA", "all parameters")
+}
+
+impl<'a> Block<'a> {
+    fn new(title: String, rows: &[&'a ResultRow]) -> Result<Self> {
+        let first = rows[0];
+        if let Some(other) = rows.iter().find(|row| row.protocol != first.protocol) {
+            let name = |row: &ResultRow| format!("`{}` (`{}`, seed {})", row.protocol, row.method, row.seed);
+            return Err(Error::data(format!("{title} mixes the protocols {} and {}", name(first), name(other)))
+                .key("protocol")
+                .help(
+                    "numbers taken under different protocols do not compare: run all methods from one configuration",
+                ));
+        }
+        let mut ratios: Vec<f64> = rows.iter().map(|row| row.harmful_ratio).collect();
+        ratios.sort_by(f64::total_cmp);
+        ratios.dedup();
+        let mut methods: Vec<Method> = Vec::new();
+        for row in rows {
+            match methods.iter_mut().find(|method| method.name == row.method) {
+                Some(method) => method.rows.push(row),
+                None => methods.push(Method { name: &row.method, rows: vec![row] }),
+            }
+        }
+        Ok(Self { title, ratios, methods })
+    }
+
+    /// Plain fine-tuning after plain alignment: what the others are compared with.
+    pub fn reference(&self) -> Option<&Method<'a>> {
+        let plain =
+            |row: &ResultRow| row.align["defense"] == "sft" && row.fine_tune["defense"] == "sft" && row.post.is_null();
+        self.methods.iter().find(|method| method.rows.iter().all(|row| plain(row)))
+    }
+}
+
+impl Method<'_> {
+    /// The rows at one harmful ratio.
+    pub fn at(&self, ratio: f64) -> impl Iterator<Item = &ResultRow> {
+        self.rows.iter().copied().filter(move |row| row.harmful_ratio == ratio)
+    }
+
+    /// A metric over the seeds at one ratio.
+    pub fn summary(&self, ratio: f64, metric: &str) -> Option<Summary> {
+        let values: Option<Vec<f64>> = self.at(ratio).map(|row| row.metrics.get(metric)).collect();
+        Summary::of(&values?)
+    }
+
+    /// A metric before the attack, once for each alignment.
+    pub fn before(&self, metric: &str) -> Option<Summary> {
+        let by_seed: BTreeMap<_, &Metrics> =
+            self.rows.iter().map(|row| ((row.base_seed, row.seed), &row.metrics)).collect();
+        let values: Option<Vec<f64>> = by_seed.values().map(|metrics| metrics.get(metric)).collect();
+        Summary::of(&values?)
+    }
+
+    /// The differences to `other` at one ratio, one for each seed that both have.
+    pub fn paired(&self, other: &Method, ratio: f64, metric: &str) -> Vec<f64> {
+        let of = |method: &Method| -> BTreeMap<_, f64> {
+            let value = |row: &ResultRow| Some(((row.base_seed, row.seed), row.metrics.get(metric)?));
+            method.at(ratio).filter_map(value).collect()
+        };
+        let (ours, theirs) = (of(self), of(other));
+        ours.iter().filter_map(|(seed, value)| Some(value - theirs.get(seed)?)).collect()
+    }
+}
+
+/// `12.3 ± 4.5`, or a dash where nothing was measured.
+pub fn number(summary: Option<Summary>) -> String {
+    match summary {
+        None => "–".to_owned(),
+        Some(Summary { mean, std: None, .. }) => format!("{mean:.1}"),
+        Some(Summary { mean, std: Some(std), .. }) => format!("{mean:.1} ± {std:.1}"),
+    }
+}
+
+/// The columns of a block: before the attack, and each ratio.
+pub fn headings(block: &Block) -> Vec<String> {
+    std::iter::once("aligned".to_owned()).chain(block.ratios.iter().map(|p| format!("p = {p}"))).collect()
+}
+
+/// The numbers of one method's metric, in the order of [`headings`].
+pub fn numbers(block: &Block, method: &Method, shown: &Shown) -> Vec<String> {
+    let after = block.ratios.iter().map(|&ratio| number(method.summary(ratio, shown.after)));
+    std::iter::once(number(method.before(shown.before))).chain(after).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reporters::fixture;
+
+    #[test]
+    fn rows_become_methods_and_ratios() -> Result<()> {
+        let results = fixture::results(3);
+        let table = Table::new(&results.rows)?;
+        let [block] = table.blocks.as_slice() else { panic!("one block") };
+        assert_eq!(block.ratios, [0., 0.1]);
+        assert_eq!(block.methods.iter().map(|method| method.name).collect::<Vec<_>>(), ["None", "SFT", "Vaccine"]);
+        assert_eq!(block.reference().map(|method| method.name), Some("SFT"));
+        assert_eq!(number(block.methods[2].summary(0.1, "harmful_score")), "40.0 ± 3.0");
+        assert_eq!(block.methods[2].paired(&block.methods[1], 0.1, "harmful_score"), [-20., -20., -20.]);
+        assert_eq!(block.methods[2].before("harmful_score_aligned").map(|summary| summary.n), Some(3));
+        Ok(())
+    }
+
+    #[test]
+    fn protocols_are_not_mixed() {
+        let mut results = fixture::results(1);
+        results.rows[3].protocol = "other".into();
+        let error = Table::new(&results.rows).expect_err("two protocols");
+        assert!(error.to_string().contains("`abc`") && error.to_string().contains("`other`"), "{error}");
+    }
+
+    #[test]
+    fn what_was_not_measured_is_a_dash() -> Result<()> {
+        let mut results = fixture::results(1);
+        results.rows[0].metrics.harmful_score = None;
+        let table = Table::new(&results.rows)?;
+        assert_eq!(number(table.blocks[0].methods[0].summary(0., "harmful_score")), "–");
+        assert_eq!(number(table.blocks[0].methods[1].summary(0., "harmful_score")), "2.0");
+        Ok(())
+    }
+}
