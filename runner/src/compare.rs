@@ -10,5 +10,6 @@ use titer_core::Result;
 /// A folder holds no results, or their protocols differ.
 pub fn compare(folders: &[PathBuf]) -> Result<String> {
     let loaded = folders.iter().map(|folder| crate::reporters::load(folder)).collect::<Result<Vec<_>>>()?;
-    Ok(loaded.iter().map(|results| format!("{}: {} rows\n", results.experiment, results.rows.len())).collect())
+    let lines: Vec<_> = loaded.iter().map(|run| format!("{}: {} rows", run.experiment, run.rows.len())).collect();
+    Ok(lines.join("\n") + "\n")
 }

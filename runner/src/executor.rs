@@ -356,7 +356,9 @@ impl<'a> Execution<'a> {
                     events.push(Event::StageFailed { key: skipped.key.clone(), label: skipped.label.clone(), error });
                 }
                 drop(board);
-                events.into_iter().for_each(|event| self.sink.emit(event));
+                for event in events {
+                    self.sink.emit(event);
+                }
             }
         }
     }

@@ -1,5 +1,6 @@
 //! `titer run`.
 
+use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 use titer_core::device::{parse_device, parse_dtype};
@@ -65,7 +66,7 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
 fn summary(plan: &Plan, outcome: &Outcome, results: &Results, out: &Path) -> Done {
     let mut text = format!("{} of {} cells in {}\n", results.rows.len(), plan.cells.len(), out.display());
     for failure in &results.failures {
-        text += &format!("failed: {}\n  {}\n", failure.cell, failure.error.replace('\n', "\n  "));
+        let _ = writeln!(text, "failed: {}\n  {}", failure.cell, failure.error.replace('\n', "\n  "));
     }
     Done { text, code: if outcome.failed.is_empty() { 0 } else { Kind::Run.exit_code() } }
 }
