@@ -91,9 +91,8 @@ impl Checkpoint {
             return Err(damaged(format!("{} bytes are expected, found {size}", 8 + header + end)));
         }
         let index = self.files.len();
-        for (name, info) in metadata.tensors() {
-            self.tensors.insert(name, (index, 8 + header, info.clone()));
-        }
+        let tensors = metadata.tensors().into_iter();
+        self.tensors.extend(tensors.map(|(name, info)| (name, (index, 8 + header, info.clone()))));
         self.files.push((path, file));
         Ok(())
     }

@@ -108,14 +108,14 @@ impl Grads {
     }
 }
 
-/// `‖t‖²`, in f64 for tensors on the host.
+/// `‖t‖²`, summed in f64 on the host and in f32 elsewhere.
 pub fn sum_of_squares(tensor: &Tensor) -> Result<f64> {
     if tensor.device().is_cpu() && tensor.dtype() == DType::F32 {
         let values = tensor.flatten_all()?.to_vec1::<f32>()?;
         return Ok(values.iter().map(|&value| f64::from(value) * f64::from(value)).sum());
     }
-    let squares = tensor.to_dtype(DType::F32)?.sqr()?.sum_all()?;
-    Ok(f64::from(squares.to_scalar::<f32>()?))
+    let wide = if tensor.device().is_cpu() { DType::F64 } else { DType::F32 };
+    Ok(tensor.to_dtype(wide)?.sqr()?.sum_all()?.to_dtype(DType::F64)?.to_scalar()?)
 }
 
 impl FromIterator<(String, Tensor)> for Grads {

@@ -7,7 +7,7 @@
 //! | [`defense`] [`model`] [`task`] [`judge`] | one trait each, and the entry that registers it |
 //! | [`registry`] [`settings`] | looking plugins up by name; typed settings |
 //! | [`step`] [`sites`] [`grads`] | the verbs of a defense, activation points, gradient arithmetic |
-//! | [`weights`] [`checkpoint`] | parameters, LoRA, snapshots; safetensors files |
+//! | [`weights`] [`checkpoint`] | parameters, LoRA, snapshots; tensor files |
 //! | [`layers`] [`ops`] | what models are built of; differentiable operators |
 //! | [`text`] [`data`] [`rng`] | templates and tokenizers; streams and mixtures; named generators |
 //! | [`optim`] [`generate`] [`cache`] | AdamW and schedules; batched greedy decoding |
@@ -38,10 +38,10 @@ pub mod defense;
 pub mod device;
 pub mod error;
 pub mod event;
-// pub mod generate;
+pub mod generate;
 pub mod grads;
 pub mod judge;
-// pub mod layers;
+pub mod layers;
 pub mod model;
 pub mod ops;
 pub mod optim;

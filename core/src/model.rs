@@ -7,7 +7,7 @@
 use std::fmt::Debug;
 use std::path::Path;
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -18,7 +18,7 @@ use crate::registry::Entry;
 use crate::rng::{Generator, dropout_mask};
 use crate::sites::Sites;
 use crate::weights::{ParamList, Weights};
-use crate::{Result, Settings, SettingsType};
+use crate::{Error, Result, Settings, SettingsType};
 
 /// Sizes that the engine needs to know about a model.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -64,7 +64,7 @@ pub trait Model: Debug + Send + Sync {
     ///
     /// # Errors
     /// A tensor operation failed.
-    fn logits(&self, hidden: &Tensor, pass: &Forward) -> Result<Tensor>;
+    fn logits(&self, hidden: &Tensor, pass: &mut Forward) -> Result<Tensor>;
 
     /// Parameters that no loss gradient reaches, each with the reason. Almost always empty.
     fn without_gradient(&self) -> Vec<(String, &'static str)> {
@@ -73,9 +73,18 @@ pub trait Model: Debug + Send + Sync {
 }
 
 /// The sites of `model` of one kind, such as `attn_out`, over all layers.
-pub fn sites_of_kind(model: &dyn Model, kind: &str) -> Vec<String> {
+///
+/// # Errors
+/// The model has no such site: a defense that acts nowhere must not pass for one that does.
+pub fn sites_of_kind(model: &dyn Model, kind: &str) -> Result<Vec<String>> {
     let suffix = format!(".{kind}");
-    model.sites().into_iter().filter(|site| site.ends_with(&suffix) || site == kind).collect()
+    let (found, others): (Vec<_>, Vec<_>) =
+        model.sites().into_iter().partition(|site| site.ends_with(&suffix) || site == kind);
+    if found.is_empty() {
+        return Err(Error::run(format!("the model has no `{kind}` site"))
+            .help(format!("sites of this model: {}", others.join(", "))));
+    }
+    Ok(found)
 }
 
 /// What travels along with one forward pass: the weights, the sites, the key/value cache and the dropout generator.
@@ -97,11 +106,13 @@ impl<'a> Forward<'a> {
         Self { weights, sites, cache: None, dropout: None }
     }
 
-    /// A dropout mask for the adapters' input, if this pass trains with dropout.
-    pub(crate) fn adapter_mask(&mut self, shape: &[usize], device: &Device) -> Result<Option<Tensor>> {
+    /// A dropout mask for the adapter's input `x`, if this pass trains with dropout.
+    pub(crate) fn adapter_mask(&mut self, x: &Tensor) -> Result<Option<Tensor>> {
         let p = self.weights.adapter_dropout();
         match &mut self.dropout {
-            Some(generator) if p > 0. => dropout_mask(shape, p, generator, device).map(Some),
+            Some(generator) if p > 0. => {
+                Ok(Some(dropout_mask(x.dims(), p, generator, x.device())?.to_dtype(x.dtype())?))
+            }
             _ => Ok(None),
         }
     }

@@ -94,13 +94,11 @@ impl AdamW {
         for (name, grad) in grads.iter() {
             let var = weights.trainable().get(name);
             let var = var.ok_or_else(|| Error::run(format!("`{name}` is not a parameter under training")))?;
-            let moments = match self.moments.get_mut(name) {
-                Some(moments) => moments,
-                None => {
-                    let tensor = Tensor::zeros((2, var.elem_count()), DType::F32, var.device())?;
-                    self.moments.entry(name.to_owned()).or_insert(Moments { tensor, step: 0 })
-                }
-            };
+            if !self.moments.contains_key(name) {
+                let tensor = Tensor::zeros((2, var.elem_count()), DType::F32, var.device())?;
+                self.moments.insert(name.to_owned(), Moments { tensor, step: 0 });
+            }
+            let moments = self.moments.get_mut(name).expect("inserted above");
             moments.step += 1;
             let [beta1, beta2] = self.config.betas;
             let grad = grad.detach().to_dtype(DType::F32)?.flatten_all()?;

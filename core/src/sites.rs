@@ -45,6 +45,7 @@ impl Sites {
 
     /// Adds a constant offset to each named site. No gradient flows into the offset.
     #[must_use]
+    #[expect(clippy::should_implement_trait, reason = "one of the three modes of a site: observe, probe, add")]
     pub fn add(mut self, offsets: impl IntoIterator<Item = (String, Tensor)>) -> Self {
         self.add.extend(offsets.into_iter().map(|(site, offset)| (site, offset.detach())));
         self

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use crate::data::{Batch, Stream, Tokens};
 use crate::grads::Grads;
@@ -208,7 +208,8 @@ impl<'a> StepCx<'a> {
     /// # Errors
     /// A tensor operation failed.
     pub fn hidden_with(&mut self, weights: &Weights, tokens: &Tokens, sites: &mut Sites) -> Result<Tensor> {
-        let dropout = self.seed.named("dropout").at(self.passes).generator();
+        // All passes of a step see one dropout mask: a perturbation is found and applied in the same network.
+        let dropout = self.seed.named("dropout").generator();
         self.passes += 1;
         let mut pass = Forward { dropout: Some(dropout), ..Forward::new(weights, sites) };
         let hidden = self.model.hidden(tokens, &mut pass)?;
@@ -247,7 +248,7 @@ impl<'a> StepCx<'a> {
     fn pass(&mut self, weights: &Weights, batch: &Batch, mut sites: Sites) -> Result<Pass> {
         let hidden = self.hidden_with(weights, &batch.tokens, &mut sites)?;
         let loss = label_loss(self.model, weights, &hidden, batch)?;
-        let value = f64::from(loss.to_scalar::<f32>()?);
+        let value = loss.to_dtype(DType::F64)?.to_scalar::<f64>()?;
         if !value.is_finite() {
             return Err(Error::run(format!("the loss is not finite: {value}"))
                 .at("step", self.clock.step.to_string())
@@ -311,6 +312,6 @@ impl Drop for Scratch<'_, '_> {
 pub fn label_loss(model: &dyn Model, weights: &Weights, hidden: &Tensor, batch: &Batch) -> Result<Tensor> {
     let rows = hidden.flatten(0, 1)?.index_select(&batch.positions, 0)?;
     let mut idle = Sites::none();
-    let logits = model.logits(&rows, &Forward::new(weights, &mut idle))?;
+    let logits = model.logits(&rows, &mut Forward::new(weights, &mut idle))?;
     ops::cross_entropy(&logits, &batch.targets)
 }

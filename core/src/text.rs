@@ -5,6 +5,10 @@ use std::path::Path;
 use minijinja::{Environment, context};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use tokenizers::AddedToken;
+use tokenizers::models::wordlevel::WordLevel;
+use tokenizers::pre_tokenizers::whitespace::WhitespaceSplit;
+use tokenizers::processors::template::TemplateProcessing;
 
 use crate::data::Example;
 use crate::error::io_error;
@@ -120,6 +124,35 @@ impl Tokenizer {
         Self { inner, eos, pad }
     }
 
+    /// A word-level tokenizer of a closed language: words are separated by spaces, and every text starts with `<bos>`.
+    /// `words` begins with the special tokens, which are written like `<eos>`.
+    ///
+    /// # Errors
+    /// `<bos>`, `<eos>` or `<pad>` is missing, or a word occurs twice.
+    pub fn word_level(words: &[String]) -> Result<Self> {
+        let broken = |why: String| Error::run(format!("the vocabulary makes no tokenizer: {why}"));
+        let ids = words.iter().enumerate().map(|(id, word)| (word.clone(), id as u32));
+        let model = WordLevel::builder().vocab(ids.collect()).build().map_err(|error| broken(error.to_string()))?;
+        let mut inner = tokenizers::Tokenizer::new(model);
+        if inner.get_vocab_size(false) < words.len() {
+            return Err(broken("a word occurs twice".into()));
+        }
+        let id = |word: &str| inner.token_to_id(word).ok_or_else(|| broken(format!("`{word}` is missing")));
+        let (bos, eos, pad) = (id("<bos>")?, id("<eos>")?, id("<pad>")?);
+        inner.with_pre_tokenizer(Some(WhitespaceSplit));
+        let start = TemplateProcessing::builder()
+            .try_single("<bos> $A")
+            .map_err(broken)?
+            .special_tokens(vec![("<bos>", bos)])
+            .build()
+            .map_err(|error| broken(error.to_string()))?;
+        inner.with_post_processor(Some(start));
+        let special = words.iter().filter(|word| word.starts_with('<'));
+        let special = special.map(|word| AddedToken::from(word.clone(), true)).collect::<Vec<_>>();
+        inner.add_special_tokens(special).map_err(|error| broken(error.to_string()))?;
+        Ok(Self::new(inner, eos, pad))
+    }
+
     /// Reads `tokenizer.json`.
     ///
     /// # Errors
@@ -165,6 +198,11 @@ impl Tokenizer {
     /// The id of a token.
     pub fn id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
+    }
+
+    /// The token of an id.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
     }
 
     /// The tokens of `text`, with the tokenizer's own special tokens (a leading `<bos>`, say) if `special`.

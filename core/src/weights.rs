@@ -232,6 +232,11 @@ impl Weights {
         self.base.first().map_or(DType::F32, Tensor::dtype)
     }
 
+    /// The element type of adapters: f32 also beside half-precision weights, since small updates would round away.
+    fn adapter_dtype(&self) -> DType {
+        if self.dtype() == DType::F64 { DType::F64 } else { DType::F32 }
+    }
+
     /// Where the weights live.
     pub fn device(&self) -> &Device {
         self.base.first().map_or(&Device::Cpu, Tensor::device)
@@ -262,11 +267,11 @@ impl Weights {
     /// # Errors
     /// An adapter is already attached, or a target matches no linear layer.
     pub fn train_lora(&mut self, config: &LoraConfig, seed: Seed) -> Result<()> {
-        let device = self.device().clone();
+        let (device, dtype) = (self.device().clone(), self.adapter_dtype());
         self.attach(config, |module, output, input| {
             let bound = 1. / (input as f32).sqrt();
             let a = uniform(&[config.r, input], bound, &mut seed.named(module).generator(), &device)?;
-            Ok(Adapter { a, b: Tensor::zeros((output, config.r), DType::F32, &device)? })
+            Ok(Adapter { a: a.to_dtype(dtype)?, b: Tensor::zeros((output, config.r), dtype, &device)? })
         })
     }
 
@@ -275,11 +280,11 @@ impl Weights {
     /// # Errors
     /// An adapter is already attached, a target matches nothing, or a tensor is missing or of another shape.
     pub fn continue_lora(&mut self, config: &LoraConfig, checkpoint: &mut Checkpoint) -> Result<()> {
-        let device = self.device().clone();
+        let (device, dtype) = (self.device().clone(), self.adapter_dtype());
         self.attach(config, |module, output, input| {
             let mut read = |factor: &str, shape: [usize; 2]| -> Result<Tensor> {
                 let name = format!("base_model.model.{module}.{factor}.weight");
-                let tensor = checkpoint.read(&name, &device)?.to_dtype(DType::F32)?;
+                let tensor = checkpoint.read(&name, &device)?.to_dtype(dtype)?;
                 if tensor.dims() == shape {
                     return Ok(tensor);
                 }
@@ -347,9 +352,15 @@ impl Weights {
         for (index, adapter) in lora.adapters {
             let delta = (adapter.b.detach().matmul(&adapter.a.detach())? * lora.config.scale())?;
             let weight = &mut self.base[index];
-            *weight = (weight.to_dtype(DType::F32)? + delta)?.to_dtype(weight.dtype())?;
+            *weight = (weight.to_dtype(delta.dtype())? + delta)?.to_dtype(weight.dtype())?;
         }
         Ok(())
+    }
+
+    /// Drops the adapter: the base parameters as they were before it.
+    pub fn discard_adapter(&mut self) {
+        self.freeze();
+        self.lora = None;
     }
 
     /// A copy with the adapter merged, which later updates do not change.

@@ -8,7 +8,9 @@ mod source;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use candle_core::Device;
 use schemars::{JsonSchema, Schema, schema_for};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -16,6 +18,8 @@ use titer_core::optim::Schedule;
 use titer_core::weights::LoraConfig;
 
 use crate::diagnostics::Problems;
+use crate::plan::Plan;
+use crate::stages::Stages;
 
 pub use source::Source;
 
@@ -34,6 +38,9 @@ pub struct Config {
     /// `f32`, `f16` or `bf16`.
     #[serde(default = "f32")]
     pub dtype: String,
+    /// Seconds of training between two checkpoints, at which an interrupted stage resumes. Results do not depend on it.
+    #[serde(default = "default_checkpoint_seconds")]
+    pub checkpoint_seconds: f64,
     /// The shape of the adapters.
     #[serde(default)]
     pub lora: LoraConfig,
@@ -354,6 +361,10 @@ fn f32() -> String {
     "f32".into()
 }
 
+const fn default_checkpoint_seconds() -> f64 {
+    10.
+}
+
 fn no_harm() -> Vec<f64> {
     vec![0.]
 }
@@ -397,6 +408,15 @@ pub struct Loaded {
     pub config: Config,
     /// Its origin, for error messages and relative paths.
     pub source: Source,
+}
+
+impl Loaded {
+    /// What runs the stages of `plan`, which this configuration gave, on `device`.
+    pub fn stages(&self, plan: &Plan, device: Device) -> Stages {
+        // Sub-zero or absurd values mean "at every step" and "never".
+        let every = Duration::try_from_secs_f64(self.config.checkpoint_seconds.max(0.)).unwrap_or(Duration::MAX);
+        Stages::new(plan, self.source.folder(), device, every)
+    }
 }
 
 impl Config {

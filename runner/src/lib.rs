@@ -9,13 +9,16 @@
 //! | [`planner`] [`plan`] | which stages for which cells; a pure function |
 //! | [`store`] | finished stages by key: atomic, locked, verified |
 //! | [`executor`] | runs what is missing, several stages at once |
-//! | [`stages`] | what each stage does |
-//! | [`results`] [`reporters`] [`compare`] | `results.json`, its renderings, runs side by side |
+//! | [`stages`] [`train_loop`] [`base_model`] | what each stage does; the only place that updates weights; model folders |
+//! | [`results`] [`statistics`] | `results.json`; intervals and tests |
+//! | [`reporters`] [`compare`] | its renderings; runs side by side |
 //! | [`cli`] [`commands`] [`progress`] [`diagnostics`] | the command line and what it shows |
+//! | [`memory`] [`threads`] | what the process uses |
 //! | [`driver`] | asks the CUDA driver for its version; the crate's only `unsafe` |
 
 #![warn(missing_docs)]
 
+pub mod base_model;
 pub mod cli;
 pub mod commands;
 pub mod compare;
@@ -23,6 +26,7 @@ pub mod config;
 pub mod diagnostics;
 pub mod driver;
 pub mod executor;
+pub mod memory;
 pub mod plan;
 pub mod planner;
 pub mod progress;
@@ -30,9 +34,12 @@ pub mod reporters;
 pub mod resolve;
 pub mod results;
 pub mod stages;
+pub mod statistics;
 pub mod store;
 #[cfg(test)]
 mod testing;
+pub mod threads;
+pub mod train_loop;
 
 // Without a reference to the crate its plugins would not be linked and the registry would be silently empty.
 use titer_plugins as _;

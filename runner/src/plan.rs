@@ -38,7 +38,7 @@ pub struct PlannedStage {
 /// What a stage does.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(tag = "stage", rename_all = "snake_case")]
-#[expect(clippy::large_enum_variant, reason = "plans hold thousands of these at most")]
+#[expect(clippy::large_enum_variant, reason = "a plan holds few of them")]
 pub enum StageSpec {
     /// Pretrains a model from scratch.
     Pretrain(PretrainSpec),

@@ -236,7 +236,9 @@ mod tests {
             let journal = Journal::open(folder.path()).unwrap();
             let bars = Bars::default();
             let fanout = Fanout(vec![&journal, &bars]);
-            events().into_iter().for_each(|event| fanout.emit(event));
+            for event in events() {
+                fanout.emit(event);
+            }
         }
         let text = std::fs::read_to_string(folder.path().join("events.jsonl")).unwrap();
         let read: Vec<Event> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();

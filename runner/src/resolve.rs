@@ -498,7 +498,7 @@ impl Resolver<'_> {
             self.problem(&name_key, &message, &format!("use it at {}", stages.join(" or ")));
         }
         if let Some(model) = model {
-            for kind in entry.sites.iter().filter(|kind| sites_of_kind(model, kind).is_empty()) {
+            for kind in entry.sites.iter().filter(|kind| sites_of_kind(model, kind).is_err()) {
                 let message = format!("`{name}` acts on the sites `{kind}`, which this model does not have");
                 self.problem(&name_key, &message, "use another model or another defense");
             }

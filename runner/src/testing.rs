@@ -240,7 +240,7 @@ impl Model for Net {
     fn hidden(&self, _tokens: &Tokens, _pass: &mut Forward) -> Result<Tensor> {
         Err(Error::run("a fake model computes nothing"))
     }
-    fn logits(&self, _hidden: &Tensor, _pass: &Forward) -> Result<Tensor> {
+    fn logits(&self, _hidden: &Tensor, _pass: &mut Forward) -> Result<Tensor> {
         Err(Error::run("a fake model computes nothing"))
     }
 }

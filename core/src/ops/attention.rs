@@ -3,7 +3,7 @@
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
 
-use super::{CandleResult, Real, by_dtype, on_host, read, slice};
+use super::{CandleResult, Real, by_dtype, exp, on_host, read, slice};
 use crate::Result;
 use crate::cache::Cache;
 use crate::data::Tokens;
@@ -95,24 +95,20 @@ fn forward<T: Real>(scores: &CpuStorage, layout: &Layout, op: &CausalSoftmax) ->
     let scale = T::of(op.scale);
     let mut probabilities = vec![T::zero(); scores.len()];
     op.for_each_row(layout.dims(), |start, ranges| {
-        let mut max = T::neg_infinity();
-        for range in &ranges {
-            for &score in &scores[start + range.start..start + range.end] {
-                max = if score > max { score } else { max };
-            }
-        }
+        let spans = ranges.map(|range| start + range.start..start + range.end);
+        let maxima = spans.clone().map(|span| exp::max(&scores[span]));
+        let max = exp::max(&maxima);
         let mut sum = T::zero();
-        for range in &ranges {
-            let (from, to) = (start + range.start, start + range.end);
-            for (p, &score) in probabilities[from..to].iter_mut().zip(&scores[from..to]) {
-                *p = ((score - max) * scale).exp();
-                sum += *p;
+        for span in spans.clone() {
+            for (p, &score) in probabilities[span.clone()].iter_mut().zip(&scores[span.clone()]) {
+                *p = ((score - max) * scale).fast_exp();
             }
+            sum += exp::sum(&probabilities[span]);
         }
         let inverse = T::one() / sum;
-        for range in &ranges {
-            for p in &mut probabilities[start + range.start..start + range.end] {
-                *p = *p * inverse;
+        for span in spans {
+            for p in &mut probabilities[span] {
+                *p *= inverse;
             }
         }
     });

@@ -3,7 +3,7 @@
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
 
-use super::{CandleResult, Real, by_dtype, on_host, read, slice};
+use super::{CandleResult, Real, by_dtype, exp, on_host, read, slice};
 use crate::{Error, Result};
 
 /// `−1/N Σ log softmax(logits)[target]` for `logits: [N, vocabulary]` and `targets: [N]` (u32).
@@ -31,17 +31,19 @@ struct CrossEntropy {
     targets: Vec<u32>,
 }
 
-/// `(max, Σ exp(z − max))` of one row.
-fn log_sum<T: Real>(row: &[T]) -> (T, T) {
-    let max = row.iter().fold(T::neg_infinity(), |max, &z| if z > max { z } else { max });
-    (max, row.iter().map(|&z| (z - max).exp()).sum())
+/// `(max, Σ exp(z − max))` of one row; its terms go to `exponentials`.
+fn log_sum<T: Real>(row: &[T], exponentials: &mut Vec<T>) -> (T, T) {
+    let max = exp::max(row);
+    exponentials.clear();
+    exponentials.extend(row.iter().map(|&z| (z - max).fast_exp()));
+    (max, exp::sum(exponentials))
 }
 
 fn forward<T: Real>(logits: &CpuStorage, layout: &Layout, targets: &[u32]) -> CandleResult<CpuStorage> {
     let logits = slice::<T>(logits, layout)?;
-    let mut total = 0f64;
+    let (mut total, mut exponentials) = (0f64, Vec::new());
     for (row, &target) in logits.chunks_exact(logits.len() / targets.len()).zip(targets) {
-        let (max, sum) = log_sum(row);
+        let (max, sum) = log_sum(row, &mut exponentials);
         total += (max + sum.ln() - row[target as usize]).to_f64();
     }
     Ok(T::to_cpu_storage_owned(vec![T::of(total / targets.len() as f64)]))
@@ -50,11 +52,11 @@ fn forward<T: Real>(logits: &CpuStorage, layout: &Layout, targets: &[u32]) -> Ca
 fn backward<T: Real>(logits: &Tensor, targets: &[u32], grad: &Tensor) -> CandleResult<Tensor> {
     let scale = T::of(grad.to_dtype(candle_core::DType::F64)?.to_scalar::<f64>()? / targets.len() as f64);
     read(logits, |values: &[T]| {
-        let mut gradient = Vec::with_capacity(values.len());
+        let (mut gradient, mut exponentials) = (Vec::with_capacity(values.len()), Vec::new());
         for (row, &target) in values.chunks_exact(values.len() / targets.len()).zip(targets) {
-            let (max, sum) = log_sum(row);
+            let (_, sum) = log_sum(row, &mut exponentials);
             let (start, factor) = (gradient.len(), scale / sum);
-            gradient.extend(row.iter().map(|&z| (z - max).exp() * factor));
+            gradient.extend(exponentials.iter().map(|&e| e * factor));
             gradient[start + target as usize] += -scale;
         }
         Tensor::from_vec(gradient, logits.shape(), logits.device())

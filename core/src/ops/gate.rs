@@ -20,7 +20,7 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
 struct SwiGlu;
 
 fn sigmoid<T: Real>(z: T) -> T {
-    T::one() / (T::one() + (-z).exp())
+    T::one() / (T::one() + (-z).fast_exp())
 }
 
 fn forward<T: Real>(gate: &CpuStorage, lg: &Layout, up: &CpuStorage, lu: &Layout) -> CandleResult<CpuStorage> {
@@ -33,11 +33,12 @@ fn backward<T: Real>(gate: &Tensor, up: &Tensor, grad: &Tensor) -> CandleResult<
     read(gate, |zs: &[T]| {
         read(up, |us: &[T]| {
             read(grad, |gs: &[T]| {
-                let (mut dgate, mut dup) = (Vec::with_capacity(zs.len()), Vec::with_capacity(zs.len()));
-                for ((&z, &u), &g) in zs.iter().zip(us).zip(gs) {
+                let (mut dgate, mut dup) = (vec![T::zero(); zs.len()], vec![T::zero(); zs.len()]);
+                let outputs = dgate.iter_mut().zip(&mut dup);
+                for (((dgate, dup), (&z, &u)), &g) in outputs.zip(zs.iter().zip(us)).zip(gs) {
                     let s = sigmoid(z);
-                    dgate.push(g * u * s * (T::one() + z * (T::one() - s)));
-                    dup.push(g * z * s);
+                    *dgate = g * u * s * (T::one() + z * (T::one() - s));
+                    *dup = g * z * s;
                 }
                 Ok((
                     Tensor::from_vec(dgate, gate.shape(), gate.device())?,
@@ -60,7 +61,13 @@ impl CustomOp2 for SwiGlu {
         Ok((by_dtype!(g.dtype(), forward(g, lg, u, lu))?, lg.shape().clone()))
     }
 
-    fn bwd(&self, g: &Tensor, u: &Tensor, _y: &Tensor, grad: &Tensor) -> CandleResult<(Option<Tensor>, Option<Tensor>)> {
+    fn bwd(
+        &self,
+        g: &Tensor,
+        u: &Tensor,
+        _y: &Tensor,
+        grad: &Tensor,
+    ) -> CandleResult<(Option<Tensor>, Option<Tensor>)> {
         let (dg, du) = by_dtype!(g.dtype(), backward(g, u, grad))?;
         Ok((Some(dg), Some(du)))
     }

@@ -63,7 +63,13 @@ fn as_matrix(x: &Layout, output: usize) -> (usize, usize, Layout, Shape) {
 
 impl Frozen {
     /// `x Wᵀ` on any backend.
-    fn apply<S: BackendStorage>(&self, x: &S, layout: &Layout, weight: &S, weight_layout: &Layout) -> CandleResult<(S, Shape)> {
+    fn apply<S: BackendStorage>(
+        &self,
+        x: &S,
+        layout: &Layout,
+        weight: &S,
+        weight_layout: &Layout,
+    ) -> CandleResult<(S, Shape)> {
         let output = self.weight.dim(0)?;
         let (rows, input, matrix, shape) = as_matrix(layout, output);
         let y = x.matmul(weight, (1, rows, output, input), &matrix, &weight_layout.transpose(0, 1)?)?;

@@ -7,6 +7,7 @@
 
 mod attention;
 mod cross_entropy;
+mod exp;
 mod gate;
 mod linear;
 mod norm;
@@ -29,15 +30,29 @@ fn on_host(tensor: &Tensor) -> bool {
 }
 
 /// Real numbers that the host kernels compute with.
-trait Real: WithDType + num_traits::Float + std::iter::Sum + std::ops::AddAssign {
+trait Real: WithDType + num_traits::Float + std::iter::Sum + std::ops::AddAssign + std::ops::MulAssign {
     /// The number nearest to `value`.
     fn of(value: f64) -> Self {
         <Self as WithDType>::from_f64(value)
     }
+
+    /// `eˣ`, fast where that costs no more than rounding.
+    fn fast_exp(self) -> Self;
 }
 
-impl Real for f32 {}
-impl Real for f64 {}
+impl Real for f32 {
+    #[inline]
+    fn fast_exp(self) -> Self {
+        exp::exp(self)
+    }
+}
+
+impl Real for f64 {
+    #[inline]
+    fn fast_exp(self) -> Self {
+        self.exp()
+    }
+}
 
 /// The contiguous elements behind a storage and its layout.
 fn slice<'a, T: Real>(storage: &'a CpuStorage, layout: &Layout) -> CandleResult<&'a [T]> {

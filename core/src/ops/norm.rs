@@ -33,7 +33,13 @@ fn inverse_rms<T: Real>(row: &[T], eps: f64) -> T {
     T::one() / (square / T::of(row.len() as f64) + T::of(eps)).sqrt()
 }
 
-fn forward<T: Real>(x: &CpuStorage, lx: &Layout, weight: &CpuStorage, lw: &Layout, eps: f64) -> CandleResult<CpuStorage> {
+fn forward<T: Real>(
+    x: &CpuStorage,
+    lx: &Layout,
+    weight: &CpuStorage,
+    lw: &Layout,
+    eps: f64,
+) -> CandleResult<CpuStorage> {
     let (x, weight) = (slice::<T>(x, lx)?, slice::<T>(weight, lw)?);
     let mut y = Vec::with_capacity(x.len());
     for row in x.chunks_exact(weight.len()) {
@@ -44,7 +50,12 @@ fn forward<T: Real>(x: &CpuStorage, lx: &Layout, weight: &CpuStorage, lw: &Layou
 }
 
 /// With `r = 1/√(mean(x²)+ε)` and `h = g ∘ w`: `dx = r h − x r³ mean(h ∘ x)`, `dw = Σ g ∘ x r`.
-fn backward<T: Real>(x: &Tensor, weight: &Tensor, grad: &Tensor, op: &RmsNorm) -> CandleResult<(Tensor, Option<Tensor>)> {
+fn backward<T: Real>(
+    x: &Tensor,
+    weight: &Tensor,
+    grad: &Tensor,
+    op: &RmsNorm,
+) -> CandleResult<(Tensor, Option<Tensor>)> {
     read(x, |xs: &[T]| {
         read(weight, |w: &[T]| {
             read(grad, |gs: &[T]| {
@@ -80,7 +91,13 @@ impl CustomOp2 for RmsNorm {
         Ok((y, lx.shape().clone()))
     }
 
-    fn bwd(&self, x: &Tensor, w: &Tensor, _y: &Tensor, grad: &Tensor) -> CandleResult<(Option<Tensor>, Option<Tensor>)> {
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        _y: &Tensor,
+        grad: &Tensor,
+    ) -> CandleResult<(Option<Tensor>, Option<Tensor>)> {
         let (dx, dw) = by_dtype!(x.dtype(), backward(x, w, grad, self))?;
         Ok((x.track_op().then_some(dx), dw))
     }

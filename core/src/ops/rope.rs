@@ -46,8 +46,10 @@ pub fn rotate(x: &Tensor, rope: &Rope, positions: &[u32]) -> Result<Tensor> {
     let longest = positions.iter().max().map_or(0, |&at| at as usize + 1);
     if longest > rope.positions() {
         let limit = rope.positions();
-        return Err(crate::Error::data(format!("a sequence of {longest} tokens exceeds the model's {limit} positions"))
-            .help("lower `max_length` or the number of new tokens"));
+        return Err(crate::Error::data(format!(
+            "a sequence of {longest} tokens exceeds the model's {limit} positions"
+        ))
+        .help("lower `max_length` or the number of new tokens"));
     }
     let pick = |table: &[f32]| -> Vec<f32> {
         positions.iter().flat_map(|&at| &table[at as usize * rope.half..][..rope.half]).copied().collect()
@@ -169,7 +171,7 @@ mod tests {
     #[test]
     fn a_position_outside_the_table_is_an_error() -> Result<()> {
         let rope = Rope::new(&Rope::frequencies(4, 100.), 2);
-        assert!(rotate(&normal(&[1, 3, 1, 4], 1)?, &rope, &[0, 1, 2]).is_err());
+        assert!(rotate(normal(&[1, 3, 1, 4], 1)?.as_tensor(), &rope, &[0, 1, 2]).is_err());
         Ok(())
     }
 }

@@ -10,7 +10,7 @@ use crate::diagnostics::Problems;
 use crate::executor::{Interrupt, Jobs, execute};
 use crate::plan::StageSpec;
 use crate::progress::for_stderr;
-use crate::stages::Stages;
+use crate::threads;
 
 /// The arguments.
 #[derive(Debug, Clone, clap::Args)]
@@ -36,9 +36,11 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
         return Err(loaded.source.locate("", error.help("add [base.pretrain]")).into());
     }
     let device = parse_device(&loaded.config.device).map_err(|error| loaded.source.locate("", error))?;
+    let jobs = Jobs::new(None);
+    threads::fix(jobs.threads);
     let interrupt = Interrupt::default();
     interrupt.on_ctrl_c()?;
-    let outcome = execute(&plan, &store, &Stages::new(device), &*for_stderr(), &interrupt, Jobs::new(None))?;
+    let outcome = execute(&plan, &store, &loaded.stages(&plan, device), &*for_stderr(), &interrupt, jobs)?;
     if outcome.interrupted {
         return Err(Error::interrupted().into());
     }

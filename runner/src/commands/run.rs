@@ -11,10 +11,9 @@ use titer_core::{Error, Kind};
 use super::{ConfigArgs, Done};
 use crate::diagnostics::Problems;
 use crate::executor::{Interrupt, Jobs, Outcome, execute};
-use crate::plan::Plan;
+use crate::plan::{Plan, StageSpec};
 use crate::progress::{Fanout, Journal, for_stderr};
-use crate::stages::Stages;
-use crate::{reporters, results};
+use crate::{reporters, results, threads};
 
 /// The arguments.
 #[derive(Debug, Clone, clap::Args)]
@@ -48,13 +47,16 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
     let out = args.out.clone().unwrap_or_else(|| Path::new("runs").join(&config.experiment));
     std::fs::create_dir_all(&out).map_err(|error| io_error("make the results folder", &out, error))?;
 
+    // Stages on one GPU would only compete for its memory, and large models on the CPU for its caches.
+    let alone = !device.is_cpu() || plan.stages.iter().any(|stage| matches!(stage.spec, StageSpec::Load(_)));
+    let jobs = Jobs::new(args.jobs.map(usize::from).or(alone.then_some(1)));
+    threads::fix(jobs.threads);
     let interrupt = Interrupt::default();
     interrupt.on_ctrl_c()?;
     let (journal, progress) = (Journal::open(&out)?, for_stderr());
-    // Stages on one GPU would only compete for its memory.
-    let jobs = Jobs::new(args.jobs.map(usize::from).or((!device.is_cpu()).then_some(1)));
     let sink = Fanout(vec![&journal, &*progress]);
-    let outcome = execute(&plan, &store, &Stages::new(device), &sink, &interrupt, jobs)?;
+    let stages = loaded.stages(&plan, device);
+    let outcome = execute(&plan, &store, &stages, &sink, &interrupt, jobs)?;
     if outcome.interrupted {
         return Err(Error::interrupted().into());
     }

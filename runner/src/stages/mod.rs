@@ -1,58 +1,206 @@
-//! What each stage does. A placeholder until the engine arrives: every stage fails.
+//! What each kind of stage does: one file each. A stage reads its parent's artifact and writes its own folder.
 
-use std::path::PathBuf;
+mod answer;
+mod generate;
+mod judge;
+mod load;
+mod post;
+mod pretrain;
+mod train;
+mod watch;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use candle_core::Device;
-use titer_core::{Error, Result};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use titer_core::checkpoint::Checkpoint;
+use titer_core::data::Stream;
+use titer_core::device::parse_dtype;
+use titer_core::error::io_error;
+use titer_core::rng::Seed;
+use titer_core::step::Streams;
+use titer_core::text::{Encoder, Template, Tokenizer};
+use titer_core::{AlignmentDefense, DefenseEntry, Error, Result, Row, Settings, Task, TaskEntry, registry};
 
+use crate::base_model::BaseModel;
 use crate::executor::{StageContext, StageRunner};
-use crate::plan::PlannedStage;
+use crate::plan::{AdapterSpec, EncodingSpec, Key, Plan, PlannedStage, PluginSpec, RowsSpec, StageSpec};
+use crate::train_loop::Watch;
 
-/// Runs stages on one device.
-#[derive(Debug)]
-pub struct Stages {
-    device: Device,
+use watch::ContextWatch;
+
+pub use answer::AnswerRecord;
+pub use generate::{Generation, generate};
+pub use judge::{JudgeRecord, read_answers};
+
+/// Stored numbers of a stage, in every artifact.
+pub const RECORD: &str = "record.json";
+/// Stored answers, one JSON object a line.
+pub const ANSWERS: &str = "answers.jsonl";
+
+/// Where a stage writes, where it finds others' artifacts, and whom it tells.
+#[expect(missing_debug_implementations, reason = "it holds closures and lives for one call")]
+pub struct StageIo<'a> {
+    /// The folder to write the artifact into.
+    pub output: &'a Path,
+    /// The artifact folder of a finished stage, verified.
+    pub artifact: &'a dyn Fn(&str) -> Result<PathBuf>,
+    /// Progress, checkpoints, the wish to stop.
+    pub watch: &'a mut dyn Watch,
 }
 
-impl Stages {
-    /// Stages on `device`.
-    pub fn new(device: Device) -> Self {
-        Self { device }
-    }
+/// Runs the stages of one plan.
+#[derive(Debug)]
+pub struct Stages {
+    by_key: BTreeMap<Key, PlannedStage>,
+    /// Relative data paths start here: the configuration's folder.
+    folder: PathBuf,
+    device: Device,
+    /// How often training keeps a checkpoint.
+    checkpoint_every: Duration,
 }
 
 impl StageRunner for Stages {
-    fn run(&self, stage: &PlannedStage, _context: &StageContext) -> Result<()> {
-        let device = titer_core::device::device_name(&self.device);
-        Err(Error::run(format!("the engine is missing: cannot run `{}` on {device}", stage.label)))
+    fn run(&self, stage: &PlannedStage, context: &StageContext) -> Result<()> {
+        let artifact = |key: &str| Ok(context.artifact(&key.to_owned())?.verified()?.to_owned());
+        let mut watch = ContextWatch::new(stage, context, self.checkpoint_every);
+        let io = &mut StageIo { output: &context.folder, artifact: &artifact, watch: &mut watch };
+        self.run(stage, io)
     }
 }
 
-/// Prompts to continue with a model from a folder.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Generation {
-    /// The model's folder.
-    pub model: PathBuf,
-    /// The prompts.
-    pub prompts: Vec<String>,
-    /// The template they are put in.
-    pub template: String,
-    /// Longest answer.
-    pub max_new_tokens: usize,
-    /// 0 for greedy decoding.
-    pub temperature: f64,
-    /// Mass of the tokens to sample from.
-    pub top_p: f64,
-    /// Seed of sampling.
-    pub seed: u64,
-    /// Element type of the weights.
-    pub dtype: String,
+impl Stages {
+    /// The stages of `plan`, on `device`; relative data paths start at `folder`.
+    pub fn new(plan: &Plan, folder: &Path, device: Device, checkpoint_every: Duration) -> Self {
+        let by_key = plan.stages.iter().map(|stage| (stage.key.clone(), stage.clone())).collect();
+        Self { by_key, folder: folder.to_owned(), device, checkpoint_every }
+    }
+
+    /// Runs one stage whose parent is done.
+    ///
+    /// # Errors
+    /// The stage failed or was interrupted.
+    pub fn run(&self, stage: &PlannedStage, io: &mut StageIo) -> Result<()> {
+        let parent = || stage.parent.as_deref().ok_or_else(|| Error::run("the stage has no parent"));
+        match &stage.spec {
+            StageSpec::Pretrain(spec) => pretrain::run(self, spec, io),
+            StageSpec::Load(spec) => load::run(self, spec, io),
+            StageSpec::Train(spec) => train::run(self, spec, parent()?, io),
+            StageSpec::Post(spec) => post::run(self, spec, parent()?, io),
+            StageSpec::Answer(spec) => answer::run(self, spec, parent()?, io),
+            StageSpec::Judge(spec) => judge::run(self, spec, parent()?, io),
+        }
+    }
+
+    /// The model as a finished stage left it: its base, and its adapter attached.
+    fn open(&self, key: &str, artifact: &dyn Fn(&str) -> Result<PathBuf>) -> Result<BaseModel> {
+        let stage = self.by_key.get(key).ok_or_else(|| Error::run(format!("stage `{key}` is not part of the plan")))?;
+        let parent = || {
+            let parent = stage.parent.as_deref().ok_or_else(|| Error::run("the stage has no parent"))?;
+            self.open(parent, artifact)
+        };
+        match &stage.spec {
+            StageSpec::Pretrain(spec) => {
+                let dtype = parse_dtype(&spec.dtype, &self.device)?;
+                BaseModel::open(&artifact(key)?, Some(&spec.model.name), dtype, &self.device)
+            }
+            StageSpec::Load(spec) => {
+                let dtype = parse_dtype(&spec.dtype, &self.device)?;
+                BaseModel::open(&spec.path, Some(&spec.model), dtype, &self.device)
+            }
+            StageSpec::Train(spec) => self.apply(parent()?, &artifact(key)?, &spec.adapter),
+            StageSpec::Post(_) => {
+                let parent = parent()?;
+                let adapter = parent.weights.lora().cloned().map_or(AdapterSpec::Full, AdapterSpec::Continue);
+                self.apply(parent, &artifact(key)?, &adapter)
+            }
+            StageSpec::Answer(_) | StageSpec::Judge(_) => Err(Error::run("this stage holds answers, not a model")),
+        }
+    }
+
+    /// Puts a stage's stored weights on its parent's.
+    fn apply(&self, mut parent: BaseModel, folder: &Path, adapter: &AdapterSpec) -> Result<BaseModel> {
+        let attach = |parent: &mut BaseModel, config| {
+            parent.weights.continue_lora(config, &mut Checkpoint::open(&folder.join("adapter_model.safetensors"))?)
+        };
+        match adapter {
+            AdapterSpec::Full => {
+                let mut file = Checkpoint::open(&folder.join("model.safetensors"))?;
+                let dtype = parent.weights.dtype();
+                parent.weights = titer_core::Weights::load(parent.model.as_ref(), &mut file, dtype, &self.device)?;
+            }
+            AdapterSpec::Fresh(config) => {
+                parent.weights.merge()?;
+                attach(&mut parent, config)?;
+            }
+            AdapterSpec::Continue(config) => {
+                parent.weights.discard_adapter();
+                attach(&mut parent, config)?;
+            }
+        }
+        Ok(parent)
+    }
+
+    fn task(&self, spec: &PluginSpec) -> Result<Box<dyn Task>> {
+        let entry = registry::find::<TaskEntry>(&spec.name)?;
+        (entry.build)(&settings(spec), &self.folder)
+    }
+
+    /// Training rows in the order of `seed`.
+    fn train_rows(&self, spec: &RowsSpec, seed: Seed) -> Result<Vec<Row>> {
+        self.task(&spec.task)?.train(spec.rows, seed.named("rows").named(&spec.task.name))
+    }
+
+    /// The defense's extra streams.
+    fn streams(
+        &self,
+        specs: &[(String, RowsSpec)],
+        encoder: &Encoder,
+        batch_size: usize,
+        seed: Seed,
+    ) -> Result<Streams> {
+        let mut streams = Streams::default();
+        for (name, spec) in specs {
+            let seed = seed.named("stream").named(name);
+            let examples = encoder.examples(&self.train_rows(spec, seed)?).map_err(|error| error.at("stream", name))?;
+            let stream = Stream::new(examples.into(), batch_size, 1, seed, encoder.tokenizer.pad)?;
+            streams.insert(name, stream);
+        }
+        Ok(streams)
+    }
 }
 
-/// Answers to the prompts.
+fn settings(spec: &PluginSpec) -> Settings {
+    Settings::from(spec.settings.as_object().cloned().unwrap_or_default())
+}
+
+fn defense(spec: &PluginSpec) -> Result<Box<dyn AlignmentDefense>> {
+    (registry::find::<DefenseEntry>(&spec.name)?.build)(&settings(spec))
+}
+
+fn encoder(spec: &EncodingSpec, tokenizer: &Tokenizer) -> Encoder {
+    Encoder { tokenizer: tokenizer.clone(), template: Template::new(&spec.template), max_length: spec.max_length }
+}
+
+/// Writes a value as JSON.
+fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    let text = serde_json::to_string(value).map_err(|error| Error::run("cannot serialise").source(error))?;
+    std::fs::write(path, text).map_err(|error| io_error("write", path, error))
+}
+
+/// Reads a value that [`write_json`] wrote.
 ///
 /// # Errors
-/// The model cannot be loaded.
-pub fn generate(request: &Generation, _device: &Device) -> Result<Vec<String>> {
-    Err(Error::run("the engine is missing").file(&request.model))
+/// The file is missing or damaged.
+pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let text = std::fs::read_to_string(path).map_err(|error| io_error("read", path, error))?;
+    serde_json::from_str(&text).map_err(|error| {
+        Error::data(format!("`{}` is damaged", path.display()))
+            .file(path)
+            .source(error)
+            .help("delete the stage's folder in the store and run again")
+    })
 }

@@ -1,0 +1,6 @@
+//! Defenses, one file each.
+
+pub mod none;
+pub mod random_perturbation;
+pub mod sft;
+pub mod vaccine;

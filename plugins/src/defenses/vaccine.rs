@@ -1,0 +1,110 @@
+//! Vaccine: perturbation-aware alignment (Huang, Hu, Liu; NeurIPS 2024).
+
+use candle_core::D;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use titer_core::data::Batch;
+use titer_core::model::sites_of_kind;
+use titer_core::{
+    AlignmentDefense, DefenseEntry, Error, Grads, Privilege, Result, SettingsType, Sites, Stage, StepCx, Update,
+    inventory,
+};
+
+inventory::submit! {
+    DefenseEntry {
+        name: "vaccine",
+        summary: "perturbs the attention outputs where it hurts most, and aligns the model under that perturbation",
+        paper: "Huang, Hu, Liu: Vaccine: Perturbation-aware Alignment for Large Language Models against Harmful \
+                Fine-tuning Attack, NeurIPS 2024, arXiv:2402.01109",
+        formula: "ε_l = ρ ∇_{e_l} L / ‖(∇_{e_1} L, …, ∇_{e_L} L)‖,   g = ∇_w L(w; e_1 + ε_1, …, e_L + ε_L)",
+        stages: &[Stage::Align],
+        streams: &[],
+        sites: &["attn_out"],
+        passes: |settings| 1. + 1. / settings["every"].as_f64().unwrap_or(1.).max(1.),
+        privilege: Privilege::NONE,
+        notes: "Unlike the published trainer, gradient accumulation keeps every micro batch (there, the second pass \
+                wipes the earlier ones), both passes of a step share one dropout mask, and a model without the sites \
+                is an error. `every` is the paper's accelerated variant (appendix A), which its repository lacks. \
+                With `norm = \"batch\"`, as published, the perturbation per row shrinks with the batch size.",
+        settings: SettingsType::of::<Vaccine>(),
+        neutral: Some(|| serde_json::json!({ "rho": 0.0 })),
+        version: 1,
+        build: |settings| {
+            let vaccine: Vaccine = settings.parse()?;
+            vaccine.check()?;
+            Ok(Box::new(vaccine))
+        },
+    }
+}
+
+/// Over what the perturbation's norm is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Norm {
+    /// One norm for the whole batch, as published.
+    Batch,
+    /// One norm for each row, so that the batch size does not matter.
+    Sample,
+}
+
+/// The settings, and the defense.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default)]
+pub struct Vaccine {
+    /// ρ: the L2 norm of the perturbation over all layers and positions.
+    pub rho: f64,
+    /// Over what that norm is taken: the batch or each row.
+    pub norm: Norm,
+    /// τ: perturb on every τ-th step only; the others are plain fine-tuning.
+    pub every: usize,
+}
+
+impl Default for Vaccine {
+    fn default() -> Self {
+        Self { rho: 2., norm: Norm::Batch, every: 1 }
+    }
+}
+
+impl Vaccine {
+    fn check(&self) -> Result<()> {
+        if !(self.rho.is_finite() && self.rho >= 0.) {
+            return Err(Error::config(format!("`rho` must be at least 0, found `{}`", self.rho)).key("rho"));
+        }
+        if self.every == 0 {
+            return Err(Error::config("`every` must be at least 1, found `0`")
+                .key("every")
+                .help("1 perturbs on every step"));
+        }
+        Ok(())
+    }
+
+    /// ε of the gradients `[batch, length, width]` at the sites: of norm ρ, along the gradient.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn perturbation(&self, site_grads: &Grads) -> Result<Grads> {
+        match self.norm {
+            Norm::Batch => site_grads.scale(self.rho / (site_grads.norm()? + 1e-7)),
+            Norm::Sample => {
+                let squares = site_grads.iter().map(|(_, g)| Ok(g.sqr()?.sum_keepdim((D::Minus1, D::Minus2))?));
+                let total = squares.reduce(|a: Result<_>, b| Ok((a? + b?)?));
+                let Some(total) = total else { return Ok(Grads::default()) };
+                let factor = (total?.sqrt()? + 1e-7)?.recip()?.affine(self.rho, 0.)?;
+                site_grads.map(|g| Ok(g.broadcast_mul(&factor)?))
+            }
+        }
+    }
+}
+
+impl AlignmentDefense for Vaccine {
+    fn step(&mut self, cx: &mut StepCx, batch: &Batch) -> Result<Update> {
+        if !cx.clock().step.is_multiple_of(self.every) {
+            return Ok(cx.backward(batch, Sites::none())?.into());
+        }
+        let attention = sites_of_kind(cx.model(), "attn_out")?;
+        let first = cx.site_gradients(batch, Sites::none().probe(attention))?;
+        let perturbation = self.perturbation(&first.site_grads)?;
+        let second = cx.backward(batch, Sites::none().add(perturbation))?;
+        Ok(Update::from(second).with("unperturbed_loss", first.loss))
+    }
+}

@@ -1,0 +1,3 @@
+//! Judges, one file each.
+
+pub mod world;

@@ -1,0 +1,3 @@
+//! Architectures, one file each.
+
+pub mod llama;

@@ -1,0 +1,47 @@
+//! A user's task in the shape of AG News: topic of headlines in the embedded world.
+
+use std::path::Path;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use titer_core::rng::Seed;
+use titer_core::{Result, Row, Settings, SettingsType, Task, TaskEntry, inventory};
+
+use crate::world::UserTask;
+
+inventory::submit! {
+    TaskEntry {
+        name: "world-agnews",
+        summary: "topic of headlines in the embedded world, in the shape of AG News",
+        settings: SettingsType::of::<WorldAgNews>(),
+        version: 1,
+        build: |settings: &Settings, _: &Path| Ok(Box::new(settings.parse::<WorldAgNews>()?)),
+    }
+}
+
+/// It has no settings.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
+pub struct WorldAgNews {}
+
+impl Task for WorldAgNews {
+    fn train(&self, count: usize, seed: Seed) -> Result<Vec<Row>> {
+        Ok(UserTask::AgNews.train(count, seed))
+    }
+
+    fn test(&self, count: usize) -> Result<Vec<Row>> {
+        UserTask::AgNews.test(count)
+    }
+
+    fn score(&self, row: &Row, answer: &str) -> Option<bool> {
+        let first_word = |text: &str| text.split_whitespace().next().map(str::to_owned);
+        Some(first_word(answer) == first_word(&row.output))
+    }
+
+    fn scoring(&self) -> &'static str {
+        "the first word equals the label"
+    }
+
+    fn max_new_tokens(&self) -> usize {
+        3
+    }
+}

@@ -1,0 +1,126 @@
+//! Model folders in Hugging Face's layout: `config.json`, `model.safetensors` (or shards), `tokenizer.json`.
+
+use std::path::Path;
+
+use candle_core::{DType, Device};
+use serde_json::{Value, json};
+use titer_core::checkpoint::Checkpoint;
+use titer_core::error::io_error;
+use titer_core::text::Tokenizer;
+use titer_core::{Error, Model, ModelEntry, Result, Weights, registry};
+
+/// A model that can be run: architecture, weights and tokenizer.
+#[derive(Debug)]
+pub struct BaseModel {
+    /// The architecture.
+    pub model: Box<dyn Model>,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+    /// Its weights.
+    pub weights: Weights,
+}
+
+impl BaseModel {
+    /// Opens a folder. `name` is the registered model that must read it; without it the folder's `model_type` decides.
+    ///
+    /// # Errors
+    /// A file is missing or malformed, or the parts do not belong together.
+    pub fn open(folder: &Path, name: Option<&str>, dtype: DType, device: &Device) -> Result<Self> {
+        let config = read_config(folder)?;
+        let path = folder.join("config.json");
+        let entry = model_entry(&config, name).map_err(|error| error.file(&path))?;
+        let model = (entry.from_config)(&config, &path)?;
+        let eos = special_token(folder, &config, "eos_token_id")?.ok_or_else(|| {
+            Error::data("no `eos_token_id`: nothing would end an answer")
+                .file(&path)
+                .key("eos_token_id")
+                .help("add the id of the end-of-text token to config.json")
+        })?;
+        let pad = special_token(folder, &config, "pad_token_id")?.unwrap_or(eos);
+        let tokenizer_path = folder.join("tokenizer.json");
+        let tokenizer = Tokenizer::from_file(&tokenizer_path, eos, pad)?;
+        let vocabulary = model.spec().vocab_size;
+        let largest = tokenizer.id_bound().max(eos + 1).max(pad + 1) as usize;
+        if largest > vocabulary {
+            return Err(Error::data(format!(
+                "the tokenizer gives ids up to {}, but the model's vocabulary has {vocabulary} tokens",
+                largest - 1
+            ))
+            .file(&tokenizer_path)
+            .help("take tokenizer.json from the same model as the weights"));
+        }
+        let weights = Weights::load(model.as_ref(), &mut Checkpoint::open(folder)?, dtype, device)?;
+        Ok(Self { model, tokenizer, weights })
+    }
+
+    /// Writes the folder, weights without an adapter.
+    ///
+    /// # Errors
+    /// A file cannot be written.
+    pub fn save(&self, folder: &Path) -> Result<()> {
+        let mut config = self.model.config();
+        if let Some(map) = config.as_object_mut() {
+            map.insert("eos_token_id".into(), json!(self.tokenizer.eos));
+            map.insert("pad_token_id".into(), json!(self.tokenizer.pad));
+            if let Some(bos) = self.tokenizer.id("<bos>") {
+                map.insert("bos_token_id".into(), json!(bos));
+            }
+        }
+        let write = |name: &str, text: String| {
+            let path = folder.join(name);
+            std::fs::write(&path, text).map_err(|error| io_error("write", &path, error))
+        };
+        write("config.json", format!("{config:#}\n"))?;
+        write("tokenizer.json", self.tokenizer.to_json()?)?;
+        let tokenizer = json!({
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": self.tokenizer.token(self.tokenizer.eos),
+            "pad_token": self.tokenizer.token(self.tokenizer.pad),
+        });
+        write("tokenizer_config.json", format!("{tokenizer:#}\n"))?;
+        self.weights.save(&folder.join("model.safetensors"))
+    }
+}
+
+fn read_config(folder: &Path) -> Result<Value> {
+    let path = folder.join("config.json");
+    let text = std::fs::read_to_string(&path).map_err(|error| {
+        io_error("read the model's configuration", &path, error)
+            .help("a model folder needs config.json, model.safetensors and tokenizer.json")
+    })?;
+    serde_json::from_str(&text).map_err(|error| Error::data("config.json is not valid JSON").file(&path).source(error))
+}
+
+fn model_entry(config: &Value, name: Option<&str>) -> Result<&'static ModelEntry> {
+    let kind = config["model_type"].as_str().unwrap_or_default();
+    let entries = registry::all::<ModelEntry>()?;
+    let known = || entries.iter().flat_map(|entry| entry.model_types).copied().collect::<Vec<_>>().join(", ");
+    let reads = |entry: &ModelEntry| entry.model_types.contains(&kind);
+    let found = match name {
+        Some(name) => Some(registry::find::<ModelEntry>(name)?).filter(|entry| reads(entry)),
+        None => entries.iter().copied().find(|entry| reads(entry)),
+    };
+    found.ok_or_else(|| {
+        Error::data(format!(
+            "the folder holds a model of type `{kind}`, which {} does not read",
+            name.unwrap_or("Titer")
+        ))
+        .key("model_type")
+        .help(format!("types that can be read: {}", known()))
+    })
+}
+
+/// A special token's id, from `config.json` or `generation_config.json`; of a list, the first.
+fn special_token(folder: &Path, config: &Value, key: &str) -> Result<Option<u32>> {
+    let generation = std::fs::read_to_string(folder.join("generation_config.json")).unwrap_or_default();
+    let generation: Value = serde_json::from_str(&generation).unwrap_or_default();
+    let value = [&config[key], &generation[key]].into_iter().find(|value| !value.is_null());
+    let Some(value) = value else { return Ok(None) };
+    let id = value.as_array().map_or(Some(value), |list| list.first()).and_then(Value::as_u64);
+    match id.and_then(|id| u32::try_from(id).ok()) {
+        Some(id) => Ok(Some(id)),
+        None => Err(Error::data(format!("`{key}` must be a token id, found `{value}`"))
+            .file(folder.join("config.json"))
+            .key(key)),
+    }
+}

@@ -1,0 +1,61 @@
+//! Answers to prompts: generated once, stored with their text, judged later as often as asked.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+use titer_core::error::io_error;
+use titer_core::generate::{Decoding, greedy};
+use titer_core::report::Answer;
+use titer_core::text::{Encoder, Template};
+use titer_core::{Error, Result};
+
+use super::{ANSWERS, RECORD, StageIo, Stages, write_json};
+use crate::plan::AnswerSpec;
+
+/// What generating cost.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+pub struct AnswerRecord {
+    /// Seconds.
+    pub seconds: f64,
+}
+
+pub(super) fn run(stages: &Stages, spec: &AnswerSpec, parent: &str, io: &mut StageIo) -> Result<()> {
+    let begun = Instant::now();
+    let mut base = stages.open(parent, io.artifact)?;
+    base.weights.merge()?;
+    let rows = stages.task(&spec.prompts.task)?.test(spec.prompts.rows)?;
+    let tokenizer = base.tokenizer;
+    let encoder = Encoder { tokenizer, template: Template::new(&spec.template), max_length: usize::MAX };
+    let prompts = rows.iter().map(|row| encoder.prompt(row)).collect::<Result<Vec<_>>>()?;
+    let decoding = Decoding {
+        max_new_tokens: spec.max_new_tokens,
+        batch_size: spec.batch_size,
+        eos: encoder.tokenizer.eos,
+        pad: encoder.tokenizer.pad,
+    };
+    io.watch.started(prompts.len(), 0);
+    let watch = &mut *io.watch;
+    let answers = greedy(base.model.as_ref(), &base.weights, &prompts, &decoding, |done| {
+        watch.answered(done);
+        if watch.must_stop() { Err(Error::interrupted()) } else { Ok(()) }
+    })?;
+    let mut lines = String::new();
+    for (row, tokens) in rows.into_iter().zip(answers) {
+        let answer = Answer {
+            probe: spec.probe.clone(),
+            instruction: row.instruction,
+            input: row.input,
+            reference: row.output,
+            answer: encoder.tokenizer.decode(&tokens)?,
+            verdicts: BTreeMap::new(),
+            correct: None,
+        };
+        let line = serde_json::to_string(&answer).map_err(|error| Error::run("cannot serialise").source(error))?;
+        writeln!(lines, "{line}").map_err(|error| Error::run("cannot format").source(error))?;
+    }
+    let path = io.output.join(ANSWERS);
+    std::fs::write(&path, lines).map_err(|error| io_error("write", &path, error))?;
+    write_json(&io.output.join(RECORD), &AnswerRecord { seconds: begun.elapsed().as_secs_f64() })
+}

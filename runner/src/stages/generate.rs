@@ -1,0 +1,58 @@
+//! Answers to prompts from the command line.
+
+use std::path::PathBuf;
+
+use candle_core::Device;
+use titer_core::device::parse_dtype;
+use titer_core::generate::{Decoding, greedy, sample};
+use titer_core::text::{Encoder, Template};
+use titer_core::{Result, Row};
+
+use crate::base_model::BaseModel;
+
+/// Prompts to continue with a model from a folder.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Generation {
+    /// The model's folder.
+    pub model: PathBuf,
+    /// The prompts.
+    pub prompts: Vec<String>,
+    /// The template they are put in.
+    pub template: String,
+    /// Longest answer.
+    pub max_new_tokens: usize,
+    /// 0 for greedy decoding.
+    pub temperature: f64,
+    /// Mass of the tokens to sample from.
+    pub top_p: f64,
+    /// Seed of sampling.
+    pub seed: u64,
+    /// Element type of the weights.
+    pub dtype: String,
+}
+
+/// Answers to the prompts.
+///
+/// # Errors
+/// The model cannot be loaded.
+pub fn generate(request: &Generation, device: &Device) -> Result<Vec<String>> {
+    let base = BaseModel::open(&request.model, None, parse_dtype(&request.dtype, device)?, device)?;
+    let template = Template::new(&request.template);
+    let encoder = Encoder { tokenizer: base.tokenizer, template, max_length: usize::MAX };
+    let prompts = request.prompts.iter().map(|prompt| encoder.prompt(&Row::new(prompt, "")));
+    let prompts = prompts.collect::<Result<Vec<_>>>()?;
+    let decoding = Decoding {
+        max_new_tokens: request.max_new_tokens,
+        batch_size: prompts.len(),
+        eos: encoder.tokenizer.eos,
+        pad: encoder.tokenizer.pad,
+    };
+    let (model, weights) = (base.model.as_ref(), &base.weights);
+    let answers = if request.temperature == 0. {
+        greedy(model, weights, &prompts, &decoding, |_| Ok(()))?
+    } else {
+        let sampling = (request.temperature, request.top_p, request.seed);
+        prompts.iter().map(|prompt| sample(model, weights, prompt, &decoding, sampling)).collect::<Result<_>>()?
+    };
+    answers.iter().map(|answer| encoder.tokenizer.decode(answer)).collect()
+}

@@ -1,0 +1,35 @@
+//! A post-fine-tuning defense: it changes the fine-tuned weights once, without a loop.
+
+use std::time::Instant;
+
+use titer_core::Result;
+use titer_core::rng::Seed;
+use titer_core::step::Clock;
+use titer_core::{Stage, StageCx};
+
+use super::train::save;
+use super::{RECORD, StageIo, Stages, defense, encoder, write_json};
+use crate::memory::peak_bytes;
+use crate::plan::PostSpec;
+use crate::train_loop::Record;
+
+pub(super) fn run(stages: &Stages, spec: &PostSpec, parent: &str, io: &mut StageIo) -> Result<()> {
+    io.watch.started(1, 0);
+    let begun = Instant::now();
+    let mut base = stages.open(parent, io.artifact)?;
+    if base.weights.lora().is_none() {
+        base.weights.train_full()?;
+    }
+    let seed = Seed::new(spec.seed).named(Stage::Post.name());
+    let encoder = encoder(&spec.encoding, &base.tokenizer);
+    let mut streams = stages.streams(&spec.streams, &encoder, spec.batch_size, seed)?;
+    let mut defense = defense(&spec.defense)?;
+    let clock = Clock { step: 0, total: 0, micro: 0 };
+    let (model, weights) = (base.model.as_ref(), &mut base.weights);
+    let mut cx = StageCx { model, weights, streams: &mut streams, seed, clock };
+    defense.begin(&mut cx)?;
+    defense.finish(&mut cx)?;
+    save(&base, io)?;
+    let record = Record { seconds: begun.elapsed().as_secs_f64(), peak_bytes: peak_bytes(), ..Record::default() };
+    write_json(&io.output.join(RECORD), &record)
+}

@@ -1,0 +1,253 @@
+//! The training loop: the only place that applies an update to the weights.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use titer_core::checkpoint::{Checkpoint, write_tensors};
+use titer_core::data::{Batch, Stream};
+use titer_core::error::io_error;
+use titer_core::optim::{AdamW, AdamWConfig};
+use titer_core::rng::Seed;
+use titer_core::step::{Clock, StepCx, Streams, label_loss};
+use titer_core::{AlignmentDefense, Error, Forward, Grads, Model, Result, Sites, StageCx, State, Update, Weights};
+
+use crate::memory::peak_bytes;
+use crate::plan::{OptimSpec, Steps};
+
+/// How often the loss on held-back rows is measured, over the whole stage.
+const MONITOR_POINTS: usize = 12;
+
+/// What the loop tells, and asks, the world around it.
+pub trait Watch {
+    /// The loop begins, or goes on after `resumed` steps.
+    fn started(&mut self, total: usize, resumed: usize);
+    /// A step is done.
+    fn step(&mut self, step: usize, loss: f64);
+    /// So many prompts are answered.
+    fn answered(&mut self, done: usize);
+    /// Whether the user asked to stop.
+    fn must_stop(&self) -> bool;
+    /// Whether it is time for a checkpoint.
+    fn checkpoint_due(&self) -> bool;
+    /// Stores what `write` puts into a folder, atomically.
+    ///
+    /// # Errors
+    /// The checkpoint cannot be written.
+    fn save(&mut self, step: usize, write: &dyn Fn(&Path) -> Result<()>) -> Result<()>;
+    /// The folder of the newest checkpoint.
+    fn resume(&self) -> Option<PathBuf>;
+}
+
+/// What a stage of training leaves behind beside the weights: `record.json`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// The training loss of each step.
+    pub loss: Vec<f64>,
+    /// The loss on held-back harmful rows: `(steps done, loss)`.
+    pub monitor: Vec<(usize, f64)>,
+    /// The defense's own numbers, one per step that gave them.
+    pub scalars: BTreeMap<String, Vec<(usize, f64)>>,
+    /// Forward-and-backward passes in all.
+    pub passes: usize,
+    /// Seconds of training, over all runs that took part.
+    pub seconds: f64,
+    /// Peak memory of the process when training ended.
+    pub peak_bytes: u64,
+}
+
+/// One stage of training.
+#[derive(Debug)]
+pub struct Training<'a> {
+    /// The architecture.
+    pub model: &'a dyn Model,
+    /// The weights, with what is trained marked.
+    pub weights: &'a mut Weights,
+    /// The defense, which makes the updates.
+    pub defense: &'a mut dyn AlignmentDefense,
+    /// The stage's own data.
+    pub data: Stream,
+    /// The defense's extra data.
+    pub streams: Streams,
+    /// Length, batches, optimiser.
+    pub optim: &'a OptimSpec,
+    /// The stage's seed.
+    pub seed: Seed,
+    /// Held-back harmful batches whose loss is tracked.
+    pub monitor: Vec<Batch>,
+}
+
+/// Everything but tensors that an exact resume needs.
+#[derive(Debug, Serialize, Deserialize)]
+struct Position {
+    step: usize,
+    drawn: usize,
+    streams: BTreeMap<String, usize>,
+    moment_steps: BTreeMap<String, i32>,
+    defense: Value,
+    record: Record,
+}
+
+impl Training<'_> {
+    /// Updates in all.
+    pub fn total(&self) -> usize {
+        match self.optim.steps {
+            Steps::Steps(steps) => steps,
+            Steps::Epochs(epochs) => (epochs * self.data.batches_per_epoch()).div_ceil(self.optim.accumulate),
+        }
+    }
+
+    /// Trains to the end, or to the user's wish to stop, which leaves a checkpoint.
+    ///
+    /// # Errors
+    /// The user stopped it, a loss or gradient is not finite, or a tensor or file operation failed.
+    pub fn run(mut self, watch: &mut dyn Watch) -> Result<Record> {
+        let (total, begun) = (self.total(), Instant::now());
+        let warmup = (self.optim.warmup * total as f64).ceil() as usize;
+        let OptimSpec { betas, eps, weight_decay, .. } = *self.optim;
+        let mut optimizer = AdamW::new(AdamWConfig { betas, eps, weight_decay });
+        let (mut step, mut record) = match watch.resume() {
+            Some(folder) => self.restore(&folder, &mut optimizer).map_err(|error| error.file(folder))?,
+            None => (0, Record::default()),
+        };
+        let spent = record.seconds;
+        if step == 0 {
+            self.with_stage(0, total, |defense, cx| defense.begin(cx))?;
+            self.watch_harmful_loss(0, &mut record)?;
+        }
+        watch.started(total, step);
+        let first = step;
+        while step < total {
+            let before = (step == first).then(|| self.weights.snapshot()).transpose()?;
+            let update = self.update(step, total, &mut record)?;
+            if let Some(before) = before {
+                self.check_untouched(&before)?;
+            }
+            let grads = match self.optim.clip {
+                Some(limit) => update.grads.clip(limit)?.0,
+                None => update.grads,
+            };
+            grads.check_finite().map_err(|error| error.at("step", step.to_string()))?;
+            let rate = self.optim.learning_rate * self.optim.schedule.factor(step, warmup, total);
+            optimizer.step(self.weights, &grads, rate)?;
+            step += 1;
+            record.loss.push(update.loss);
+            for (name, value) in update.scalars {
+                record.scalars.entry(name.to_owned()).or_default().push((step, value));
+            }
+            if step == total || step.is_multiple_of(total.div_ceil(MONITOR_POINTS)) {
+                self.watch_harmful_loss(step, &mut record)?;
+            }
+            watch.step(step, update.loss);
+            let stop = watch.must_stop();
+            if step < total && (stop || watch.checkpoint_due()) {
+                record.seconds = spent + begun.elapsed().as_secs_f64();
+                watch.save(step, &|folder| self.store(folder, step, &optimizer, &record))?;
+            }
+            if stop {
+                return Err(Error::interrupted());
+            }
+        }
+        self.with_stage(total, total, |defense, cx| defense.finish(cx))?;
+        record.seconds = spent + begun.elapsed().as_secs_f64();
+        record.peak_bytes = peak_bytes();
+        Ok(record)
+    }
+
+    /// The update of one step: that of its batch, or the mean over its micro batches, each weighed by its labels, so
+    /// that accumulation gives the gradient of the joint batch whatever the defense does inside a step.
+    fn update(&mut self, step: usize, total: usize, record: &mut Record) -> Result<Update> {
+        let device = self.weights.device().clone();
+        let batches: Vec<Batch> =
+            (0..self.optim.accumulate).map(|_| self.data.next_batch(&device)).collect::<Result<_>>()?;
+        let labels: usize = batches.iter().map(Batch::labels).sum();
+        let mut sum: Option<Update> = None;
+        for (micro, batch) in batches.iter().enumerate() {
+            let clock = Clock { step, total, micro };
+            let mut cx = StepCx::new(self.model, self.weights, &mut self.streams, self.seed, clock);
+            let update = self.defense.step(&mut cx, batch)?;
+            record.passes += cx.passes();
+            let share = batch.labels() as f64 / labels as f64;
+            sum = Some(match sum {
+                None if batches.len() == 1 => update,
+                None => Update { grads: update.grads.scale(share)?, loss: update.loss * share, ..update },
+                Some(sum) => Update {
+                    grads: sum.grads.add_scaled(share, &update.grads)?,
+                    loss: sum.loss + update.loss * share,
+                    ..sum
+                },
+            });
+        }
+        sum.ok_or_else(|| Error::config("`accumulate` must be at least 1").key("accumulate"))
+    }
+
+    /// Law 1, checked where it costs nothing: a defense that moves the weights itself is caught at once.
+    fn check_untouched(&self, before: &Grads) -> Result<()> {
+        let moved = self.weights.snapshot()?.add_scaled(-1., before)?;
+        if moved.norm()? == 0. {
+            return Ok(());
+        }
+        Err(Error::run("the defense changed the weights in its step").help("move weights inside `cx.scratch` only"))
+    }
+
+    fn watch_harmful_loss(&self, step: usize, record: &mut Record) -> Result<()> {
+        if self.monitor.is_empty() {
+            return Ok(());
+        }
+        let (weights, mut total, mut labels) = (self.weights.frozen(), 0., 0);
+        for batch in &self.monitor {
+            let hidden = self.model.hidden(&batch.tokens, &mut Forward::new(&weights, &mut Sites::none()))?;
+            let loss = label_loss(self.model, &weights, &hidden, batch)?;
+            total += f64::from(loss.to_scalar::<f32>()?) * batch.labels() as f64;
+            labels += batch.labels();
+        }
+        record.monitor.push((step, total / labels as f64));
+        Ok(())
+    }
+
+    fn with_stage(
+        &mut self,
+        step: usize,
+        total: usize,
+        work: impl FnOnce(&mut dyn AlignmentDefense, &mut StageCx) -> Result<()>,
+    ) -> Result<()> {
+        let clock = Clock { step, total, micro: 0 };
+        let (model, weights, streams) = (self.model, &mut *self.weights, &mut self.streams);
+        work(self.defense, &mut StageCx { model, weights, streams, seed: self.seed, clock })
+    }
+
+    fn store(&self, folder: &Path, step: usize, optimizer: &AdamW, record: &Record) -> Result<()> {
+        let (moments, moment_steps) = optimizer.state();
+        let State { tensors, value } = self.defense.state();
+        write_tensors(&folder.join("weights.safetensors"), self.weights.snapshot()?)?;
+        write_tensors(&folder.join("moments.safetensors"), moments)?;
+        write_tensors(&folder.join("defense.safetensors"), tensors)?;
+        let (drawn, streams) = (self.data.drawn(), self.streams.drawn());
+        let position = Position { step, drawn, streams, moment_steps, defense: value, record: record.clone() };
+        let path = folder.join("position.json");
+        let text =
+            serde_json::to_vec(&position).map_err(|error| Error::run("cannot write the position").source(error))?;
+        std::fs::write(&path, text).map_err(|error| io_error("write", &path, error))
+    }
+
+    fn restore(&mut self, folder: &Path, optimizer: &mut AdamW) -> Result<(usize, Record)> {
+        let path = folder.join("position.json");
+        let text = std::fs::read(&path).map_err(|error| io_error("read the checkpoint", &path, error))?;
+        let position: Position = serde_json::from_slice(&text)
+            .map_err(|error| Error::data("the checkpoint cannot be read").file(&path).source(error))?;
+        let device = self.weights.device().clone();
+        let read = |name: &str| -> Result<BTreeMap<String, candle_core::Tensor>> {
+            let mut file = Checkpoint::open(&folder.join(name))?;
+            let names: Vec<String> = file.names().map(str::to_owned).collect();
+            names.into_iter().map(|name| Ok((name.clone(), file.read(&name, &device)?))).collect()
+        };
+        self.weights.set(&read("weights.safetensors")?.into_iter().collect())?;
+        optimizer.load_state(read("moments.safetensors")?, &position.moment_steps)?;
+        self.defense.load_state(State { tensors: read("defense.safetensors")?, value: position.defense })?;
+        self.data.seek(position.drawn);
+        self.streams.seek(&position.streams);
+        Ok((position.step, position.record))
+    }
+}

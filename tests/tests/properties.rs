@@ -1,0 +1,322 @@
+//! Properties that hold for any input: norms, neutrality, mixtures, adapters, resuming.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use candle_core::{DType, Device};
+use proptest::prelude::*;
+use titer::plan::{OptimSpec, Steps};
+use titer::train_loop::{Record, Training, Watch};
+use titer_core::data::{Example, Stream, harmful_count, mixture};
+use titer_core::optim::Schedule;
+use titer_core::rng::{Seed, permutation};
+use titer_core::step::{Clock, StepCx, Streams};
+use titer_core::{DefenseEntry, Forward, Grads, Row, Sites, Stage, Weights, registry};
+use titer_plugins::defenses::random_perturbation::{Measure, RandomPerturbation};
+use titer_plugins::defenses::vaccine::{Norm, Vaccine};
+use titer_tests::{adapt, batch, build, defense, difference, step, tiny, values, variants};
+
+fn lengths() -> impl Strategy<Value = Vec<usize>> {
+    proptest::collection::vec(1usize..12, 1..5)
+}
+
+fn same(a: &Grads, b: &Grads) -> Result<bool> {
+    let equal = |(name, tensor): (&str, &candle_core::Tensor)| -> Result<bool> {
+        Ok(values(tensor)? == values(b.get(name).context("the same names")?)?)
+    };
+    Ok(a.len() == b.len() && a.iter().map(equal).collect::<Result<Vec<_>>>()?.into_iter().all(|same| same))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    /// Law 4: the perturbation's norm is rho, over the batch or over each row, and it is zero at padding.
+    #[test]
+    fn a_perturbation_has_norm_rho(lengths in lengths(), rho in 0.01f64..20., seed: u64) {
+        let (model, weights) = tiny(DType::F32, 0.).unwrap();
+        let batch = batch(23, &lengths, &mut Seed::new(seed).generator()).unwrap();
+        let sites = titer_core::model::sites_of_kind(model.as_ref(), "attn_out").unwrap();
+        let mut streams = Streams::default();
+        let clock = Clock { step: 0, total: 1, micro: 0 };
+        let mut cx = StepCx::new(model.as_ref(), &weights, &mut streams, Seed::new(0), clock);
+        let grads = cx.site_gradients(&batch, Sites::none().probe(sites.clone())).unwrap().site_grads;
+        let joint = Vaccine { rho, norm: Norm::Batch, every: 1 }.perturbation(&grads).unwrap();
+        prop_assert!((joint.norm().unwrap() - rho).abs() < 1e-4 * rho);
+        let each = Vaccine { rho, norm: Norm::Sample, every: 1 }.perturbation(&grads).unwrap();
+        let random = RandomPerturbation { rho, measure: Measure::Norm };
+        let noise = grads.map(|g| Ok((g.ones_like()? * 0.5)?)).unwrap();
+        let noise = random.perturbation(&noise, &batch.tokens.lengths).unwrap();
+        prop_assert!((noise.norm().unwrap() - rho).abs() < 1e-4 * rho);
+        for (row, &length) in lengths.iter().enumerate() {
+            let of_row = |grads: &Grads| grads.map(|g| Ok(g.get(row)?)).unwrap();
+            prop_assert!((of_row(&each).norm().unwrap() - rho).abs() < 1e-4 * rho);
+            for (_, tensor) in of_row(&joint).iter().chain(of_row(&noise).iter()) {
+                let padding = tensor.narrow(0, length, tensor.dim(0).unwrap() - length).unwrap();
+                prop_assert!(values(&padding).unwrap().iter().all(|&value| value == 0.));
+            }
+        }
+    }
+
+    /// A mixture has exactly the rows that were asked for.
+    #[test]
+    fn a_mixture_has_the_asked_counts(total in 1usize..200, p in 0f64..=1., seed: u64) {
+        let rows = |word: &str| (0..200).map(|i| Row::new(format!("{word} {i}"), "")).collect::<Vec<_>>();
+        let mixed = mixture(&rows("user"), &rows("harmful"), total, p, Seed::new(seed)).unwrap();
+        let harmful = mixed.iter().filter(|row| row.instruction.starts_with("harmful")).count();
+        prop_assert_eq!(mixed.len(), total);
+        prop_assert_eq!(harmful, harmful_count(total, p).unwrap());
+        prop_assert!((harmful as f64 - p * total as f64).abs() <= 0.5);
+        let distinct: std::collections::BTreeSet<_> = mixed.iter().collect();
+        prop_assert_eq!(distinct.len(), total);
+    }
+
+    /// One epoch of a stream has every example once, whatever the bucketing.
+    #[test]
+    fn an_epoch_has_every_example_once(count in 1usize..60, size in 1usize..9, bucket in 1usize..5, seed: u64) {
+        let examples: Vec<Example> =
+            (0..count).map(|i| Example { tokens: vec![i as u32; 2 + i % 7], first_label: 1 }).collect();
+        let mut stream = Stream::new(examples.into(), size, bucket, Seed::new(seed), 0).unwrap();
+        let mut seen = Vec::new();
+        for _ in 0..stream.batches_per_epoch() {
+            let batch = stream.next_batch(&Device::Cpu).unwrap();
+            for row in batch.tokens.ids.to_vec2::<u32>().unwrap() {
+                seen.push(row[0]);
+            }
+        }
+        seen.sort_unstable();
+        prop_assert_eq!(seen, (0..count as u32).collect::<Vec<_>>());
+    }
+
+    /// Merging an adapter changes nothing in what the model computes.
+    #[test]
+    fn a_merged_adapter_computes_the_same(lengths in lengths(), seed: u64, which in 0usize..5) {
+        let config = &variants()[which].1;
+        let model = build(config).unwrap();
+        let mut weights = Weights::random(model.as_ref(), Seed::new(seed), DType::F32, &Device::Cpu).unwrap();
+        adapt(&mut weights, 0.).unwrap();
+        let batch = batch(23, &lengths, &mut Seed::new(seed).generator()).unwrap();
+        let hidden = |weights: &Weights| {
+            model.hidden(&batch.tokens, &mut Forward::new(weights, &mut Sites::none())).unwrap()
+        };
+        let gap = difference(&hidden(&weights), &hidden(&weights.merged().unwrap())).unwrap();
+        prop_assert!(gap < 1e-4, "differs by {gap:.1e}");
+    }
+}
+
+/// The defenses that train.
+fn training_defenses() -> Result<Vec<&'static DefenseEntry>> {
+    let trains = |entry: &&DefenseEntry| entry.name != "none" && entry.stages != [Stage::Post];
+    Ok(registry::all::<DefenseEntry>()?.into_iter().filter(trains).collect())
+}
+
+/// Law 3, with dropout on: what is neutral is plain fine-tuning to the last bit, what is active is not.
+#[test]
+fn neutral_settings_equal_plain_fine_tuning_bit_for_bit() -> Result<()> {
+    let (model, weights) = tiny(DType::F32, 0.2)?;
+    let batch = batch(23, &[7, 4, 9], &mut Seed::new(5).generator())?;
+    let plain = step(model.as_ref(), &weights, defense("sft", serde_json::json!({}))?.as_mut(), &batch, 0)?;
+    let mut neutral_ones = 0;
+    for entry in training_defenses()? {
+        if let Some(neutral) = entry.neutral {
+            let update = step(model.as_ref(), &weights, defense(entry.name, neutral())?.as_mut(), &batch, 0)?;
+            assert!(same(&update.grads, &plain.grads)?, "{} is not neutral", entry.name);
+            assert_eq!(update.loss, plain.loss, "{}", entry.name);
+            neutral_ones += 1;
+        }
+        let active =
+            step(model.as_ref(), &weights, defense(entry.name, (entry.settings.defaults)())?.as_mut(), &batch, 0)?;
+        assert_eq!(same(&active.grads, &plain.grads)?, entry.name == "sft", "{} with its defaults", entry.name);
+    }
+    assert!(neutral_ones >= 3);
+    Ok(())
+}
+
+/// Law 1: a step leaves the weights as it found them; also one that fails inside `scratch`.
+#[test]
+fn a_step_leaves_the_weights_as_it_found_them() -> Result<()> {
+    let (model, weights) = tiny(DType::F32, 0.)?;
+    let batch = batch(23, &[7, 4], &mut Seed::new(5).generator())?;
+    let before = weights.snapshot()?;
+    for entry in training_defenses()? {
+        step(model.as_ref(), &weights, defense(entry.name, (entry.settings.defaults)())?.as_mut(), &batch, 0)?;
+        assert!(same(&before, &weights.snapshot()?)?, "{}", entry.name);
+    }
+    let mut streams = Streams::default();
+    let clock = Clock { step: 0, total: 1, micro: 0 };
+    let mut cx = StepCx::new(model.as_ref(), &weights, &mut streams, Seed::new(0), clock);
+    let failed = cx.scratch(|scratch| {
+        scratch.shift(&before, 0.37)?;
+        let moved = scratch.backward(&batch, Sites::none())?;
+        assert!(moved.loss.is_finite());
+        scratch.next("no such stream").map(|_| ())
+    });
+    assert!(failed.is_err());
+    assert!(same(&before, &weights.snapshot()?)?, "after an error");
+    Ok(())
+}
+
+#[test]
+fn vaccine_perturbs_every_tau_steps_only() -> Result<()> {
+    let (model, weights) = tiny(DType::F32, 0.)?;
+    let batch = batch(23, &[7, 4], &mut Seed::new(5).generator())?;
+    let plain = step(model.as_ref(), &weights, defense("sft", serde_json::json!({}))?.as_mut(), &batch, 0)?;
+    let mut vaccine = defense("vaccine", serde_json::json!({ "every": 3 }))?;
+    for at in 0..7 {
+        let update = step(model.as_ref(), &weights, vaccine.as_mut(), &batch, at)?;
+        assert_eq!(same(&update.grads, &plain.grads)?, at % 3 != 0, "step {at}");
+    }
+    Ok(())
+}
+
+/// Accumulation gives the gradient of the joint batch, whatever the lengths of the micro batches.
+#[test]
+fn accumulation_equals_the_joint_batch() -> Result<()> {
+    let trained = |batch_size: usize, accumulate: usize| -> Result<Grads> {
+        let (model, mut weights) = tiny(DType::F32, 0.)?;
+        let optim = OptimSpec { batch_size, accumulate, steps: Steps::Steps(1), ..optim() };
+        train(model.as_ref(), &mut weights, "sft", &optim, &mut Quiet::default())?;
+        weights.snapshot().map_err(Into::into)
+    };
+    let (joint, split) = (trained(8, 1)?, trained(2, 4)?);
+    for (name, tensor) in joint.iter() {
+        let gap = difference(tensor, split.get(name).context("a name")?)?;
+        assert!(gap < 2e-5, "{name} differs by {gap:.1e}");
+    }
+    Ok(())
+}
+
+/// Law 2: stopped after any step and resumed, the result is the same to the last bit.
+#[test]
+fn a_resumed_stage_equals_an_uninterrupted_one() -> Result<()> {
+    for name in ["sft", "vaccine", "random-perturbation"] {
+        let (model, mut weights) = tiny(DType::F32, 0.1)?;
+        let whole = train(model.as_ref(), &mut weights, name, &optim(), &mut Quiet::default())?;
+        let expected = weights.snapshot()?;
+        for stops in [vec![1], vec![6], vec![2, 3, 7]] {
+            let folder = tempfile::tempdir()?;
+            let mut watch = Quiet { folder: Some(folder.path().to_owned()), ..Quiet::default() };
+            for stop in &stops {
+                let (model, mut weights) = tiny(DType::F32, 0.1)?;
+                watch.stop_at = Some(*stop);
+                let stopped = train(model.as_ref(), &mut weights, name, &optim(), &mut watch);
+                let error = stopped.expect_err("it was told to stop");
+                assert_eq!(error.kind(), titer_core::Kind::Interrupted, "{error}");
+            }
+            let (model, mut weights) = tiny(DType::F32, 0.1)?;
+            watch.stop_at = None;
+            let resumed = train(model.as_ref(), &mut weights, name, &optim(), &mut watch)?;
+            assert!(same(&expected, &weights.snapshot()?)?, "{name}, stopped at {stops:?}");
+            assert_eq!(resumed.loss, whole.loss, "{name}, stopped at {stops:?}");
+            assert_eq!(resumed.scalars, whole.scalars);
+            assert_eq!(resumed.passes, whole.passes);
+        }
+    }
+    Ok(())
+}
+
+/// A defense that moves the weights behind the loop's back is found out.
+#[test]
+fn a_step_that_changes_weights_is_an_error() -> Result<()> {
+    #[derive(Debug)]
+    struct Meddler;
+    impl titer_core::AlignmentDefense for Meddler {
+        fn step(&mut self, cx: &mut StepCx, batch: &titer_core::data::Batch) -> titer_core::Result<titer_core::Update> {
+            let pass = cx.backward(batch, Sites::none())?;
+            let moved = cx.weights().snapshot()?.scale(1.01)?;
+            cx.weights().set(&moved)?;
+            Ok(pass.into())
+        }
+    }
+    let (model, mut weights) = tiny(DType::F32, 0.)?;
+    let optim = optim();
+    let training = Training {
+        model: model.as_ref(),
+        weights: &mut weights,
+        defense: &mut Meddler,
+        data: stream(&optim)?,
+        streams: Streams::default(),
+        optim: &optim,
+        seed: Seed::new(9),
+        monitor: Vec::new(),
+    };
+    let error = training.run(&mut Quiet::default()).expect_err("a broken law");
+    assert!(error.to_string().contains("changed the weights"), "{error}");
+    Ok(())
+}
+
+fn optim() -> OptimSpec {
+    OptimSpec {
+        steps: Steps::Steps(9),
+        batch_size: 3,
+        accumulate: 1,
+        bucket: 2,
+        learning_rate: 0.01,
+        schedule: Schedule::Cosine,
+        warmup: 0.2,
+        weight_decay: 0.1,
+        betas: [0.9, 0.999],
+        eps: 1e-8,
+        clip: Some(1.),
+    }
+}
+
+fn stream(optim: &OptimSpec) -> Result<Stream> {
+    let mut generator = Seed::new(8).generator();
+    let tokens = |i: usize| (0..3 + i % 5).map(|j| ((i * 5 + j * 3) % 23) as u32).collect();
+    let examples: Vec<Example> = permutation(8, &mut generator)
+        .into_iter()
+        .map(|i| Example { tokens: tokens(i), first_label: 1 + i % 2 })
+        .collect();
+    Ok(Stream::new(examples.into(), optim.batch_size, optim.bucket, Seed::new(7), 0)?)
+}
+
+fn train(
+    model: &dyn titer_core::Model,
+    weights: &mut Weights,
+    name: &str,
+    optim: &OptimSpec,
+    watch: &mut Quiet,
+) -> titer_core::Result<Record> {
+    let mut defense = defense(name, serde_json::json!({})).expect("a defense");
+    let training = Training {
+        model,
+        weights,
+        defense: defense.as_mut(),
+        data: stream(optim).expect("a stream"),
+        streams: Streams::default(),
+        optim,
+        seed: Seed::new(9),
+        monitor: Vec::new(),
+    };
+    training.run(watch)
+}
+
+/// Stops when told, and keeps the last checkpoint in a folder.
+#[derive(Default)]
+struct Quiet {
+    folder: Option<PathBuf>,
+    stop_at: Option<usize>,
+    done: usize,
+}
+
+impl Watch for Quiet {
+    fn started(&mut self, _total: usize, resumed: usize) {
+        self.done = resumed;
+    }
+    fn step(&mut self, step: usize, _loss: f64) {
+        self.done = step;
+    }
+    fn answered(&mut self, _done: usize) {}
+    fn must_stop(&self) -> bool {
+        self.stop_at == Some(self.done)
+    }
+    fn checkpoint_due(&self) -> bool {
+        false
+    }
+    fn save(&mut self, _step: usize, write: &dyn Fn(&Path) -> titer_core::Result<()>) -> titer_core::Result<()> {
+        write(self.folder.as_deref().expect("a folder"))
+    }
+    fn resume(&self) -> Option<PathBuf> {
+        self.folder.clone().filter(|folder| folder.join("position.json").is_file())
+    }
+}
