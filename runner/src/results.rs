@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use titer_core::error::io_error;
 use titer_core::report::{Answer, Curves, Failure, Ledger, Metrics, ResultRow, Results, SCHEMA};
 use titer_core::{DefenseEntry, Error, Result, Verdict, registry};
 
@@ -24,6 +25,8 @@ const CURVE_POINTS: usize = 60;
 pub fn assemble(plan: &Plan, store: &Store, outcome: &Outcome, out: &Path) -> Result<Results> {
     let stages = plan.stages.iter().map(|stage| (stage.key.as_str(), stage)).collect();
     let assembly = Assembly { stages, store };
+    let answers = out.join("answers");
+    std::fs::create_dir_all(&answers).map_err(|error| io_error("make the folder", &answers, error))?;
     let (mut rows, mut failures) = (Vec::new(), Vec::new());
     for cell in &plan.cells {
         match outcome.failure(cell) {
