@@ -167,12 +167,11 @@ pub fn execute(
         .collect::<std::result::Result<Vec<_>, _>>()
         .map_err(|error| Error::run("cannot start the worker threads").source(error))?;
     let execution = Execution {
-        plan,
         store,
         runner,
         sink,
         interrupt,
-        urgency: urgency(plan),
+        stages: plan.stages.iter().map(|stage| (stage.key.as_str(), stage)).collect(),
         board: Mutex::new(Board::new(plan, cached)),
         changed: Condvar::new(),
     };
@@ -228,49 +227,67 @@ fn urgency(plan: &Plan) -> BTreeMap<&str, f64> {
 }
 
 struct Execution<'a> {
-    plan: &'a Plan,
     store: &'a Store,
     runner: &'a dyn StageRunner,
     sink: &'a dyn Sink,
     interrupt: &'a Interrupt,
-    urgency: BTreeMap<&'a str, f64>,
+    /// The plan's stages by key.
+    stages: BTreeMap<&'a str, &'a PlannedStage>,
     board: Mutex<Board<'a>>,
     changed: Condvar,
 }
 
 /// Where every stage stands.
 struct Board<'a> {
-    /// Neither started nor finished nor failed.
-    waiting: BTreeMap<&'a str, &'a PlannedStage>,
+    /// The order of urgency: 0 runs first.
+    rank: BTreeMap<&'a str, usize>,
+    /// Stages that could run now, by rank.
+    ready: BTreeMap<usize, &'a PlannedStage>,
+    /// Stages that wait for their parent, by its key.
+    waiting: BTreeMap<&'a str, Vec<&'a PlannedStage>>,
+    running: usize,
     outcome: Outcome,
 }
 
 impl<'a> Board<'a> {
     fn new(plan: &'a Plan, cached: BTreeSet<Key>) -> Self {
-        let missing = plan.stages.iter().filter(|stage| !cached.contains(&stage.key));
-        let waiting = missing.map(|stage| (stage.key.as_str(), stage)).collect();
-        Self { waiting, outcome: Outcome { cached, ..Outcome::default() } }
-    }
-
-    fn is_done(&self, key: &Key) -> bool {
-        self.outcome.cached.contains(key) || self.outcome.ran.contains(key)
-    }
-
-    fn is_ready(&self, stage: &PlannedStage) -> bool {
-        stage.parent.as_ref().is_none_or(|parent| self.is_done(parent))
-    }
-
-    /// Marks every waiting descendant of a failed stage as failed, in the plan's order, and returns them.
-    fn fail(&mut self, plan: &'a Plan, failed: &PlannedStage, error: Error) -> Vec<&'a PlannedStage> {
-        self.outcome.failed.insert(failed.key.clone(), Arc::new(error));
-        let mut skipped = Vec::new();
-        for stage in &plan.stages {
-            let fails = stage.parent.as_ref().is_some_and(|parent| self.outcome.failed.contains_key(parent));
-            if fails && self.waiting.remove(stage.key.as_str()).is_some() {
-                let error = Error::run(format!("skipped, because `{}` failed", failed.label));
-                self.outcome.failed.insert(stage.key.clone(), Arc::new(error));
-                skipped.push(stage);
+        let mut order: Vec<(&str, f64)> = urgency(plan).into_iter().collect();
+        order.sort_by(|a, b| b.1.total_cmp(&a.1));
+        let rank: BTreeMap<_, _> = order.iter().enumerate().map(|(rank, (key, _))| (*key, rank)).collect();
+        let (mut ready, mut waiting) = (BTreeMap::new(), BTreeMap::<_, Vec<_>>::new());
+        for stage in plan.stages.iter().filter(|stage| !cached.contains(&stage.key)) {
+            match stage.parent.as_ref().filter(|parent| !cached.contains(*parent)) {
+                Some(parent) => waiting.entry(parent.as_str()).or_default().push(stage),
+                None => drop(ready.insert(rank[stage.key.as_str()], stage)),
             }
+        }
+        Self { rank, ready, waiting, running: 0, outcome: Outcome { cached, ..Outcome::default() } }
+    }
+
+    /// The most urgent stage that could run.
+    fn take(&mut self) -> Option<&'a PlannedStage> {
+        let (_, stage) = self.ready.pop_first()?;
+        self.running += 1;
+        Some(stage)
+    }
+
+    /// Lets the children of a finished stage run.
+    fn release(&mut self, finished: &PlannedStage) {
+        for stage in self.waiting.remove(finished.key.as_str()).unwrap_or_default() {
+            self.ready.insert(self.rank[stage.key.as_str()], stage);
+        }
+    }
+
+    /// Marks every descendant of a failed stage as failed and returns them.
+    fn fail(&mut self, failed: &PlannedStage, error: Error) -> Vec<&'a PlannedStage> {
+        self.outcome.failed.insert(failed.key.clone(), Arc::new(error));
+        let mut skipped = self.waiting.remove(failed.key.as_str()).unwrap_or_default();
+        let mut next = 0;
+        while let Some(stage) = skipped.get(next).copied() {
+            let error = Error::run(format!("skipped, because `{}` failed", failed.label));
+            self.outcome.failed.insert(stage.key.clone(), Arc::new(error));
+            skipped.extend(self.waiting.remove(stage.key.as_str()).unwrap_or_default());
+            next += 1;
         }
         skipped
     }
@@ -295,18 +312,16 @@ impl<'a> Execution<'a> {
 
     fn next(&self) -> Option<&'a PlannedStage> {
         let mut board = self.board();
-        loop {
-            if board.waiting.is_empty() || self.interrupt.is_set() {
-                return None;
-            }
-            let ready = board.waiting.values().copied().filter(|stage| board.is_ready(stage));
-            let urgency = |stage: &PlannedStage| self.urgency.get(stage.key.as_str()).copied().unwrap_or(0.);
-            if let Some(stage) = ready.max_by(|a, b| urgency(a).total_cmp(&urgency(b)).then(b.key.cmp(&a.key))) {
-                board.waiting.remove(stage.key.as_str());
+        while !self.interrupt.is_set() {
+            if let Some(stage) = board.take() {
                 return Some(stage);
+            }
+            if board.running == 0 {
+                return None;
             }
             board = self.changed.wait(board).unwrap_or_else(PoisonError::into_inner);
         }
+        None
     }
 
     /// Runs one stage, unless another process has done so. True if it ran here.
@@ -330,16 +345,18 @@ impl<'a> Execution<'a> {
     }
 
     fn ancestors(&self, stage: &PlannedStage) -> Result<Vec<Artifact>> {
-        let find = |key: &Key| self.plan.stages.iter().find(|stage| stage.key == *key);
-        let chain = std::iter::successors(stage.parent.as_ref(), |key| find(key)?.parent.as_ref());
+        let parent = |key: &&Key| self.stages.get(key.as_str())?.parent.as_ref();
+        let chain = std::iter::successors(stage.parent.as_ref(), parent);
         chain.map(|key| self.store.artifact(key)).collect()
     }
 
     fn settle(&self, stage: &PlannedStage, result: Result<bool>, started: Instant) {
         let (key, label) = (stage.key.clone(), stage.label.clone());
         let mut board = self.board();
+        board.running -= 1;
         match result {
             Ok(ran) => {
+                board.release(stage);
                 let done = if ran { &mut board.outcome.ran } else { &mut board.outcome.cached };
                 done.insert(key.clone());
                 drop(board);
@@ -351,12 +368,14 @@ impl<'a> Execution<'a> {
             }
             Err(error) => {
                 let mut events = vec![Event::StageFailed { key, label, error: error.to_string() }];
-                for skipped in board.fail(self.plan, stage, error) {
+                for skipped in board.fail(stage, error) {
                     let error = format!("skipped, because `{}` failed", stage.label);
                     events.push(Event::StageFailed { key: skipped.key.clone(), label: skipped.label.clone(), error });
                 }
                 drop(board);
-                events.into_iter().for_each(|event| self.sink.emit(event));
+                for event in events {
+                    self.sink.emit(event);
+                }
             }
         }
     }

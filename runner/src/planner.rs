@@ -1,6 +1,7 @@
 //! From an experiment to its plan: which stages, in what order, shared by which cells. Pure: no files, no device.
 
 use std::collections::BTreeMap;
+use std::fmt::Write;
 
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -189,10 +190,10 @@ impl Planner<'_> {
         let config = &self.experiment.fine_tune;
         let mut label = format!("{}, {}, p={}", method.name, attack.task.name, attack.ratio);
         if config.samples.len() > 1 {
-            label += &format!(", n={}", attack.samples);
+            let _ = write!(label, ", n={}", attack.samples);
         }
         if config.learning_rates.len() > 1 {
-            label += &format!(", lr={}", attack.learning_rate);
+            let _ = write!(label, ", lr={}", attack.learning_rate);
         }
         label
     }

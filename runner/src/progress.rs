@@ -164,9 +164,10 @@ impl Sink for Bars {
                 running.insert(key, bar);
             }
             Event::Step { key, step, loss } => {
-                if let Some(bar) = running.get(&key) {
-                    bar.set_position(step as u64);
-                    loss.into_iter().for_each(|loss| bar.set_message(format!("loss {loss:.4}")));
+                let Some(bar) = running.get(&key) else { return };
+                bar.set_position(step as u64);
+                if let Some(loss) = loss {
+                    bar.set_message(format!("loss {loss:.4}"));
                 }
             }
             Event::StageFinished { key, .. } => {
@@ -179,8 +180,9 @@ impl Sink for Bars {
                 advance(overall);
             }
             Event::RunFinished { seconds, ran, cached, failed } => {
-                std::mem::take(running).into_values().for_each(|bar| bar.finish_and_clear());
-                overall.take().into_iter().for_each(|bar| bar.finish_and_clear());
+                for bar in std::mem::take(running).into_values().chain(overall.take()) {
+                    bar.finish_and_clear();
+                }
                 let _ = self.screen.println(summary(seconds, ran, cached, failed));
             }
             _ => {}
@@ -194,4 +196,52 @@ fn style(template: &str) -> ProgressStyle {
 
 fn summary(seconds: f64, ran: usize, cached: usize, failed: usize) -> String {
     format!("{ran} stages ran, {cached} came from the store, {failed} failed, in {seconds:.1} s")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn events() -> Vec<Event> {
+        let (key, label) = ("k".to_owned(), "align Vaccine".to_owned());
+        vec![
+            Event::RunStarted { experiment: "demo".into(), stages: 3, cached: 1 },
+            Event::StageStarted { key: key.clone(), label: label.clone(), total: 100, resumed: 0 },
+            Event::Step { key: key.clone(), step: 1, loss: Some(1.5) },
+            Event::Step { key: key.clone(), step: 2, loss: None },
+            Event::StageFinished { key, label, seconds: 2. },
+            Event::StageFailed { key: "j".into(), label: "judge".into(), error: "no answer".into() },
+            Event::RunFinished { seconds: 2., ran: 1, cached: 1, failed: 1 },
+        ]
+    }
+
+    #[test]
+    fn lines_are_few() {
+        let lines = Lines::new(Vec::new());
+        for event in events() {
+            lines.emit(event);
+        }
+        let (text, _) = lines.state.into_inner().unwrap();
+        assert_eq!(
+            String::from_utf8(text).unwrap(),
+            "demo: 3 stages, 1 in the store\nstart   align Vaccine\ndone    align Vaccine (2.0 s)\n\
+             FAILED  judge: no answer\n1 stages ran, 1 came from the store, 1 failed, in 2.0 s\n"
+        );
+    }
+
+    #[test]
+    fn the_journal_holds_every_event_and_survives_a_second_run() {
+        let folder = tempfile::tempdir().unwrap();
+        for _ in 0..2 {
+            let journal = Journal::open(folder.path()).unwrap();
+            let bars = Bars::default();
+            let fanout = Fanout(vec![&journal, &bars]);
+            for event in events() {
+                fanout.emit(event);
+            }
+        }
+        let text = std::fs::read_to_string(folder.path().join("events.jsonl")).unwrap();
+        let read: Vec<Event> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!(read, [events(), events()].concat());
+    }
 }

@@ -436,7 +436,7 @@ mod tests {
         let claim = claim(&store, "k");
         let partials = claim.partials();
         let save = |step, text: &str| {
-            partials.save(step, |folder| Ok(fs::write(folder.join("w.txt"), text).unwrap())).unwrap();
+            partials.save(step, |folder| write_file(&folder.join("w.txt"), text.as_bytes())).unwrap();
         };
         assert!(partials.newest().is_none());
         save(10, "ten");

@@ -1,5 +1,6 @@
 //! `titer doctor`.
 
+use std::fmt::Write;
 use std::path::PathBuf;
 
 use titer_core::device::{device_name, parse_device};
@@ -55,7 +56,10 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
         ("plugins", plugins),
         ("store", store),
     ];
-    let text = lines.iter().map(|(what, value)| format!("{what:<12} {value}\n")).collect();
+    let mut text = String::new();
+    for (what, value) in lines {
+        let _ = writeln!(text, "{what:<12} {value}");
+    }
     Ok(Done { text, code })
 }
 

@@ -45,7 +45,7 @@ fn others<E: Entry>(name: &str, names: &mut Vec<&'static str>, text: &mut String
     for entry in all::<E>()? {
         names.push(entry.name());
         if entry.name() == name {
-            *text += &format!("{} ({}, version {})\n{}\n", name, E::KIND, entry.version(), entry.summary());
+            let _ = writeln!(text, "{} ({}, version {})\n{}", name, E::KIND, entry.version(), entry.summary());
             *text += &settings(entry.settings());
         }
     }

@@ -43,7 +43,7 @@ pub struct ConfigArgs {
     /// Overrides one key, as in `fine_tune.samples=500`; may be repeated.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,
-    /// The folder of the stage store [default: $TITER_CACHE_DIR, else titer in the user's cache folder].
+    /// The folder of the stage store [default: `TITER_CACHE_DIR`, else titer in the user's cache folder].
     #[arg(long, value_name = "DIR")]
     pub store: Option<PathBuf>,
 }

@@ -1,5 +1,7 @@
 //! `titer pretrain`.
 
+use std::fmt::Write;
+
 use titer_core::device::parse_device;
 use titer_core::{Error, Kind};
 
@@ -46,10 +48,13 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
     for stage in &plan.stages {
         match outcome.failed.get(&stage.key) {
             Some(error) => {
-                done.text += &format!("failed: {}\n  {error}\n", stage.label);
+                let _ = writeln!(done.text, "failed: {}\n  {error}", stage.label);
                 done.code = Kind::Run.exit_code();
             }
-            None => done.text += &format!("{}: {}\n", stage.label, store.artifact(&stage.key)?.folder().display()),
+            None => {
+                let artifact = store.artifact(&stage.key)?;
+                let _ = writeln!(done.text, "{}: {}", stage.label, artifact.folder().display());
+            }
         }
     }
     Ok(done)

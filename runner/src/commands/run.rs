@@ -1,5 +1,6 @@
 //! `titer run`.
 
+use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 use titer_core::device::{parse_device, parse_dtype};
@@ -75,7 +76,7 @@ fn summary(plan: &Plan, results: &Results, out: &Path) -> String {
         out.join("report.html").display()
     );
     for failure in &results.failures {
-        text += &format!("failed: {}\n  {}\n", failure.cell, failure.error.replace('\n', "\n  "));
+        let _ = writeln!(text, "failed: {}\n  {}", failure.cell, failure.error.replace('\n', "\n  "));
     }
     text
 }

@@ -242,7 +242,7 @@ fn yaml_lines(text: &str) -> BTreeMap<String, usize> {
             column = line.len() - rest.len();
         }
         if let Some((key, _)) = rest.split_once(':').filter(|(key, _)| !key.contains(['{', '"', ' ', '['])) {
-            open.retain(|(start, path)| *start < column && !(is_item(path) && *start >= column));
+            open.retain(|(start, _)| *start < column);
             let path = join(open.last().map_or("", |(_, path)| path), key);
             lines.insert(path.clone(), number + 1);
             open.push((column, path));
@@ -260,5 +260,5 @@ fn join(prefix: &str, part: &str) -> String {
 }
 
 fn line_at(text: &str, offset: usize) -> usize {
-    text.as_bytes()[..offset.min(text.len())].iter().filter(|byte| **byte == b'\n').count() + 1
+    text.char_indices().take_while(|(at, _)| *at < offset).filter(|(_, char)| *char == '\n').count() + 1
 }
