@@ -285,6 +285,9 @@ pub struct MethodConfig {
     /// The alignment defense; `none` or absent for an attack straight on the base model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub align: Option<DefenseRef>,
+    /// Updates of alignment, instead of those of `align.train`: for controls of equal compute.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub align_steps: Option<usize>,
     /// The fine-tuning defense; plain fine-tuning (`sft`) if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fine_tune: Option<DefenseRef>,
@@ -431,7 +434,9 @@ impl Config {
     /// # Errors
     /// The file cannot be read or parsed, or its shape is wrong: every mistake at once.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Loaded, Problems> {
-        Self::from_source(Source::read(path, std::env::vars(), overrides)?)
+        // A variable that is not Unicode cannot be one of ours.
+        let environment = std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
+        Self::from_source(Source::read(path, environment, overrides)?)
     }
 
     /// Checks the merged values against the schema and takes them over.

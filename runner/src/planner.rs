@@ -118,7 +118,10 @@ impl Planner<'_> {
             streams: defense.streams.clone(),
             monitor: None,
             encoding: self.experiment.encoding.clone(),
-            optim: align.optim.clone(),
+            optim: OptimSpec {
+                steps: method.align_steps.map_or(align.optim.steps, Steps::Steps),
+                ..align.optim.clone()
+            },
             adapter: align.adapter.clone(),
             seed,
         };

@@ -126,6 +126,8 @@ pub struct Method {
     pub name: String,
     /// The alignment defense; `None` for an attack straight on the base.
     pub align: Option<Defense>,
+    /// Updates of its alignment, if not those of all methods.
+    pub align_steps: Option<usize>,
     /// The fine-tuning defense.
     pub fine_tune: Defense,
     /// The post-fine-tuning defense.
@@ -466,7 +468,8 @@ impl Resolver<'_> {
             let fine_tune = defense(Stage::FineTune, Some(method.fine_tune.as_ref().unwrap_or(&plain)));
             let post = defense(Stage::Post, method.post.as_ref());
             if let Some(fine_tune) = fine_tune {
-                resolved.push(Method { name: method.name.clone(), align, fine_tune, post });
+                let (name, align_steps) = (method.name.clone(), method.align_steps);
+                resolved.push(Method { name, align, align_steps, fine_tune, post });
             }
         }
         resolved

@@ -1,5 +1,7 @@
 //! What several test files share: tiny models and random batches.
 
+pub mod cli;
+
 use anyhow::Result;
 // The registry knows a plugin only if it is linked.
 use candle_core::{DType, Device, Tensor};

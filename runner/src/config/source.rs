@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use figment::Figment;
+use figment::providers::Serialized;
 use serde_json::{Map, Value};
 use titer_core::Error;
 use titer_core::error::io_error;
@@ -11,7 +13,7 @@ use toml::de::{DeTable, DeValue};
 /// The prefix of environment variables that override a key; `__` stands for the dot between tables.
 const PREFIX: &str = "TITER_";
 /// The variables of that prefix that are no configuration keys.
-const RESERVED: [&str; 2] = ["TITER_CACHE_DIR", "TITER_LOG"];
+const RESERVED: [&str; 4] = ["TITER_CACHE_DIR", "TITER_LOG", "TITER_GOLDEN", "TITER_DATA"];
 
 /// The merged values of file, environment and command line, with the place each one came from.
 #[derive(Debug, Clone)]
@@ -134,17 +136,36 @@ impl Source {
             Err(_) => Ok(Value::from(text)),
         };
         let value = value.map_err(|error| Error::config(error.to_string()).at("from", origin.clone()))?;
-        let mut slot = &mut self.value;
-        for part in key.split('.') {
-            slot = step_into(slot, part).ok_or_else(|| {
-                Error::config(format!("`{key}` leads through a value that is no table"))
-                    .at("from", origin.clone())
-                    .help("name a key of a table, or an index within a list, as in methods.0.name")
-            })?;
-        }
-        *slot = value;
+        let (layer_key, layer) = self.layer(key, value).ok_or_else(|| {
+            Error::config(format!("`{key}` leads through a value that is no table"))
+                .at("from", origin.clone())
+                .help("name a key of a table, or an index within a list, as in methods.0.name")
+        })?;
+        let merged = Figment::from(Serialized::defaults(&self.value)).merge(Serialized::default(&layer_key, layer));
+        self.value = merged.extract().map_err(|error| Error::config(error.to_string()).at("from", origin.clone()))?;
         self.overrides.push((key.to_owned(), origin));
         Ok(())
+    }
+
+    /// The layer that sets `key`: its own key and value. Layers replace lists as a whole, so a key that leads into a
+    /// list stands for the list with that one item changed. `None` if the key leads through a value that is no table.
+    fn layer(&self, key: &str, value: Value) -> Option<(String, Value)> {
+        let mut at = &self.value;
+        for (end, _) in key.match_indices('.') {
+            let name = key[..end].rsplit('.').next()?;
+            match at.get(name) {
+                None | Some(Value::Null) => break,
+                Some(Value::Object(_)) => at = &at[name],
+                Some(Value::Array(items)) => {
+                    let mut list = Value::Array(items.clone());
+                    let slot = key[end + 1..].split('.').try_fold(&mut list, step_into)?;
+                    *slot = value;
+                    return Some((key[..end].to_owned(), list));
+                }
+                Some(_) => return None,
+            }
+        }
+        Some((key.to_owned(), value))
     }
 }
 

@@ -1,0 +1,122 @@
+//! Nothing is lost and nothing half-written is read: kills, interrupts, damage, company.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use rand::RngExt;
+use titer_core::rng::Seed;
+use titer_tests::cli::{answers, results, run, small, stderr};
+
+/// The finished experiment of an undisturbed run, in a folder of its own.
+fn undisturbed() -> (tempfile::TempDir, PathBuf) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let config = small(folder.path(), &[]);
+    let output = run(folder.path(), &config).output().expect("a run");
+    assert!(output.status.success(), "{}", stderr(&output));
+    (folder, config)
+}
+
+fn assert_same(folder: &Path, expected: &Path) {
+    assert_eq!(results(&folder.join("out")), results(&expected.join("out")));
+    assert_eq!(answers(&folder.join("out")), answers(&expected.join("out")));
+}
+
+#[test]
+fn ten_kills_change_nothing() {
+    let (expected, config) = undisturbed();
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut generator = Seed::new(1).generator();
+    for _ in 0..10 {
+        let mut child = run(folder.path(), &config).stderr(Stdio::null()).stdout(Stdio::null()).spawn().expect("a run");
+        std::thread::sleep(Duration::from_millis(generator.random_range(20..700)));
+        // SIGKILL: no handler, no clean-up. A run that was quicker than that is killed in vain.
+        child.kill().expect("a kill");
+        child.wait().expect("the end");
+    }
+    let output = run(folder.path(), &config).output().expect("a run");
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_same(folder.path(), expected.path());
+}
+
+#[test]
+fn an_interrupt_ends_with_130_and_is_resumed() {
+    let (expected, config) = undisturbed();
+    let folder = tempfile::tempdir().expect("a folder");
+    let child = run(folder.path(), &config).stderr(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("a run");
+    std::thread::sleep(Duration::from_millis(400));
+    let killed = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill");
+    assert!(killed.success());
+    let output = child.wait_with_output().expect("the end");
+    assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
+    let output = run(folder.path(), &config).output().expect("a run");
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_same(folder.path(), expected.path());
+}
+
+/// Every file of every finished stage.
+fn stored_files(folder: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    let mut folders = vec![folder.join("store")];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).expect("a folder") {
+            let path = entry.expect("an entry").path();
+            if path.is_dir() { folders.push(path) } else { files.push(path) }
+        }
+    }
+    files.sort();
+    files
+}
+
+#[test]
+fn a_finished_run_is_reused_to_the_byte_and_damage_is_repaired() {
+    let (folder, config) = undisturbed();
+    let path = folder.path().join("out/results.json");
+    let first = std::fs::read(&path).expect("results");
+    let again = run(folder.path(), &config).output().expect("a run");
+    assert!(again.status.success(), "{}", stderr(&again));
+    assert_eq!(std::fs::read(&path).expect("results"), first, "all stages come from the store");
+
+    let expected = results(&folder.path().join("out"));
+    let mut generator = Seed::new(2).generator();
+    let files = stored_files(folder.path());
+    let weights = files.iter().filter(|path| path.extension().is_some_and(|e| e == "safetensors"));
+    let records = files.iter().filter(|path| path.extension().is_some_and(|e| e == "json" || e == "jsonl"));
+    for victim in weights.step_by(2).chain(records.step_by(9)) {
+        let mut bytes = std::fs::read(victim).expect("a file");
+        if generator.random_bool(0.5) {
+            bytes.truncate(bytes.len() / 2);
+        } else if let Some(byte) = bytes.last_mut() {
+            *byte ^= 1;
+        }
+        std::fs::write(victim, bytes).expect("a file");
+    }
+    // Damage that shows only while results are put together is repaired by the next run.
+    let codes: Vec<bool> =
+        (0..6).map(|_| run(folder.path(), &config).output().expect("a run").status.success()).collect();
+    assert!(codes.ends_with(&[true, true]), "{codes:?}");
+    assert_eq!(results(&folder.path().join("out")), expected);
+}
+
+#[test]
+fn two_runs_on_one_store_share_the_work() {
+    let (expected, config) = undisturbed();
+    let folder = tempfile::tempdir().expect("a folder");
+    let start = |out: &str| {
+        let mut command = run(folder.path(), &config);
+        command.arg("--jobs").arg("1").stderr(Stdio::piped()).stdout(Stdio::piped());
+        // The second results folder takes the place of the first one's option.
+        let mut arguments: Vec<_> = command.get_args().map(ToOwned::to_owned).collect();
+        let at = arguments.iter().position(|argument| argument == "--out").expect("an option") + 1;
+        arguments[at] = folder.path().join(out).into();
+        titer_tests::cli::titer().args(arguments).stderr(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("a run")
+    };
+    let children = [start("a"), start("b")];
+    for child in children {
+        let output = child.wait_with_output().expect("the end");
+        assert!(output.status.success(), "{}", stderr(&output));
+    }
+    for out in ["a", "b"] {
+        assert_eq!(results(&folder.path().join(out)), results(&expected.path().join("out")), "one job or many");
+    }
+}
