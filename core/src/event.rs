@@ -46,6 +46,15 @@ pub enum Event {
         /// Seconds it took, without what an interrupted run did before.
         seconds: f64,
     },
+    /// A stage was skipped, because one that it needs failed.
+    StageSkipped {
+        /// The stage's key.
+        key: String,
+        /// What it was.
+        label: String,
+        /// The label of the stage that failed.
+        because: String,
+    },
     /// A stage failed; stages that need it are skipped.
     StageFailed {
         /// The stage's key.

@@ -170,8 +170,10 @@ impl Tokenizer {
     /// # Errors
     /// The bytes are malformed.
     pub fn from_bytes(bytes: &[u8], eos: u32, pad: u32) -> Result<Self> {
-        let mut inner = tokenizers::Tokenizer::from_bytes(bytes)
-            .map_err(|error| Error::data(format!("the tokenizer cannot be read: {error}")))?;
+        let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|error| {
+            Error::data(format!("the tokenizer cannot be read: {error}"))
+                .help("it must be the `tokenizer.json` of Hugging Face's fast tokenizers")
+        })?;
         inner.with_padding(None);
         let _ = inner.with_truncation(None);
         Ok(Self::new(inner, eos, pad))

@@ -109,14 +109,16 @@ impl LoraConfig {
     /// A rank of zero, a dropout outside `[0, 1)`, or no target.
     pub fn check(&self) -> Result<()> {
         if self.r == 0 {
-            return Err(Error::config("`r` must be at least 1, found `0`").key("lora.r"));
+            return Err(Error::config("`r` must be at least 1, found `0`").key("lora.r").help("8 is customary"));
         }
         if !(0. ..1.).contains(&self.dropout) {
             let message = format!("`dropout` must lie in [0, 1), found `{}`", self.dropout);
-            return Err(Error::config(message).key("lora.dropout"));
+            return Err(Error::config(message).key("lora.dropout").help("0 for none"));
         }
         if self.target_modules.is_empty() {
-            return Err(Error::config("`target_modules` is empty: LoRA would train nothing").key("lora.target_modules"));
+            return Err(Error::config("`target_modules` is empty: LoRA would train nothing")
+                .key("lora.target_modules")
+                .help("name layers such as `q_proj`, or leave the key out"));
         }
         Ok(())
     }

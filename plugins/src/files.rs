@@ -129,7 +129,7 @@ fn json(text: &str) -> Result<Vec<Record>> {
         Value::Array(rows) => rows,
         Value::Object(map) => {
             let arrays = map.into_iter().filter_map(|(_, value)| match value {
-                Value::Array(rows) => Some(rows),
+                Value::Array(rows) if !rows.is_empty() => Some(rows),
                 _ => None,
             });
             let arrays: Vec<Vec<Value>> = arrays.collect();

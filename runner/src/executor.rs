@@ -123,6 +123,17 @@ impl Outcome {
         let found = cell.keys().find_map(|key| self.failed.get_key_value(key));
         found.map(|(key, error)| (key, error.as_ref()))
     }
+
+    /// The exit code: 0 if all went well, 1 if a part failed. If nothing was left to show and all failed for one cause,
+    /// such as a missing model, the code of that cause.
+    pub fn exit_code(&self, any_result: bool) -> u8 {
+        let mut kinds = self.failed.values().map(|error| error.kind());
+        match kinds.next() {
+            None => 0,
+            Some(kind) if !any_result && kinds.all(|other| other == kind) => kind.exit_code(),
+            Some(_) => Kind::Run.exit_code(),
+        }
+    }
 }
 
 /// How many stages run at once, and on how many threads each.
@@ -280,11 +291,12 @@ impl<'a> Board<'a> {
 
     /// Marks every descendant of a failed stage as failed and returns them.
     fn fail(&mut self, failed: &PlannedStage, error: Error) -> Vec<&'a PlannedStage> {
+        let kind = error.kind();
         self.outcome.failed.insert(failed.key.clone(), Arc::new(error));
         let mut skipped = self.waiting.remove(failed.key.as_str()).unwrap_or_default();
         let mut next = 0;
         while let Some(stage) = skipped.get(next).copied() {
-            let error = Error::run(format!("skipped, because `{}` failed", failed.label));
+            let error = Error::new(kind, format!("skipped, because `{}` failed", failed.label));
             self.outcome.failed.insert(stage.key.clone(), Arc::new(error));
             skipped.extend(self.waiting.remove(stage.key.as_str()).unwrap_or_default());
             next += 1;
@@ -369,8 +381,8 @@ impl<'a> Execution<'a> {
             Err(error) => {
                 let mut events = vec![Event::StageFailed { key, label, error: error.to_string() }];
                 for skipped in board.fail(stage, error) {
-                    let error = format!("skipped, because `{}` failed", stage.label);
-                    events.push(Event::StageFailed { key: skipped.key.clone(), label: skipped.label.clone(), error });
+                    let (key, label) = (skipped.key.clone(), skipped.label.clone());
+                    events.push(Event::StageSkipped { key, label, because: stage.label.clone() });
                 }
                 drop(board);
                 for event in events {

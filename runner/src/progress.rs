@@ -179,6 +179,7 @@ impl Sink for Bars {
                 let _ = self.screen.println(format!("FAILED  {label}: {error}"));
                 advance(overall);
             }
+            Event::StageSkipped { .. } => advance(overall),
             Event::RunFinished { seconds, ran, cached, failed } => {
                 for bar in std::mem::take(running).into_values().chain(overall.take()) {
                     bar.finish_and_clear();

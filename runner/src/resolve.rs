@@ -10,9 +10,10 @@ use serde_json::{Map, Value};
 use titer_core::error::io_error;
 use titer_core::model::sites_of_kind;
 use titer_core::registry::{Entry, find, nearest};
+use titer_core::rng::Seed;
 use titer_core::text::Template;
 use titer_core::weights::LoraConfig;
-use titer_core::{DefenseEntry, Error, JudgeEntry, Model, ModelEntry, Result, Settings, Stage, Task, TaskEntry};
+use titer_core::{DefenseEntry, Error, JudgeEntry, Model, ModelEntry, Result, Row, Settings, Stage, Task, TaskEntry};
 
 use crate::config::{
     AlignAdapter, BaseConfig, DefenseRef, EvaluateConfig, FineTuneConfig, FineTuneMode, JudgeRef, Loaded, MethodConfig,
@@ -20,6 +21,15 @@ use crate::config::{
 };
 use crate::diagnostics::Problems;
 use crate::plan::{AdapterSpec, EncodingSpec, LoadSpec, OptimSpec, PluginSpec, PretrainSpec, RowsSpec, Steps};
+
+/// What rows are for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Use {
+    /// To train on.
+    Train,
+    /// To ask and compare with.
+    Test,
+}
 
 /// The defense of a stage for which the method names none.
 const PLAIN: &str = "sft";
@@ -172,7 +182,9 @@ pub fn resolve(loaded: &Loaded) -> Result<Experiment, Problems> {
     let streams: BTreeMap<&str, Option<RowsSpec>> = config
         .streams
         .iter()
-        .map(|(name, rows)| (name.as_str(), cx.rows(&format!("streams.{name}"), rows).map(|(rows, _)| rows)))
+        .map(|(name, rows)| {
+            (name.as_str(), cx.rows(&format!("streams.{name}"), rows, Use::Train).map(|(rows, _)| rows))
+        })
         .collect();
     let methods = cx.methods(&config.methods, &streams, model.as_deref());
 
@@ -183,7 +195,7 @@ pub fn resolve(loaded: &Loaded) -> Result<Experiment, Problems> {
             .data
             .iter()
             .enumerate()
-            .filter_map(|(index, rows)| cx.rows(&format!("align.data.{index}"), rows))
+            .filter_map(|(index, rows)| cx.rows(&format!("align.data.{index}"), rows, Use::Train))
             .map(|(rows, _)| rows)
             .collect();
         let adapter = match align.adapter {
@@ -301,7 +313,9 @@ impl Resolver<'_> {
         Some((spec, self.take(key, content)?, task))
     }
 
-    fn rows(&mut self, key: &str, rows: &TaskRef) -> Option<(RowsSpec, Box<dyn Task>)> {
+    /// Rows to train on (`Use::Train`) or to ask (`Use::Test`). They are drawn once, so that missing or malformed data
+    /// is known before any work is done.
+    fn rows(&mut self, key: &str, rows: &TaskRef, purpose: Use) -> Option<(RowsSpec, Box<dyn Task>)> {
         let built = self.task(key, &rows.task, &rows.settings);
         let count = rows
             .rows
@@ -309,7 +323,16 @@ impl Resolver<'_> {
         let count = self.take(key, count)?;
         self.positive(&format!("{key}.rows"), count);
         let (task, content, built) = built?;
+        self.drawn(key, built.as_ref(), count, purpose)?;
         Some((RowsSpec { task, rows: count, content }, built))
+    }
+
+    fn drawn(&mut self, key: &str, task: &dyn Task, count: usize, purpose: Use) -> Option<Vec<Row>> {
+        let rows = match purpose {
+            Use::Train => task.train(count, Seed::new(0)),
+            Use::Test => task.test(count),
+        };
+        self.take(key, rows)
     }
 
     fn content(&mut self, files: &[PathBuf]) -> Result<String> {
@@ -343,7 +366,7 @@ impl Resolver<'_> {
             (None, Some(pretrain)) => {
                 self.seeds("base.seeds", &base.seeds);
                 self.positive("base.pretrain.max_length", pretrain.max_length);
-                let rows = self.rows("base.pretrain.data", &pretrain.data);
+                let rows = self.rows("base.pretrain.data", &pretrain.data, Use::Train);
                 let optim = self.optim("base.pretrain.train", &pretrain.train);
                 let settings = self.take("base.shape", entry?.settings.resolve(&Settings::from(base.shape.clone())))?;
                 let (data, task) = rows?;
@@ -542,7 +565,7 @@ impl Resolver<'_> {
         let tasks: Vec<_> = tasks.filter_map(|(index, task)| self.user_task(index, task, prompts)).collect();
         self.distinct("fine_tune.tasks", tasks.iter().map(|task| task.name.clone()));
         let harmful = self.harmful_rows(config);
-        let monitor = config.monitor.as_ref().and_then(|rows| self.rows("fine_tune.monitor", rows));
+        let monitor = config.monitor.as_ref().and_then(|rows| self.rows("fine_tune.monitor", rows, Use::Test));
         let adapter = match config.mode {
             FineTuneMode::Double => AdapterSpec::Fresh(lora.clone()),
             FineTuneMode::Single => AdapterSpec::Continue(lora.clone()),
@@ -578,7 +601,8 @@ impl Resolver<'_> {
             );
             return None;
         };
-        let (task, content, _) = self.task("fine_tune.harmful", &source.task, &source.settings)?;
+        let (task, content, built) = self.task("fine_tune.harmful", &source.task, &source.settings)?;
+        self.drawn("fine_tune.harmful", built.as_ref(), needed, Use::Train)?;
         let available = source.rows.unwrap_or(needed);
         let message = format!("{needed} harmful rows are needed (samples × ratio), `rows` allows {available}");
         self.check(available >= needed, "fine_tune.harmful.rows", &message, "leave `rows` out, or raise it");
@@ -590,6 +614,10 @@ impl Resolver<'_> {
         let (task, content, built) = self.task(&key, &user.task, &user.settings)?;
         let max_new_tokens = user.max_new_tokens.unwrap_or_else(|| built.max_new_tokens());
         self.positive(&format!("{key}.max_new_tokens"), max_new_tokens);
+        let asked = self.drawn(&key, built.as_ref(), prompts, Use::Test)?;
+        let scored = asked.first().is_none_or(|row| built.score(row, &row.output).is_some());
+        let message = format!("`{}` does not score answers, so there would be no fine-tune accuracy", user.task);
+        self.check(scored, &format!("{key}.scoring"), &message, "give it a scoring rule, or take another task");
         let prompts = RowsSpec { task, rows: prompts, content };
         let probe = Probe { name: "task", prompts, scoring: built.scoring(), max_new_tokens };
         Some(UserRows { name: user.name.clone().unwrap_or_else(|| user.task.clone()), probe })
@@ -600,7 +628,7 @@ impl Resolver<'_> {
         self.positive("evaluate.max_new_tokens", config.max_new_tokens.unwrap_or(1));
         let mut probes = Vec::new();
         for (name, rows) in [("harmful", &config.harmful), ("benign", &config.benign)] {
-            let rows = rows.as_ref().and_then(|rows| self.rows(&format!("evaluate.{name}"), rows));
+            let rows = rows.as_ref().and_then(|rows| self.rows(&format!("evaluate.{name}"), rows, Use::Test));
             probes.extend(rows.map(|(prompts, task)| Probe {
                 name,
                 prompts,
@@ -659,7 +687,9 @@ fn model_files(folder: &Path) -> Result<Vec<PathBuf>> {
 
 fn read_json(path: &Path) -> Result<Value> {
     let bytes = std::fs::read(path).map_err(|error| io_error("read", path, error))?;
-    serde_json::from_slice(&bytes).map_err(|error| Error::data("the file is not valid JSON").file(path).source(error))
+    serde_json::from_slice(&bytes).map_err(|error| {
+        Error::data("the file is not valid JSON").file(path).source(error).help("copy or download it again")
+    })
 }
 
 /// The hash of a file's bytes.

@@ -44,7 +44,7 @@ impl WorldSafe {
             return Ok(());
         }
         let message = format!("`benign_fraction` must lie in [0, 1], found `{}`", self.benign_fraction);
-        Err(Error::config(message).key("benign_fraction"))
+        Err(Error::config(message).key("benign_fraction").help("0.3 is a good start"))
     }
 
     fn draw(&self, split: Split, generator: &mut Generator) -> Row {

@@ -37,7 +37,9 @@ impl Source {
         environment: impl IntoIterator<Item = (String, String)>,
         assignments: &[String],
     ) -> Result<Self, Error> {
-        let text = std::fs::read_to_string(path).map_err(|error| io_error("read", path, error))?;
+        let text = std::fs::read_to_string(path).map_err(|error| {
+            io_error("read the configuration", path, error).help("give the path of a TOML or YAML file in UTF-8")
+        })?;
         let mut source = Self::parse(path, text)?;
         let mut variables: Vec<_> = environment.into_iter().collect();
         variables.sort();
@@ -194,7 +196,8 @@ type Parsed = (Value, BTreeMap<String, usize>);
 
 fn toml_value(text: &str) -> Result<Parsed, Error> {
     let malformed = |error: toml::de::Error| {
-        let located = Error::config(format!("the file is not valid TOML: {}", error.message()));
+        let located = Error::config(format!("the file is not valid TOML: {}", error.message()))
+            .help("mend the line shown; texts stand in double quotes");
         match error.span() {
             Some(span) => located.at("line", line_at(text, span.start).to_string()),
             None => located,
@@ -229,7 +232,8 @@ fn toml_lines(text: &str, table: &DeTable<'_>, prefix: &str, lines: &mut BTreeMa
 
 fn yaml_value(text: &str) -> Result<Parsed, Error> {
     let value: Value = serde_norway::from_str(text).map_err(|error| {
-        let located = Error::config(format!("the file is not valid YAML: {error}"));
+        let located = Error::config(format!("the file is not valid YAML: {error}"))
+            .help("mend the line shown; indentation makes tables, brackets close");
         match error.location() {
             Some(location) => located.at("line", location.line().to_string()),
             None => located,
