@@ -45,7 +45,7 @@ impl Table {
             io_error("read the data", path, error).help("check the path; relative paths start at the configuration")
         })?;
         let text = std::str::from_utf8(&bytes).map_err(|error| {
-            let line = 1 + bytes[..error.valid_up_to()].iter().filter(|&&byte| byte == b'\n').count();
+            let line = bytes[..error.valid_up_to()].split(|&byte| byte == b'\n').count();
             Error::data("the file is not valid UTF-8")
                 .file(path)
                 .at("line", line.to_string())

@@ -1,6 +1,7 @@
 //! What several test files share: tiny models and random batches.
 
 pub mod cli;
+pub mod own_defense;
 
 use anyhow::Result;
 // The registry knows a plugin only if it is linked.
@@ -32,7 +33,7 @@ pub fn variants() -> Vec<(&'static str, Value)> {
     vec![
         ("llama", llama(json!({}))),
         ("llama, grouped queries", llama(json!({ "num_key_value_heads": 2 }))),
-        ("llama 3", llama(json!({ "num_key_value_heads": 1, "rope_scaling": llama3, "rope_theta": 500000.0 }))),
+        ("llama 3", llama(json!({ "num_key_value_heads": 1, "rope_scaling": llama3, "rope_theta": 5e5 }))),
         ("llama, tied", llama(json!({ "tie_word_embeddings": true }))),
         ("llama, biases", llama(json!({ "attention_bias": true, "mlp_bias": true }))),
     ]

@@ -159,10 +159,12 @@ fn model_folder(folder: &Path) {
     titer::base_model::BaseModel { model, tokenizer, weights }.save(folder).expect("a folder");
 }
 
+/// What is broken, how, exit code, what the message holds.
+type Break = (&'static str, fn(&Path), i32, &'static [&'static str]);
+
 #[test]
 fn malformed_checkpoints() {
     let mut checks = Checks::default();
-    type Break = (&'static str, fn(&Path), i32, &'static [&'static str]);
     let breaks: [Break; 13] = [
         ("config", |f| std::fs::remove_file(f.join("config.json")).expect("gone"), 3, &["config.json"]),
         ("config", |f| std::fs::write(f.join("config.json"), "{").expect("written"), 3, &["config.json", "JSON"]),

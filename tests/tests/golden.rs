@@ -4,6 +4,8 @@
 //! (by default the full set beside the checkout, if it is there) and always the committed subset; a trace it does not
 //! understand is a failure, unless its method or architecture is on the not-yet list below, which is printed.
 
+#![allow(clippy::print_stdout, reason = "a test says what it left out")]
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 

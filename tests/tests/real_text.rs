@@ -2,6 +2,8 @@
 //! and real safe answers, through the whole pipeline. Without the data (`TITER_DATA`, by default beside the checkout)
 //! invented text of the same file formats takes its place, so that the pipeline is always run.
 
+#![allow(clippy::print_stdout, reason = "a test says what it left out")]
+
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};

@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn faults_name_file_line_and_key() -> Result<()> {
+    fn faults_name_file_line_and_key() {
         let folder = tempfile::tempdir().expect("a folder");
         std::fs::write(folder.path().join("a.jsonl"), "{\"instruction\": \"x\", \"output\": \"\"}\n").expect("a file");
         std::fs::write(folder.path().join("b.csv"), "instruction,output\nx,2\n").expect("a file");
@@ -257,6 +257,5 @@ mod tests {
         );
         fails(json!({ "train": "c.csv" }), "c.csv");
         fails(json!({ "train": "b.csv", "scoring": "close" }), "close");
-        Ok(())
     }
 }

@@ -73,8 +73,8 @@ struct Said {
 fn block_view(block: &Block, folder: &Path) -> Result<Value> {
     let groups: Vec<Group> = block.methods.iter().map(|method| group(block, method)).collect();
     let plots = [
-        ("Harmful score after the attack", plots::over_ratio(block, "harmful_score", "HS, %")?),
-        ("Fine-tune accuracy after the attack", plots::over_ratio(block, "fine_tune_accuracy", "FA, %")?),
+        ("Harmful score after the attack", plots::over_ratio(block, "harmful_score", "HS, %", false)?),
+        ("Fine-tune accuracy after the attack", plots::over_ratio(block, "fine_tune_accuracy", "FA, %", false)?),
         ("Harm against usefulness", plots::trade_off(block)?),
         ("Loss during alignment", plots::curves(block, |curves| &curves.align_loss, "loss, nats")?),
         ("Loss during fine-tuning, largest p", plots::curves(block, |curves| &curves.fine_tune_loss, "loss, nats")?),

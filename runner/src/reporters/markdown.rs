@@ -1,13 +1,12 @@
 //! The table in Markdown.
 
-use titer_core::Result;
 use titer_core::report::Results;
 
 use super::summary::sentences;
 use super::table::{LEGEND, SHOWN, Table, headings, numbers};
 
 /// A page.
-pub(super) fn render(results: &Results, table: &Table) -> Result<String> {
+pub(super) fn render(results: &Results, table: &Table) -> String {
     let mut text = format!("# {}\n", escape(&results.experiment));
     for block in &table.blocks {
         text += &format!("\n## {}\n\n", escape(&block.title));
@@ -32,7 +31,7 @@ pub(super) fn render(results: &Results, table: &Table) -> Result<String> {
             text += &format!("- {}: {}\n", escape(&failure.cell), escape(&failure.error));
         }
     }
-    Ok(text + &format!("\n{LEGEND}\n\nProtocol {}.\n", protocols(results)))
+    text + &format!("\n{LEGEND}\n\nProtocol {}.\n", protocols(results))
 }
 
 /// The protocol ids of all rows.
@@ -62,12 +61,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_cannot_break_the_table() -> Result<()> {
+    fn names_cannot_break_the_table() -> titer_core::Result<()> {
         let mut results = crate::reporters::fixture::results(1);
         for row in results.rows.iter_mut().filter(|row| row.method == "SFT") {
             row.method = "a|b\n<script>".into();
         }
-        let text = render(&results, &Table::new(&results.rows)?)?;
+        let text = render(&results, &Table::new(&results.rows)?);
         assert!(text.contains("**a\\|b \\<script>**"), "{text}");
         Ok(())
     }

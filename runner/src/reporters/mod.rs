@@ -56,10 +56,23 @@ pub fn render(results: &Results, folder: &Path, format: Format) -> Result<String
             .map(|text| text + "\n")
             .map_err(|error| Error::run("results do not serialise").source(error)),
         Format::Csv => csv::render(results),
-        Format::Md => markdown::render(results, &Table::new(&results.rows)?),
+        Format::Md => Ok(markdown::render(results, &Table::new(&results.rows)?)),
         Format::Html => html::render(results, &Table::new(&results.rows)?, folder),
         Format::Latex => Ok(latex::render(&Table::new(&results.rows)?)),
     }
+}
+
+/// HS and FA over the harmful ratio as SVG, of each task and setting: the title and the two plots.
+///
+/// # Errors
+/// There is no row, or the rows do not belong into one table.
+pub fn plots_of(results: &Results) -> Result<Vec<(String, [String; 2])>> {
+    let table = Table::new(&results.rows)?;
+    let of = |block: &table::Block| -> Result<(String, [String; 2])> {
+        let plot = |metric, label| plots::over_ratio(block, metric, label, true);
+        Ok((block.title.clone(), [plot("harmful_score", "HS, %")?, plot("fine_tune_accuracy", "FA, %")?]))
+    };
+    table.blocks.iter().map(of).collect()
 }
 
 /// The table and the sentences that a run ends with on the terminal.

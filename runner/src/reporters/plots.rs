@@ -32,8 +32,9 @@ struct Point {
 /// One line of a plot.
 type Series = Vec<Point>;
 
-/// A metric over the harmful ratios, with the standard deviation over seeds.
-pub(super) fn over_ratio(block: &Block, metric: &str, label: &str) -> Result<String> {
+/// A metric over the harmful ratios, with the standard deviation over seeds; `names` puts a legend into the plot, for
+/// use on its own.
+pub(super) fn over_ratio(block: &Block, metric: &str, label: &str, names: bool) -> Result<String> {
     let point = |method: &Method, ratio: f64| {
         let summary = method.summary(ratio, metric)?;
         Some(Point { x: ratio, y: summary.mean, spread: summary.std.unwrap_or(0.) })
@@ -41,7 +42,8 @@ pub(super) fn over_ratio(block: &Block, metric: &str, label: &str) -> Result<Str
     let series =
         block.methods.iter().map(|method| block.ratios.iter().filter_map(|&ratio| point(method, ratio)).collect());
     let widest = block.ratios.last().copied().unwrap_or(0.).max(0.01);
-    let axes = Axes { x: (0., widest), y: (0., 100.), labels: ("harmful ratio p", label) };
+    let names = if names { block.methods.iter().map(|method| method.name).collect() } else { Vec::new() };
+    let axes = Axes { x: (0., widest), y: (0., 100.), labels: ("harmful ratio p", label), names };
     draw(&series.collect::<Vec<Series>>(), &axes)
 }
 
@@ -61,6 +63,7 @@ pub(super) fn trade_off(block: &Block) -> Result<String> {
         x: (low.min(high), high.max(low + 1.)),
         y: (0., 100.),
         labels: ("FA (right is better)", "HS (down is better)"),
+        names: Vec::new(),
     };
     draw(&series, &axes)
 }
@@ -72,7 +75,7 @@ pub(super) fn curves(block: &Block, pick: Curve, label: &str) -> Result<String> 
     let points = || series.iter().flat_map(|series| series.iter());
     let widest = points().fold(1f64, |max, point| max.max(point.x));
     let highest = points().fold(0.1f64, |max, point| max.max(point.y));
-    draw(&series, &Axes { x: (0., widest), y: (0., highest * 1.05), labels: ("step", label) })
+    draw(&series, &Axes { x: (0., widest), y: (0., highest * 1.05), labels: ("step", label), names: Vec::new() })
 }
 
 /// Which curve of a row.
@@ -89,6 +92,8 @@ struct Axes<'a> {
     x: (f64, f64),
     y: (f64, f64),
     labels: (&'a str, &'a str),
+    /// Names for a legend; empty for none.
+    names: Vec<&'a str>,
 }
 
 fn draw(series: &[Series], axes: &Axes) -> Result<String> {
@@ -104,6 +109,7 @@ type DrawResult = std::result::Result<(), Box<dyn std::error::Error>>;
 
 fn render(svg: &mut String, series: &[Series], axes: &Axes) -> DrawResult {
     let root = SVGBackend::with_string(svg, SIZE).into_drawing_area();
+    root.fill(&WHITE)?;
     let margin = (axes.x.1 - axes.x.0) * 0.03;
     let text = ("sans-serif", 13).into_font().color(&INK);
     let mut chart = ChartBuilder::on(&root)
@@ -123,13 +129,17 @@ fn render(svg: &mut String, series: &[Series], axes: &Axes) -> DrawResult {
         .y_desc(axes.labels.1)
         .label_style(text.clone())
         .axis_desc_style(text)
-        .x_label_formatter(&tick)
-        .y_label_formatter(&tick)
+        .x_label_formatter(&|value| tick(*value))
+        .y_label_formatter(&|value| tick(*value))
         .draw()?;
     for (index, series) in series.iter().enumerate() {
         let colour = COLOURS[index % COLOURS.len()];
         let line = series.iter().map(|point| (point.x, point.y));
-        chart.draw_series(LineSeries::new(line, colour.stroke_width(2)))?;
+        let drawn = chart.draw_series(LineSeries::new(line, colour.stroke_width(2)))?;
+        if let Some(name) = axes.names.get(index) {
+            let key = move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2));
+            drawn.label(*name).legend(key);
+        }
         for point in series {
             if point.spread > 0. {
                 let ends =
@@ -144,13 +154,22 @@ fn render(svg: &mut String, series: &[Series], axes: &Axes) -> DrawResult {
             }
         }
     }
+    if !axes.names.is_empty() {
+        chart
+            .configure_series_labels()
+            .position(SeriesLabelPosition::UpperLeft)
+            .background_style(WHITE.mix(0.8))
+            .border_style(TRANSPARENT)
+            .label_font(("sans-serif", 13).into_font().color(&INK))
+            .draw()?;
+    }
     drop(chart);
     root.present()?;
     drop(root);
     Ok(())
 }
 
-fn tick(value: &f64) -> String {
+fn tick(value: f64) -> String {
     let rounded = (value * 100.).round() / 100.;
     format!("{rounded}")
 }

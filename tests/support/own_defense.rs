@@ -1,0 +1,53 @@
+//! Sharpness-aware minimisation (Foret et al., ICLR 2021) as an alignment defense: the example of the README.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use titer_core::data::Batch;
+use titer_core::{
+    AlignmentDefense, DefenseEntry, Privilege, Result, SettingsType, Sites, Stage, StepCx, Update, inventory,
+};
+
+inventory::submit! {
+    DefenseEntry {
+        name: "sam",
+        summary: "moves the weights where the loss is highest nearby, and takes the gradient there",
+        paper: "Foret, Kleiner, Mobahi, Neyshabur: Sharpness-Aware Minimization, ICLR 2021",
+        formula: "g = ∇ L(w + ρ ∇L(w) / ‖∇L(w)‖)",
+        stages: &[Stage::Align, Stage::FineTune],
+        streams: &[],
+        sites: &[],
+        passes: |_| 2.,
+        privilege: Privilege::NONE,
+        notes: "",
+        settings: SettingsType::of::<Sam>(),
+        neutral: Some(|| serde_json::json!({ "rho": 0.0 })),
+        version: 1,
+        build: |settings| Ok(Box::new(settings.parse::<Sam>()?)),
+    }
+}
+
+/// The settings, and the defense.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(default)]
+pub struct Sam {
+    /// ρ: how far the weights are moved, as an L2 norm.
+    pub rho: f64,
+}
+
+impl Default for Sam {
+    fn default() -> Self {
+        Self { rho: 0.05 }
+    }
+}
+
+impl AlignmentDefense for Sam {
+    fn step(&mut self, cx: &mut StepCx, batch: &Batch) -> Result<Update> {
+        let here = cx.backward(batch, Sites::none())?.grads;
+        let scale = self.rho / (here.norm()? + 1e-12);
+        let there = cx.scratch(|weights| {
+            weights.shift(&here, scale)?;
+            weights.backward(batch, Sites::none())
+        })?;
+        Ok(there.into())
+    }
+}
