@@ -110,6 +110,9 @@ impl Task for Rows {
     fn test(&self, count: usize) -> Result<Vec<Row>> {
         self.train(count, Seed::new(0))
     }
+    fn score(&self, row: &Row, answer: &str) -> Option<bool> {
+        Some(row.output == answer)
+    }
     fn max_new_tokens(&self) -> usize {
         12
     }

@@ -19,14 +19,18 @@ fn main() -> Result<()> {
         let name = results.experiment.clone();
         let table = reporters::render(&results, &folder, Format::Md)?;
         let page = format!("{table}\n{}", machine(&results, &folder)?);
-        std::fs::write(measurements.join(format!("{name}.md")), &page)?;
+        // A page averages over bases; of the choice of a base, only the rows tell.
+        if name != "quickstart-bases" {
+            std::fs::write(measurements.join(format!("{name}.md")), &page)?;
+        }
         std::fs::write(measurements.join(format!("{name}.csv")), reporters::render(&results, &folder, Format::Csv)?)?;
         if name == "quickstart" {
             let plots = reporters::plots_of(&results)?;
             let (_, [harm, accuracy]) = plots.first().context("a plot")?;
             std::fs::write(measurements.join("quickstart-hs.svg"), harm)?;
             std::fs::write(measurements.join("quickstart-fa.svg"), accuracy)?;
-            let body = page.split_once("\n\n").context("a title")?.1.replace("\n## ", "\n### ");
+            let (_, body) = page.split_once('\n').context("a title")?;
+            let body = body.replace("\n## ", "\n### ");
             insert(&root.join("README.md"), "quickstart", &body)?;
         }
     }

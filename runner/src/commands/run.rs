@@ -21,7 +21,7 @@ pub struct Args {
     /// The experiment.
     #[command(flatten)]
     pub config: ConfigArgs,
-    /// The folder for results [default: runs/<experiment>].
+    /// The folder for results [default: `runs/` and the experiment's name].
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
     /// `auto`, `cpu`, `cuda` or `cuda:N`; overrides the configuration.

@@ -191,7 +191,7 @@ fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     std::fs::write(path, text).map_err(|error| io_error("write", path, error))
 }
 
-/// Reads a value that [`write_json`] wrote.
+/// Reads a value that a stage wrote.
 ///
 /// # Errors
 /// The file is missing or damaged.
