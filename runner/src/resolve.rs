@@ -676,7 +676,10 @@ fn build_model(entry: &ModelEntry, settings: &Value, task: &dyn Task) -> Result<
 /// The files of a checkpoint folder that can change what it computes, sorted by name.
 fn model_files(folder: &Path) -> Result<Vec<PathBuf>> {
     const EXTENSIONS: [&str; 5] = ["safetensors", "json", "model", "jinja", "txt"];
-    let listing = std::fs::read_dir(folder).map_err(|error| io_error("read the checkpoint folder", folder, error))?;
+    let listing = std::fs::read_dir(folder).map_err(|error| {
+        io_error("read the checkpoint folder", folder, error)
+            .help("set `base.path` to a folder with config.json, model.safetensors and tokenizer.json")
+    })?;
     let mut files: Vec<PathBuf> = listing
         .filter_map(|entry| Some(entry.ok()?.path()))
         .filter(|path| path.extension().and_then(std::ffi::OsStr::to_str).is_some_and(|ext| EXTENSIONS.contains(&ext)))
