@@ -57,6 +57,32 @@ proptest! {
         }
     }
 
+    /// A configuration that is written out and read again is the same, and so is its plan.
+    #[test]
+    fn a_configuration_survives_the_round_trip(
+        seeds in proptest::collection::btree_set(0u64..1 << 40, 1..4),
+        ratios in proptest::collection::vec(0f64..=1., 1..4),
+        rate in 1e-6f64..1.,
+        samples in 1usize..5000,
+    ) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = titer_tests::cli::small(folder.path(), &[]);
+        let overrides = [
+            format!("seeds={:?}", seeds.iter().collect::<Vec<_>>()),
+            format!("fine_tune.harmful_ratios={ratios:?}"),
+            format!("fine_tune.train.learning_rate={rate:?}"),
+            format!("fine_tune.samples={samples}"),
+        ];
+        let first = titer::config::Config::load(&path, &overrides).unwrap();
+        let again = folder.path().join("again.toml");
+        std::fs::write(&again, toml::to_string(&first.config).unwrap()).unwrap();
+        let second = titer::config::Config::load(&again, &[]).unwrap();
+        prop_assert_eq!(&first.config, &second.config);
+        prop_assert_eq!(second.config.seeds, seeds.into_iter().collect::<Vec<_>>());
+        prop_assert_eq!(second.config.fine_tune.harmful_ratios, ratios);
+        prop_assert_eq!(second.config.fine_tune.train.learning_rate, rate);
+    }
+
     /// A mixture has exactly the rows that were asked for.
     #[test]
     fn a_mixture_has_the_asked_counts(total in 1usize..200, p in 0f64..=1., seed: u64) {
