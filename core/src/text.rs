@@ -212,8 +212,10 @@ impl Tokenizer {
     /// # Errors
     /// The tokenizer failed.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
-        let encoding =
-            self.inner.encode(text, special).map_err(|error| Error::data(format!("cannot tokenise: {error}")))?;
+        let encoding = self.inner.encode(text, special).map_err(|error| {
+            Error::data(format!("cannot tokenise `{text}`: {error}"))
+                .help("a word-level tokenizer knows the words of its own language only")
+        })?;
         Ok(encoding.get_ids().to_vec())
     }
 

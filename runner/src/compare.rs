@@ -27,7 +27,7 @@ pub fn compare(folders: &[PathBuf]) -> Result<String> {
                 let (harm, accuracy) = (paired("harmful_score"), paired("fine_tune_accuracy"));
                 let shown = |values: &[f64]| reporters::table::number(Summary::of(values));
                 text += &format!(
-                    "  {:24} p = {ratio:<5} HS {:>14}  FA {:>14}  n = {}, sign-flip p = {:.3}\n",
+                    "  {:32} p = {ratio:<5} HS {:>14}  FA {:>14}  n = {}, sign-flip p = {:.3}\n",
                     method.name,
                     shown(&harm),
                     shown(&accuracy),
@@ -42,16 +42,15 @@ pub fn compare(folders: &[PathBuf]) -> Result<String> {
 
 /// All rows as those of one experiment.
 fn merge(runs: Vec<Results>) -> Results {
-    let shared = |run: usize, row: &ResultRow| {
-        runs.iter().enumerate().any(|(other, results)| {
-            other != run && results.rows.iter().any(|theirs| theirs.method == row.method && !same_cell(theirs, row))
-        })
+    // The same name for other settings would mix two methods.
+    let ambiguous = |row: &ResultRow| {
+        let others = runs.iter().flat_map(|results| &results.rows).filter(|other| other.method == row.method);
+        others.map(settings).any(|other| other != settings(row))
     };
     let mut rows: Vec<ResultRow> = Vec::new();
-    for (index, run) in runs.iter().enumerate() {
+    for run in &runs {
         for row in &run.rows {
-            let name =
-                if shared(index, row) { format!("{} ({})", row.method, run.experiment) } else { row.method.clone() };
+            let name = if ambiguous(row) { format!("{} ({})", row.method, run.experiment) } else { row.method.clone() };
             let row = ResultRow { method: name, ..row.clone() };
             // The same cell in two runs comes from one artifact and counts once.
             if !rows.iter().any(|known| known.method == row.method && same_cell(known, &row)) {
@@ -66,14 +65,39 @@ fn merge(runs: Vec<Results>) -> Results {
     Results { schema, experiment, titer, rows, failures }
 }
 
+/// What a method is: its defenses and their settings.
+fn settings(row: &ResultRow) -> [&serde_json::Value; 3] {
+    [&row.align, &row.fine_tune, &row.post]
+}
+
 /// Whether two rows are the same measurement of the same settings.
 fn same_cell(a: &ResultRow, b: &ResultRow) -> bool {
     let key = |row: &ResultRow| {
-        (
-            (row.align.clone(), row.fine_tune.clone(), row.post.clone(), row.protocol.clone()),
-            (row.model.clone(), row.task.clone(), row.lora.clone(), row.samples),
-            (row.base_seed, row.seed, row.harmful_ratio.to_bits(), row.learning_rate.to_bits()),
-        )
+        let numbers = (row.base_seed, row.seed, row.samples, row.harmful_ratio.to_bits(), row.learning_rate.to_bits());
+        (row.protocol.clone(), row.model.clone(), row.task.clone(), row.lora.clone(), numbers)
     };
-    key(a) == key(b)
+    settings(a) == settings(b) && key(a) == key(b)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reporters::fixture;
+
+    #[test]
+    fn equal_cells_count_once_and_equal_names_for_other_settings_are_told_apart() {
+        let (first, mut second) = (fixture::results(2), fixture::results(3));
+        let merged = merge(vec![first.clone(), second.clone()]);
+        assert_eq!(merged.rows.len(), second.rows.len(), "the third seed is new, the others are not");
+        assert!(merged.rows.iter().all(|row| !row.method.contains('(')));
+
+        second.experiment = "other".into();
+        for row in second.rows.iter_mut().filter(|row| row.method == "Vaccine") {
+            row.align["rho"] = 9.into();
+        }
+        let merged = merge(vec![first, second]);
+        let names: std::collections::BTreeSet<&str> = merged.rows.iter().map(|row| row.method.as_str()).collect();
+        assert!(names.contains("Vaccine (other)") && names.contains("Vaccine (made-up)"), "{names:?}");
+        assert!(names.contains("SFT"));
+    }
 }
