@@ -43,7 +43,10 @@ pub(super) fn over_ratio(block: &Block, metric: &str, label: &str, names: bool) 
         block.methods.iter().map(|method| block.ratios.iter().filter_map(|&ratio| point(method, ratio)).collect());
     let widest = block.ratios.last().copied().unwrap_or(0.).max(0.01);
     let names = if names { block.methods.iter().map(|method| method.name).collect() } else { Vec::new() };
-    let axes = Axes { x: (0., widest), y: (0., 100.), labels: ("harmful ratio p", label), names };
+    // Harm starts low and accuracy high.
+    let legend =
+        if metric == "harmful_score" { SeriesLabelPosition::UpperLeft } else { SeriesLabelPosition::LowerLeft };
+    let axes = Axes { x: (0., widest), y: (0., 100.), labels: ("harmful ratio p", label), names, legend };
     draw(&series.collect::<Vec<Series>>(), &axes)
 }
 
@@ -64,6 +67,7 @@ pub(super) fn trade_off(block: &Block) -> Result<String> {
         y: (0., 100.),
         labels: ("FA (right is better)", "HS (down is better)"),
         names: Vec::new(),
+        legend: SeriesLabelPosition::UpperLeft,
     };
     draw(&series, &axes)
 }
@@ -75,7 +79,16 @@ pub(super) fn curves(block: &Block, pick: Curve, label: &str) -> Result<String> 
     let points = || series.iter().flat_map(|series| series.iter());
     let widest = points().fold(1f64, |max, point| max.max(point.x));
     let highest = points().fold(0.1f64, |max, point| max.max(point.y));
-    draw(&series, &Axes { x: (0., widest), y: (0., highest * 1.05), labels: ("step", label), names: Vec::new() })
+    draw(
+        &series,
+        &Axes {
+            x: (0., widest),
+            y: (0., highest * 1.05),
+            labels: ("step", label),
+            names: Vec::new(),
+            legend: SeriesLabelPosition::UpperLeft,
+        },
+    )
 }
 
 /// Which curve of a row.
@@ -94,12 +107,17 @@ struct Axes<'a> {
     labels: (&'a str, &'a str),
     /// Names for a legend; empty for none.
     names: Vec<&'a str>,
+    /// Where the legend stands, away from the lines.
+    legend: SeriesLabelPosition,
 }
 
 fn draw(series: &[Series], axes: &Axes) -> Result<String> {
     let mut svg = String::new();
     render(&mut svg, series, axes).map_err(|error| Error::run(format!("cannot draw a plot: {error}")))?;
-    // The page scales the drawing, and names it for those who cannot see it.
+    if !axes.names.is_empty() {
+        return Ok(svg);
+    }
+    // A page scales the drawing to its column.
     let (width, height) = SIZE;
     let head = format!("<svg width=\"{width}\" height=\"{height}\"");
     Ok(svg.replacen(&head, "<svg role=\"img\"", 1))
@@ -157,7 +175,7 @@ fn render(svg: &mut String, series: &[Series], axes: &Axes) -> DrawResult {
     if !axes.names.is_empty() {
         chart
             .configure_series_labels()
-            .position(SeriesLabelPosition::UpperLeft)
+            .position(axes.legend.clone())
             .background_style(WHITE.mix(0.8))
             .border_style(TRANSPARENT)
             .label_font(("sans-serif", 13).into_font().color(&INK))
