@@ -202,20 +202,32 @@ pub fn execute(
     Ok(outcome)
 }
 
-/// Stages that need not run. One that a missing stage will read is checked to the last byte, since a damaged one must
-/// be computed again.
+/// Stages that need not run. What is about to be read is checked to the last byte, since a damaged stage must be computed
+/// again: of every stage what results are made of, and everything that a missing stage builds on.
 fn finished(plan: &Plan, store: &Store) -> BTreeSet<Key> {
-    let mut cached: BTreeSet<Key> =
-        plan.stages.iter().map(|stage| &stage.key).filter(|key| store.is_committed(key)).cloned().collect();
-    // Children come after their parents, so walking backwards a parent found damaged is judged before its own parent.
-    for stage in plan.stages.iter().rev() {
-        let Some(parent) = stage.parent.as_ref().filter(|_| !cached.contains(&stage.key)) else { continue };
-        if !cached.contains(parent) {
+    let mut cached = BTreeSet::new();
+    for stage in plan.stages.iter().filter(|stage| store.is_committed(&stage.key)) {
+        match store.artifact(&stage.key).and_then(|artifact| artifact.check_records()) {
+            Ok(()) => drop(cached.insert(stage.key.clone())),
+            Err(error) => tracing::warn!("{} will be computed again: {error}", stage.key),
+        }
+    }
+    let parents: BTreeMap<&Key, &Key> =
+        plan.stages.iter().filter_map(|stage| Some((&stage.key, stage.parent.as_ref()?))).collect();
+    let mut whole: BTreeMap<&Key, bool> = BTreeMap::new();
+    for stage in &plan.stages {
+        if cached.contains(&stage.key) {
             continue;
         }
-        if let Err(error) = store.artifact(parent).and_then(|artifact| artifact.verified().map(drop)) {
-            cached.remove(parent);
-            tracing::warn!("{parent} will be computed again: {error}");
+        let above: Vec<&Key> =
+            std::iter::successors(parents.get(&stage.key).copied(), |key| parents.get(key).copied()).collect();
+        let sound = |key: &&Key| cached.contains(*key) && store.artifact(key).is_ok_and(|a| a.verified().is_ok());
+        // Every one is looked at: a damaged one must lose its record, or it would pass for done.
+        let broken: Vec<bool> = above.iter().map(|key| !*whole.entry(*key).or_insert_with(|| sound(key))).collect();
+        let broken = broken.iter().rposition(|&broken| broken);
+        // What stands between waits for the repair, since a stage reads all that it builds on.
+        for key in &above[..broken.map_or(0, |at| at + 1)] {
+            cached.remove(*key);
         }
     }
     cached

@@ -78,7 +78,8 @@ impl Assembly<'_> {
         }
         let judges: Vec<&str> = judges(cell);
         let mut by_judge = judges.iter().map(|judge| ((*judge).to_owned(), metrics(&counts, judge)));
-        let (judge, metrics) = by_judge.next().unwrap_or_default();
+        // Without a judge, the user's task alone is measured.
+        let (judge, metrics) = by_judge.next().unwrap_or_else(|| (String::new(), metrics(&counts, "")));
         let n: BTreeMap<String, usize> = counts
             .iter()
             .filter(|((model, ..), _)| *model == Model::Final)

@@ -231,6 +231,15 @@ impl Artifact {
         self.commit.files.contains_key(name)
     }
 
+    /// Checks the hash of every file that results are made of: all but weights, which are checked when they are read.
+    ///
+    /// # Errors
+    /// A file is damaged.
+    pub fn check_records(&self) -> Result<()> {
+        let mut records = self.commit.files.keys().filter(|name| !name.ends_with(".safetensors"));
+        records.try_for_each(|name| self.file(name).map(drop))
+    }
+
     /// The folder, after the hash of every file was checked.
     ///
     /// # Errors
