@@ -1,61 +1,77 @@
-//! Keys and values of tokens already seen, one slot per token, for generation.
+//! Keys and values of tokens already seen, for generation.
 
-use candle_core::Tensor;
-use candle_nn::kv_cache::KvCache;
+use candle_core::{DType, Device, Tensor};
 
 use crate::Result;
 use crate::model::ModelSpec;
+use crate::ops;
 
-/// The key/value cache of a batch of rows that share one prefill.
-///
-/// Prompts are padded on the right to the longest one. A row of `length` prompt tokens leaves the slots
-/// `length..prefill` empty; generated tokens of all rows go to the slots from `prefill` on.
+/// The key/value cache of a set of rows: row `r` holds its tokens in the slots `0..lengths[r]`, without gaps, whatever
+/// the other rows hold. A row can be cleared and used for another sequence while the others go on.
 #[derive(Debug)]
 pub struct Cache {
-    layers: Vec<KvCache>,
+    /// Keys and values of each layer, `[rows, slots, kv_heads · head_dim]`.
+    layers: Vec<[Tensor; 2]>,
     lengths: Vec<usize>,
-    prefill: usize,
-    filled: usize,
+    slots: usize,
+    /// The cache rows that the current pass continues, and their lengths before it.
+    active: Vec<usize>,
 }
 
 impl Cache {
-    /// An empty cache for rows with these prompt lengths, with room for `new_tokens` more.
-    pub fn new(spec: &ModelSpec, lengths: &[usize], new_tokens: usize) -> Self {
-        let prefill = lengths.iter().copied().max().unwrap_or(0);
-        let layers = (0..spec.layers).map(|_| KvCache::new(2, prefill + new_tokens)).collect();
-        Self { layers, lengths: lengths.to_vec(), prefill, filled: 0 }
-    }
-
-    /// Appends keys and values `[batch, kv_heads, new, head_dim]` of one layer; returns all of them so far.
+    /// An empty cache of `rows` rows with room for `slots` tokens each.
     ///
     /// # Errors
-    /// The cache is full, or a tensor operation failed.
-    pub fn append(&mut self, layer: usize, keys: &Tensor, values: &Tensor) -> Result<(Tensor, Tensor)> {
-        Ok(self.layers[layer].append(&keys.contiguous()?, &values.contiguous()?)?)
+    /// The device has not enough memory.
+    pub fn new(spec: &ModelSpec, rows: usize, slots: usize, dtype: DType, device: &Device) -> Result<Self> {
+        let shape = (rows, slots, spec.kv_heads * spec.head_dim);
+        let empty = || -> Result<Tensor> { Ok(Tensor::zeros(shape, dtype, device)?) };
+        let layers = (0..spec.layers).map(|_| Ok([empty()?, empty()?])).collect::<Result<_>>()?;
+        Ok(Self { layers, lengths: vec![0; rows], slots, active: (0..rows).collect() })
     }
 
-    /// Slots filled before the current pass.
-    pub fn filled(&self) -> usize {
-        self.filled
+    /// Chooses the rows that the next passes continue: batch row `b` is cache row `rows[b]`.
+    pub fn select(&mut self, rows: Vec<usize>) {
+        self.active = rows;
     }
 
-    /// Prompt length of each row.
-    pub fn lengths(&self) -> &[usize] {
-        &self.lengths
+    /// Empties a row for another sequence.
+    pub fn clear(&mut self, row: usize) {
+        self.lengths[row] = 0;
     }
 
-    /// The slot at which generated tokens begin.
-    pub fn prefill(&self) -> usize {
-        self.prefill
+    /// The cache rows of the current pass.
+    pub fn rows(&self) -> &[usize] {
+        &self.active
     }
 
-    /// The position of the token of `row` in `slot`: generated tokens follow the row's own prompt.
-    pub fn position(&self, row: usize, slot: usize) -> usize {
-        if slot < self.prefill { slot } else { self.lengths[row] + slot - self.prefill }
+    /// How many tokens each row of the current pass holds already.
+    pub fn starts(&self) -> Vec<usize> {
+        self.active.iter().map(|&row| self.lengths[row]).collect()
     }
 
-    /// Marks `new` more slots as filled, after a pass over all layers.
-    pub fn advance(&mut self, new: usize) {
-        self.filled += new;
+    /// The most tokens a row can hold.
+    pub fn slots(&self) -> usize {
+        self.slots
+    }
+
+    /// Writes the new keys and values `[batch, new, kv_heads · head_dim]` of one layer behind those of the current rows;
+    /// returns all keys and values of that layer.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn append(&mut self, layer: usize, keys: &Tensor, values: &Tensor) -> Result<[Tensor; 2]> {
+        let starts = self.starts();
+        for (store, fresh) in self.layers[layer].iter().zip([keys, values]) {
+            ops::cache_write(store, fresh, &self.active, &starts)?;
+        }
+        Ok(self.layers[layer].clone())
+    }
+
+    /// Marks the slots of a pass as filled, once all layers ran: batch row `b` brought `lengths[b]` real tokens.
+    pub fn advance(&mut self, lengths: &[usize]) {
+        for (&row, length) in self.active.iter().zip(lengths) {
+            self.lengths[row] += length;
+        }
     }
 }

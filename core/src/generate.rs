@@ -8,14 +8,14 @@ use crate::data::Tokens;
 use crate::model::{Forward, Model};
 use crate::sites::Sites;
 use crate::weights::Weights;
-use crate::{Error, Result};
+use crate::{Error, Result, ops};
 
 /// How answers are decoded.
 #[derive(Debug, Clone)]
 pub struct Decoding {
     /// At most this many tokens.
     pub max_new_tokens: usize,
-    /// Prompts per batch. It changes the speed, not the answers.
+    /// Prompts decoded at a time. It changes the speed, not the answers.
     pub batch_size: usize,
     /// The token that ends an answer.
     pub eos: u32,
@@ -25,8 +25,7 @@ pub struct Decoding {
 
 /// The greedy continuation of each prompt, without the end-of-text token.
 ///
-/// Prompts are grouped by length, so that little is padded. `progress` is told after each batch how many prompts are
-/// done; an error from it stops the work.
+/// `progress` is told how many prompts are done whenever one is; an error from it stops the work.
 ///
 /// # Errors
 /// A prompt is empty or too long for the model, or a tensor operation failed.
@@ -35,22 +34,10 @@ pub fn greedy(
     weights: &Weights,
     prompts: &[Vec<u32>],
     decoding: &Decoding,
-    mut progress: impl FnMut(usize) -> Result<()>,
+    progress: impl FnMut(usize) -> Result<()>,
 ) -> Result<Vec<Vec<u32>>> {
-    let mut order: Vec<usize> = (0..prompts.len()).collect();
-    order.sort_by_key(|&index| prompts[index].len());
-    let mut answers = vec![Vec::new(); prompts.len()];
-    let mut done = 0;
-    for batch in order.chunks(decoding.batch_size.max(1)) {
-        let rows: Vec<&[u32]> = batch.iter().map(|&index| prompts[index].as_slice()).collect();
-        let argmax = |logits: &Tensor| Ok(logits.argmax(D::Minus1)?.to_vec1::<u32>()?);
-        for (&index, answer) in batch.iter().zip(decode(model, weights, &rows, decoding, argmax)?) {
-            answers[index] = answer;
-        }
-        done += batch.len();
-        progress(done)?;
-    }
-    Ok(answers)
+    let argmax = |logits: &Tensor| Ok(logits.argmax(D::Minus1)?.to_vec1::<u32>()?);
+    decode(model, weights, prompts, decoding, argmax, progress)
 }
 
 /// One sampled continuation of `prompt` at `temperature`, from the smallest set of tokens that holds `top_p` of the
@@ -66,50 +53,94 @@ pub fn sample(
     (temperature, top_p, seed): (f64, f64, u64),
 ) -> Result<Vec<u32>> {
     let mut processor = LogitsProcessor::from_sampling(seed, Sampling::TopP { p: top_p, temperature });
-    let answers = decode(model, weights, &[prompt], decoding, |logits| Ok(vec![processor.sample(&logits.get(0)?)?]))?;
+    let pick = |logits: &Tensor| Ok(vec![processor.sample(&logits.get(0)?.to_dtype(DType::F32)?)?]);
+    let answers = decode(model, weights, &[prompt.to_vec()], decoding, pick, |_| Ok(()))?;
     Ok(answers.into_iter().next().unwrap_or_default())
 }
 
-/// Decodes one batch; `pick` chooses the next token of each row from logits `[batch, vocabulary]`.
+/// A prompt under way: which one it is, and its row in the cache.
+struct Running {
+    prompt: usize,
+    row: usize,
+    last: u32,
+}
+
+/// Decodes all prompts, at most `batch_size` at a time. A row that finishes makes room for the next prompt while the
+/// others go on; prompts that start together are of similar length, so that little is padded. `pick` chooses the next
+/// token of each row from logits `[rows, vocabulary]`.
 fn decode(
     model: &dyn Model,
     weights: &Weights,
-    prompts: &[&[u32]],
+    prompts: &[Vec<u32>],
     decoding: &Decoding,
     mut pick: impl FnMut(&Tensor) -> Result<Vec<u32>>,
+    mut progress: impl FnMut(usize) -> Result<()>,
 ) -> Result<Vec<Vec<u32>>> {
-    let lengths: Vec<usize> = prompts.iter().map(|prompt| prompt.len()).collect();
-    if lengths.contains(&0) {
+    if prompts.iter().any(Vec::is_empty) {
         return Err(Error::data("a prompt has no token").help("give the prompt a text, or the tokenizer a start token"));
     }
-    let frozen = weights.frozen();
-    let mut cache = Cache::new(model.spec(), &lengths, decoding.max_new_tokens);
     let mut answers = vec![Vec::new(); prompts.len()];
-    let mut finished = vec![false; prompts.len()];
-    let mut tokens = Tokens::pad(prompts, decoding.pad, weights.device())?;
-    for _ in 0..decoding.max_new_tokens {
-        let mut sites = Sites::none();
-        let mut pass = Forward { cache: Some(&mut cache), ..Forward::new(&frozen, &mut sites) };
-        let hidden = model.hidden(&tokens, &mut pass)?;
-        let (_, length) = tokens.dims();
-        let last: Vec<u32> =
-            tokens.lengths.iter().enumerate().map(|(row, real)| (row * length + real - 1) as u32).collect();
-        let last = Tensor::from_vec(last, prompts.len(), hidden.device())?;
-        let logits = model.logits(&hidden.flatten(0, 1)?.index_select(&last, 0)?, &mut pass)?;
-        let mut next = pick(&logits.to_dtype(DType::F32)?)?;
-        for ((token, answer), finished) in next.iter_mut().zip(&mut answers).zip(&mut finished) {
-            *finished |= *token == decoding.eos;
-            if *finished {
-                *token = decoding.pad;
+    if decoding.max_new_tokens == 0 {
+        progress(prompts.len())?;
+        return Ok(answers);
+    }
+    let frozen = weights.frozen();
+    let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
+    let rows = decoding.batch_size.clamp(1, prompts.len().max(1));
+    let slots = longest + decoding.max_new_tokens;
+    let mut cache = Cache::new(model.spec(), rows, slots, weights.activation_dtype(), weights.device())?;
+    let mut waiting: Vec<usize> = (0..prompts.len()).collect();
+    waiting.sort_by_key(|&prompt| std::cmp::Reverse((prompts[prompt].len(), prompt)));
+    let mut free: Vec<usize> = (0..rows).rev().collect();
+    let mut running: Vec<Running> = Vec::new();
+    let mut done = 0;
+    while done < prompts.len() {
+        // Several prompts at once make a better matrix product than one, so a few rows are left to gather.
+        let refill = running.is_empty() || free.len() >= rows.div_ceil(4);
+        let fresh = if refill { free.len().min(waiting.len()) } else { 0 };
+        let (batch, tokens): (Vec<Running>, Vec<&[u32]>) = if fresh > 0 {
+            let started = waiting.split_off(waiting.len() - fresh).into_iter().zip(free.split_off(free.len() - fresh));
+            let batch: Vec<Running> = started.map(|(prompt, row)| Running { prompt, row, last: 0 }).collect();
+            for row in &batch {
+                cache.clear(row.row);
+            }
+            let tokens = batch.iter().map(|row| prompts[row.prompt].as_slice()).collect();
+            (batch, tokens)
+        } else {
+            (std::mem::take(&mut running), Vec::new())
+        };
+        let last: Vec<[u32; 1]> = batch.iter().map(|row| [row.last]).collect();
+        let tokens = if fresh > 0 { tokens } else { last.iter().map(<[u32; 1]>::as_slice).collect() };
+        let tokens = Tokens::pad(&tokens, decoding.pad, weights.device())?;
+        cache.select(batch.iter().map(|row| row.row).collect());
+        for (mut row, token) in batch.into_iter().zip(pick(&next_logits(model, &frozen, &tokens, &mut cache)?)?) {
+            let answer = &mut answers[row.prompt];
+            let ended = token == decoding.eos;
+            if !ended {
+                answer.push(token);
+            }
+            if ended || answer.len() == decoding.max_new_tokens {
+                free.push(row.row);
+                done += 1;
+                progress(done)?;
             } else {
-                answer.push(*token);
+                row.last = token;
+                running.push(row);
             }
         }
-        if finished.iter().all(|&finished| finished) {
-            break;
-        }
-        let rows: Vec<[u32; 1]> = next.into_iter().map(|token| [token]).collect();
-        tokens = Tokens::pad(&rows, decoding.pad, weights.device())?;
     }
     Ok(answers)
+}
+
+/// Logits `[rows, vocabulary]` after the last real token of each row.
+fn next_logits(model: &dyn Model, weights: &Weights, tokens: &Tokens, cache: &mut Cache) -> Result<Tensor> {
+    let mut sites = Sites::none();
+    let mut pass = Forward { cache: Some(cache), ..Forward::new(weights, &mut sites) };
+    let hidden = model.hidden(tokens, &mut pass)?;
+    let (rows, length) = tokens.dims();
+    let last = tokens.lengths.iter().enumerate().map(|(row, real)| (row * length + real - 1) as u32);
+    let last = Tensor::from_vec(last.collect::<Vec<_>>(), rows, weights.device())?;
+    let hidden = hidden.reshape(((), model.spec().hidden_size))?;
+    let hidden = ops::select_rows(&mut pass.tape, &hidden, &last)?;
+    Ok(model.logits(&hidden, &mut pass)?.tensor().clone())
 }

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 
-use crate::{Error, Result};
+use crate::{Result, Scalar, ops};
 
 /// Tensors by name: the gradients of parameters or of sites. The order is that of the names, so sums over the map are
 /// the same on every run.
@@ -64,27 +64,30 @@ impl Grads {
         self.0.iter().map(|(name, tensor)| Ok((name.clone(), f(tensor)?))).collect()
     }
 
-    /// The global L2 norm over all tensors: `sqrt(Σ ‖g‖²)`, accumulated in f64 on the host.
+    /// The global L2 norm over all tensors, `sqrt(Σ ‖g‖²)`; summed in f64 on the host.
     ///
     /// # Errors
     /// A tensor operation failed.
-    pub fn norm(&self) -> Result<f64> {
-        let mut total = 0f64;
-        for tensor in self.0.values() {
-            total += sum_of_squares(tensor)?;
-        }
-        Ok(total.sqrt())
+    pub fn norm(&self) -> Result<Scalar> {
+        ops::norm(self.0.values())
     }
 
-    /// Scales the gradients to a global norm of at most `max_norm`, as `torch.nn.utils.clip_grad_norm_`:
-    /// the factor is `min(1, max_norm / (norm + 1e-6))`. Returns them with the norm before clipping.
+    /// The tensors scaled to a global norm of `length`: times `length / (‖g‖ + eps)`.
     ///
     /// # Errors
     /// A tensor operation failed.
-    pub fn clip(self, max_norm: f64) -> Result<(Grads, f64)> {
-        let norm = self.norm()?;
-        let factor = max_norm / (norm + 1e-6);
-        if factor < 1. { Ok((self.scale(factor)?, norm)) } else { Ok((self, norm)) }
+    pub fn normalized(&self, length: f64, eps: f64) -> Result<Grads> {
+        let factor = self.norm()?.affine(1., eps)?.recip()?.affine(length, 0.)?;
+        self.map(|tensor| factor.times(tensor))
+    }
+
+    /// The factor that brings the global norm down to at most `max_norm`, as `torch.nn.utils.clip_grad_norm_`:
+    /// `min(1, max_norm / (norm + 1e-6))`.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn clip_factor(&self, max_norm: f64) -> Result<Scalar> {
+        self.norm()?.affine(1., 1e-6)?.recip()?.affine(max_norm, 0.)?.at_most(1.)
     }
 
     /// Only the tensors whose name `keep` accepts.
@@ -94,28 +97,18 @@ impl Grads {
         self
     }
 
-    /// Fails, naming the tensor, if a value is infinite or not a number.
+    /// The first tensor that holds a value which is infinite or not a number.
     ///
     /// # Errors
-    /// A value is not finite.
-    pub fn check_finite(&self) -> Result<()> {
+    /// A tensor operation failed.
+    pub fn first_not_finite(&self) -> Result<Option<&str>> {
         for (name, tensor) in &self.0 {
-            if !sum_of_squares(tensor)?.is_finite() {
-                return Err(Error::run("a gradient is not finite").at("tensor", name.clone()));
+            if !ops::norm([tensor])?.value()?.is_finite() {
+                return Ok(Some(name));
             }
         }
-        Ok(())
+        Ok(None)
     }
-}
-
-/// `‖t‖²`, summed in f64 on the host and in f32 elsewhere.
-pub fn sum_of_squares(tensor: &Tensor) -> Result<f64> {
-    if tensor.device().is_cpu() && tensor.dtype() == DType::F32 {
-        let values = tensor.flatten_all()?.to_vec1::<f32>()?;
-        return Ok(values.iter().map(|&value| f64::from(value) * f64::from(value)).sum());
-    }
-    let wide = if tensor.device().is_cpu() { DType::F64 } else { DType::F32 };
-    Ok(tensor.to_dtype(wide)?.sqr()?.sum_all()?.to_dtype(DType::F64)?.to_scalar()?)
 }
 
 impl FromIterator<(String, Tensor)> for Grads {

@@ -4,7 +4,8 @@ use candle_core::Tensor;
 
 use crate::Result;
 use crate::model::Forward;
-use crate::ops::{self, AdapterInput, Rope, Visibility};
+use crate::ops::{self, Attention, LowRank};
+use crate::tape::Traced;
 use crate::weights::{Init, ParamId, ParamList};
 
 /// `y = x Wᵀ + b`, with a low-rank adapter where the weights have one.
@@ -21,24 +22,30 @@ impl Linear {
         Self { weight, bias: bias.then(|| params.tensor(format!("{module}.bias"), &[output], Init::Zeros)) }
     }
 
+    /// The parameter that holds the weight.
+    pub fn weight(&self) -> ParamId {
+        self.weight
+    }
+
+    /// Whether the layer has a bias.
+    pub fn has_bias(&self) -> bool {
+        self.bias.is_some()
+    }
+
     /// `[..., input]` to `[..., output]`.
     ///
     /// # Errors
     /// A tensor operation failed.
-    pub fn forward(&self, x: &Tensor, pass: &mut Forward) -> Result<Tensor> {
-        let adapter = match pass.weights.adapter(self.weight) {
+    pub fn forward(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
+        let (weight, bias) = (pass.parameter(self.weight), self.bias.map(|bias| pass.parameter(bias)));
+        let low_rank = match pass.weights.adapter(self.weight) {
             Some((adapter, scale)) => {
-                let a = adapter.a.to_dtype(x.dtype())?;
-                let b = adapter.b.to_dtype(x.dtype())?;
-                Some(AdapterInput { a, b, scale, mask: pass.adapter_mask(x)? })
+                let (a, b) = (pass.tape.parameter(&adapter.a), pass.tape.parameter(&adapter.b));
+                Some(LowRank { a, b, scale, mask: pass.adapter_mask(x.tensor())? })
             }
             None => None,
         };
-        let y = ops::linear(x, pass.weights.get(self.weight), adapter)?;
-        match self.bias {
-            Some(bias) => Ok(y.broadcast_add(pass.weights.get(bias))?),
-            None => Ok(y),
-        }
+        ops::linear(&mut pass.tape, x, &weight, bias.as_ref(), low_rank)
     }
 }
 
@@ -54,22 +61,28 @@ impl Embedding {
         Self { weight: params.tensor(format!("{module}.weight"), &[vocabulary, width], Init::Normal(std)) }
     }
 
+    /// The parameter that holds the matrix.
+    pub fn weight(&self) -> ParamId {
+        self.weight
+    }
+
     /// `[batch, length]` ids to `[batch, length, width]`.
     ///
     /// # Errors
     /// An id lies outside the vocabulary, or a tensor operation failed.
-    pub fn forward(&self, ids: &Tensor, pass: &Forward) -> Result<Tensor> {
+    pub fn forward(&self, ids: &Tensor, pass: &mut Forward) -> Result<Traced> {
         let (batch, length) = ids.dims2()?;
-        let rows = pass.weights.get(self.weight).index_select(&ids.flatten_all()?, 0)?;
-        Ok(rows.reshape((batch, length, ()))?)
+        let table = pass.parameter(self.weight);
+        ops::embed(&mut pass.tape, &table, ids)?.reshape((batch, length, ()))
     }
 
     /// Logits `[rows, vocabulary]` of hidden states `[rows, width]`: the head of a model with tied embeddings.
     ///
     /// # Errors
     /// A tensor operation failed.
-    pub fn logits(&self, hidden: &Tensor, pass: &Forward) -> Result<Tensor> {
-        ops::linear(hidden, pass.weights.get(self.weight), None)
+    pub fn logits(&self, hidden: &Traced, pass: &mut Forward) -> Result<Traced> {
+        let weight = pass.parameter(self.weight);
+        ops::linear(&mut pass.tape, hidden, &weight, None, None)
     }
 }
 
@@ -90,51 +103,25 @@ impl RmsNorm {
     ///
     /// # Errors
     /// A tensor operation failed.
-    pub fn forward(&self, x: &Tensor, pass: &Forward) -> Result<Tensor> {
-        ops::rms_norm(x, pass.weights.get(self.weight), self.eps)
+    pub fn forward(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
+        let weight = pass.parameter(self.weight);
+        ops::rms_norm(&mut pass.tape, x, &weight, self.eps)
     }
 }
 
-/// Heads of an attention block.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Heads {
-    /// Query heads.
-    pub query: usize,
-    /// Key/value heads; divides the query heads (Ainslie et al. 2023).
-    pub key_value: usize,
-    /// Width of one head.
-    pub width: usize,
-}
-
-/// Causal self-attention with rotary positions over projected queries `[batch, length, query · width]` and keys and
-/// values `[batch, length, key_value · width]`; gives `[batch, length, query · width]`. With a cache in `pass`, the
-/// layer's earlier keys and values are seen too.
+/// Causal self-attention of layer `layer` over projected queries `[batch, length, query · width]` and keys and values
+/// `[batch, length, key_value · width]`; gives the queries' shape. With a cache in `pass`, the layer's earlier keys and
+/// values are seen too.
 ///
 /// # Errors
-/// A tensor operation failed, or a position lies outside the rotary table.
-pub fn attention(
-    [q, k, v]: [&Tensor; 3],
-    heads: Heads,
-    rope: &Rope,
-    visibility: &Visibility,
-    layer: usize,
-    pass: &mut Forward,
-) -> Result<Tensor> {
-    let (batch, length, _) = q.dims3()?;
-    let split = |x: &Tensor, count: usize| x.reshape((batch, length, count, heads.width));
-    let q = ops::rotate(&split(q, heads.query)?, rope, &visibility.positions)?;
-    let k = ops::rotate(&split(k, heads.key_value)?, rope, &visibility.positions)?;
-    let v = split(v, heads.key_value)?.transpose(1, 2)?.contiguous()?;
-    let (k, v) = match pass.cache.as_deref_mut() {
-        Some(cache) => cache.append(layer, &k, &v)?,
-        None => (k, v),
+/// A tensor operation failed, or the cache is full.
+pub fn attention(shape: Attention, [q, k, v]: [&Traced; 3], layer: usize, pass: &mut Forward) -> Result<Traced> {
+    let visibility = pass.visibility()?.clone();
+    let Some(cache) = pass.cache.as_deref_mut() else {
+        return shape.apply(&mut pass.tape, [q, k, v], &visibility);
     };
-    // The query heads that share a key/value head lie side by side: one long matrix, and no copy of keys and values.
-    let q = q.reshape((batch, heads.key_value, heads.query / heads.key_value * length, heads.width))?;
-    let scores = q.matmul(&k.t()?)?;
-    let weights = ops::causal_softmax(&scores, 1. / (heads.width as f64).sqrt(), visibility)?;
-    let mixed = weights.matmul(&v)?.reshape((batch, heads.query, length, heads.width))?;
-    Ok(mixed.transpose(1, 2)?.reshape((batch, length, heads.query * heads.width))?)
+    let [k, v] = cache.append(layer, k.tensor(), v.tensor())?.map(Traced::constant);
+    shape.apply(&mut pass.tape, [q, &k, &v], &visibility)
 }
 
 /// The gated MLP of Llama: `down(silu(gate x) ∘ up x)`.
@@ -167,8 +154,9 @@ impl GatedMlp {
     ///
     /// # Errors
     /// A tensor operation failed.
-    pub fn forward(&self, x: &Tensor, pass: &mut Forward) -> Result<Tensor> {
+    pub fn forward(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
         let (gate, up) = (self.gate.forward(x, pass)?, self.up.forward(x, pass)?);
-        self.down.forward(&ops::swiglu(&gate, &up)?, pass)
+        let y = ops::swiglu(&mut pass.tape, &gate, &up)?;
+        self.down.forward(&y, pass)
     }
 }

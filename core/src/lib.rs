@@ -6,9 +6,9 @@
 //! |---|---|
 //! | [`defense`] [`model`] [`task`] [`judge`] | one trait each, and the entry that registers it |
 //! | [`registry`] [`settings`] | looking plugins up by name; typed settings |
-//! | [`step`] [`sites`] [`grads`] | the verbs of a defense, activation points, gradient arithmetic |
+//! | [`step`] [`sites`] [`grads`] [`scalar`] | the verbs of a defense, activation points, gradient arithmetic |
 //! | [`weights`] [`checkpoint`] | parameters, LoRA, snapshots; tensor files |
-//! | [`layers`] [`ops`] | what models are built of; differentiable operators |
+//! | [`layers`] [`ops`] [`tape`] | what models are built of; differentiable operators; the backward pass |
 //! | [`text`] [`data`] [`rng`] | templates and tokenizers; streams and mixtures; named generators |
 //! | [`optim`] [`generate`] [`cache`] | AdamW and schedules; batched greedy decoding |
 //! | [`device`] [`event`] [`report`] [`error`] | device parsing; progress; `results.json`; errors |
@@ -48,9 +48,11 @@ pub mod optim;
 pub mod registry;
 pub mod report;
 pub mod rng;
+pub mod scalar;
 pub mod settings;
 pub mod sites;
 pub mod step;
+pub mod tape;
 pub mod task;
 pub mod text;
 pub mod weights;
@@ -61,9 +63,11 @@ pub use grads::Grads;
 pub use judge::{Judge, JudgeEntry, Verdict};
 pub use model::{Forward, Model, ModelEntry, ModelSpec};
 pub use registry::Entry;
+pub use scalar::Scalar;
 pub use settings::{Settings, SettingsType};
 pub use sites::Sites;
 pub use step::{Pass, StageCx, StepCx, Update};
+pub use tape::{Tape, Traced};
 pub use task::{Task, TaskEntry};
 pub use text::Row;
 pub use weights::Weights;

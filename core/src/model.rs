@@ -14,10 +14,12 @@ use serde_json::Value;
 
 use crate::cache::Cache;
 use crate::data::Tokens;
+use crate::ops::{Rotation, Visibility};
 use crate::registry::Entry;
 use crate::rng::{Generator, dropout_mask};
 use crate::sites::Sites;
-use crate::weights::{ParamList, Weights};
+use crate::tape::{Gradients, Replay, Tape, Traced};
+use crate::weights::{ParamId, ParamList, Weights};
 use crate::{Error, Result, Settings, SettingsType};
 
 /// Sizes that the engine needs to know about a model.
@@ -54,17 +56,52 @@ pub trait Model: Debug + Send + Sync {
     /// The names of the points at which [`Sites`] can act, in order of computation.
     fn sites(&self) -> Vec<String>;
 
-    /// Hidden states after the final norm, `[batch, length, hidden_size]`.
+    /// Token ids to the residual stream, `[batch, length, hidden_size]`. What every block needs of the tokens (their
+    /// positions, say) is put into `pass` here.
     ///
     /// # Errors
     /// A tensor operation failed.
-    fn hidden(&self, tokens: &Tokens, pass: &mut Forward) -> Result<Tensor>;
+    fn embed(&self, tokens: &Tokens, pass: &mut Forward) -> Result<Traced>;
+
+    /// The residual stream through block `index`.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    fn block(&self, index: usize, x: &Traced, pass: &mut Forward) -> Result<Traced>;
+
+    /// The residual stream after the last block to hidden states: the final norm.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    fn finish(&self, x: &Traced, pass: &mut Forward) -> Result<Traced>;
 
     /// Logits `[rows, vocab_size]` of hidden states `[rows, hidden_size]`.
     ///
     /// # Errors
     /// A tensor operation failed.
-    fn logits(&self, hidden: &Tensor, pass: &mut Forward) -> Result<Tensor>;
+    fn logits(&self, hidden: &Traced, pass: &mut Forward) -> Result<Traced>;
+
+    /// The matrix `[vocab_size, hidden_size]` of a head that computes `H Wᵀ` and nothing else: its loss is then taken
+    /// without a tensor of all logits.
+    fn head(&self) -> Option<ParamId> {
+        None
+    }
+
+    /// Hidden states `[batch, length, hidden_size]`.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    fn hidden(&self, tokens: &Tokens, pass: &mut Forward) -> Result<Traced> {
+        pass.begin(tokens)?;
+        let mut x = self.embed(tokens, pass)?;
+        for index in 0..self.spec().layers {
+            x = pass.run_block(index, &x, |x, pass| self.block(index, x, pass))?;
+        }
+        if let Some(cache) = pass.cache.as_deref_mut() {
+            cache.advance(&tokens.lengths);
+        }
+        self.finish(&x, pass)
+    }
 
     /// Parameters that no loss gradient reaches, each with the reason. Almost always empty.
     fn without_gradient(&self) -> Vec<(String, &'static str)> {
@@ -87,23 +124,86 @@ pub fn sites_of_kind(model: &dyn Model, kind: &str) -> Result<Vec<String>> {
     Ok(found)
 }
 
-/// What travels along with one forward pass: the weights, the sites, the key/value cache and the dropout generator.
+/// What travels along with one forward pass: the weights, the tape, the sites, the key/value cache and the dropout
+/// generator.
 #[derive(Debug)]
 pub struct Forward<'a> {
     /// The weights to compute with.
     pub weights: &'a Weights,
     /// The activation points to act on.
     pub sites: &'a mut Sites,
+    /// The record that the backward pass runs over.
+    pub tape: Tape,
     /// Keys and values of earlier tokens, in generation.
     pub cache: Option<&'a mut Cache>,
     /// The generator of dropout masks, in training.
     pub dropout: Option<Generator>,
+    /// Whether blocks keep only their input and are run again in the backward pass.
+    pub checkpointing: bool,
+    /// The angles of the tokens' rotary positions, where the model has such.
+    pub rotation: Option<Rotation>,
+    pub(crate) visibility: Option<Visibility>,
 }
 
 impl<'a> Forward<'a> {
     /// A pass without cache or dropout.
     pub fn new(weights: &'a Weights, sites: &'a mut Sites) -> Self {
-        Self { weights, sites, cache: None, dropout: None }
+        Self {
+            weights,
+            sites,
+            tape: Tape::default(),
+            cache: None,
+            dropout: None,
+            checkpointing: false,
+            rotation: None,
+            visibility: None,
+        }
+    }
+
+    /// Which earlier tokens each token of this pass sees.
+    ///
+    /// # Errors
+    /// The pass has not begun.
+    pub fn visibility(&self) -> Result<&Visibility> {
+        self.visibility.as_ref().ok_or_else(|| Error::run("the pass has not begun: call `Model::hidden`"))
+    }
+
+    /// A parameter's value: tracked if it is under training.
+    pub fn parameter(&mut self, id: ParamId) -> Traced {
+        self.tape.parameter(self.weights.get(id))
+    }
+
+    fn begin(&mut self, tokens: &Tokens) -> Result<()> {
+        self.visibility = Some(match &self.cache {
+            Some(cache) => Visibility::after(tokens, &cache.starts(), cache.rows())?,
+            None => Visibility::new(tokens)?,
+        });
+        Ok(())
+    }
+
+    fn run_block(
+        &mut self,
+        index: usize,
+        x: &Traced,
+        block: impl FnOnce(&Traced, &mut Self) -> Result<Traced>,
+    ) -> Result<Traced> {
+        if !self.checkpointing {
+            return block(x, self);
+        }
+        if self.sites.observes() {
+            return Err(Error::run("activations cannot be observed under gradient checkpointing")
+                .help("leave `checkpointing` out for this defense"));
+        }
+        let replay = Replay { index, input: x.tensor().clone(), dropout: self.dropout.clone() };
+        let tape = std::mem::replace(&mut self.tape, Tape::off());
+        let result = block(&Traced::constant(x.tensor().clone()), self);
+        self.tape = tape;
+        Ok(self.tape.record_block(result?.tensor().clone(), x, replay))
+    }
+
+    /// What a block needs to run again: its shared inputs, without the tape.
+    pub(crate) fn context(&self) -> BlockContext {
+        BlockContext { sites: self.sites.again(), rotation: self.rotation.clone(), visibility: self.visibility.clone() }
     }
 
     /// A dropout mask for the adapter's input `x`, if this pass trains with dropout.
@@ -115,6 +215,36 @@ impl<'a> Forward<'a> {
             }
             _ => Ok(None),
         }
+    }
+}
+
+/// What all blocks of one pass share.
+#[derive(Debug)]
+pub(crate) struct BlockContext {
+    sites: Sites,
+    rotation: Option<Rotation>,
+    visibility: Option<Visibility>,
+}
+
+impl BlockContext {
+    /// Runs a block again and then backwards.
+    pub(crate) fn replay(
+        &self,
+        model: &dyn Model,
+        weights: &Weights,
+        replay: &Replay,
+        gradient: Tensor,
+    ) -> Result<Gradients> {
+        let mut sites = self.sites.again();
+        let mut pass = Forward {
+            dropout: replay.dropout.clone(),
+            rotation: self.rotation.clone(),
+            visibility: self.visibility.clone(),
+            ..Forward::new(weights, &mut sites)
+        };
+        let x = pass.tape.source(&replay.input);
+        let y = model.block(replay.index, &x, &mut pass)?;
+        pass.tape.backward(vec![(y, gradient)])
     }
 }
 

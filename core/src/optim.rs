@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 use std::f64::consts::PI;
 
-use candle_core::{CpuStorage, DType, InplaceOp2, Layout, Tensor};
+use candle_core::{DType, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::grads::Grads;
 use crate::weights::Weights;
-use crate::{Error, Result};
+use crate::{Error, Result, Scalar, ops};
 
 /// The course of the learning rate after the warm-up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -86,11 +86,12 @@ impl AdamW {
         Self { config, moments: BTreeMap::new() }
     }
 
-    /// Applies one update to the trained parameters.
+    /// Applies one update to the trained parameters: `factor` times `grads`, at this learning rate.
     ///
     /// # Errors
     /// A gradient belongs to no trained parameter, or a tensor operation failed.
-    pub fn step(&mut self, weights: &Weights, grads: &Grads, learning_rate: f64) -> Result<()> {
+    pub fn step(&mut self, weights: &Weights, grads: &Grads, factor: &Scalar, learning_rate: f64) -> Result<()> {
+        let mut updates = Vec::with_capacity(grads.len());
         for (name, grad) in grads.iter() {
             let var = weights.trainable().get(name);
             let var = var.ok_or_else(|| Error::run(format!("`{name}` is not a parameter under training")))?;
@@ -100,29 +101,29 @@ impl AdamW {
             }
             let moments = self.moments.get_mut(name).expect("inserted above");
             moments.step += 1;
-            let [beta1, beta2] = self.config.betas;
             let grad = grad.detach().to_dtype(DType::F32)?.flatten_all()?;
-            let update = Parameters {
-                decay: 1. - learning_rate * self.config.weight_decay,
-                rate: learning_rate / (1. - beta1.powi(moments.step)),
-                root: (1. - beta2.powi(moments.step)).sqrt(),
-                eps: self.config.eps,
-            };
-            if var.device().is_cpu() && var.dtype() == DType::F32 {
-                moments.tensor.inplace_op2(&grad, &MomentsOp { beta1, beta2 })?;
-                var.as_tensor().inplace_op2(&moments.tensor, &update)?;
-            } else {
-                let (m, v) = (moments.tensor.get(0)?, moments.tensor.get(1)?);
-                let m = ((m * beta1)? + (&grad * (1. - beta1))?)?;
-                let v = ((v * beta2)? + (grad.sqr()? * (1. - beta2))?)?;
-                let shift = (&m / ((v.sqrt()? / update.root)? + update.eps)?)?;
-                let shift = (shift * update.rate)?.reshape(var.shape())?;
-                let moved = ((var.as_detached_tensor().to_dtype(DType::F32)? * update.decay)? - shift)?;
-                var.set(&moved.to_dtype(var.dtype())?)?;
-                moments.tensor = Tensor::stack(&[m, v], 0)?;
-            }
+            updates.push((moments.step, var.as_tensor().clone(), grad, moments.tensor.clone()));
+        }
+        // Parameters of one age share their numbers, and on a device one launch.
+        while let Some(&(age, ..)) = updates.first() {
+            let (same, rest) = updates.into_iter().partition(|update| update.0 == age);
+            updates = rest;
+            let same: Vec<[Tensor; 3]> = same.into_iter().map(|(_, w, g, m): (i32, _, _, _)| [w, g, m]).collect();
+            ops::adamw(&same, factor, &self.numbers(age, learning_rate))?;
         }
         Ok(())
+    }
+
+    /// The numbers of a parameter's `age`-th update.
+    fn numbers(&self, age: i32, learning_rate: f64) -> ops::AdamWStep {
+        let [beta1, beta2] = self.config.betas;
+        ops::AdamWStep {
+            decay: (1. - learning_rate * self.config.weight_decay) as f32,
+            rate: (learning_rate / (1. - beta1.powi(age))) as f32,
+            root: (1. - beta2.powi(age)).sqrt() as f32,
+            betas: [beta1 as f32, beta2 as f32],
+            eps: self.config.eps as f32,
+        }
     }
 
     /// The moments by parameter name, for an exact resume: tensors `[2, n]` and step counts.
@@ -144,77 +145,5 @@ impl AdamW {
             self.moments.insert(name, Moments { tensor: tensor.copy()?, step });
         }
         Ok(())
-    }
-}
-
-/// First pass: moments `[2, n]` from the gradient `[n]`.
-struct MomentsOp {
-    beta1: f64,
-    beta2: f64,
-}
-
-impl InplaceOp2 for MomentsOp {
-    fn name(&self) -> &'static str {
-        "adamw-moments"
-    }
-
-    fn cpu_fwd(
-        &self,
-        moments: &mut CpuStorage,
-        _: &Layout,
-        grad: &CpuStorage,
-        layout: &Layout,
-    ) -> candle_core::Result<()> {
-        let (moments, grad) = host_slices(moments, grad, layout)?;
-        let (first, second) = moments.split_at_mut(grad.len());
-        let (beta1, beta2) = (self.beta1 as f32, self.beta2 as f32);
-        for ((m, v), &g) in first.iter_mut().zip(second).zip(grad) {
-            *m += (g - *m) * (1. - beta1);
-            *v = *v * beta2 + g * g * (1. - beta2);
-        }
-        Ok(())
-    }
-}
-
-/// Second pass: the parameter `[n]` from its moments `[2, n]`.
-struct Parameters {
-    decay: f64,
-    rate: f64,
-    root: f64,
-    eps: f64,
-}
-
-impl InplaceOp2 for Parameters {
-    fn name(&self) -> &'static str {
-        "adamw-parameters"
-    }
-
-    fn cpu_fwd(
-        &self,
-        param: &mut CpuStorage,
-        _: &Layout,
-        moments: &CpuStorage,
-        layout: &Layout,
-    ) -> candle_core::Result<()> {
-        let (param, moments) = host_slices(param, moments, layout)?;
-        let (first, second) = moments.split_at(param.len());
-        let (decay, rate, root, eps) = (self.decay as f32, self.rate as f32, self.root as f32, self.eps as f32);
-        for ((w, &m), &v) in param.iter_mut().zip(first).zip(second) {
-            *w = *w * decay - rate * (m / (v.sqrt() / root + eps));
-        }
-        Ok(())
-    }
-}
-
-fn host_slices<'a>(
-    target: &'a mut CpuStorage,
-    source: &'a CpuStorage,
-    layout: &Layout,
-) -> candle_core::Result<(&'a mut [f32], &'a [f32])> {
-    match (target, source, layout.contiguous_offsets()) {
-        (CpuStorage::F32(target), CpuStorage::F32(source), Some((from, to))) => {
-            Ok((target.as_mut_slice(), &source[from..to]))
-        }
-        _ => candle_core::bail!("the optimiser works on contiguous f32 tensors"),
     }
 }

@@ -6,8 +6,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use candle_core::{Tensor, Var};
+use candle_core::Tensor;
 
+use crate::ops;
+use crate::tape::{Tape, Traced};
 use crate::{Error, Result};
 
 /// What a pass does at each named site. The default does nothing anywhere.
@@ -16,8 +18,7 @@ pub struct Sites {
     observe: BTreeSet<String>,
     probe: BTreeSet<String>,
     add: BTreeMap<String, Tensor>,
-    probes: BTreeMap<String, Var>,
-    observed: BTreeMap<String, Tensor>,
+    observed: BTreeMap<String, Traced>,
     visited: BTreeSet<String>,
 }
 
@@ -35,8 +36,6 @@ impl Sites {
     }
 
     /// Reads the gradient of the loss with respect to each named site.
-    ///
-    /// Candle keeps no gradient of an intermediate tensor; a zero variable added there has the same one.
     #[must_use]
     pub fn probe<S: Into<String>>(mut self, sites: impl IntoIterator<Item = S>) -> Self {
         self.probe.extend(sites.into_iter().map(Into::into));
@@ -55,19 +54,16 @@ impl Sites {
     ///
     /// # Errors
     /// An offset of another shape than the activation.
-    pub fn visit(&mut self, name: &str, value: Tensor) -> Result<Tensor> {
+    pub fn visit(&mut self, name: &str, mut value: Traced, tape: &mut Tape) -> Result<Traced> {
         if self.is_idle() {
             return Ok(value);
         }
         self.visited.insert(name.to_owned());
-        let mut value = value;
         if let Some(offset) = self.add.get(name) {
-            value = (&value + offset.to_dtype(value.dtype())?)?;
+            value = value.with_tensor(ops::sum(value.tensor(), &offset.to_dtype(value.tensor().dtype())?)?);
         }
         if self.probe.contains(name) {
-            let probe = Var::zeros(value.shape(), value.dtype(), value.device())?;
-            value = (&value + probe.as_tensor())?;
-            self.probes.insert(name.to_owned(), probe);
+            value = tape.probe(name, &value);
         }
         if self.observe.contains(name) {
             self.observed.insert(name.to_owned(), value.clone());
@@ -80,14 +76,19 @@ impl Sites {
         self.observe.is_empty() && self.probe.is_empty() && self.add.is_empty()
     }
 
-    /// The variables whose gradients are the site gradients, after the forward pass.
-    pub(crate) fn probes(&self) -> &BTreeMap<String, Var> {
-        &self.probes
+    /// Whether activations are to be kept.
+    pub(crate) fn observes(&self) -> bool {
+        !self.observe.is_empty()
+    }
+
+    /// What another pass over the same network does at each site: the same, from the start.
+    pub(crate) fn again(&self) -> Self {
+        Self { observe: self.observe.clone(), probe: self.probe.clone(), add: self.add.clone(), ..Self::default() }
     }
 
     /// The activations that were asked for.
-    pub fn into_observed(self) -> BTreeMap<String, Tensor> {
-        self.observed
+    pub fn observed(&self) -> &BTreeMap<String, Traced> {
+        &self.observed
     }
 
     /// Fails if a site was asked for that the model never visited: a defense that perturbs nothing must not pass
@@ -117,20 +118,24 @@ mod tests {
     fn probe_reads_the_gradient_and_add_shifts_the_value() -> Result<()> {
         let x = Tensor::new(&[1f32, 2., 3.], &Device::Cpu)?;
         let offset = Tensor::new(&[0.5f32, 0., 0.], &Device::Cpu)?;
+        let mut tape = Tape::default();
         let mut sites = Sites::none().probe(["a"]).observe(["a"]).add([("a".to_owned(), offset)]);
-        let y = sites.visit("a", x)?.sqr()?.sum_all()?;
-        let grads = y.backward()?;
-        let gradient = grads.get(&sites.probes()["a"]).expect("a gradient").to_vec1::<f32>()?;
-        assert_eq!(gradient, [3., 4., 6.]);
+        let value = sites.visit("a", Traced::constant(x), &mut tape)?;
+        let y = ops::swiglu(&mut tape, &Traced::constant(Tensor::full(20f32, 3, &Device::Cpu)?), &value)?;
+        let seed = Tensor::new(&[1f32, 0.5, 0.25], &Device::Cpu)?;
+        let gradients = tape.backward(vec![(y, seed)])?.into_probes();
+        let gradient = gradients.get("a").expect("a gradient").to_vec1::<f32>()?;
+        assert_eq!(gradient, [20., 10., 5.]);
         sites.check_visited()?;
-        assert_eq!(sites.into_observed()["a"].to_vec1::<f32>()?, [1.5, 2., 3.]);
+        assert_eq!(sites.observed()["a"].tensor().to_vec1::<f32>()?, [1.5, 2., 3.]);
         Ok(())
     }
 
     #[test]
     fn a_site_that_does_not_exist_is_an_error() -> Result<()> {
         let mut sites = Sites::none().probe(["layer.0.attn_out", "layer.9.attn_out"]);
-        sites.visit("layer.0.attn_out", Tensor::zeros(1, DType::F32, &Device::Cpu)?)?;
+        let value = Traced::constant(Tensor::zeros(1, DType::F32, &Device::Cpu)?);
+        sites.visit("layer.0.attn_out", value, &mut Tape::default())?;
         let error = sites.check_visited().expect_err("layer 9 was never visited");
         assert!(error.to_string().contains("no site `layer.9.attn_out`"), "{error}");
         Ok(())

@@ -2,16 +2,17 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor, Var};
 
 use crate::data::{Batch, Stream, Tokens};
 use crate::grads::Grads;
-use crate::model::{Forward, Model};
+use crate::model::{BlockContext, Forward, Model};
 use crate::ops;
 use crate::rng::{Generator, Seed};
 use crate::sites::Sites;
+use crate::tape::{Gradients, Tape, Traced};
 use crate::weights::Weights;
-use crate::{Error, Result};
+use crate::{Error, Result, Scalar};
 
 /// Where a stage stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,7 +65,7 @@ impl Streams {
 #[derive(Debug)]
 pub struct Pass {
     /// The mean cross-entropy over the batch's labels, in nats.
-    pub loss: f64,
+    pub loss: Scalar,
     /// The gradient of each trained parameter that the loss reaches.
     pub grads: Grads,
     /// The gradient at each probed site.
@@ -79,21 +80,21 @@ pub struct Update {
     /// The gradients for the optimiser. A parameter that is absent is left alone: no decay, no moment update.
     pub grads: Grads,
     /// The loss to log.
-    pub loss: f64,
+    pub loss: Scalar,
     /// Further numbers to log, by name.
-    pub scalars: BTreeMap<&'static str, f64>,
+    pub scalars: BTreeMap<&'static str, Scalar>,
 }
 
 impl Update {
     /// An update without further numbers.
-    pub fn new(grads: Grads, loss: f64) -> Self {
-        Self { grads, loss, scalars: BTreeMap::new() }
+    pub fn new(grads: Grads, loss: impl Into<Scalar>) -> Self {
+        Self { grads, loss: loss.into(), scalars: BTreeMap::new() }
     }
 
     /// Adds a number to log.
     #[must_use]
-    pub fn with(mut self, name: &'static str, value: f64) -> Self {
-        self.scalars.insert(name, value);
+    pub fn with(mut self, name: &'static str, value: impl Into<Scalar>) -> Self {
+        self.scalars.insert(name, value.into());
         self
     }
 }
@@ -135,14 +136,34 @@ pub struct StepCx<'a> {
     streams: &'a mut Streams,
     seed: Seed,
     clock: Clock,
+    checkpointing: bool,
     passes: usize,
+    /// Passes whose activations a defense holds, until a loss of them is differentiated.
+    open: Vec<OpenPass>,
+}
+
+/// A forward pass whose backward pass waits for the gradients of some of its values.
+#[derive(Debug)]
+struct OpenPass {
+    tape: Tape,
+    blocks: BlockContext,
+    /// Values that a defense holds as variables of a candle expression.
+    lent: Vec<(Var, Traced)>,
 }
 
 impl<'a> StepCx<'a> {
     /// The context of one step; `seed` is the stage's.
     pub fn new(model: &'a dyn Model, weights: &'a Weights, streams: &'a mut Streams, seed: Seed, clock: Clock) -> Self {
         let seed = seed.named("step").at(clock.step).at(clock.micro);
-        Self { model, weights, streams, seed, clock, passes: 0 }
+        Self { model, weights, streams, seed, clock, checkpointing: false, passes: 0, open: Vec::new() }
+    }
+
+    /// Keeps only the input of each block in the forward pass and runs the block again in the backward pass: the same
+    /// numbers, bit for bit, in less memory and a third more time.
+    #[must_use]
+    pub fn with_checkpointing(mut self, on: bool) -> Self {
+        self.checkpointing = on;
+        self
     }
 
     /// The architecture.
@@ -195,11 +216,12 @@ impl<'a> StepCx<'a> {
         self.pass(&self.weights.frozen(), batch, sites)
     }
 
-    /// Hidden states `[batch, length, hidden_size]`, attached to the graph, for a loss of one's own.
+    /// Hidden states `[batch, length, hidden_size]` for a loss of one's own, to be differentiated by
+    /// [`StepCx::backward_loss`]. Activations that `sites` observes come along.
     ///
     /// # Errors
     /// A tensor operation failed.
-    pub fn hidden(&mut self, tokens: &Tokens, sites: &mut Sites) -> Result<Tensor> {
+    pub fn hidden(&mut self, tokens: &Tokens, sites: Sites) -> Result<(Tensor, BTreeMap<String, Tensor>)> {
         self.hidden_with(self.weights, tokens, sites)
     }
 
@@ -207,32 +229,76 @@ impl<'a> StepCx<'a> {
     ///
     /// # Errors
     /// A tensor operation failed.
-    pub fn hidden_with(&mut self, weights: &Weights, tokens: &Tokens, sites: &mut Sites) -> Result<Tensor> {
-        // All passes of a step see one dropout mask: a perturbation is found and applied in the same network.
-        let dropout = self.seed.named("dropout").generator();
-        self.passes += 1;
-        let mut pass = Forward { dropout: Some(dropout), ..Forward::new(weights, sites) };
+    pub fn hidden_with(
+        &mut self,
+        weights: &Weights,
+        tokens: &Tokens,
+        mut sites: Sites,
+    ) -> Result<(Tensor, BTreeMap<String, Tensor>)> {
+        let mut pass = self.forward(weights, &mut sites);
         let hidden = self.model.hidden(tokens, &mut pass)?;
+        let (blocks, tape) = (pass.context(), pass.tape);
+        self.passes += 1;
         sites.check_visited()?;
-        Ok(hidden)
+        let mut lent = Vec::new();
+        let mut lend = |value: &Traced| -> Result<Tensor> {
+            if !value.tracked() {
+                return Ok(value.tensor().clone());
+            }
+            let variable = Var::from_tensor(value.tensor())?;
+            let tensor = variable.as_tensor().clone();
+            lent.push((variable, value.clone()));
+            Ok(tensor)
+        };
+        let observed = sites.observed().iter().map(|(name, value)| Ok((name.clone(), lend(value)?)));
+        let observed = observed.collect::<Result<_>>()?;
+        let hidden = lend(&hidden)?;
+        self.open.push(OpenPass { tape, blocks, lent });
+        Ok((hidden, observed))
     }
 
-    /// The mean cross-entropy over the labels of `batch`, as a tensor, given the hidden states of its tokens.
+    /// The mean cross-entropy over the labels of `batch`, as a candle tensor, given the hidden states of its tokens.
     ///
     /// # Errors
     /// A tensor operation failed.
     pub fn cross_entropy(&self, weights: &Weights, hidden: &Tensor, batch: &Batch) -> Result<Tensor> {
-        label_loss(self.model, weights, hidden, batch)
+        let head = self.model.head().filter(|&head| weights.adapter(head).is_none());
+        let head = head.ok_or_else(|| {
+            Error::run("the cross-entropy over a head that is more than a matrix has no candle form")
+                .help("use `cx.backward`, or leave `lm_head` out of the adapter's targets")
+        })?;
+        let rows = hidden.flatten(0, 1)?.index_select(&batch.positions, 0)?;
+        ops::fused(&[&rows, weights.get(head)], |tape, inputs| {
+            ops::head_cross_entropy(tape, &inputs[0], &inputs[1], &batch.targets)
+        })
     }
 
-    /// The gradients of a loss of one's own with respect to the trained parameters.
+    /// The gradients of a loss of one's own with respect to the trained parameters. The passes that the loss was made
+    /// of are used up.
     ///
     /// # Errors
-    /// A tensor operation failed.
-    pub fn backward_loss(&self, loss: &Tensor) -> Result<Grads> {
+    /// The loss depends on no pass and no trained parameter, or a tensor operation failed.
+    pub fn backward_loss(&mut self, loss: &Tensor) -> Result<Grads> {
         let store = loss.backward()?;
-        let vars = self.weights.trainable().iter();
-        Ok(vars.filter_map(|(name, var)| Some((name.clone(), store.get(var)?.clone()))).collect())
+        let direct = self.weights.trainable().iter();
+        let mut grads: Grads = direct.filter_map(|(name, var)| Some((name.clone(), store.get(var)?.clone()))).collect();
+        let mut reached = !grads.is_empty();
+        for pass in std::mem::take(&mut self.open) {
+            let seeds: Vec<(Traced, Tensor)> =
+                pass.lent.iter().filter_map(|(var, value)| Some((value.clone(), store.get(var)?.clone()))).collect();
+            if seeds.is_empty() {
+                self.open.push(pass);
+                continue;
+            }
+            reached = true;
+            let found = run_back(self.model, self.weights, pass.tape, &pass.blocks, seeds)?;
+            grads = grads.add_scaled(1., &named(self.weights, found).0)?;
+        }
+        if reached {
+            return Ok(grads);
+        }
+        Err(Error::run("the loss depends on no pass of this step and on no parameter under training")
+            .help("compute it from `cx.hidden`, and differentiate each pass once"))
     }
 
     /// Runs `work` with weights that it may move; afterwards they are as before, bit for bit, also after an error or
@@ -245,22 +311,52 @@ impl<'a> StepCx<'a> {
         work(&mut scratch)
     }
 
+    /// A pass of this step over `weights`. All passes of a step see one dropout mask: a perturbation is found and
+    /// applied in the same network.
+    fn forward<'p>(&self, weights: &'p Weights, sites: &'p mut Sites) -> Forward<'p> {
+        let dropout = Some(self.seed.named("dropout").generator());
+        Forward { dropout, checkpointing: self.checkpointing, ..Forward::new(weights, sites) }
+    }
+
     fn pass(&mut self, weights: &Weights, batch: &Batch, mut sites: Sites) -> Result<Pass> {
-        let hidden = self.hidden_with(weights, &batch.tokens, &mut sites)?;
-        let loss = label_loss(self.model, weights, &hidden, batch)?;
-        let value = loss.to_dtype(DType::F64)?.to_scalar::<f64>()?;
-        if !value.is_finite() {
+        let mut pass = self.forward(weights, &mut sites);
+        let hidden = self.model.hidden(&batch.tokens, &mut pass)?;
+        let loss = loss_of_hidden(self.model, &hidden, batch, &mut pass)?;
+        let (blocks, tape) = (pass.context(), pass.tape);
+        self.passes += 1;
+        sites.check_visited()?;
+        let value = Scalar::of(loss.tensor())?;
+        if let Scalar::Host(value) = value
+            && !value.is_finite()
+        {
             return Err(Error::run(format!("the loss is not finite: {value}"))
                 .at("step", self.clock.step.to_string())
                 .help("lower the learning rate or the perturbation"));
         }
-        let store = loss.backward()?;
-        let pick = |vars: &BTreeMap<String, candle_core::Var>| -> Grads {
-            vars.iter().filter_map(|(name, var)| Some((name.clone(), store.get(var)?.clone()))).collect()
-        };
-        let (grads, site_grads) = (pick(weights.trainable()), pick(sites.probes()));
-        Ok(Pass { loss: value, grads, site_grads, observed: sites.into_observed() })
+        let observed = sites.observed().iter().map(|(name, value)| (name.clone(), value.tensor().clone())).collect();
+        let one = loss.tensor().ones_like()?;
+        let found = run_back(self.model, weights, tape, &blocks, vec![(loss, one)])?;
+        let (grads, site_grads) = named(weights, found);
+        Ok(Pass { loss: value, grads, site_grads, observed })
     }
+}
+
+/// The backward pass of one forward pass.
+fn run_back(
+    model: &dyn Model,
+    weights: &Weights,
+    tape: Tape,
+    blocks: &BlockContext,
+    seeds: Vec<(Traced, Tensor)>,
+) -> Result<Gradients> {
+    tape.backward_with(seeds, &mut |replay, gradient| blocks.replay(model, weights, replay, gradient))
+}
+
+/// The gradients by the names of the trained parameters, and those of the sites.
+fn named(weights: &Weights, mut found: Gradients) -> (Grads, Grads) {
+    let trained = weights.trainable().iter();
+    let grads = trained.filter_map(|(name, var)| Some((name.clone(), found.take(var.as_tensor())?))).collect();
+    (grads, found.into_probes())
 }
 
 /// Weights that may be moved for a while, inside [`StepCx::scratch`].
@@ -305,13 +401,30 @@ impl Drop for Scratch<'_, '_> {
     }
 }
 
-/// The mean cross-entropy over the labels of `batch`. Logits are computed at the label positions only.
+/// The mean cross-entropy over the labels of `batch`, in nats, without differentiating anything.
 ///
 /// # Errors
 /// A tensor operation failed.
-pub fn label_loss(model: &dyn Model, weights: &Weights, hidden: &Tensor, batch: &Batch) -> Result<Tensor> {
-    let rows = hidden.flatten(0, 1)?.index_select(&batch.positions, 0)?;
-    let mut idle = Sites::none();
-    let logits = model.logits(&rows, &mut Forward::new(weights, &mut idle))?;
-    ops::cross_entropy(&logits, &batch.targets)
+pub fn label_loss(model: &dyn Model, weights: &Weights, batch: &Batch) -> Result<f64> {
+    let (weights, mut idle) = (weights.frozen(), Sites::none());
+    let mut pass = Forward::new(&weights, &mut idle);
+    let hidden = model.hidden(&batch.tokens, &mut pass)?;
+    Scalar::of(loss_of_hidden(model, &hidden, batch, &mut pass)?.tensor())?.value()
+}
+
+/// The mean cross-entropy over the labels of `batch` given the hidden states of its tokens. Logits are computed at the
+/// label positions only.
+fn loss_of_hidden(model: &dyn Model, hidden: &Traced, batch: &Batch, pass: &mut Forward) -> Result<Traced> {
+    let width = model.spec().hidden_size;
+    let rows = ops::select_rows(&mut pass.tape, &hidden.reshape(((), width))?, &batch.positions)?;
+    match model.head() {
+        Some(head) if pass.weights.adapter(head).is_none() => {
+            let head = pass.parameter(head);
+            ops::head_cross_entropy(&mut pass.tape, &rows, &head, &batch.targets)
+        }
+        _ => {
+            let logits = model.logits(&rows, pass)?;
+            ops::cross_entropy(&mut pass.tape, &logits, &batch.targets)
+        }
+    }
 }

@@ -9,8 +9,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{Checkpoint, write_tensors};
-use crate::grads::{Grads, sum_of_squares};
+use crate::grads::Grads;
 use crate::model::Model;
+use crate::ops;
 use crate::registry::nearest;
 use crate::rng::{Seed, randn, uniform};
 use crate::{Error, Result};
@@ -188,7 +189,7 @@ impl Weights {
                 .file(checkpoint.path())
                 .help("config.json and the weights belong to different models"));
             }
-            if !sum_of_squares(&tensor)?.is_finite() {
+            if !ops::norm([&tensor])?.value()?.is_finite() {
                 return Err(Error::data(format!("`{}` holds a value that is not finite", param.name))
                     .file(checkpoint.path())
                     .help("the checkpoint is damaged: download or train it again"));
@@ -232,6 +233,11 @@ impl Weights {
     /// The element type of the base parameters.
     pub fn dtype(&self) -> DType {
         self.base.first().map_or(DType::F32, Tensor::dtype)
+    }
+
+    /// The element type that passes compute in.
+    pub fn activation_dtype(&self) -> DType {
+        self.dtype()
     }
 
     /// The element type of adapters: f32 also beside half-precision weights, since small updates would round away.

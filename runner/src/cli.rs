@@ -41,6 +41,8 @@ pub enum Command {
     Pretrain(commands::pretrain::Args),
     /// Lets a model answer prompts.
     Generate(commands::generate::Args),
+    /// Measures a training step or greedy answers on random weights of a named shape.
+    Bench(commands::bench::Args),
     /// Prints the JSON schema of configurations.
     Schema,
     /// Checks the machine: cores, memory, device, stage store.
@@ -78,6 +80,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Result<Done, Proble
         Command::Explain(args) => commands::explain::run(args),
         Command::Pretrain(args) => commands::pretrain::run(args),
         Command::Generate(args) => commands::generate::run(args),
+        Command::Bench(args) => commands::bench::run(args),
         Command::Schema => commands::schema(),
         Command::Doctor(args) => commands::doctor::run(args),
     }

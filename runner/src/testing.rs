@@ -4,7 +4,6 @@
 
 use std::path::{Path, PathBuf};
 
-use candle_core::Tensor;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -13,7 +12,7 @@ use titer_core::rng::Seed;
 use titer_core::weights::{Init, ParamList};
 use titer_core::{
     AlignmentDefense, DefenseEntry, Error, Forward, Judge, JudgeEntry, Model, ModelEntry, ModelSpec, Privilege, Result,
-    Row, Settings, SettingsType, Stage, Task, TaskEntry, Verdict, inventory,
+    Row, Settings, SettingsType, Stage, Task, TaskEntry, Traced, Verdict, inventory,
 };
 
 use crate::config::{Config, Loaded, Source};
@@ -240,10 +239,16 @@ impl Model for Net {
     fn sites(&self) -> Vec<String> {
         vec!["layer.0.attn_out".into()]
     }
-    fn hidden(&self, _tokens: &Tokens, _pass: &mut Forward) -> Result<Tensor> {
+    fn embed(&self, _tokens: &Tokens, _pass: &mut Forward) -> Result<Traced> {
         Err(Error::run("a fake model computes nothing"))
     }
-    fn logits(&self, _hidden: &Tensor, _pass: &mut Forward) -> Result<Tensor> {
+    fn block(&self, _index: usize, _x: &Traced, _pass: &mut Forward) -> Result<Traced> {
+        Err(Error::run("a fake model computes nothing"))
+    }
+    fn finish(&self, _x: &Traced, _pass: &mut Forward) -> Result<Traced> {
+        Err(Error::run("a fake model computes nothing"))
+    }
+    fn logits(&self, _hidden: &Traced, _pass: &mut Forward) -> Result<Traced> {
         Err(Error::run("a fake model computes nothing"))
     }
 }

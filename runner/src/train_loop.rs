@@ -12,13 +12,16 @@ use titer_core::error::io_error;
 use titer_core::optim::{AdamW, AdamWConfig};
 use titer_core::rng::Seed;
 use titer_core::step::{Clock, StepCx, Streams, label_loss};
-use titer_core::{AlignmentDefense, Error, Forward, Grads, Model, Result, Sites, StageCx, State, Update, Weights};
+use titer_core::{AlignmentDefense, Error, Grads, Model, Result, Scalar, StageCx, State, Update, Weights};
 
 use crate::memory::peak_bytes;
 use crate::plan::{OptimSpec, Steps};
 
 /// How often the loss on held-back rows is measured, over the whole stage.
 const MONITOR_POINTS: usize = 12;
+
+/// After how many steps the losses are read from a device: reading waits for all work before it.
+const READ_EVERY: usize = 10;
 
 /// What the loop tells, and asks, the world around it.
 pub trait Watch {
@@ -118,31 +121,35 @@ impl Training<'_> {
             self.watch_harmful_loss(0, &mut record)?;
         }
         watch.started(total, step);
-        let first = step;
+        let (first, mut unread) = (step, Vec::new());
         while step < total {
             let before = (step == first).then(|| self.weights.snapshot()).transpose()?;
             let update = self.update(step, total, &mut record)?;
             if let Some(before) = before {
                 self.check_untouched(&before)?;
             }
-            let grads = match self.optim.clip {
-                Some(limit) => update.grads.clip(limit)?.0,
-                None => update.grads,
+            let factor = match self.optim.clip {
+                Some(limit) => update.grads.clip_factor(limit)?,
+                None => Scalar::from(1.),
             };
-            grads.check_finite().map_err(|error| error.at("step", step.to_string()))?;
-            let rate = self.optim.learning_rate * self.optim.schedule.factor(step, warmup, total);
-            optimizer.step(self.weights, &grads, rate)?;
-            step += 1;
-            record.loss.push(update.loss);
-            for (name, value) in update.scalars {
-                record.scalars.entry(name.to_owned()).or_default().push((step, value));
+            if !factor.is_pending() {
+                check_finite(&update.grads, step)?;
             }
-            if step == total || step.is_multiple_of(total.div_ceil(MONITOR_POINTS)) {
+            let rate = self.optim.learning_rate * self.optim.schedule.factor(step, warmup, total);
+            optimizer.step(self.weights, &update.grads, &factor, rate)?;
+            step += 1;
+            unread.push((step, update.loss, update.scalars));
+            let monitored = step == total || step.is_multiple_of(total.div_ceil(MONITOR_POINTS));
+            let stop = watch.must_stop();
+            let save = step < total && (stop || watch.checkpoint_due());
+            if !factor.is_pending() || monitored || save || unread.len() == READ_EVERY {
+                read_out(&mut unread, &mut record)?;
+            }
+            if monitored {
                 self.watch_harmful_loss(step, &mut record)?;
             }
-            watch.step(step, update.loss);
-            let stop = watch.must_stop();
-            if step < total && (stop || watch.checkpoint_due()) {
+            watch.step(step, record.loss.last().copied().unwrap_or(f64::NAN));
+            if save {
                 record.seconds = spent + begun.elapsed().as_secs_f64();
                 watch.save(step, &|folder| self.store(folder, step, &optimizer, &record))?;
             }
@@ -172,10 +179,10 @@ impl Training<'_> {
             let share = batch.labels() as f64 / labels as f64;
             sum = Some(match sum {
                 None if batches.len() == 1 => update,
-                None => Update { grads: update.grads.scale(share)?, loss: update.loss * share, ..update },
+                None => Update { grads: update.grads.scale(share)?, loss: update.loss.affine(share, 0.)?, ..update },
                 Some(sum) => Update {
                     grads: sum.grads.add_scaled(share, &update.grads)?,
-                    loss: sum.loss + update.loss * share,
+                    loss: sum.loss.plus(&update.loss.affine(share, 0.)?)?,
                     ..sum
                 },
             });
@@ -186,7 +193,7 @@ impl Training<'_> {
     /// Law 1, checked where it costs nothing: a defense that moves the weights itself is caught at once.
     fn check_untouched(&self, before: &Grads) -> Result<()> {
         let moved = self.weights.snapshot()?.add_scaled(-1., before)?;
-        if moved.norm()? == 0. {
+        if moved.norm()?.value()? == 0. {
             return Ok(());
         }
         Err(Error::run("the defense changed the weights in its step").help("move weights inside `cx.scratch` only"))
@@ -196,11 +203,9 @@ impl Training<'_> {
         if self.monitor.is_empty() {
             return Ok(());
         }
-        let (weights, mut total, mut labels) = (self.weights.frozen(), 0., 0);
+        let (mut total, mut labels) = (0., 0);
         for batch in &self.monitor {
-            let hidden = self.model.hidden(&batch.tokens, &mut Forward::new(&weights, &mut Sites::none()))?;
-            let loss = label_loss(self.model, &weights, &hidden, batch)?;
-            total += f64::from(loss.to_scalar::<f32>()?) * batch.labels() as f64;
+            total += label_loss(self.model, self.weights, batch)? * batch.labels() as f64;
             labels += batch.labels();
         }
         record.monitor.push((step, total / labels as f64));
@@ -249,5 +254,35 @@ impl Training<'_> {
         self.data.seek(position.drawn);
         self.streams.seek(&position.streams);
         Ok((position.step, position.record))
+    }
+}
+
+/// Losses and other numbers of steps whose values may still be on a device.
+type Unread = Vec<(usize, Scalar, BTreeMap<&'static str, Scalar>)>;
+
+/// Reads the numbers of the steps since the last reading into the record.
+fn read_out(unread: &mut Unread, record: &mut Record) -> Result<()> {
+    for (step, loss, scalars) in unread.drain(..) {
+        let loss = loss.value()?;
+        if !loss.is_finite() {
+            return Err(Error::run(format!("the loss is not finite: {loss}"))
+                .at("step", (step - 1).to_string())
+                .help("lower the learning rate or the perturbation"));
+        }
+        record.loss.push(loss);
+        for (name, value) in scalars {
+            record.scalars.entry(name.to_owned()).or_default().push((step, value.value()?));
+        }
+    }
+    Ok(())
+}
+
+/// Fails, naming the tensor and the step, if a gradient is infinite or not a number.
+fn check_finite(grads: &Grads, step: usize) -> Result<()> {
+    match grads.first_not_finite()? {
+        None => Ok(()),
+        Some(name) => {
+            Err(Error::run("a gradient is not finite").at("tensor", name.to_owned()).at("step", step.to_string()))
+        }
     }
 }

@@ -9,10 +9,8 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 use titer_core::data::Batch;
 use titer_core::rng::{Generator, Seed};
-use titer_core::step::{Clock, StepCx, Streams, label_loss};
-use titer_core::{
-    AlignmentDefense, DefenseEntry, Forward, Model, ModelEntry, Settings, Sites, Update, Weights, registry,
-};
+use titer_core::step::{Clock, StepCx, Streams};
+use titer_core::{AlignmentDefense, DefenseEntry, Model, ModelEntry, Settings, Sites, Update, Weights, registry};
 use titer_plugins as _;
 
 /// The architectures that the tests go through, each in its variants: `config.json` keys by a name to show.
@@ -81,10 +79,14 @@ pub fn batch(vocabulary: u32, lengths: &[usize], generator: &mut Generator) -> R
     Ok(Batch::with_labels(&inputs, labels.collect::<Vec<_>>(), 0, &Device::Cpu)?)
 }
 
-/// The loss of `batch` without an adapter's dropout.
-pub fn loss(model: &dyn Model, weights: &Weights, batch: &Batch, sites: &mut Sites) -> Result<Tensor> {
-    let hidden = model.hidden(&batch.tokens, &mut Forward::new(weights, sites))?;
-    Ok(label_loss(model, weights, &hidden, batch)?)
+/// A context for passes of step 0.
+pub fn context<'a>(model: &'a dyn Model, weights: &'a Weights, streams: &'a mut Streams) -> StepCx<'a> {
+    StepCx::new(model, weights, streams, Seed::new(4), Clock { step: 0, total: 10, micro: 0 })
+}
+
+/// The loss of `batch` with these sites, and nothing differentiated but them.
+pub fn loss(model: &dyn Model, weights: &Weights, batch: &Batch, sites: Sites) -> Result<f64> {
+    Ok(context(model, weights, &mut Streams::default()).site_gradients(batch, sites)?.loss.value()?)
 }
 
 /// A registered defense with these settings.

@@ -43,9 +43,9 @@ impl Default for Sam {
 impl AlignmentDefense for Sam {
     fn step(&mut self, cx: &mut StepCx, batch: &Batch) -> Result<Update> {
         let here = cx.backward(batch, Sites::none())?.grads;
-        let scale = self.rho / (here.norm()? + 1e-12);
+        let direction = here.normalized(self.rho, 1e-12)?;
         let there = cx.scratch(|weights| {
-            weights.shift(&here, scale)?;
+            weights.shift(&direction, 1.)?;
             weights.backward(batch, Sites::none())
         })?;
         Ok(there.into())

@@ -20,7 +20,7 @@ use titer_core::optim::{AdamW, AdamWConfig, Schedule};
 use titer_core::rng::Seed;
 use titer_core::step::{Clock, StepCx, Streams, label_loss};
 use titer_core::weights::LoraConfig;
-use titer_core::{AlignmentDefense, Forward, Grads, Model, ModelEntry, Pass, Sites, Update, Weights, registry};
+use titer_core::{AlignmentDefense, Forward, Grads, Model, ModelEntry, Pass, Scalar, Sites, Update, Weights, registry};
 use titer_plugins::defenses::random_perturbation::{Measure, RandomPerturbation};
 use titer_plugins::defenses::sft::Sft;
 use titer_plugins::defenses::vaccine::{Norm, Vaccine};
@@ -234,8 +234,8 @@ impl<'a> Replay<'a> {
                 let ours = grads.get(name).with_context(|| format!("no gradient for {name}"))?;
                 worst.note("grad", relative(ours, theirs)?, TOLERANCE, &format!("step {step} {name}"))?;
             }
-            adamw.step(&self.weights, &grads, rate)?;
-            fed.step(&self.shadow, &theirs, rate)?;
+            adamw.step(&self.weights, &grads, &Scalar::from(1.), rate)?;
+            fed.step(&self.shadow, &theirs, &Scalar::from(1.), rate)?;
             for (kind, weights, tolerance) in
                 [("lora", &self.weights, WEIGHTS), ("lora of their grads", &self.shadow, 1e-6)]
             {
@@ -264,7 +264,12 @@ impl<'a> Replay<'a> {
         let batch = read_batch(&mut self.batches, names[0])?;
         let (update, passes) = self.update((step, 0, 1), &batch, worst)?;
         let returned = record["returned_loss"].as_f64().context("no returned_loss")?;
-        worst.note("loss", (update.loss - returned).abs() / returned.abs(), TOLERANCE, &format!("step {step}"))?;
+        worst.note(
+            "loss",
+            (update.loss.value()? - returned).abs() / returned.abs(),
+            TOLERANCE,
+            &format!("step {step}"),
+        )?;
         let theirs = record["loss_passes"].as_array().context("no loss_passes")?;
         ensure!(theirs.len() == passes.len(), "{} passes, the reference made {}", passes.len(), theirs.len());
         for (ours, theirs) in passes.iter().zip(theirs) {
@@ -273,11 +278,11 @@ impl<'a> Replay<'a> {
         }
         match clip {
             Some(limit) => {
-                let (grads, norm) = update.grads.clip(limit)?;
+                let (norm, factor) = (update.grads.norm()?.value()?, update.grads.clip_factor(limit)?);
                 if let Some(theirs) = record["clip_total_norm"].as_f64() {
                     worst.note("clip norm", (norm - theirs).abs() / theirs, TOLERANCE, &format!("step {step}"))?;
                 }
-                Ok(grads)
+                Ok(update.grads.map(|grad| factor.times(grad))?)
             }
             None => Ok(update.grads),
         }
@@ -317,7 +322,7 @@ impl<'a> Replay<'a> {
         match &mut self.method {
             Method::Sft => {
                 let update = Sft.step(&mut cx, batch)?;
-                let loss = update.loss;
+                let loss = update.loss.value()?;
                 Ok((update, vec![loss]))
             }
             Method::Vaccine(vaccine) => {
@@ -335,7 +340,7 @@ impl<'a> Replay<'a> {
                     }
                 }
                 let update = vaccine.step(&mut cx, batch)?;
-                let passes = vec![first.loss, update.loss];
+                let passes = vec![first.loss.value()?, update.loss.value()?];
                 Ok((update, passes))
             }
             Method::Random(random) => {
@@ -347,7 +352,7 @@ impl<'a> Replay<'a> {
                 let noise: Grads = noise.collect::<Result<Vec<_>>>()?.into_iter().collect();
                 let perturbation = random.perturbation(&noise, &batch.tokens.lengths)?;
                 let pass: Pass = cx.backward(batch, Sites::none().add(perturbation))?;
-                let loss = pass.loss;
+                let loss = pass.loss.value()?;
                 Ok((pass.into(), vec![loss]))
             }
         }
@@ -422,10 +427,11 @@ fn check_variant(
     let stream = |layer: usize| if layer == 0 { "embed".into() } else { format!("layer.{}.block_out", layer - 1) };
     let mut sites = Sites::none().observe((0..layers).map(stream));
     let hidden = model.hidden(&batch.tokens, &mut Forward::new(weights, &mut sites))?;
-    let loss = label_loss(model, weights, &hidden, batch)?.to_scalar::<f32>()?;
+    let loss = label_loss(model, weights, batch)?;
     let theirs = read(golden, "loss.safe0")?.to_vec1::<f32>()?[0];
-    worst.note("loss", f64::from((loss - theirs).abs() / theirs), TOLERANCE, variant)?;
-    let logits = model.logits(&hidden.flatten(0, 1)?, &mut Forward::new(weights, &mut Sites::none()))?;
+    worst.note("loss", (loss - f64::from(theirs)).abs() / f64::from(theirs), TOLERANCE, variant)?;
+    let rows = hidden.reshape(((), model.spec().hidden_size))?;
+    let logits = model.logits(&rows, &mut Forward::new(weights, &mut Sites::none()))?.tensor().clone();
     let (rows, length) = batch.tokens.dims();
     // Padding is seen by nobody, so what stands there is nobody's business.
     let real = |tensor: &Tensor| -> Result<Tensor> {
@@ -437,11 +443,15 @@ fn check_variant(
     let logits = real(&logits.reshape((rows, length, ()))?)?;
     worst.note("logits", relative(&logits, &real(&read(golden, "logits.safe0")?)?)?, TOLERANCE, variant)?;
     if variant == "lora" {
-        let observed = sites.into_observed();
         for layer in 0..=layers {
-            let ours = if layer == layers { &hidden } else { &observed[&stream(layer)] };
+            let ours = if layer == layers { &hidden } else { &sites.observed()[&stream(layer)] };
             let theirs = read(golden, &format!("hidden.{layer}.safe0"))?;
-            worst.note("hidden", relative(&real(ours)?, &real(&theirs)?)?, TOLERANCE, &format!("layer {layer}"))?;
+            worst.note(
+                "hidden",
+                relative(&real(ours.tensor())?, &real(&theirs)?)?,
+                TOLERANCE,
+                &format!("layer {layer}"),
+            )?;
         }
     }
     check_generation(model, weights, variant, golden)

@@ -8,8 +8,9 @@ use serde_json::Value;
 use titer_core::data::Tokens;
 use titer_core::generate::{Decoding, greedy};
 use titer_core::rng::Seed;
-use titer_core::{Forward, Model, Sites, Weights};
-use titer_tests::{adapt, batch, build, difference, loss, values, variants};
+use titer_core::step::Streams;
+use titer_core::{Forward, Model, Sites, Traced, Weights};
+use titer_tests::{adapt, batch, build, context, difference, loss, values, variants};
 
 fn random(config: &Value, dtype: DType) -> Result<(Box<dyn Model>, Weights)> {
     let model = build(config)?;
@@ -21,14 +22,14 @@ fn random(config: &Value, dtype: DType) -> Result<(Box<dyn Model>, Weights)> {
 /// them and along each parameter's own largest component.
 fn check_gradients(name: &str, model: &dyn Model, weights: &Weights) -> Result<()> {
     let batch = batch(23, &[7, 4], &mut Seed::new(5).generator())?;
-    let at = |sites: &mut Sites| loss(model, weights, &batch, sites);
-    let store = at(&mut Sites::none())?.backward()?;
+    let mut streams = Streams::default();
+    let found = context(model, weights, &mut streams).backward(&batch, Sites::none())?.grads;
     let excused = model.without_gradient();
     for (param, var) in weights.trainable() {
         if excused.iter().any(|(name, _)| name == param) {
             continue;
         }
-        let gradient = values(store.get(var).with_context(|| format!("{name}: {param} gets no gradient"))?)?;
+        let gradient = values(found.get(param).with_context(|| format!("{name}: {param} gets no gradient"))?)?;
         let (largest, slope) = gradient
             .iter()
             .enumerate()
@@ -40,8 +41,7 @@ fn check_gradients(name: &str, model: &dyn Model, weights: &Weights) -> Result<(
             let mut point = values(&start)?;
             point[largest] += by;
             var.set(&Tensor::from_vec(point, var.shape(), &Device::Cpu)?.to_dtype(var.dtype())?)?;
-            let value = at(&mut Sites::none())?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
-            Ok(value)
+            loss(model, weights, &batch, Sites::none())
         };
         let step = 1e-5;
         let numeric = (moved(step)? - moved(-step)?) / (2. * step);
@@ -82,20 +82,18 @@ fn every_site_gives_the_right_gradient() -> Result<()> {
         let mut sites = Sites::none().probe(model.sites()).observe(model.sites());
         let hidden = model.hidden(&batch.tokens, &mut Forward::new(&weights, &mut sites))?;
         sites.check_visited()?;
-        assert_eq!(hidden.dims(), [2, 7, 16]);
-        let shapes = sites.into_observed();
+        assert_eq!(hidden.tensor().dims(), [2, 7, 16]);
         for site in model.sites() {
             let direction = titer_core::rng::randn(&[2, 7, 16], &mut Seed::new(6).generator(), &Device::Cpu)?;
             let direction = direction.to_dtype(DType::F64)?;
-            assert_eq!(shapes[&site].dims(), direction.dims(), "{name}: {site}");
+            assert_eq!(sites.observed()[&site].tensor().dims(), direction.dims(), "{name}: {site}");
             let moved = |by: f64| -> Result<f64> {
-                let mut sites = Sites::none().add([(site.clone(), (&direction * by)?)]);
-                Ok(loss(model.as_ref(), &weights, &batch, &mut sites)?.to_scalar::<f64>()?)
+                let sites = Sites::none().add([(site.clone(), (&direction * by)?)]);
+                loss(model.as_ref(), &weights, &batch, sites)
             };
             let numeric = (moved(1e-6)? - moved(-1e-6)?) / 2e-6;
-            let mut cx_streams = titer_core::step::Streams::default();
-            let clock = titer_core::step::Clock { step: 0, total: 1, micro: 0 };
-            let mut cx = titer_core::StepCx::new(model.as_ref(), &weights, &mut cx_streams, Seed::new(0), clock);
+            let mut streams = Streams::default();
+            let mut cx = context(model.as_ref(), &weights, &mut streams);
             let pass = cx.site_gradients(&batch, Sites::none().probe([site.clone()]))?;
             let gradient = pass.site_grads.get(&site).context("a site gradient")?;
             let analytic = (gradient * &direction)?.sum_all()?.to_scalar::<f64>()?;
@@ -122,7 +120,7 @@ fn logits_equal_those_of_candle_transformers() -> Result<()> {
         let mut sites = Sites::none();
         let mut pass = Forward::new(&weights, &mut sites);
         let hidden = model.hidden(&tokens, &mut pass)?;
-        let ours = model.logits(&hidden.flatten(0, 1)?, &mut pass)?;
+        let ours = model.logits(&hidden.reshape(((), 16))?, &mut pass)?.tensor().clone();
         for end in 1..=ids.len() {
             let mut cache = reference::Cache::new(false, DType::F32, &config, &Device::Cpu)?;
             let theirs = llama.forward(&Tensor::new(&ids[..end], &Device::Cpu)?.reshape((1, end))?, 0, &mut cache)?;
@@ -178,8 +176,9 @@ fn without_cache(model: &dyn Model, weights: &Weights, prompt: &[u32], eos: u32)
         let tokens = Tokens::pad(&[text.as_slice()], 0, &Device::Cpu)?;
         let mut sites = Sites::none();
         let mut pass = Forward::new(weights, &mut sites);
-        let hidden = model.hidden(&tokens, &mut pass)?.get(0)?;
-        let logits = values(&model.logits(&hidden.narrow(0, text.len() - 1, 1)?, &mut pass)?)?;
+        let hidden = model.hidden(&tokens, &mut pass)?.tensor().get(0)?;
+        let last = Traced::constant(hidden.narrow(0, text.len() - 1, 1)?);
+        let logits = values(model.logits(&last, &mut pass)?.tensor())?;
         let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).context("a vocabulary")?.0 as u32;
         if best == eos {
             break;

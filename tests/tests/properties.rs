@@ -41,15 +41,15 @@ proptest! {
         let mut cx = StepCx::new(model.as_ref(), &weights, &mut streams, Seed::new(0), clock);
         let grads = cx.site_gradients(&batch, Sites::none().probe(sites.clone())).unwrap().site_grads;
         let joint = Vaccine { rho, norm: Norm::Batch, every: 1 }.perturbation(&grads).unwrap();
-        prop_assert!((joint.norm().unwrap() - rho).abs() < 1e-4 * rho);
+        prop_assert!((joint.norm().unwrap().value().unwrap() - rho).abs() < 1e-4 * rho);
         let each = Vaccine { rho, norm: Norm::Sample, every: 1 }.perturbation(&grads).unwrap();
         let random = RandomPerturbation { rho, measure: Measure::Norm };
         let noise = grads.map(|g| Ok((g.ones_like()? * 0.5)?)).unwrap();
         let noise = random.perturbation(&noise, &batch.tokens.lengths).unwrap();
-        prop_assert!((noise.norm().unwrap() - rho).abs() < 1e-4 * rho);
+        prop_assert!((noise.norm().unwrap().value().unwrap() - rho).abs() < 1e-4 * rho);
         for (row, &length) in lengths.iter().enumerate() {
             let of_row = |grads: &Grads| grads.map(|g| Ok(g.get(row)?)).unwrap();
-            prop_assert!((of_row(&each).norm().unwrap() - rho).abs() < 1e-4 * rho);
+            prop_assert!((of_row(&each).norm().unwrap().value().unwrap() - rho).abs() < 1e-4 * rho);
             for (_, tensor) in of_row(&joint).iter().chain(of_row(&noise).iter()) {
                 let padding = tensor.narrow(0, length, tensor.dim(0).unwrap() - length).unwrap();
                 prop_assert!(values(&padding).unwrap().iter().all(|&value| value == 0.));
@@ -122,7 +122,7 @@ proptest! {
         adapt(&mut weights, 0.).unwrap();
         let batch = batch(23, &lengths, &mut Seed::new(seed).generator()).unwrap();
         let hidden = |weights: &Weights| {
-            model.hidden(&batch.tokens, &mut Forward::new(weights, &mut Sites::none())).unwrap()
+            model.hidden(&batch.tokens, &mut Forward::new(weights, &mut Sites::none())).unwrap().tensor().clone()
         };
         let gap = difference(&hidden(&weights), &hidden(&weights.merged().unwrap())).unwrap();
         prop_assert!(gap < 1e-4, "differs by {gap:.1e}");
@@ -146,7 +146,7 @@ fn neutral_settings_equal_plain_fine_tuning_bit_for_bit() -> Result<()> {
         if let Some(neutral) = entry.neutral {
             let update = step(model.as_ref(), &weights, defense(entry.name, neutral())?.as_mut(), &batch, 0)?;
             assert!(same(&update.grads, &plain.grads)?, "{} is not neutral", entry.name);
-            assert_eq!(update.loss, plain.loss, "{}", entry.name);
+            assert_eq!(update.loss.value()?, plain.loss.value()?, "{}", entry.name);
             neutral_ones += 1;
         }
         let active =
@@ -173,7 +173,7 @@ fn a_step_leaves_the_weights_as_it_found_them() -> Result<()> {
     let failed = cx.scratch(|scratch| {
         scratch.shift(&before, 0.37)?;
         let moved = scratch.backward(&batch, Sites::none())?;
-        assert!(moved.loss.is_finite());
+        assert!(moved.loss.value()?.is_finite());
         scratch.next("no such stream").map(|_| ())
     });
     assert!(failed.is_err());
@@ -345,4 +345,51 @@ impl Watch for Quiet {
     fn resume(&self) -> Option<PathBuf> {
         self.folder.clone().filter(|folder| folder.join("position.json").is_file())
     }
+}
+
+/// Gradient checkpointing changes memory and time, not one bit of the numbers; dropout, perturbations and site
+/// gradients included.
+#[test]
+fn checkpointing_changes_no_bit() -> Result<()> {
+    let (model, weights) = tiny(DType::F32, 0.2)?;
+    let batch = batch(23, &[7, 4, 9], &mut Seed::new(5).generator())?;
+    for entry in training_defenses()? {
+        let update = |on: bool| -> Result<titer_core::Update> {
+            let mut streams = Streams::default();
+            let mut cx = titer_tests::context(model.as_ref(), &weights, &mut streams).with_checkpointing(on);
+            Ok(defense(entry.name, (entry.settings.defaults)())?.step(&mut cx, &batch)?)
+        };
+        let (plain, checkpointed) = (update(false)?, update(true)?);
+        assert!(!plain.grads.is_empty());
+        assert!(same(&plain.grads, &checkpointed.grads)?, "{}", entry.name);
+        assert_eq!(plain.loss.value()?, checkpointed.loss.value()?);
+    }
+    Ok(())
+}
+
+/// A loss of a defense's own, here the cross-entropy itself, has the gradients of the built-in pass, and one that
+/// nothing reaches is an error.
+#[test]
+fn a_loss_of_ones_own_is_differentiated() -> Result<()> {
+    let (model, weights) = tiny(DType::F64, 0.2)?;
+    let batch = batch(23, &[7, 4, 9], &mut Seed::new(5).generator())?;
+    let site = "layer.0.attn_out";
+    let mut streams = Streams::default();
+    let mut cx = titer_tests::context(model.as_ref(), &weights, &mut streams);
+    let built_in = cx.backward(&batch, Sites::none())?;
+    let (hidden, observed) = cx.hidden(&batch.tokens, Sites::none().observe([site]))?;
+    let loss = cx.cross_entropy(&weights, &hidden, &batch)?;
+    let grads = cx.backward_loss(&loss)?;
+    assert_eq!(grads.len(), built_in.grads.len());
+    for (name, gradient) in grads.iter() {
+        let gap = difference(gradient, built_in.grads.get(name).expect("a gradient"))?;
+        assert!(gap < 1e-12, "{name} differs by {gap:.1e}");
+    }
+    assert!(cx.backward_loss(&loss).is_err(), "the pass is used up");
+    // A loss on an activation reaches what lies below it, and nothing above.
+    let (_, activation) = cx.hidden(&batch.tokens, Sites::none().observe([site]))?;
+    let grads = cx.backward_loss(&activation[site].sqr()?.sum_all()?)?;
+    assert!(grads.iter().all(|(name, _)| name.contains("layers.0.self_attn")), "{grads:?}");
+    assert_eq!(observed[site].dims(), activation[site].dims());
+    Ok(())
 }

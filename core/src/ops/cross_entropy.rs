@@ -1,80 +1,170 @@
-//! The mean cross-entropy of logits against labels, in nats.
+//! The mean cross-entropy of a model's head, without a tensor of all logits.
+//!
+//! Logits exist for one block of rows at a time. While they do, the gradient of the block's hidden states is taken too,
+//! so that the backward pass has nothing left to do but to scale it.
 
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
+use candle_core::{DType, Tensor};
 
-use super::{CandleResult, Real, by_dtype, exp, on_host, read, slice};
+use super::gemm::{Matrix, multiply, threads};
+use super::host::{Real, Shared, by_dtype, read, rows, tensor};
+use super::{Gemm, math};
+use crate::tape::{Tape, Traced};
 use crate::{Error, Result};
 
-/// `−1/N Σ log softmax(logits)[target]` for `logits: [N, vocabulary]` and `targets: [N]` (u32).
+/// Logits that exist at a time.
+const BLOCK: usize = 1 << 23;
+
+/// `−1/N Σ log softmax(H Wᵀ)[target]` for hidden states `H: [N, width]`, a head `W: [vocabulary, width]` and
+/// `targets: [N]` (u32), in nats; the sum is taken in f32 or wider.
 ///
 /// # Errors
 /// A label lies outside the vocabulary, or a tensor operation failed.
-pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
-    let (rows, vocabulary) = logits.dims2()?;
-    if rows == 0 {
+pub fn head_cross_entropy(tape: &mut Tape, hidden: &Traced, weight: &Traced, targets: &Tensor) -> Result<Traced> {
+    let (h, w) = (hidden.tensor().contiguous()?, weight.tensor().clone());
+    let (count, _) = h.dims2()?;
+    if count == 0 {
         return Err(Error::run("the loss has no label: it would be 0/0"));
     }
-    if !on_host(logits) {
-        let logits = logits.to_dtype(candle_core::DType::F32)?;
-        return Ok(candle_nn::loss::cross_entropy(&logits, targets)?);
-    }
-    let targets = targets.to_vec1::<u32>()?;
-    match targets.iter().find(|&&target| target as usize >= vocabulary) {
-        Some(target) => Err(Error::data(format!("label {target} lies outside the vocabulary of {vocabulary} tokens"))
-            .help("the tokenizer does not belong to this model")),
-        None => Ok(logits.contiguous()?.apply_op1(CrossEntropy { targets })?),
-    }
+    let vocabulary = w.dims()[0];
+    check_targets(targets, vocabulary)?;
+    let wants = [hidden.tracked(), weight.tracked()];
+    let Parts { loss, dh, dw } = dispatch!(
+        h,
+        super::cuda::head_cross_entropy(&h, &w, targets, wants, (BLOCK / vocabulary).max(64)),
+        by_dtype!(h.dtype(), head_host(&h, &w, targets, wants))
+    )?;
+    Ok(tape.record(loss, &[hidden, weight], move |gradient, into| {
+        let scale = gradient.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+        let scaled = |t: Tensor| -> Result<Tensor> { if scale == 1. { Ok(t) } else { Ok((t * scale)?) } };
+        dh.map_or(Ok(()), |dh| into.add(0, scaled(dh)?))?;
+        dw.map_or(Ok(()), |dw| into.add(1, scaled(dw)?))
+    }))
 }
 
-struct CrossEntropy {
-    targets: Vec<u32>,
-}
-
-/// `(max, Σ exp(z − max))` of one row; its terms go to `exponentials`.
-fn log_sum<T: Real>(row: &[T], exponentials: &mut Vec<T>) -> (T, T) {
-    let max = exp::max(row);
-    exponentials.clear();
-    exponentials.extend(row.iter().map(|&z| (z - max).fast_exp()));
-    (max, exp::sum(exponentials))
-}
-
-fn forward<T: Real>(logits: &CpuStorage, layout: &Layout, targets: &[u32]) -> CandleResult<CpuStorage> {
-    let logits = slice::<T>(logits, layout)?;
-    let (mut total, mut exponentials) = (0f64, Vec::new());
-    for (row, &target) in logits.chunks_exact(logits.len() / targets.len()).zip(targets) {
-        let (max, sum) = log_sum(row, &mut exponentials);
-        total += (max + sum.ln() - row[target as usize]).to_f64();
-    }
-    Ok(T::to_cpu_storage_owned(vec![T::of(total / targets.len() as f64)]))
-}
-
-fn backward<T: Real>(logits: &Tensor, targets: &[u32], grad: &Tensor) -> CandleResult<Tensor> {
-    let scale = T::of(grad.to_dtype(candle_core::DType::F64)?.to_scalar::<f64>()? / targets.len() as f64);
-    read(logits, |values: &[T]| {
-        let (mut gradient, mut exponentials) = (Vec::with_capacity(values.len()), Vec::new());
-        for (row, &target) in values.chunks_exact(values.len() / targets.len()).zip(targets) {
-            let (_, sum) = log_sum(row, &mut exponentials);
-            let (start, factor) = (gradient.len(), scale / sum);
-            gradient.extend(exponentials.iter().map(|&e| e * factor));
-            gradient[start + target as usize] += -scale;
-        }
-        Tensor::from_vec(gradient, logits.shape(), logits.device())
+/// The same for logits `[N, vocabulary]` that exist already.
+///
+/// # Errors
+/// As [`head_cross_entropy`].
+pub fn cross_entropy(tape: &mut Tape, logits: &Traced, targets: &Tensor) -> Result<Traced> {
+    let targets = targets.clone();
+    check_targets(&targets, logits.tensor().dims2()?.1)?;
+    tape.composed(&[logits], |inputs| {
+        candle_nn::loss::cross_entropy(&inputs[0].to_dtype(wide(inputs[0].dtype()))?, &targets)
     })
 }
 
-impl CustomOp1 for CrossEntropy {
-    fn name(&self) -> &'static str {
-        "cross-entropy"
-    }
+fn wide(dtype: DType) -> DType {
+    if dtype == DType::F64 { DType::F64 } else { DType::F32 }
+}
 
-    fn cpu_fwd(&self, logits: &CpuStorage, layout: &Layout) -> CandleResult<(CpuStorage, Shape)> {
-        Ok((by_dtype!(logits.dtype(), forward(logits, layout, &self.targets))?, Shape::from(())))
+/// A label outside the vocabulary would be read out of bounds. On a device the check would wait for all earlier work;
+/// there the tokenizer's own bound has to do.
+fn check_targets(targets: &Tensor, vocabulary: usize) -> Result<()> {
+    if !targets.device().is_cpu() {
+        return Ok(());
     }
+    match targets.to_vec1::<u32>()?.into_iter().find(|&target| target as usize >= vocabulary) {
+        Some(target) => Err(Error::data(format!("label {target} lies outside the vocabulary of {vocabulary} tokens"))
+            .help("the tokenizer does not belong to this model")),
+        None => Ok(()),
+    }
+}
 
-    fn bwd(&self, logits: &Tensor, _loss: &Tensor, grad: &Tensor) -> CandleResult<Option<Tensor>> {
-        by_dtype!(logits.dtype(), backward(logits, &self.targets, grad)).map(Some)
+/// The loss and, where wanted, its gradients.
+pub(super) struct Parts {
+    pub loss: Tensor,
+    pub dh: Option<Tensor>,
+    pub dw: Option<Tensor>,
+}
+
+fn head_host<T: Real>(h: &Tensor, w: &Tensor, targets: &Tensor, [wants_h, wants_w]: [bool; 2]) -> Result<Parts> {
+    let ((count, width), vocabulary) = (h.dims2()?, w.dims()[0]);
+    let labels = targets.to_vec1::<u32>()?;
+    let block = (BLOCK / vocabulary).max(64).min(count);
+    let mut logits = vec![T::zero(); block * vocabulary];
+    let mut losses = vec![T::zero(); count];
+    let dw = wants_w.then(|| w.zeros_like()).transpose()?;
+    let scale = T::of(1. / count as f64);
+    let mut dh = vec![T::zero(); if wants_h { count * width } else { 0 }];
+    read(h, |hs: &[T]| {
+        read(w, |ws: &[T]| {
+            for first in (0..count).step_by(block) {
+                let size = block.min(count - first);
+                let logits = &mut logits[..size * vocabulary];
+                let row_major = |data: *const T, rows: usize, columns: usize| Matrix {
+                    rows,
+                    columns,
+                    row_stride: columns,
+                    column_stride: 1,
+                    data,
+                };
+                let target = |data: *mut T, rows: usize, columns: usize| Matrix {
+                    rows,
+                    columns,
+                    row_stride: columns,
+                    column_stride: 1,
+                    data,
+                };
+                let hidden = row_major(hs[first * width..].as_ptr(), size, width);
+                let head = row_major(ws.as_ptr(), vocabulary, width);
+                // SAFETY: the matrices are the block's rows, the head and the buffer of this size.
+                #[expect(unsafe_code, reason = "the product takes pointers")]
+                unsafe {
+                    let c = target(logits.as_mut_ptr(), size, vocabulary);
+                    multiply(c, false, T::one(), hidden, head.t(), threads());
+                }
+                let losses = Shared::new(&mut losses[first..first + size]);
+                rows(logits, vocabulary, |begin, part| {
+                    for (row, logits) in part.chunks_exact_mut(vocabulary).enumerate() {
+                        let label = labels[first + begin + row] as usize;
+                        let loss = softmax_gradient(logits, label, scale);
+                        // SAFETY: every row writes its own loss.
+                        #[expect(unsafe_code, reason = "rows of two outputs of different width")]
+                        unsafe {
+                            *losses.at(begin + row) = loss;
+                        }
+                    }
+                });
+                let dlogits = row_major(logits.as_ptr(), size, vocabulary);
+                if wants_h {
+                    // SAFETY: as above.
+                    #[expect(unsafe_code, reason = "the product takes pointers")]
+                    unsafe {
+                        let c = target(dh[first * width..].as_mut_ptr(), size, width);
+                        multiply(c, false, T::one(), dlogits, head, threads());
+                    }
+                }
+                if let Some(dw) = &dw {
+                    // One copy of the block's gradients, so that the product is the common one.
+                    let gradient = tensor(logits.to_vec(), &[size, vocabulary])?;
+                    Gemm::TN.add_to(dw, &gradient, &h.narrow(0, first, size)?.contiguous()?)?;
+                }
+            }
+            Ok(())
+        })
+    })?;
+    let total: f64 = losses.iter().map(|&loss| loss.to_f64()).sum();
+    Ok(Parts {
+        loss: tensor(vec![T::of(total / count as f64)], &[])?,
+        dh: wants_h.then(|| tensor(dh, &[count, width])).transpose()?,
+        dw,
+    })
+}
+
+/// The loss of one row; its logits become `scale · (softmax − onehot)`.
+#[inline(always)]
+fn softmax_gradient<T: Real>(logits: &mut [T], label: usize, scale: T) -> T {
+    let (max, correct) = (math::max(logits), logits[label]);
+    for z in &mut *logits {
+        *z = (*z - max).fast_exp();
     }
+    let sum = math::sum(logits);
+    let factor = scale / sum;
+    for z in &mut *logits {
+        *z *= factor;
+    }
+    logits[label] -= scale;
+    max + sum.ln() - correct
 }
 
 #[cfg(test)]
@@ -86,19 +176,29 @@ mod tests {
     #[test]
     fn gradients_equal_finite_differences() -> Result<()> {
         let targets = Tensor::new(&[4u32, 0, 2], &Device::Cpu)?;
-        gradients(&[normal(&[3, 5], 1)?], |inputs| cross_entropy(&inputs[0], &targets))
+        let (hidden, head) = (normal(&[3, 6], 1)?, normal(&[5, 6], 2)?);
+        gradients(&[hidden, head], |tape, x| head_cross_entropy(tape, &x[0], &x[1], &targets))?;
+        gradients(&[normal(&[3, 5], 1)?], |tape, x| cross_entropy(tape, &x[0], &targets))
     }
 
     #[test]
-    fn equals_the_composed_form() -> Result<()> {
-        let (logits, targets) = (normal(&[3, 6], 1)?.as_detached_tensor(), Tensor::new(&[4u32, 0, 2], &Device::Cpu)?);
-        close(&cross_entropy(&logits, &targets)?, &candle_nn::loss::cross_entropy(&logits, &targets)?, 1e-12)
+    fn equals_the_composed_form_over_several_blocks() -> Result<()> {
+        let (count, vocabulary) = (150, BLOCK / 64);
+        let labels: Vec<u32> = (0..count).map(|at| at * 7 % 1000).collect();
+        let targets = Tensor::new(labels, &Device::Cpu)?;
+        let hidden = normal(&[count as usize, 2], 1)?.as_detached_tensor();
+        let head = normal(&[vocabulary, 2], 2)?.as_detached_tensor();
+        let composed = candle_nn::loss::cross_entropy(&hidden.matmul(&head.t()?)?, &targets)?;
+        let [hidden, head] = [hidden, head].map(Traced::constant);
+        close(head_cross_entropy(&mut Tape::default(), &hidden, &head, &targets)?.tensor(), &composed, 1e-12)
     }
 
     #[test]
     fn a_label_outside_the_vocabulary_is_an_error() -> Result<()> {
-        let (logits, targets) = (normal(&[1, 3], 1)?.as_detached_tensor(), Tensor::new(&[3u32], &Device::Cpu)?);
-        assert!(cross_entropy(&logits, &targets).is_err());
+        let targets = Tensor::new(&[3u32], &Device::Cpu)?;
+        let [hidden, head] = [&[1, 2], &[3, 2]].map(|shape| normal(shape, 1).expect("a tensor").as_detached_tensor());
+        let tape = &mut Tape::default();
+        assert!(head_cross_entropy(tape, &Traced::constant(hidden), &Traced::constant(head), &targets).is_err());
         Ok(())
     }
 }

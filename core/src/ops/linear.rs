@@ -1,223 +1,168 @@
-//! A frozen linear layer with an optional low-rank adapter, as one operator.
+//! A linear layer with an optional low-rank adapter, as one operator.
 //!
-//! `y = x Wᵀ + s · (m ∘ x) Aᵀ Bᵀ`. Candle's own matmul computes the gradient of both operands, also of a frozen `W`:
-//! a third of all work, and memory for a second model. Here the backward pass gives `dx`, `dA` and `dB` only.
+//! `y = x Wᵀ + b + s · (m ∘ x) Aᵀ Bᵀ`. The backward pass computes `dx`, `dA` and `dB`, each only if it is wanted, and
+//! nothing for a frozen `W`: that would be a third of all work, and memory for a second model.
 
-use candle_core::backend::BackendStorage;
-use candle_core::op::{Add, Mul};
-use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp3, Layout, Shape, Storage, Tensor};
+use candle_core::{DType, Tensor};
 
-use super::CandleResult;
+use super::host::{Real, by_dtype, read, rows, sum_over_rows, tensor, write};
+use super::{Gemm, last_dim, multiply};
 use crate::Result;
+use crate::tape::{Tape, Traced};
 
 /// The adapter's part in a linear layer.
-#[derive(Debug, Clone)]
-pub struct AdapterInput {
-    /// `A: [r, in]`, in the type of `x`.
-    pub a: Tensor,
-    /// `B: [out, r]`, in the type of `x`.
-    pub b: Tensor,
+#[derive(Debug)]
+pub struct LowRank {
+    /// `A: [r, in]`.
+    pub a: Traced,
+    /// `B: [out, r]`.
+    pub b: Traced,
     /// The scale `s = alpha / r`.
     pub scale: f64,
     /// The dropout mask `m`, of the shape of `x`.
     pub mask: Option<Tensor>,
 }
 
-/// `x Wᵀ` for `x: [..., in]` and `W: [out, in]`, plus the adapter's part. A `weight` under training is differentiated
-/// too; a frozen one costs nothing in the backward pass.
+/// `x Wᵀ` for `x: [..., in]` and `weight: [out, in]`, plus a `bias: [out]`, plus the adapter's part. Half-precision
+/// products of an f32 adapter are taken in the type of `x`; its gradients are f32.
 ///
 /// # Errors
 /// A tensor operation failed.
-pub fn linear(x: &Tensor, weight: &Tensor, adapter: Option<AdapterInput>) -> Result<Tensor> {
-    let x = x.contiguous()?;
-    if weight.track_op() {
-        let mut shape = x.dims().to_vec();
-        let (input, output) = (shape.pop().unwrap_or(1), weight.dim(0)?);
-        let y = x.reshape(((), input))?.matmul(&weight.t()?)?;
-        shape.push(output);
-        return Ok(y.reshape(shape)?);
+pub fn linear(
+    tape: &mut Tape,
+    x: &Traced,
+    weight: &Traced,
+    bias: Option<&Traced>,
+    low_rank: Option<LowRank>,
+) -> Result<Traced> {
+    let mut shape = x.tensor().dims().to_vec();
+    let xs = x.tensor().contiguous()?.reshape(((), last_dim(x.tensor())))?;
+    let w = weight.tensor().clone();
+    let y = Gemm::NT.product(&xs, &w)?;
+    if let Some(bias) = bias {
+        add_bias(&y, bias.tensor())?;
     }
-    let frozen = Frozen { weight: weight.clone() };
-    Ok(match adapter {
-        None => x.apply_op1(frozen)?,
-        Some(AdapterInput { a, b, scale, mask }) => {
-            let (a, b) = (a.contiguous()?, b.contiguous()?);
-            let op = Adapted { frozen, scale, mask, trains_x: x.track_op(), trains_adapter: a.track_op() };
-            x.apply_op3(&a, &b, op)?
+    let adapter = low_rank.as_ref().map(|low_rank| Adapted::forward(&xs, low_rank, &y)).transpose()?;
+    if let Some(last) = shape.last_mut() {
+        *last = w.dims()[0];
+    }
+    let absent = Traced::constant(w.clone());
+    let (a, b) = low_rank.as_ref().map_or((&absent, &absent), |low_rank| (&low_rank.a, &low_rank.b));
+    let inputs = [x, weight, bias.unwrap_or(&absent), a, b];
+    // What no gradient needs is not kept.
+    let kept = (weight.tracked() || a.tracked()).then_some(xs);
+    Ok(tape.record(y.reshape(shape)?, &inputs, move |gradient, into| {
+        let g = gradient.reshape(((), w.dims()[0]))?;
+        let narrow = adapter.as_ref().map(|adapter| adapter.narrow(&g)).transpose()?;
+        if into.wants(0) {
+            let (dx, held) = match into.owned(0) {
+                Some(sum) => {
+                    let sum = sum.reshape(((), w.dims()[1]))?;
+                    Gemm::NN.add_to(&sum, &g, &w)?;
+                    (sum, true)
+                }
+                None => (Gemm::NN.product(&g, &w)?, false),
+            };
+            if let (Some(adapter), Some(narrow)) = (&adapter, &narrow) {
+                adapter.add_input_gradient(&dx, narrow)?;
+            }
+            if !held {
+                into.add(0, dx)?;
+            }
         }
-    })
-}
-
-struct Frozen {
-    weight: Tensor,
-}
-
-/// Rows, inputs and outputs of `x Wᵀ`, the layout of `x` as a matrix, and the shape of the result.
-fn as_matrix(x: &Layout, output: usize) -> (usize, usize, Layout, Shape) {
-    let mut shape = x.dims().to_vec();
-    let input = shape.pop().unwrap_or(1);
-    let rows = shape.iter().product();
-    shape.push(output);
-    (rows, input, Layout::contiguous_with_offset((rows, input), x.start_offset()), shape.into())
-}
-
-impl Frozen {
-    /// `x Wᵀ` on any backend.
-    fn apply<S: BackendStorage>(
-        &self,
-        x: &S,
-        layout: &Layout,
-        weight: &S,
-        weight_layout: &Layout,
-    ) -> CandleResult<(S, Shape)> {
-        let output = self.weight.dim(0)?;
-        let (rows, input, matrix, shape) = as_matrix(layout, output);
-        let y = x.matmul(weight, (1, rows, output, input), &matrix, &weight_layout.transpose(0, 1)?)?;
-        Ok((y, shape))
-    }
-
-    fn gradient(&self, grad: &Tensor) -> CandleResult<Tensor> {
-        let (output, input) = self.weight.dims2()?;
-        let mut shape = grad.dims().to_vec();
-        shape.pop();
-        shape.push(input);
-        grad.contiguous()?.reshape(((), output))?.matmul(&self.weight)?.reshape(shape)
-    }
-}
-
-impl CustomOp1 for Frozen {
-    fn name(&self) -> &'static str {
-        "frozen-linear"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> CandleResult<(CpuStorage, Shape)> {
-        let (storage, weight_layout) = self.weight.storage_and_layout();
-        match &*storage {
-            Storage::Cpu(weight) => self.apply(x, layout, weight, weight_layout),
-            _ => candle_core::bail!("input and weight are on different devices"),
+        if let Some(xs) = &kept {
+            if into.wants(1) {
+                into.add(1, Gemm::TN.product(&g, xs)?)?;
+            }
+            if let (true, Some(adapter), Some(narrow)) = (into.wants(3), &adapter, &narrow) {
+                into.add(3, Gemm::TN.product_as(narrow, &adapter.masked(xs)?, wide(xs.dtype()))?)?;
+                into.add(4, Gemm::TN.product_as(&g, &adapter.inner, wide(g.dtype()))?)?;
+            }
         }
-    }
-
-    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> CandleResult<(CudaStorage, Shape)> {
-        let (storage, weight_layout) = self.weight.storage_and_layout();
-        match &*storage {
-            Storage::Cuda(weight) => self.apply(x, layout, weight, weight_layout),
-            _ => candle_core::bail!("input and weight are on different devices"),
-        }
-    }
-
-    fn bwd(&self, _x: &Tensor, _y: &Tensor, grad: &Tensor) -> CandleResult<Option<Tensor>> {
-        self.gradient(grad).map(Some)
-    }
+        if into.wants(2) { into.add(2, sum_rows(&g)?) } else { Ok(()) }
+    }))
 }
 
+/// The type in which sums over half-precision values are kept.
+fn wide(dtype: DType) -> DType {
+    if matches!(dtype, DType::F16 | DType::BF16) { DType::F32 } else { dtype }
+}
+
+/// What the adapter's part of the backward pass reads again.
 struct Adapted {
-    frozen: Frozen,
+    a: Tensor,
+    b: Tensor,
     scale: f64,
     mask: Option<Tensor>,
-    trains_x: bool,
-    trains_adapter: bool,
+    /// `s · (m ∘ x) Aᵀ`, `[rows, r]`.
+    inner: Tensor,
 }
 
 impl Adapted {
-    /// Adds `s · x Aᵀ Bᵀ` to `y`, on any backend; `x` is masked already.
-    #[expect(clippy::too_many_arguments, reason = "candle hands a storage and a layout per operand")]
-    fn add_low_rank<S: BackendStorage>(
-        &self,
-        (y, shape): (S, Shape),
-        x: &S,
-        lx: &Layout,
-        a: &S,
-        la: &Layout,
-        b: &S,
-        lb: &Layout,
-    ) -> CandleResult<(S, Shape)> {
-        let ((rank, input), output) = (la.shape().dims2()?, lb.dims()[0]);
-        let (rows, _, matrix, _) = as_matrix(lx, output);
-        let narrow = x.matmul(a, (1, rows, rank, input), &matrix, &la.transpose(0, 1)?)?;
-        let narrow_layout = Layout::contiguous((rows, rank));
-        let narrow = narrow.affine(&narrow_layout, self.scale, 0.)?;
-        let wide = narrow.matmul(b, (1, rows, output, rank), &narrow_layout, &lb.transpose(0, 1)?)?;
-        let layout = Layout::contiguous((rows, output));
-        Ok((y.binary_impl::<Add>(&wide, &layout, &layout)?, shape))
+    /// Adds the adapter's part to `y`.
+    fn forward(x: &Tensor, low_rank: &LowRank, y: &Tensor) -> Result<Self> {
+        let cast = |factor: &Traced| factor.tensor().to_dtype(x.dtype());
+        let (a, b, scale) = (cast(&low_rank.a)?, cast(&low_rank.b)?, low_rank.scale);
+        let mask = low_rank.mask.as_ref().map(|mask| mask.reshape(x.shape())).transpose()?;
+        let mut adapted = Self { inner: a.clone(), a, b, scale, mask };
+        adapted.inner = Gemm::NT.times(scale).product(&adapted.masked(x)?, &adapted.a)?;
+        Gemm::NT.add_to(y, &adapted.inner, &adapted.b)?;
+        Ok(adapted)
     }
 
-    fn masked<S: BackendStorage>(x: &S, lx: &Layout, mask: &S, lm: &Layout) -> CandleResult<S> {
-        x.binary_impl::<Mul>(mask, lx, lm)
+    fn masked(&self, x: &Tensor) -> Result<Tensor> {
+        self.mask.as_ref().map_or_else(|| Ok(x.clone()), |mask| multiply(x, mask))
+    }
+
+    /// `s · g B`, `[rows, r]`.
+    fn narrow(&self, g: &Tensor) -> Result<Tensor> {
+        Gemm::NN.times(self.scale).product(g, &self.b)
+    }
+
+    fn add_input_gradient(&self, dx: &Tensor, narrow: &Tensor) -> Result<()> {
+        match &self.mask {
+            None => Gemm::NN.add_to(dx, narrow, &self.a),
+            Some(mask) => super::add_assign(dx, &multiply(&Gemm::NN.product(narrow, &self.a)?, mask)?),
+        }
     }
 }
 
-impl CustomOp3 for Adapted {
-    fn name(&self) -> &'static str {
-        "adapted-linear"
-    }
+/// Adds `bias: [width]` to every row of `y`, in place.
+fn add_bias(y: &Tensor, bias: &Tensor) -> Result<()> {
+    dispatch!(y, super::cuda::add_bias(y, bias), by_dtype!(y.dtype(), add_bias_host(y, bias)))
+}
 
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        lx: &Layout,
-        a: &CpuStorage,
-        la: &Layout,
-        b: &CpuStorage,
-        lb: &Layout,
-    ) -> CandleResult<(CpuStorage, Shape)> {
-        let y = self.frozen.cpu_fwd(x, lx)?;
-        let Some(mask) = &self.mask else { return self.add_low_rank(y, x, lx, a, la, b, lb) };
-        let (storage, lm) = mask.storage_and_layout();
-        let Storage::Cpu(mask) = &*storage else { candle_core::bail!("input and mask are on different devices") };
-        self.add_low_rank(y, &Self::masked(x, lx, mask, lm)?, &Layout::contiguous(lx.shape()), a, la, b, lb)
-    }
+fn add_bias_host<T: Real>(y: &Tensor, bias: &Tensor) -> Result<()> {
+    read(bias, |bias: &[T]| {
+        write(y, |y: &mut [T]| {
+            rows(y, bias.len(), |_, part| {
+                for row in part.chunks_exact_mut(bias.len()) {
+                    for (y, &b) in row.iter_mut().zip(bias) {
+                        *y += b;
+                    }
+                }
+            });
+        })
+    })
+}
 
-    fn cuda_fwd(
-        &self,
-        x: &CudaStorage,
-        lx: &Layout,
-        a: &CudaStorage,
-        la: &Layout,
-        b: &CudaStorage,
-        lb: &Layout,
-    ) -> CandleResult<(CudaStorage, Shape)> {
-        let y = self.frozen.cuda_fwd(x, lx)?;
-        let Some(mask) = &self.mask else { return self.add_low_rank(y, x, lx, a, la, b, lb) };
-        let (storage, lm) = mask.storage_and_layout();
-        let Storage::Cuda(mask) = &*storage else { candle_core::bail!("input and mask are on different devices") };
-        self.add_low_rank(y, &Self::masked(x, lx, mask, lm)?, &Layout::contiguous(lx.shape()), a, la, b, lb)
-    }
+/// The sum over all rows, `[width]`.
+fn sum_rows(g: &Tensor) -> Result<Tensor> {
+    dispatch!(g, super::cuda::sum_rows(g), by_dtype!(g.dtype(), sum_rows_host(g)))
+}
 
-    fn bwd(
-        &self,
-        x: &Tensor,
-        a: &Tensor,
-        b: &Tensor,
-        _y: &Tensor,
-        grad: &Tensor,
-    ) -> CandleResult<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let (a, b) = (a.detach(), b.detach());
-        let grad = grad.contiguous()?.reshape(((), b.dim(0)?))?;
-        let narrow_grad = (grad.matmul(&b)? * self.scale)?;
-        let dx = if self.trains_x {
-            let low_rank = narrow_grad.matmul(&a)?.reshape(x.shape())?;
-            let low_rank = match &self.mask {
-                Some(mask) => (low_rank * mask)?,
-                None => low_rank,
-            };
-            Some((self.frozen.gradient(&grad)?.reshape(x.shape())? + low_rank)?)
-        } else {
-            None
-        };
-        if !self.trains_adapter {
-            return Ok((dx, None, None));
-        }
-        let masked = match &self.mask {
-            Some(mask) => (x.detach() * mask)?,
-            None => x.detach(),
-        };
-        let masked = masked.reshape(((), a.dim(1)?))?;
-        let da = narrow_grad.t()?.matmul(&masked)?;
-        let narrow = masked.matmul(&a.t()?)?;
-        let db = (grad.t()?.matmul(&narrow)? * self.scale)?;
-        Ok((dx, Some(da), Some(db)))
-    }
+fn sum_rows_host<T: Real>(g: &Tensor) -> Result<Tensor> {
+    let width = last_dim(g);
+    read(g, |gs: &[T]| {
+        let sum = sum_over_rows(gs.len() / width, width, width, |range, sum: &mut [T]| {
+            for row in range {
+                for (sum, &g) in sum.iter_mut().zip(&gs[row * width..]) {
+                    *sum += g;
+                }
+            }
+        });
+        tensor(sum, &[width])
+    })
 }
 
 #[cfg(test)]
@@ -226,32 +171,44 @@ mod tests {
     use crate::ops::check::{close, gradients, normal};
     use crate::rng::{Seed, dropout_mask};
 
-    #[test]
-    fn gradients_equal_finite_differences() -> Result<()> {
-        let weight = normal(&[5, 4], 1)?.as_detached_tensor();
-        let vars = [normal(&[2, 3, 4], 2)?, normal(&[2, 4], 3)?, normal(&[5, 2], 4)?];
-        let mask = dropout_mask(&[2, 3, 4], 0.4, &mut Seed::new(5).generator(), weight.device())?;
-        for mask in [None, Some(mask.to_dtype(weight.dtype())?)] {
-            gradients(&vars, |inputs| {
-                let (a, b) = (inputs[1].clone(), inputs[2].clone());
-                linear(&inputs[0], &weight, Some(AdapterInput { a, b, scale: 0.5, mask: mask.clone() }))
-            })?;
-        }
-        gradients(&vars[..1], |inputs| linear(&inputs[0], &weight, None))
+    fn low_rank(a: &Traced, b: &Traced, mask: Option<Tensor>) -> LowRank {
+        LowRank { a: a.clone(), b: b.clone(), scale: 0.5, mask }
     }
 
     #[test]
-    fn a_trained_weight_gets_its_gradient() -> Result<()> {
-        let vars = [normal(&[2, 3, 4], 2)?, normal(&[5, 4], 3)?];
-        gradients(&vars, |inputs| linear(&inputs[0], &inputs[1], None))
+    fn gradients_equal_finite_differences() -> Result<()> {
+        let weight = Traced::constant(normal(&[5, 4], 1)?.as_detached_tensor());
+        let vars = [normal(&[2, 3, 4], 2)?, normal(&[2, 4], 3)?, normal(&[5, 2], 4)?];
+        let mask = dropout_mask(&[2, 3, 4], 0.4, &mut Seed::new(5).generator(), vars[0].device())?;
+        for mask in [None, Some(mask.to_dtype(DType::F64)?)] {
+            gradients(&vars, |tape, x| linear(tape, &x[0], &weight, None, Some(low_rank(&x[1], &x[2], mask.clone()))))?;
+        }
+        gradients(&vars[..1], |tape, x| linear(tape, &x[0], &weight, None, None))
+    }
+
+    #[test]
+    fn a_trained_weight_and_bias_get_their_gradients() -> Result<()> {
+        let vars = [normal(&[2, 3, 4], 2)?, normal(&[5, 4], 3)?, normal(&[5], 4)?];
+        gradients(&vars, |tape, x| linear(tape, &x[0], &x[1], Some(&x[2]), None))
+    }
+
+    #[test]
+    fn an_input_of_two_layers_gets_the_sum() -> Result<()> {
+        let vars = [normal(&[3, 4], 2)?, normal(&[4, 4], 3)?, normal(&[4, 4], 4)?];
+        gradients(&vars, |tape, x| {
+            let (left, right) = (linear(tape, &x[0], &x[1], None, None)?, linear(tape, &x[0], &x[2], None, None)?);
+            super::super::swiglu(tape, &left, &right)
+        })
     }
 
     #[test]
     fn equals_the_composed_form() -> Result<()> {
-        let [x, weight, a, b] = [&[3usize, 4][..], &[5, 4], &[2, 4], &[5, 2]]
+        let [x, weight, a, b, bias] = [&[3usize, 4][..], &[5, 4], &[2, 4], &[5, 2], &[5]]
             .map(|shape| normal(shape, shape.len() as u64).expect("a tensor").as_detached_tensor());
-        let composed = (x.matmul(&weight.t()?)? + (x.matmul(&a.t()?)?.matmul(&b.t()?)? * 2.)?)?;
-        let fused = linear(&x, &weight, Some(AdapterInput { a, b, scale: 2., mask: None }))?;
-        close(&fused, &composed, 1e-12)
+        let composed = (x.matmul(&weight.t()?)? + (x.matmul(&a.t()?)?.matmul(&b.t()?)? * 0.5)?)?;
+        let composed = composed.broadcast_add(&bias)?;
+        let [x, weight, a, b, bias] = [x, weight, a, b, bias].map(Traced::constant);
+        let fused = linear(&mut Tape::default(), &x, &weight, Some(&bias), Some(low_rank(&a, &b, None)))?;
+        close(fused.tensor(), &composed, 1e-12)
     }
 }

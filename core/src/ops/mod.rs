@@ -1,88 +1,61 @@
 //! Differentiable operators that models are built of.
 //!
-//! Candle's own fused operators (`ops::rms_norm`, `softmax_last_dim`, `rotary_emb::rope`) drop the gradient silently.
-//! Each operator here is a candle `CustomOp` with an analytic backward pass, computed on the host for f32 and f64; on
-//! any other device or type it is composed of candle's differentiable tensor operations, which are slower and equal.
-//! Tests hold the two forms against each other and against finite differences.
+//! Candle's own fused operators (`ops::rms_norm`, `softmax_last_dim`, `rotary_emb::rope`) drop the gradient silently,
+//! and its matrix product differentiates frozen weights. Each operator here has an analytic backward pass, computes on
+//! the host (f32 and f64, vectorised, on all threads) and on CUDA devices (f32 and bf16), and records itself on a
+//! [`Tape`](crate::tape::Tape). Tests hold every one against finite differences and against the same computation
+//! composed of candle's tensor operations. [`fused`] makes any of them a candle custom operator, for use in a candle
+//! expression such as a defense's own loss.
 
+/// The second expression on the host, the first on a CUDA device of a build that has one.
+macro_rules! dispatch {
+    ($on:expr, $cuda:expr, $host:expr) => {{
+        #[cfg(feature = "cuda")]
+        let result = if $on.device().is_cuda() { $cuda } else { $host };
+        #[cfg(not(feature = "cuda"))]
+        let result = {
+            let _ = &$on;
+            $host
+        };
+        result
+    }};
+}
+
+mod adamw;
 mod attention;
 mod cross_entropy;
-mod exp;
+#[cfg(feature = "cuda")]
+mod cuda;
+mod elementwise;
+mod fused;
 mod gate;
+mod gemm;
+mod host;
 mod linear;
+mod math;
 mod norm;
 mod rope;
 
-use candle_core::{CpuStorage, DType, Layout, Storage, Tensor, WithDType};
+use candle_core::Tensor;
 
-pub use attention::{Visibility, causal_softmax};
-pub use cross_entropy::cross_entropy;
-pub use gate::swiglu;
-pub use linear::{AdapterInput, linear};
-pub use norm::rms_norm;
-pub use rope::{Rope, rotate};
+pub(crate) use adamw::{AdamWStep, adamw};
+pub use attention::{Attention, Visibility};
+pub use cross_entropy::{cross_entropy, head_cross_entropy};
+pub use elementwise::{add, embed, select_rows};
+pub(crate) use elementwise::{add_assign, cache_write, multiply, norm, sum};
+pub use fused::fused;
+pub use gate::{Activation, swiglu};
+pub use gemm::Gemm;
+pub use linear::{LowRank, linear};
+pub use norm::{layer_norm, rms_norm};
+pub use rope::{Rope, Rotation, rotate};
 
 type CandleResult<T> = candle_core::Result<T>;
 
-/// Whether the host kernels apply to `tensor`.
-fn on_host(tensor: &Tensor) -> bool {
-    tensor.device().is_cpu() && matches!(tensor.dtype(), DType::F32 | DType::F64)
+/// The size of the last dimension.
+fn last_dim(tensor: &Tensor) -> usize {
+    tensor.dims().last().copied().unwrap_or(1)
 }
-
-/// Real numbers that the host kernels compute with.
-trait Real: WithDType + num_traits::Float + std::iter::Sum + std::ops::AddAssign + std::ops::MulAssign {
-    /// The number nearest to `value`.
-    fn of(value: f64) -> Self {
-        <Self as WithDType>::from_f64(value)
-    }
-
-    /// `eˣ`, fast where that costs no more than rounding.
-    fn fast_exp(self) -> Self;
-}
-
-impl Real for f32 {
-    #[inline]
-    fn fast_exp(self) -> Self {
-        exp::exp(self)
-    }
-}
-
-impl Real for f64 {
-    #[inline]
-    fn fast_exp(self) -> Self {
-        self.exp()
-    }
-}
-
-/// The contiguous elements behind a storage and its layout.
-fn slice<'a, T: Real>(storage: &'a CpuStorage, layout: &Layout) -> CandleResult<&'a [T]> {
-    match layout.contiguous_offsets() {
-        Some((from, to)) => Ok(&storage.as_slice::<T>()?[from..to]),
-        None => candle_core::bail!("a fused operator was given a tensor that is not contiguous"),
-    }
-}
-
-/// The elements of a host tensor, lent to `f` without a copy if they are contiguous.
-fn read<T: Real, R>(tensor: &Tensor, f: impl FnOnce(&[T]) -> CandleResult<R>) -> CandleResult<R> {
-    let tensor = tensor.contiguous()?;
-    let (storage, layout) = tensor.storage_and_layout();
-    match &*storage {
-        Storage::Cpu(storage) => f(slice(storage, layout)?),
-        _ => candle_core::bail!("a host kernel was given a tensor of another device"),
-    }
-}
-
-/// Calls `$kernel::<f32>` or `$kernel::<f64>` by the element type.
-macro_rules! by_dtype {
-    ($dtype:expr, $kernel:ident ( $($arg:expr),* $(,)? )) => {
-        match $dtype {
-            candle_core::DType::F32 => $kernel::<f32>($($arg),*),
-            candle_core::DType::F64 => $kernel::<f64>($($arg),*),
-            other => candle_core::bail!("no host kernel for {other:?}"),
-        }
-    };
-}
-use by_dtype;
 
 #[cfg(test)]
 pub(crate) mod check {
@@ -92,6 +65,7 @@ pub(crate) mod check {
 
     use crate::Result;
     use crate::rng::{Seed, randn};
+    use crate::tape::{Tape, Traced};
 
     /// A variable of independent normal values.
     pub(crate) fn normal(shape: &[usize], seed: u64) -> Result<Var> {
@@ -100,23 +74,32 @@ pub(crate) mod check {
     }
 
     /// Asserts that the gradient of `Σ f(x)·c`, for fixed random `c`, equals central differences in every element of
-    /// every variable.
-    pub(crate) fn gradients(vars: &[Var], f: impl Fn(&[Tensor]) -> Result<Tensor>) -> Result<()> {
-        let inputs = || vars.iter().map(|var| var.as_tensor().clone()).collect::<Vec<_>>();
-        let shape = f(&inputs())?.dims().to_vec();
+    /// every variable, and that values that are constants leave no trace.
+    pub(crate) fn gradients(vars: &[Var], f: impl Fn(&mut Tape, &[Traced]) -> Result<Traced>) -> Result<()> {
+        let constants = |vars: &[Tensor]| vars.iter().cloned().map(Traced::constant).collect::<Vec<_>>();
+        let start: Vec<Tensor> = vars.iter().map(Var::as_detached_tensor).collect();
+        let mut idle = Tape::default();
+        let shape = f(&mut idle, &constants(&start))?.tensor().dims().to_vec();
+        assert!(idle.is_empty(), "constants were recorded");
         let direction = normal(&shape, 99)?.as_detached_tensor();
-        let value = |inputs: &[Tensor]| -> Result<Tensor> { Ok((f(inputs)? * &direction)?.sum_all()?) };
-        let store = value(&inputs())?.backward()?;
+        let value = |inputs: &[Tensor]| -> Result<f64> {
+            let y = f(&mut Tape::default(), &constants(inputs))?;
+            Ok((y.tensor() * &direction)?.sum_all()?.to_scalar::<f64>()?)
+        };
+        let mut tape = Tape::default();
+        let inputs: Vec<Traced> = vars.iter().map(|var| tape.parameter(var.as_tensor())).collect();
+        let y = f(&mut tape, &inputs)?;
+        let mut found = tape.backward(vec![(y, direction.clone())])?;
         for (index, var) in vars.iter().enumerate() {
-            let analytic = store.get(var).expect("every variable gets a gradient").flatten_all()?.to_vec1::<f64>()?;
-            let start = var.as_detached_tensor().flatten_all()?.to_vec1::<f64>()?;
+            let gradient = found.take(var.as_tensor()).expect("every variable gets a gradient");
+            let analytic = gradient.flatten_all()?.to_vec1::<f64>()?;
+            let values = start[index].flatten_all()?.to_vec1::<f64>()?;
             for (at, &gradient) in analytic.iter().enumerate() {
                 let moved = |by: f64| -> Result<f64> {
-                    let mut values = start.clone();
+                    let (mut values, mut inputs) = (values.clone(), start.clone());
                     values[at] += by;
-                    let mut inputs = inputs();
                     inputs[index] = Tensor::from_vec(values, var.shape(), &Device::Cpu)?;
-                    Ok(value(&inputs)?.to_scalar::<f64>()?)
+                    value(&inputs)
                 };
                 let step = 1e-5;
                 let numeric = (moved(step)? - moved(-step)?) / (2. * step);

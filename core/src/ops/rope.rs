@@ -1,10 +1,10 @@
 //! Rotary positions (Su et al. 2021), in the rotate-half layout of the Hugging Face checkpoints.
 
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, Device, Layout, Shape, Tensor};
+use candle_core::Tensor;
 
-use super::{CandleResult, Real, by_dtype, on_host, read, slice};
-use crate::Result;
+use super::host::{Real, by_dtype, read, rows, tensor};
+use crate::tape::{Tape, Traced};
+use crate::{Error, Result};
 
 /// The table of `cos` and `sin` for every position and frequency, in f32 as the checkpoints' own code computes it.
 #[derive(Debug, Clone)]
@@ -35,115 +35,76 @@ impl Rope {
     pub fn positions(&self) -> usize {
         self.cos.len() / self.half.max(1)
     }
+
+    /// The rows of the table for these positions, on the device of `like`: made once per pass, used by every layer.
+    ///
+    /// # Errors
+    /// A position lies outside the table.
+    pub fn at(&self, positions: &[u32], like: &Tensor) -> Result<Rotation> {
+        let longest = positions.iter().max().map_or(0, |&at| at as usize + 1);
+        if longest > self.positions() {
+            let limit = self.positions();
+            return Err(Error::data(format!("a sequence of {longest} tokens exceeds the model's {limit} positions"))
+                .help("lower `max_length` or the number of new tokens"));
+        }
+        let pick = |table: &[f32]| {
+            let rows = positions.iter().flat_map(|&at| &table[at as usize * self.half..][..self.half]).copied();
+            Tensor::from_vec(rows.collect::<Vec<f32>>(), (positions.len(), self.half), like.device())
+        };
+        Ok(Rotation { cos: pick(&self.cos)?, sin: pick(&self.sin)? })
+    }
 }
 
-/// Rotates `x: [batch, length, heads, width]` by its positions (one per batch row and token, in row-major order) and
-/// moves the heads forward: `[batch, heads, length, width]`.
+/// `cos` and `sin` of the angles of each token, `[tokens, width / 2]`, f32.
+#[derive(Debug, Clone)]
+pub struct Rotation {
+    pub(super) cos: Tensor,
+    pub(super) sin: Tensor,
+}
+
+/// Rotates every head of `x: [tokens…, heads · width]`.
 ///
 /// # Errors
-/// A position lies outside the table, or a tensor operation failed.
-pub fn rotate(x: &Tensor, rope: &Rope, positions: &[u32]) -> Result<Tensor> {
-    let longest = positions.iter().max().map_or(0, |&at| at as usize + 1);
-    if longest > rope.positions() {
-        let limit = rope.positions();
-        return Err(crate::Error::data(format!(
-            "a sequence of {longest} tokens exceeds the model's {limit} positions"
-        ))
-        .help("lower `max_length` or the number of new tokens"));
-    }
-    let pick = |table: &[f32]| -> Vec<f32> {
-        positions.iter().flat_map(|&at| &table[at as usize * rope.half..][..rope.half]).copied().collect()
-    };
-    let op = Rotate { half: rope.half, cos: pick(&rope.cos), sin: pick(&rope.sin) };
-    if on_host(x) { Ok(x.contiguous()?.apply_op1(op)?) } else { composed(x, &op) }
+/// A tensor operation failed.
+pub fn rotate(tape: &mut Tape, x: &Traced, rotation: &Rotation) -> Result<Traced> {
+    let y = turn(x.tensor(), rotation, 1.)?;
+    let rotation = rotation.clone();
+    Ok(tape.record(y, &[x], move |gradient, into| into.add(0, turn(&gradient, &rotation, -1.)?)))
 }
 
-fn composed(x: &Tensor, op: &Rotate) -> Result<Tensor> {
-    let (batch, length, _, width) = x.dims4()?;
-    let table = |values: &[f32], device: &Device| -> Result<Tensor> {
-        let table = Tensor::from_slice(values, (batch, length, 1, op.half), device)?;
-        Ok(table.to_dtype(x.dtype())?)
-    };
-    let (cos, sin) = (table(&op.cos, x.device())?, table(&op.sin, x.device())?);
-    let (first, second) = (x.narrow(3, 0, op.half)?, x.narrow(3, op.half, width - op.half)?);
-    let turned_first = (first.broadcast_mul(&cos)? - second.broadcast_mul(&sin)?)?;
-    let turned_second = (second.broadcast_mul(&cos)? + first.broadcast_mul(&sin)?)?;
-    Ok(Tensor::cat(&[turned_first, turned_second], 3)?.transpose(1, 2)?.contiguous()?)
+/// The rotation forward (`direction` 1) or, its transpose, back (−1).
+fn turn(x: &Tensor, rotation: &Rotation, direction: f64) -> Result<Tensor> {
+    let x = x.contiguous()?;
+    dispatch!(x, super::cuda::rotate(&x, rotation, direction), by_dtype!(x.dtype(), turn_host(&x, rotation, direction)))
 }
 
-struct Rotate {
-    half: usize,
-    /// `[batch * length, half]`.
-    cos: Vec<f32>,
-    sin: Vec<f32>,
-}
-
-/// Sizes `[batch, length, heads]` of a tensor to rotate.
-type Sizes = [usize; 3];
-
-impl Rotate {
-    /// `[batch, length, heads, width]` to `[batch, heads, length, width]`, rotated forward.
-    fn forward<T: Real>(&self, x: &[T], [batch, length, heads]: Sizes) -> Vec<T> {
-        let (half, width) = (self.half, 2 * self.half);
-        let mut y = vec![T::zero(); x.len()];
-        for (row, token) in (0..batch * length).zip(x.chunks_exact(heads * width)) {
-            let (cos, sin) = (&self.cos[row * half..][..half], &self.sin[row * half..][..half]);
-            let (b, t) = (row / length, row % length);
-            for (h, head) in token.chunks_exact(width).enumerate() {
-                let out = &mut y[((b * heads + h) * length + t) * width..][..width];
-                for i in 0..half {
-                    let (c, s) = (T::of(cos[i].into()), T::of(sin[i].into()));
-                    out[i] = head[i] * c - head[half + i] * s;
-                    out[half + i] = head[half + i] * c + head[i] * s;
-                }
-            }
-        }
-        y
-    }
-
-    /// The transpose of [`Rotate::forward`]: heads move back and the rotation turns the other way.
-    fn backward<T: Real>(&self, grad: &[T], [batch, length, heads]: Sizes) -> Vec<T> {
-        let (half, width) = (self.half, 2 * self.half);
-        let mut dx = vec![T::zero(); grad.len()];
-        for (row, token) in (0..batch * length).zip(dx.chunks_exact_mut(heads * width)) {
-            let (cos, sin) = (&self.cos[row * half..][..half], &self.sin[row * half..][..half]);
-            let (b, t) = (row / length, row % length);
-            for (h, head) in token.chunks_exact_mut(width).enumerate() {
-                let g = &grad[((b * heads + h) * length + t) * width..][..width];
-                for i in 0..half {
-                    let (c, s) = (T::of(cos[i].into()), T::of(sin[i].into()));
-                    head[i] = g[i] * c + g[half + i] * s;
-                    head[half + i] = g[half + i] * c - g[i] * s;
-                }
-            }
-        }
-        dx
-    }
-}
-
-fn forward<T: Real>(x: &CpuStorage, layout: &Layout, op: &Rotate, sizes: Sizes) -> CandleResult<CpuStorage> {
-    Ok(T::to_cpu_storage_owned(op.forward(slice::<T>(x, layout)?, sizes)))
-}
-
-fn backward<T: Real>(x: &Tensor, grad: &Tensor, op: &Rotate, sizes: Sizes) -> CandleResult<Tensor> {
-    read(grad, |grad: &[T]| Tensor::from_vec(op.backward(grad, sizes), x.shape(), x.device()))
-}
-
-impl CustomOp1 for Rotate {
-    fn name(&self) -> &'static str {
-        "rope"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> CandleResult<(CpuStorage, Shape)> {
-        let (batch, length, heads, width) = layout.shape().dims4()?;
-        let y = by_dtype!(x.dtype(), forward(x, layout, self, [batch, length, heads]))?;
-        Ok((y, (batch, heads, length, width).into()))
-    }
-
-    fn bwd(&self, x: &Tensor, _y: &Tensor, grad: &Tensor) -> CandleResult<Option<Tensor>> {
-        let (batch, length, heads, _) = x.dims4()?;
-        by_dtype!(x.dtype(), backward(x, grad, self, [batch, length, heads])).map(Some)
-    }
+fn turn_host<T: Real>(x: &Tensor, rotation: &Rotation, direction: f64) -> Result<Tensor> {
+    let (tokens, half) = rotation.cos.dims2()?;
+    let direction = T::of(direction);
+    read(x, |xs: &[T]| {
+        read(&rotation.cos, |cos: &[f32]| {
+            read(&rotation.sin, |sin: &[f32]| {
+                let width = xs.len() / tokens;
+                let mut y = vec![T::zero(); xs.len()];
+                rows(&mut y, width, |first, part| {
+                    for (row, (y, x)) in
+                        part.chunks_exact_mut(width).zip(xs[first * width..].chunks_exact(width)).enumerate()
+                    {
+                        let (cos, sin) = (&cos[(first + row) * half..][..half], &sin[(first + row) * half..][..half]);
+                        for (y, x) in y.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
+                            let ((y0, y1), (x0, x1)) = (y.split_at_mut(half), x.split_at(half));
+                            for i in 0..half {
+                                let (c, s) = (T::of(f64::from(cos[i])), T::of(f64::from(sin[i])) * direction);
+                                y0[i] = x0[i] * c - x1[i] * s;
+                                y1[i] = x1[i] * c + x0[i] * s;
+                            }
+                        }
+                    }
+                });
+                tensor(y, x.dims())
+            })
+        })
+    })
 }
 
 #[cfg(test)]
@@ -155,23 +116,28 @@ mod tests {
 
     #[test]
     fn gradients_equal_finite_differences() -> Result<()> {
-        let rope = Rope::new(&Rope::frequencies(4, 100.), 4);
-        gradients(&[normal(&[2, 3, 2, 4], 1)?], |inputs| rotate(&inputs[0], &rope, &POSITIONS))
+        let x = normal(&[2, 3, 8], 1)?;
+        let rotation = Rope::new(&Rope::frequencies(4, 100.), 4).at(&POSITIONS, &x)?;
+        gradients(&[x], |tape, inputs| rotate(tape, &inputs[0], &rotation))
     }
 
     #[test]
     fn equals_the_composed_form() -> Result<()> {
-        let rope = Rope::new(&Rope::frequencies(4, 100.), 4);
-        let x = normal(&[2, 3, 2, 4], 1)?.as_detached_tensor();
-        let pick = |table: &[f32]| POSITIONS.iter().flat_map(|&at| table[at as usize * 2..][..2].to_vec()).collect();
-        let op = Rotate { half: 2, cos: pick(&rope.cos), sin: pick(&rope.sin) };
-        close(&rotate(&x, &rope, &POSITIONS)?, &composed(&x, &op)?, 1e-12)
+        let x = normal(&[2, 3, 8], 1)?.as_detached_tensor();
+        let rotation = Rope::new(&Rope::frequencies(4, 100.), 4).at(&POSITIONS, &x)?;
+        let fused = rotate(&mut Tape::default(), &Traced::constant(x.clone()), &rotation)?;
+        let table = |t: &Tensor| t.to_dtype(candle_core::DType::F64)?.reshape((6, 1, 2));
+        let (cos, sin, heads) = (table(&rotation.cos)?, table(&rotation.sin)?, x.reshape((6, 2, 4))?);
+        let (a, b) = (heads.narrow(2, 0, 2)?, heads.narrow(2, 2, 2)?);
+        let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
+        let second = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
+        close(fused.tensor(), &Tensor::cat(&[first, second], 2)?.reshape((2, 3, 8))?, 1e-12)
     }
 
     #[test]
     fn a_position_outside_the_table_is_an_error() -> Result<()> {
         let rope = Rope::new(&Rope::frequencies(4, 100.), 2);
-        assert!(rotate(normal(&[1, 3, 1, 4], 1)?.as_tensor(), &rope, &[0, 1, 2]).is_err());
+        assert!(rope.at(&[0, 1, 2], normal(&[1, 3, 4], 1)?.as_tensor()).is_err());
         Ok(())
     }
 }

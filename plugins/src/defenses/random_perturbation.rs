@@ -80,10 +80,7 @@ impl RandomPerturbation {
     pub fn perturbation(&self, noise: &Grads, lengths: &[usize]) -> Result<Grads> {
         match self.measure {
             Measure::Variance => noise.scale(self.rho.sqrt()),
-            Measure::Norm => {
-                let noise = noise.map(|z| mask_padding(z, lengths))?;
-                noise.scale(self.rho / (noise.norm()? + 1e-7))
-            }
+            Measure::Norm => noise.map(|z| mask_padding(z, lengths))?.normalized(self.rho, 1e-7),
         }
     }
 }

@@ -84,7 +84,7 @@ impl Vaccine {
     /// A tensor operation failed.
     pub fn perturbation(&self, site_grads: &Grads) -> Result<Grads> {
         match self.norm {
-            Norm::Batch => site_grads.scale(self.rho / (site_grads.norm()? + 1e-7)),
+            Norm::Batch => site_grads.normalized(self.rho, 1e-7),
             Norm::Sample => {
                 let squares = site_grads.iter().map(|(_, g)| Ok(g.sqr()?.sum_keepdim((D::Minus1, D::Minus2))?));
                 let total = squares.reduce(|a: Result<_>, b| Ok((a? + b?)?));

@@ -3,15 +3,14 @@
 
 use std::path::Path;
 
-use candle_core::Tensor;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use titer_core::data::Tokens;
-use titer_core::layers::{Embedding, GatedMlp, Heads, Linear, RmsNorm, attention};
-use titer_core::ops::{Rope, Visibility};
-use titer_core::weights::ParamList;
-use titer_core::{Error, Forward, Model, ModelEntry, ModelSpec, Result, Settings, SettingsType, inventory};
+use titer_core::layers::{Embedding, GatedMlp, Linear, RmsNorm, attention};
+use titer_core::ops::{self, Attention, Rope};
+use titer_core::weights::{ParamId, ParamList};
+use titer_core::{Error, Forward, Model, ModelEntry, ModelSpec, Result, Settings, SettingsType, Traced, inventory};
 
 inventory::submit! {
     ModelEntry {
@@ -133,11 +132,14 @@ impl RopeScaling {
 }
 
 impl LlamaConfig {
-    fn heads(&self) -> Heads {
-        Heads {
+    fn heads(&self) -> Attention {
+        let width = self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads.max(1));
+        Attention {
             query: self.num_attention_heads,
             key_value: self.num_key_value_heads.unwrap_or(self.num_attention_heads),
-            width: self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads.max(1)),
+            width,
+            scale: 1. / (width as f64).sqrt(),
+            window: None,
         }
     }
 
@@ -175,7 +177,6 @@ impl LlamaConfig {
 /// One transformer block.
 #[derive(Debug)]
 struct Block {
-    index: usize,
     sites: [String; 3],
     input_norm: RmsNorm,
     q: Linear,
@@ -203,7 +204,6 @@ impl Block {
         let o = linear("o_proj", (all, width), residual);
         let stds = [std(width, 1.), std(inner, residual)];
         Self {
-            index,
             sites: ["attn_out", "mlp_out", "block_out"].map(|kind| format!("layer.{index}.{kind}")),
             q,
             k,
@@ -215,17 +215,21 @@ impl Block {
         }
     }
 
-    fn forward(&self, x: &Tensor, model: &Llama, visibility: &Visibility, pass: &mut Forward) -> Result<Tensor> {
+    fn forward(&self, index: usize, x: &Traced, heads: Attention, pass: &mut Forward) -> Result<Traced> {
         let [attn_out, mlp_out, block_out] = &self.sites;
         let y = self.input_norm.forward(x, pass)?;
         let [q, k, v] = [self.q.forward(&y, pass)?, self.k.forward(&y, pass)?, self.v.forward(&y, pass)?];
-        let y = attention([&q, &k, &v], model.heads, &model.rope, visibility, self.index, pass)?;
+        let rotation = pass.rotation.clone().ok_or_else(|| Error::run("the positions of the pass are not set"))?;
+        let [q, k] = [ops::rotate(&mut pass.tape, &q, &rotation)?, ops::rotate(&mut pass.tape, &k, &rotation)?];
+        let y = attention(heads, [&q, &k, &v], index, pass)?;
         let y = self.o.forward(&y, pass)?;
-        let x = (x + pass.sites.visit(attn_out, y)?)?;
+        let y = pass.sites.visit(attn_out, y, &mut pass.tape)?;
+        let x = ops::add(&mut pass.tape, x, &y)?;
         let y = self.mlp_norm.forward(&x, pass)?;
         let y = self.mlp.forward(&y, pass)?;
-        let x = (x + pass.sites.visit(mlp_out, y)?)?;
-        pass.sites.visit(block_out, x)
+        let y = pass.sites.visit(mlp_out, y, &mut pass.tape)?;
+        let x = ops::add(&mut pass.tape, &x, &y)?;
+        pass.sites.visit(block_out, x, &mut pass.tape)
     }
 }
 
@@ -237,7 +241,7 @@ pub struct Llama {
     original: Option<Value>,
     spec: ModelSpec,
     params: ParamList,
-    heads: Heads,
+    heads: Attention,
     rope: Rope,
     embedding: Embedding,
     blocks: Vec<Block>,
@@ -349,24 +353,29 @@ impl Model for Llama {
         std::iter::once("embed".to_owned()).chain(self.blocks.iter().flat_map(|block| block.sites.clone())).collect()
     }
 
-    fn hidden(&self, tokens: &Tokens, pass: &mut Forward) -> Result<Tensor> {
-        let visibility = Visibility::new(tokens, pass.cache.as_deref());
+    fn embed(&self, tokens: &Tokens, pass: &mut Forward) -> Result<Traced> {
         let embedded = self.embedding.forward(&tokens.ids, pass)?;
-        let mut x = pass.sites.visit("embed", embedded)?;
-        for block in &self.blocks {
-            x = block.forward(&x, self, &visibility, pass)?;
-        }
-        if let Some(cache) = pass.cache.as_deref_mut() {
-            cache.advance(tokens.dims().1);
-        }
-        self.norm.forward(&x, pass)
+        pass.rotation = Some(self.rope.at(&pass.visibility()?.positions, embedded.tensor())?);
+        pass.sites.visit("embed", embedded, &mut pass.tape)
     }
 
-    fn logits(&self, hidden: &Tensor, pass: &mut Forward) -> Result<Tensor> {
+    fn block(&self, index: usize, x: &Traced, pass: &mut Forward) -> Result<Traced> {
+        self.blocks[index].forward(index, x, self.heads, pass)
+    }
+
+    fn finish(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
+        self.norm.forward(x, pass)
+    }
+
+    fn logits(&self, hidden: &Traced, pass: &mut Forward) -> Result<Traced> {
         match &self.head {
             Some(head) => head.forward(hidden, pass),
             None => self.embedding.logits(hidden, pass),
         }
+    }
+
+    fn head(&self) -> Option<ParamId> {
+        Some(self.head.as_ref().map_or(self.embedding.weight(), Linear::weight))
     }
 }
 

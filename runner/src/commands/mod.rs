@@ -10,6 +10,7 @@ use crate::plan::Plan;
 use crate::store::Store;
 use crate::{planner, resolve};
 
+pub mod bench;
 pub mod compare;
 pub mod doctor;
 pub mod explain;

@@ -1,10 +1,10 @@
 //! Arithmetic of the host kernels that the compiler turns into vector instructions.
 
-use super::Real;
+use super::host::Real;
 
 /// `eˣ` of an f32 to within 2 units in the last place, from plain arithmetic: unlike the C library's it is the same on
 /// every machine, and a loop over it is vectorised. Below −87 it is 0 to f32's precision, above 88 it saturates.
-#[inline]
+#[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {
     // x = n ln 2 + r with |r| ≤ ln 2 / 2; ln 2 is split in two so that r is exact.
     const ROUND: f32 = 12_582_912.; // 1.5 · 2²³: adding it rounds to an integer
@@ -22,23 +22,64 @@ pub(super) fn exp(x: f32) -> f32 {
     mantissa * f32::from_bits(((n as i32 + 127) as u32) << 23)
 }
 
-/// The sum of `values` in eight interleaved parts: an order that is fixed and still leaves room for vectors.
-pub(super) fn sum<T: Real>(values: &[T]) -> T {
-    let (chunks, rest) = values.as_chunks::<8>();
-    let mut lanes = [T::zero(); 8];
-    for chunk in chunks {
-        for (lane, &value) in lanes.iter_mut().zip(chunk) {
-            *lane += value;
+/// Interleaved partial sums: enough to fill the vectors and to hide the latency of addition.
+const LANES: usize = 32;
+
+/// `Σ f(i)` over the indices below `count`, in an order that is fixed and still leaves room for vectors.
+#[inline(always)]
+pub(super) fn lanes<T: Real>(count: usize, f: impl Fn(usize) -> T) -> T {
+    let mut lanes = [T::zero(); LANES];
+    let whole = count - count % LANES;
+    for base in (0..whole).step_by(LANES) {
+        for (lane, sum) in lanes.iter_mut().enumerate() {
+            *sum += f(base + lane);
         }
     }
-    lanes.into_iter().chain(rest.iter().copied()).sum()
+    for at in whole..count {
+        lanes[at - whole] += f(at);
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            lanes[lane] += lanes[lane + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// `Σ values`.
+#[inline(always)]
+pub(super) fn sum<T: Real>(values: &[T]) -> T {
+    lanes(values.len(), |at| values[at])
+}
+
+/// `Σ f(value)`.
+#[inline(always)]
+pub(super) fn sum_by<T: Real>(values: &[T], f: impl Fn(T) -> T) -> T {
+    lanes(values.len(), |at| f(values[at]))
+}
+
+/// `Σ a b`.
+#[inline(always)]
+pub(super) fn dot<T: Real>(a: &[T], b: &[T]) -> T {
+    let b = &b[..a.len()];
+    lanes(a.len(), |at| a[at] * b[at])
+}
+
+/// `Σ a b c`.
+#[inline(always)]
+pub(super) fn dot3<T: Real>(a: &[T], b: &[T], c: &[T]) -> T {
+    let (b, c) = (&b[..a.len()], &c[..a.len()]);
+    lanes(a.len(), |at| a[at] * b[at] * c[at])
 }
 
 /// The largest of `values`, negative infinity if there is none.
+#[inline(always)]
 pub(super) fn max<T: Real>(values: &[T]) -> T {
     let greater = |a: T, b: T| if b > a { b } else { a };
-    let (chunks, rest) = values.as_chunks::<8>();
-    let mut lanes = [T::neg_infinity(); 8];
+    let (chunks, rest) = values.as_chunks::<32>();
+    let mut lanes = [T::neg_infinity(); 32];
     for chunk in chunks {
         for (lane, &value) in lanes.iter_mut().zip(chunk) {
             *lane = greater(*lane, value);
@@ -64,9 +105,11 @@ mod tests {
 
     #[test]
     fn sum_and_max_see_every_value() {
-        let values: Vec<f64> = (0..27).map(|i| f64::from((i * 7) % 27)).collect();
-        assert_eq!(sum(&values), 26. * 27. / 2.);
-        assert_eq!(max(&values), 26.);
+        let values: Vec<f64> = (0..101).map(|i| f64::from((i * 7) % 101)).collect();
+        assert_eq!(sum(&values), 100. * 101. / 2.);
+        assert_eq!(dot(&values, &values), sum_by(&values, |x| x * x));
+        assert_eq!(dot3(&values, &values, &values), sum_by(&values, |x| x * x * x));
+        assert_eq!(max(&values), 100.);
         assert_eq!(max::<f32>(&[]), f32::NEG_INFINITY);
     }
 }

@@ -1,0 +1,260 @@
+//! How fast a step or an answer is, on random weights of a named shape.
+
+use std::time::Instant;
+
+use candle_core::{DType, Device};
+use rand::RngExt;
+use serde::Serialize;
+use serde_json::{Value, json};
+use titer_core::data::Batch;
+use titer_core::device::{device_name, parse_dtype};
+use titer_core::generate::{Decoding, greedy};
+use titer_core::ops::Gemm;
+use titer_core::optim::{AdamW, AdamWConfig};
+use titer_core::rng::{Seed, randn};
+use titer_core::step::{Clock, StepCx, Streams};
+use titer_core::weights::LoraConfig;
+use titer_core::{DefenseEntry, Error, Model, ModelEntry, Result, Settings, Weights, registry};
+
+use crate::memory::peak_bytes;
+
+/// The shapes that a model can be asked for by name, as keys of `config.json`.
+const SHAPES: [(&str, &str, ShapeKeys); 5] = [
+    ("quickstart", "llama", ShapeKeys { hidden: 64, layers: 3, heads: 4, inner: 176, vocabulary: 647, tied: false }),
+    ("15m", "llama", ShapeKeys { hidden: 288, layers: 6, heads: 6, inner: 768, vocabulary: 32_000, tied: true }),
+    ("110m", "llama", ShapeKeys { hidden: 768, layers: 12, heads: 12, inner: 2048, vocabulary: 32_000, tied: true }),
+    ("1b", "llama", ShapeKeys { hidden: 2048, layers: 22, heads: 32, inner: 5632, vocabulary: 32_000, tied: false }),
+    (
+        "llama-2-7b",
+        "llama",
+        ShapeKeys { hidden: 4096, layers: 32, heads: 32, inner: 11_008, vocabulary: 32_000, tied: false },
+    ),
+];
+
+/// The sizes of a shape.
+struct ShapeKeys {
+    hidden: usize,
+    layers: usize,
+    heads: usize,
+    inner: usize,
+    vocabulary: usize,
+    tied: bool,
+}
+
+/// What to measure on.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Setup {
+    /// The shape's name.
+    pub model: String,
+    /// Rows per batch.
+    pub batch: usize,
+    /// Tokens per row, of the prompt when generating.
+    pub length: usize,
+    /// Transformer blocks, if other than the shape's own.
+    pub layers: Option<usize>,
+    /// Element type of the weights.
+    pub dtype: String,
+    /// Measured repetitions.
+    pub repeat: usize,
+    /// Repetitions before them.
+    pub warmup: usize,
+}
+
+/// What was measured.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Measurement {
+    /// What ran: a method's name, or `generate`.
+    pub what: String,
+    /// On what.
+    pub setup: Setup,
+    /// The device.
+    pub device: String,
+    /// Threads of the host.
+    pub threads: usize,
+    /// Parameters of the model.
+    pub parameters: usize,
+    /// The median over the repetitions; for `generate` of all answers together.
+    pub seconds_per_step: f64,
+    /// The fastest repetition.
+    pub seconds_min: f64,
+    /// Tokens trained on or generated, per second.
+    pub tokens_per_second: f64,
+    /// The most memory the process held.
+    pub peak_bytes: u64,
+    /// Arithmetic that the method asks for (no recomputation, no padding), per second.
+    pub flops_per_second: f64,
+    /// The machine's own best on a large matrix product of this type, measured in the same run.
+    pub matmul_flops_per_second: f64,
+    /// The former over the latter.
+    pub share_of_peak: f64,
+}
+
+/// Measures training steps of a defense: forward, backward, clipping, AdamW on a LoRA adapter of rank 8 on all
+/// projections; three quarters of the positions bear labels.
+///
+/// # Errors
+/// An unknown shape, method or type, or the device failed.
+pub fn step(
+    setup: &Setup,
+    method: &str,
+    settings: &Settings,
+    checkpointing: bool,
+    device: &Device,
+) -> Result<Measurement> {
+    let (model, mut weights) = random_model(setup, device)?;
+    let entry = registry::find::<DefenseEntry>(method)?;
+    let mut defense = (entry.build)(settings)?;
+    weights.train_lora(&LoraConfig::default(), Seed::new(1))?;
+    let batch = random_batch(model.as_ref(), setup, device)?;
+    let mut optimizer = AdamW::new(AdamWConfig::default());
+    let (mut passes, mut at) = (0, 0);
+    let seconds = measure(setup, device, || {
+        let clock = Clock { step: at, total: setup.warmup + setup.repeat, micro: 0 };
+        let mut streams = Streams::default();
+        let cx = StepCx::new(model.as_ref(), &weights, &mut streams, Seed::new(2), clock);
+        let mut cx = cx.with_checkpointing(checkpointing);
+        let update = defense.step(&mut cx, &batch)?;
+        passes = cx.passes();
+        let factor = update.grads.clip_factor(1.)?;
+        at += 1;
+        optimizer.step(&weights, &update.grads, &factor, 1e-4)
+    })?;
+    let flops = passes as f64 * flops_per_pass(model.as_ref(), setup, batch.labels());
+    let tokens = setup.batch * setup.length;
+    measurement(setup, method, &seconds, tokens, flops, model.as_ref(), device)
+}
+
+/// Measures greedy answers of `new_tokens` each to `batch` prompts, all rows going to the end.
+///
+/// # Errors
+/// As [`step`].
+pub fn generate(setup: &Setup, prompts: usize, new_tokens: usize, device: &Device) -> Result<Measurement> {
+    let (model, weights) = random_model(setup, device)?;
+    let vocabulary = model.spec().vocab_size as u32;
+    let mut generator = Seed::new(3).generator();
+    let mut prompt = || (0..setup.length).map(|_| generator.random_range(0..vocabulary)).collect::<Vec<u32>>();
+    let prompts: Vec<Vec<u32>> = (0..prompts).map(|_| prompt()).collect();
+    let decoding = Decoding { max_new_tokens: new_tokens, batch_size: setup.batch, eos: u32::MAX, pad: 0 };
+    let seconds =
+        measure(setup, device, || greedy(model.as_ref(), &weights, &prompts, &decoding, |_| Ok(())).map(|_| ()))?;
+    let linear: usize = linear_elements(model.as_ref());
+    let tokens = prompts.len() * new_tokens;
+    let flops = 2. * (prompts.len() * (setup.length + new_tokens)) as f64 * linear as f64
+        + 2. * (tokens * model.spec().vocab_size * model.spec().hidden_size) as f64;
+    measurement(setup, "generate", &seconds, tokens, flops, model.as_ref(), device)
+}
+
+fn random_model(setup: &Setup, device: &Device) -> Result<(Box<dyn Model>, Weights)> {
+    let (_, kind, keys) = SHAPES.iter().find(|(name, ..)| *name == setup.model).ok_or_else(|| {
+        let names: Vec<&str> = SHAPES.iter().map(|(name, ..)| *name).collect();
+        Error::config(format!("unknown shape `{}`", setup.model)).key("model").help(format!("use {}", names.join(", ")))
+    })?;
+    let config: Value = json!({
+        "vocab_size": keys.vocabulary, "hidden_size": keys.hidden, "intermediate_size": keys.inner,
+        "num_hidden_layers": setup.layers.unwrap_or(keys.layers), "num_attention_heads": keys.heads,
+        "max_position_embeddings": 4096, "tie_word_embeddings": keys.tied, "initializer_range": 0.02
+    });
+    let settings = Settings::from(config.as_object().cloned().unwrap_or_default());
+    let model = (registry::find::<ModelEntry>(kind)?.build)(&settings)?;
+    let weights = Weights::random(model.as_ref(), Seed::new(0), parse_dtype(&setup.dtype, device)?, device)?;
+    Ok((model, weights))
+}
+
+fn random_batch(model: &dyn Model, setup: &Setup, device: &Device) -> Result<Batch> {
+    let (vocabulary, mut generator) = (model.spec().vocab_size as u32, Seed::new(4).generator());
+    let mut row = || (0..setup.length).map(|_| generator.random_range(0..vocabulary)).collect::<Vec<u32>>();
+    let rows: Vec<Vec<u32>> = (0..setup.batch).map(|_| row()).collect();
+    let first = (setup.length / 4).max(1);
+    let labels = rows
+        .iter()
+        .enumerate()
+        .flat_map(|(row, tokens)| tokens.iter().enumerate().skip(first).map(move |(at, &label)| (row, at - 1, label)));
+    Batch::with_labels(&rows, labels.collect::<Vec<_>>(), 0, device)
+}
+
+/// Seconds of each measured repetition, sorted.
+fn measure(setup: &Setup, device: &Device, mut work: impl FnMut() -> Result<()>) -> Result<Vec<f64>> {
+    let mut seconds = Vec::with_capacity(setup.repeat);
+    for repetition in 0..setup.warmup + setup.repeat.max(1) {
+        device.synchronize()?;
+        let begun = Instant::now();
+        work()?;
+        device.synchronize()?;
+        if repetition >= setup.warmup {
+            seconds.push(begun.elapsed().as_secs_f64());
+        }
+    }
+    seconds.sort_by(f64::total_cmp);
+    Ok(seconds)
+}
+
+/// Elements of all linear layers but the head.
+fn linear_elements(model: &dyn Model) -> usize {
+    let linear = model.params().iter().filter(|param| param.linear && !param.name.starts_with("lm_head"));
+    linear.map(|param| param.shape.iter().product::<usize>()).sum()
+}
+
+/// Multiplications and additions of one forward and backward pass over a frozen model: each product twice (its result
+/// and the gradient of its input), attention thrice, the head at label positions.
+fn flops_per_pass(model: &dyn Model, setup: &Setup, labels: usize) -> f64 {
+    let spec = model.spec();
+    let tokens = (setup.batch * setup.length) as f64;
+    let products = 2. * 2. * tokens * linear_elements(model) as f64;
+    let head = 2. * 2. * labels as f64 * (spec.vocab_size * spec.hidden_size) as f64;
+    let pairs = (setup.batch * setup.length * (setup.length + 1) / 2 * spec.layers) as f64;
+    products + head + 3. * 4. * pairs * spec.hidden_size as f64
+}
+
+/// Operations per second of the best of several large products.
+fn matmul_peak(dtype: DType, device: &Device) -> Result<f64> {
+    let size = if device.is_cpu() { 2048 } else { 8192 };
+    let matrix =
+        |seed| -> Result<_> { Ok(randn(&[size, size], &mut Seed::new(seed).generator(), device)?.to_dtype(dtype)?) };
+    let (a, b) = (matrix(5)?, matrix(6)?);
+    let setup =
+        Setup { model: String::new(), batch: 0, length: 0, layers: None, dtype: String::new(), repeat: 8, warmup: 2 };
+    let seconds = measure(&setup, device, || Gemm::NT.product(&a, &b).map(|_| ()))?;
+    Ok(2. * (size as f64).powi(3) / seconds[0])
+}
+
+fn measurement(
+    setup: &Setup,
+    what: &str,
+    seconds: &[f64],
+    tokens: usize,
+    flops: f64,
+    model: &dyn Model,
+    device: &Device,
+) -> Result<Measurement> {
+    let median = seconds[seconds.len() / 2];
+    // Memory first: the peak of the machine needs some of its own.
+    let peak_bytes = peak_bytes();
+    let peak = matmul_peak(parse_dtype(&setup.dtype, device)?, device)?;
+    Ok(Measurement {
+        what: what.to_owned(),
+        setup: setup.clone(),
+        device: device_name(device),
+        threads: rayon::current_num_threads(),
+        parameters: model.params().iter().map(|param| param.shape.iter().product::<usize>()).sum(),
+        seconds_per_step: median,
+        seconds_min: seconds[0],
+        tokens_per_second: tokens as f64 / median,
+        peak_bytes,
+        flops_per_second: flops / median,
+        matmul_flops_per_second: peak,
+        share_of_peak: flops / median / peak,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unknown_shape_names_the_known_ones() {
+        let setup =
+            Setup { model: "14m".into(), batch: 1, length: 8, layers: None, dtype: "f32".into(), repeat: 1, warmup: 0 };
+        let error = random_model(&setup, &Device::Cpu).expect_err("no such shape");
+        assert!(error.to_string().contains("15m"), "{error}");
+    }
+}
