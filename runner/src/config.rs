@@ -350,6 +350,10 @@ pub struct TrainConfig {
     /// Global gradient norm to clip to; 0 for no clipping.
     #[serde(default = "default_clip")]
     pub clip: f64,
+    /// Keeps only the inputs of transformer blocks and runs the blocks again in the backward pass: the same numbers in
+    /// less memory and a third more time.
+    #[serde(default)]
+    pub checkpointing: bool,
 }
 
 fn one_seed() -> Vec<u64> {

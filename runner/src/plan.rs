@@ -110,6 +110,9 @@ pub struct OptimSpec {
     pub eps: f64,
     /// Global gradient norm to clip to; `None` for no clipping.
     pub clip: Option<f64>,
+    /// Whether blocks are run again in the backward pass. No part of a stage's identity: the numbers are the same.
+    #[serde(skip)]
+    pub checkpointing: bool,
 }
 
 /// The length of training.

@@ -457,6 +457,7 @@ impl Resolver<'_> {
             steps: steps.2,
             batch_size: train.batch_size,
             accumulate: train.accumulate,
+            checkpointing: train.checkpointing,
             bucket: train.bucket,
             learning_rate: train.learning_rate,
             schedule: train.schedule,

@@ -173,7 +173,8 @@ impl Training<'_> {
         let mut sum: Option<Update> = None;
         for (micro, batch) in batches.iter().enumerate() {
             let clock = Clock { step, total, micro };
-            let mut cx = StepCx::new(self.model, self.weights, &mut self.streams, self.seed, clock);
+            let cx = StepCx::new(self.model, self.weights, &mut self.streams, self.seed, clock);
+            let mut cx = cx.with_checkpointing(self.optim.checkpointing);
             let update = self.defense.step(&mut cx, batch)?;
             record.passes += cx.passes();
             let share = batch.labels() as f64 / labels as f64;

@@ -283,6 +283,7 @@ fn optim() -> OptimSpec {
         betas: [0.9, 0.999],
         eps: 1e-8,
         clip: Some(1.),
+        checkpointing: false,
     }
 }
 
