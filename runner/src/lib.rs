@@ -13,7 +13,7 @@
 //! | [`results`] [`statistics`] | `results.json`; intervals and tests |
 //! | [`reporters`] [`compare`] | its renderings; runs side by side |
 //! | [`cli`] [`commands`] [`progress`] [`diagnostics`] | the command line and what it shows |
-//! | [`memory`] [`threads`] [`bench`] | what the process uses; how fast it is |
+//! | [`memory`] [`threads`] [`mod@bench`] | what the process uses; how fast it is |
 //! | [`driver`] | asks the CUDA driver for its version; the crate's only `unsafe` |
 
 #![warn(missing_docs)]
