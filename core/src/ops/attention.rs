@@ -214,7 +214,7 @@ fn forward<T: Real>(
             read(v, |vs: &[T]| {
                 let mut y = vec![T::zero(); qs.len()];
                 let mut sums = vec![T::zero(); if keep { batch * shape.query * queries } else { 0 }];
-                let (out, out_sums) = (Shared::new(&mut y), Shared::new(&mut sums));
+                let (out, out_sums) = (Shared::new(y.as_mut_ptr()), Shared::new(sums.as_mut_ptr()));
                 tasks(batch * shape.query, qs.len() * slots / 4, |task| {
                     let (b, h) = (task / shape.query, task % shape.query);
                     let head = Head { plan: &plan, b, h, q: &qs[plan.queries(b, h)..] };
@@ -336,7 +336,7 @@ fn backward<T: Real>(
     read_all(lend, |[qs, ks, vs, ys, sums, gs]: [&[T]; 6]| {
         let mut grads = [vec![T::zero(); qs.len()], vec![T::zero(); ks.len()], vec![T::zero(); vs.len()]];
         let [dq, dk, dv] = &mut grads;
-        let (dq, dk, dv) = (Shared::new(dq), Shared::new(dk), Shared::new(dv));
+        let (dq, dk, dv) = (Shared::new(dq.as_mut_ptr()), Shared::new(dk.as_mut_ptr()), Shared::new(dv.as_mut_ptr()));
         tasks(batch * shape.key_value, qs.len() * slots, |task| {
             let (b, shared) = (task / shape.key_value, task % shape.key_value);
             let mut tiles = [vec![T::zero(); TILE * slots], vec![T::zero(); TILE * slots]];

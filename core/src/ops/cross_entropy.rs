@@ -12,7 +12,7 @@ use crate::tape::{Tape, Traced};
 use crate::{Error, Result};
 
 /// Logits that exist at a time.
-const BLOCK: usize = 1 << 23;
+const BLOCK: usize = 1 << 24;
 
 /// `−1/N Σ log softmax(H Wᵀ)[target]` for hidden states `H: [N, width]`, a head `W: [vocabulary, width]` and
 /// `targets: [N]` (u32), in nats; the sum is taken in f32 or wider.
@@ -80,7 +80,8 @@ pub(super) struct Parts {
 fn head_host<T: Real>(h: &Tensor, w: &Tensor, targets: &Tensor, [wants_h, wants_w]: [bool; 2]) -> Result<Parts> {
     let ((count, width), vocabulary) = (h.dims2()?, w.dims()[0]);
     let labels = targets.to_vec1::<u32>()?;
-    let block = (BLOCK / vocabulary).max(64).min(count);
+    // Equal blocks: a short last one would read the whole head for a few rows.
+    let block = count.div_ceil(count.div_ceil((BLOCK / vocabulary).max(64)));
     let mut logits = vec![T::zero(); block * vocabulary];
     let mut losses = vec![T::zero(); count];
     let dw = wants_w.then(|| w.zeros_like()).transpose()?;
@@ -113,7 +114,7 @@ fn head_host<T: Real>(h: &Tensor, w: &Tensor, targets: &Tensor, [wants_h, wants_
                     let c = target(logits.as_mut_ptr(), size, vocabulary);
                     multiply(c, false, T::one(), hidden, head.t(), threads());
                 }
-                let losses = Shared::new(&mut losses[first..first + size]);
+                let losses = Shared::new(losses[first..].as_mut_ptr());
                 rows(logits, vocabulary, |begin, part| {
                     for (row, logits) in part.chunks_exact_mut(vocabulary).enumerate() {
                         let label = labels[first + begin + row] as usize;

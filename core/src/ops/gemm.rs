@@ -164,6 +164,10 @@ pub(super) unsafe fn multiply<T: Real>(
     threads: usize,
 ) {
     debug_assert_eq!((c.rows, c.columns, a.columns), (a.rows, b.columns, b.rows));
+    // SAFETY: as this function's.
+    if unsafe { T::multiply_in_tiles(c, accumulate, alpha, a, b, threads) } {
+        return;
+    }
     let parallelism = if threads > 1 { gemm::Parallelism::Rayon(threads) } else { gemm::Parallelism::None };
     let stride = |stride: usize| stride.cast_signed();
     // SAFETY: as this function's.

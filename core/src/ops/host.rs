@@ -5,6 +5,7 @@ use std::cell::Cell;
 use candle_core::{CpuStorage, InplaceOp1, Layout, Storage, Tensor, WithDType};
 use rayon::prelude::*;
 
+use super::gemm::Matrix;
 use super::{CandleResult, math};
 use crate::Result;
 
@@ -22,6 +23,22 @@ pub(super) trait Real:
 
     /// The elements of a storage of this type.
     fn elements(storage: &mut CpuStorage) -> Option<&mut [Self]>;
+
+    /// Computes `C (+)= alpha A B` on the processor's tile unit, if it has one that suits the product; says whether.
+    ///
+    /// # Safety
+    /// As [`multiply`](super::gemm::multiply).
+    #[allow(unsafe_code, reason = "products take pointers")]
+    unsafe fn multiply_in_tiles(
+        _: Matrix<*mut Self>,
+        _accumulate: bool,
+        _alpha: Self,
+        _: Matrix<*const Self>,
+        _: Matrix<*const Self>,
+        _threads: usize,
+    ) -> bool {
+        false
+    }
 }
 
 impl Real for f32 {
@@ -32,6 +49,24 @@ impl Real for f32 {
 
     fn elements(storage: &mut CpuStorage) -> Option<&mut [Self]> {
         if let CpuStorage::F32(data) = storage { Some(data) } else { None }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[allow(unsafe_code, reason = "products take pointers")]
+    unsafe fn multiply_in_tiles(
+        c: Matrix<*mut Self>,
+        accumulate: bool,
+        alpha: Self,
+        a: Matrix<*const Self>,
+        b: Matrix<*const Self>,
+        threads: usize,
+    ) -> bool {
+        let suits = super::amx::suits(&c, &a, &b);
+        if suits {
+            // SAFETY: the caller's, and what `suits` says.
+            unsafe { super::amx::multiply(c, accumulate, alpha, a, b, threads) };
+        }
+        suits
     }
 }
 
@@ -186,9 +221,17 @@ unsafe impl<T: Send> Send for Shared<T> {}
 #[allow(unsafe_code, reason = "tasks of one kernel write disjoint parts of one output")]
 unsafe impl<T: Send> Sync for Shared<T> {}
 
+impl<T> Clone for Shared<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Shared<T> {}
+
 impl<T> Shared<T> {
-    pub(super) fn new(slice: &mut [T]) -> Self {
-        Self(slice.as_mut_ptr())
+    pub(super) fn new(start: *mut T) -> Self {
+        Self(start)
     }
 
     /// The pointer to element `at`.

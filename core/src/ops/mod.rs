@@ -22,6 +22,8 @@ macro_rules! dispatch {
 }
 
 mod adamw;
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod attention;
 mod cross_entropy;
 #[cfg(feature = "cuda")]
