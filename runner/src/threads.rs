@@ -1,10 +1,14 @@
-//! How many threads candle computes with.
+//! What libraries read from the environment: the number of threads, and when memory goes back to the system.
 
 use std::process::Command;
 
 /// The variables that candle and its matrix products read. They do so at every product; unset, that means reading
 /// `/proc/cpuinfo` thousands of times a second.
 const VARIABLES: [&str; 2] = ["RAYON_NUM_THREADS", "CANDLE_NUM_THREADS"];
+
+/// The allocator keeps what the process freed: the next step asks for the same again, and pages that come back from the
+/// system are zeroed first, which costs a step of a large model a sixth of its time.
+const KEEP_MEMORY: (&str, &str) = ("MIMALLOC_PURGE_DELAY", "-1");
 
 /// Makes candle use `threads` threads per stage, unless the user's environment says otherwise.
 ///
@@ -17,6 +21,9 @@ pub fn fix(threads: usize) {
     let Ok(program) = std::env::current_exe() else { return };
     let mut again = Command::new(program);
     again.args(std::env::args_os().skip(1)).envs(VARIABLES.map(|name| (name, threads.to_string())));
+    if std::env::var_os(KEEP_MEMORY.0).is_none() {
+        again.env(KEEP_MEMORY.0, KEEP_MEMORY.1);
+    }
     #[cfg(unix)]
     {
         let error = std::os::unix::process::CommandExt::exec(&mut again);

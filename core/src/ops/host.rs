@@ -24,12 +24,12 @@ pub(super) trait Real:
     /// The elements of a storage of this type.
     fn elements(storage: &mut CpuStorage) -> Option<&mut [Self]>;
 
-    /// Computes `C (+)= alpha A B` on the processor's tile unit, if it has one that suits the product; says whether.
+    /// Computes `C (+)= alpha A B` by a kernel of this type's own, if one suits the product; says whether.
     ///
     /// # Safety
     /// As [`multiply`](super::gemm::multiply).
     #[allow(unsafe_code, reason = "products take pointers")]
-    unsafe fn multiply_in_tiles(
+    unsafe fn multiply_specially(
         _: Matrix<*mut Self>,
         _accumulate: bool,
         _alpha: Self,
@@ -51,9 +51,8 @@ impl Real for f32 {
         if let CpuStorage::F32(data) = storage { Some(data) } else { None }
     }
 
-    #[cfg(target_arch = "x86_64")]
     #[allow(unsafe_code, reason = "products take pointers")]
-    unsafe fn multiply_in_tiles(
+    unsafe fn multiply_specially(
         c: Matrix<*mut Self>,
         accumulate: bool,
         alpha: Self,
@@ -61,12 +60,18 @@ impl Real for f32 {
         b: Matrix<*const Self>,
         threads: usize,
     ) -> bool {
-        let suits = super::amx::suits(&c, &a, &b);
-        if suits {
-            // SAFETY: the caller's, and what `suits` says.
-            unsafe { super::amx::multiply(c, accumulate, alpha, a, b, threads) };
+        // SAFETY: the caller's, and what `suits` says.
+        unsafe {
+            if super::skinny::multiply(c, accumulate, alpha, a, b) {
+                return true;
+            }
+            #[cfg(target_arch = "x86_64")]
+            if super::amx::suits(&c, &a, &b) {
+                super::amx::multiply(c, accumulate, alpha, a, b, threads);
+                return true;
+            }
         }
-        suits
+        false
     }
 }
 

@@ -37,6 +37,7 @@ mod linear;
 mod math;
 mod norm;
 mod rope;
+mod skinny;
 
 use candle_core::Tensor;
 

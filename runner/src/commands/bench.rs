@@ -107,15 +107,16 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
     let cores = || std::thread::available_parallelism().map_or(1, usize::from);
     threads::fix(on.threads.unwrap_or_else(cores));
     let device = parse_device(&on.device)?;
-    let measured = match &args.what {
+    // On a thread of the pool, as the stages of a run are: from outside, every parallel loop would be a switch of threads.
+    let measured = rayon::scope(|_| match &args.what {
         What::Step { method, settings, checkpointing, .. } => {
-            bench::step(&on.setup(5, 200), method, &parse_settings(settings)?, *checkpointing, &device)?
+            bench::step(&on.setup(5, 200), method, &parse_settings(settings)?, *checkpointing, &device)
         }
         What::Generate { new, prompts, .. } => {
             let setup = on.setup(16, 64);
-            bench::generate(&setup, prompts.unwrap_or(setup.batch), *new, &device)?
+            bench::generate(&setup, prompts.unwrap_or(setup.batch), *new, &device)
         }
-    };
+    })?;
     Ok(if on.json { as_json(&measured)? } else { as_text(&measured) }.into())
 }
 
