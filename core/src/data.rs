@@ -121,6 +121,8 @@ pub struct Stream {
     pad: u32,
     drawn: usize,
     epoch: Option<(usize, Vec<Vec<usize>>)>,
+    /// The next batch, if it was collated ahead.
+    ready: Option<Batch>,
 }
 
 impl Stream {
@@ -138,7 +140,7 @@ impl Stream {
         if batch_size == 0 {
             return Err(Error::config("`batch_size` must be at least 1, found `0`").key("batch_size"));
         }
-        Ok(Self { examples, batch_size, bucket, seed, pad, drawn: 0, epoch: None })
+        Ok(Self { examples, batch_size, bucket, seed, pad, drawn: 0, epoch: None, ready: None })
     }
 
     /// Batches per epoch.
@@ -154,6 +156,18 @@ impl Stream {
     /// Goes on after `drawn` batches.
     pub fn seek(&mut self, drawn: usize) {
         self.drawn = drawn;
+        self.ready = None;
+    }
+
+    /// Collates the next batch ahead and sends it to the device, while that works on what was queued before.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn prefetch(&mut self, device: &Device) -> Result<()> {
+        if self.ready.is_none() {
+            self.ready = Some(self.collate(device)?);
+        }
+        Ok(())
     }
 
     /// The next batch.
@@ -161,13 +175,22 @@ impl Stream {
     /// # Errors
     /// A tensor operation failed.
     pub fn next_batch(&mut self, device: &Device) -> Result<Batch> {
+        let batch = match self.ready.take() {
+            Some(batch) => batch,
+            None => self.collate(device)?,
+        };
+        self.drawn += 1;
+        Ok(batch)
+    }
+
+    /// Batch number `drawn`.
+    fn collate(&mut self, device: &Device) -> Result<Batch> {
         let (epoch, within) = (self.drawn / self.batches_per_epoch(), self.drawn % self.batches_per_epoch());
         if self.epoch.as_ref().is_none_or(|(current, _)| *current != epoch) {
             self.epoch = Some((epoch, self.order(epoch)));
         }
         let (_, order) = self.epoch.as_ref().expect("set above");
         let batch: Vec<&Example> = order[within].iter().map(|&index| &self.examples[index]).collect();
-        self.drawn += 1;
         Batch::collate(&batch, self.pad, device)
     }
 

@@ -125,6 +125,7 @@ impl Training<'_> {
         while step < total {
             let before = (step == first).then(|| self.weights.snapshot()).transpose()?;
             let update = self.update(step, total, &mut record)?;
+            self.data.prefetch(&self.weights.device().clone())?;
             if let Some(before) = before {
                 self.check_untouched(&before)?;
             }
