@@ -45,6 +45,11 @@ impl Checkpoint {
         self.tensors.keys().map(String::as_str)
     }
 
+    /// Whether there is a tensor of this name.
+    pub fn has(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
     /// Reads one tensor in the type it was stored in.
     ///
     /// # Errors

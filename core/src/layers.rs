@@ -4,9 +4,15 @@ use candle_core::Tensor;
 
 use crate::Result;
 use crate::model::Forward;
-use crate::ops::{self, Attention, LowRank};
+use crate::ops::{self, Activation, Attention, LowRank};
 use crate::tape::Traced;
 use crate::weights::{Init, ParamId, ParamList};
+
+/// The standard deviation that a linear layer's fresh weights have: as `given`, or by fan-in, `1/√(input · branches)`
+/// with `branches` the number of results that add up in the residual stream (1 for a layer that does not write to it).
+pub fn deviation(given: Option<f64>, input: usize, branches: usize) -> f64 {
+    given.unwrap_or_else(|| ((input * branches) as f64).sqrt().recip())
+}
 
 /// `y = x Wᵀ + b`, with a low-rank adapter where the weights have one.
 #[derive(Debug, Clone)]
@@ -109,6 +115,31 @@ impl RmsNorm {
     }
 }
 
+/// Layer normalisation with a learnt scale and shift (Ba et al. 2016).
+#[derive(Debug, Clone)]
+pub struct LayerNorm {
+    weight: ParamId,
+    bias: ParamId,
+    eps: f64,
+}
+
+impl LayerNorm {
+    /// Declares the scale and the shift `[width]`, called `{module}.weight` and `{module}.bias`.
+    pub fn new(params: &mut ParamList, module: &str, width: usize, eps: f64) -> Self {
+        let mut vector = |name: &str, init| params.tensor(format!("{module}.{name}"), &[width], init);
+        Self { weight: vector("weight", Init::Ones), bias: vector("bias", Init::Zeros), eps }
+    }
+
+    /// Normalises the last dimension.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn forward(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
+        let (weight, bias) = (pass.parameter(self.weight), pass.parameter(self.bias));
+        ops::layer_norm(&mut pass.tape, x, &weight, &bias, self.eps)
+    }
+}
+
 /// Causal self-attention of layer `layer` over projected queries `[batch, length, query · width]` and keys and values
 /// `[batch, length, key_value · width]`; gives the queries' shape. With a cache in `pass`, the layer's earlier keys and
 /// values are seen too.
@@ -157,6 +188,39 @@ impl GatedMlp {
     pub fn forward(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
         let (gate, up) = (self.gate.forward(x, pass)?, self.up.forward(x, pass)?);
         let y = ops::swiglu(&mut pass.tape, &gate, &up)?;
+        self.down.forward(&y, pass)
+    }
+}
+
+/// The plain MLP: `fc2(activation(fc1 x))`.
+#[derive(Debug, Clone)]
+pub struct Mlp {
+    up: Linear,
+    down: Linear,
+    activation: Activation,
+}
+
+impl Mlp {
+    /// Declares `fc1` and `fc2` under `module`; `std` is their initial deviation.
+    pub fn new(
+        params: &mut ParamList,
+        module: &str,
+        (width, inner): (usize, usize),
+        bias: bool,
+        std: [f64; 2],
+        activation: Activation,
+    ) -> Self {
+        let mut linear = |name: &str, sizes, std| Linear::new(params, &format!("{module}.{name}"), sizes, bias, std);
+        Self { up: linear("fc1", (width, inner), std[0]), down: linear("fc2", (inner, width), std[1]), activation }
+    }
+
+    /// `[..., width]` to `[..., width]`.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn forward(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
+        let y = self.up.forward(x, pass)?;
+        let y = self.activation.apply(&mut pass.tape, &y)?;
         self.down.forward(&y, pass)
     }
 }

@@ -27,6 +27,9 @@ pub enum Init {
     Zeros,
 }
 
+/// The module of an untied output head, as Hugging Face's causal language models call it.
+pub const HEAD: &str = "lm_head";
+
 /// One declared parameter.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Param {
@@ -65,6 +68,18 @@ impl ParamList {
         self.0.iter()
     }
 
+    /// The last parts of the names of all linear layers, each once, in checkpoint order: what LoRA may target.
+    pub fn linear_names(&self) -> Vec<&str> {
+        let modules = self.iter().filter(|param| param.linear).map(|param| module_of(&param.name));
+        let mut names = Vec::new();
+        for name in modules.filter_map(|module| module.rsplit('.').next()) {
+            if !names.contains(&name) {
+                names.push(name);
+            }
+        }
+        names
+    }
+
     /// How many numbers there are in all.
     pub fn count(&self) -> usize {
         self.0.iter().map(|param| param.shape.iter().product::<usize>()).sum()
@@ -86,15 +101,15 @@ pub struct LoraConfig {
     pub alpha: f64,
     /// Probability of dropping an input of the adapter in training.
     pub dropout: f32,
-    /// The linear layers to adapt, by the last part of their name.
-    pub target_modules: Vec<String>,
+    /// The linear layers to adapt, by the last part of their name; all of the model's but its head if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_modules: Option<Vec<String>>,
 }
 
 impl Default for LoraConfig {
-    /// The Vaccine repository's shape (r = 8 on all seven projections), with the customary `alpha = 2 r`.
+    /// The Vaccine repository's shape (r = 8 on every linear layer but the head), with the customary `alpha = 2 r`.
     fn default() -> Self {
-        let targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
-        Self { r: 8, alpha: 16., dropout: 0., target_modules: targets.map(str::to_owned).to_vec() }
+        Self { r: 8, alpha: 16., dropout: 0., target_modules: None }
     }
 }
 
@@ -102,6 +117,14 @@ impl LoraConfig {
     /// The factor on `B A`.
     pub fn scale(&self) -> f64 {
         self.alpha / self.r as f64
+    }
+
+    /// The same, its targets spelled out: those that were left to the model are the model's own. Published code has
+    /// one list for all architectures, and on most of them trains less than it says.
+    #[must_use]
+    pub fn for_params(&self, params: &ParamList) -> Self {
+        let all = || params.linear_names().into_iter().filter(|&name| name != HEAD).map(str::to_owned).collect();
+        Self { target_modules: Some(self.target_modules.clone().unwrap_or_else(all)), ..self.clone() }
     }
 
     /// Checks ranges.
@@ -116,7 +139,7 @@ impl LoraConfig {
             let message = format!("`dropout` must lie in [0, 1), found `{}`", self.dropout);
             return Err(Error::config(message).key("lora.dropout").help("0 for none"));
         }
-        if self.target_modules.is_empty() {
+        if self.target_modules.as_ref().is_some_and(Vec::is_empty) {
             return Err(Error::config("`target_modules` is empty: LoRA would train nothing")
                 .key("lora.target_modules")
                 .help("name layers such as `q_proj`, or leave the key out"));
@@ -172,13 +195,17 @@ impl Weights {
         Ok(Self::from_parts(model, base))
     }
 
-    /// The weights of `model` out of a checkpoint, which must hold every declared parameter in the declared shape.
+    /// The weights of `model` out of a checkpoint, which must hold every declared parameter in the declared shape. A
+    /// checkpoint of the model without its head leaves out the leading `model.` of all names (OPT's own are such).
     ///
     /// # Errors
     /// A parameter is missing, of another shape, or not finite.
     pub fn load(model: &dyn Model, checkpoint: &mut Checkpoint, dtype: DType, device: &Device) -> Result<Self> {
         let load = |param: &Param| -> Result<Tensor> {
-            let tensor = checkpoint.read(&param.name, device)?;
+            let bare =
+                param.name.strip_prefix("model.").filter(|bare| !checkpoint.has(&param.name) && checkpoint.has(bare));
+            let name = bare.map_or_else(|| param.name.clone(), str::to_owned);
+            let tensor = checkpoint.read(&name, device)?;
             if tensor.dims() != param.shape {
                 return Err(Error::data(format!(
                     "`{}` has shape {:?}, but the configuration asks for {:?}",
@@ -312,12 +339,14 @@ impl Weights {
         if self.lora.is_some() {
             return Err(Error::run("an adapter is already attached: merge it first"));
         }
-        self.check_targets(config)?;
+        let config = config.for_params(&self.params);
+        let targets = config.target_modules.as_deref().unwrap_or_default();
+        self.check_targets(targets)?;
         self.freeze();
         let mut adapters = BTreeMap::new();
         for (index, param) in self.params.iter().enumerate().filter(|(_, param)| param.linear) {
             let module = module_of(&param.name);
-            if !config.target_modules.iter().any(|target| matches(module, target)) {
+            if !targets.iter().any(|target| matches(module, target)) {
                 continue;
             }
             let adapter = make(module, param.shape[0], param.shape[1])?;
@@ -330,19 +359,17 @@ impl Weights {
             let adapter = Adapter { a: train("lora_A", &adapter.a)?, b: train("lora_B", &adapter.b)? };
             adapters.insert(index, adapter);
         }
-        self.lora = Some(Lora { config: config.clone(), adapters });
+        self.lora = Some(Lora { config, adapters });
         Ok(())
     }
 
     /// Every target must name at least one layer; published code skips such targets without a word.
-    fn check_targets(&self, config: &LoraConfig) -> Result<()> {
+    fn check_targets(&self, targets: &[String]) -> Result<()> {
         let modules: Vec<&str> =
             self.params.iter().filter(|param| param.linear).map(|param| module_of(&param.name)).collect();
-        let unmatched = config.target_modules.iter().find(|target| !modules.iter().any(|m| matches(m, target)));
+        let unmatched = targets.iter().find(|target| !modules.iter().any(|m| matches(m, target)));
         let Some(target) = unmatched else { return Ok(()) };
-        let mut names: Vec<&str> = modules.iter().filter_map(|module| module.rsplit('.').next()).collect();
-        names.sort_unstable();
-        names.dedup();
+        let names = self.params.linear_names();
         let hint =
             nearest(target, names.iter().copied()).map_or_else(String::new, |n| format!("; did you mean `{n}`?"));
         Err(Error::config(format!("LoRA target `{target}` matches no linear layer of this model{hint}"))

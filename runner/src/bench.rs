@@ -5,7 +5,7 @@ use std::time::Instant;
 use candle_core::{DType, Device};
 use rand::RngExt;
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::json;
 use titer_core::data::Batch;
 use titer_core::device::{device_name, parse_dtype};
 use titer_core::generate::{Decoding, greedy};
@@ -13,32 +13,81 @@ use titer_core::ops::Gemm;
 use titer_core::optim::{AdamW, AdamWConfig};
 use titer_core::rng::{Seed, randn};
 use titer_core::step::{Clock, StepCx, Streams};
-use titer_core::weights::LoraConfig;
+use titer_core::weights::{HEAD, LoraConfig};
 use titer_core::{DefenseEntry, Error, Model, ModelEntry, Result, Settings, Weights, registry};
 
 use crate::memory::peak_bytes;
 
-/// The shapes that a model can be asked for by name, as keys of `config.json`.
-const SHAPES: [(&str, &str, ShapeKeys); 5] = [
-    ("quickstart", "llama", ShapeKeys { hidden: 64, layers: 3, heads: 4, inner: 176, vocabulary: 647, tied: false }),
-    ("15m", "llama", ShapeKeys { hidden: 288, layers: 6, heads: 6, inner: 768, vocabulary: 32_000, tied: true }),
-    ("110m", "llama", ShapeKeys { hidden: 768, layers: 12, heads: 12, inner: 2048, vocabulary: 32_000, tied: true }),
-    ("1b", "llama", ShapeKeys { hidden: 2048, layers: 22, heads: 32, inner: 5632, vocabulary: 32_000, tied: false }),
-    (
-        "llama-2-7b",
-        "llama",
-        ShapeKeys { hidden: 4096, layers: 32, heads: 32, inner: 11_008, vocabulary: 32_000, tied: false },
-    ),
+/// The shapes that a model can be asked for by name.
+const SHAPES: [Shape; 11] = [
+    llama("quickstart", [64, 3, 4, 4, 176], 647, false),
+    llama("15m", [288, 6, 6, 6, 768], 32_000, true),
+    llama("110m", [768, 12, 12, 12, 2048], 32_000, true),
+    llama("1b", [2048, 22, 32, 32, 5632], 32_000, false),
+    llama("tinyllama-1.1b", [2048, 22, 32, 4, 5632], 32_000, false),
+    llama("llama-2-7b", [4096, 32, 32, 32, 11_008], 32_000, false),
+    llama("llama-2-13b", [5120, 40, 40, 40, 13_824], 32_000, false),
+    opt("opt-125m", [768, 12, 12, 3072]),
+    opt("opt-1.3b", [2048, 24, 32, 8192]),
+    opt("opt-2.7b", [2560, 32, 32, 10_240]),
+    opt("opt-6.7b", [4096, 32, 32, 16_384]),
 ];
 
-/// The sizes of a shape.
-struct ShapeKeys {
+/// A named shape: the sizes that all architectures have, and those that only its own has.
+struct Shape {
+    name: &'static str,
     hidden: usize,
     layers: usize,
     heads: usize,
     inner: usize,
     vocabulary: usize,
-    tied: bool,
+    family: Family,
+}
+
+enum Family {
+    Llama { key_value: usize, tied: bool },
+    Opt,
+}
+
+/// `sizes`: width, blocks, heads, key/value heads, inner width of the MLP.
+const fn llama(name: &'static str, sizes: [usize; 5], vocabulary: usize, tied: bool) -> Shape {
+    let [hidden, layers, heads, key_value, inner] = sizes;
+    Shape { name, hidden, layers, heads, inner, vocabulary, family: Family::Llama { key_value, tied } }
+}
+
+/// `sizes`: width, blocks, heads, inner width of the MLP.
+const fn opt(name: &'static str, sizes: [usize; 4]) -> Shape {
+    let [hidden, layers, heads, inner] = sizes;
+    Shape { name, hidden, layers, heads, inner, vocabulary: 50_272, family: Family::Opt }
+}
+
+impl Shape {
+    /// The architecture of this shape, with another number of blocks if asked for.
+    fn model(&self, layers: Option<usize>) -> Result<Box<dyn Model>> {
+        let mut keys = json!({
+            "vocab_size": self.vocabulary, "hidden_size": self.hidden, "num_attention_heads": self.heads,
+            "num_hidden_layers": layers.unwrap_or(self.layers),
+        });
+        let (kind, own) = match self.family {
+            Family::Llama { key_value, tied } => (
+                "llama",
+                json!({
+                    "num_key_value_heads": key_value, "intermediate_size": self.inner, "tie_word_embeddings": tied,
+                    "max_position_embeddings": 4096, "initializer_range": 0.02,
+                }),
+            ),
+            Family::Opt => ("opt", json!({ "ffn_dim": self.inner, "max_position_embeddings": 2048, "init_std": 0.02 })),
+        };
+        for (key, value) in own.as_object().into_iter().flatten() {
+            keys[key] = value.clone();
+        }
+        (registry::find::<ModelEntry>(kind)?.build)(&Settings::from(keys.as_object().cloned().unwrap_or_default()))
+    }
+}
+
+/// The names of all shapes.
+pub fn shapes() -> String {
+    SHAPES.map(|shape| shape.name).join(", ")
 }
 
 /// What to measure on.
@@ -89,8 +138,8 @@ pub struct Measurement {
     pub share_of_peak: f64,
 }
 
-/// Measures training steps of a defense: forward, backward, clipping, AdamW on a LoRA adapter of rank 8 on all
-/// projections; three quarters of the positions bear labels.
+/// Measures training steps of a defense: forward, backward, clipping, AdamW on a LoRA adapter of rank 8 on all linear
+/// layers; three quarters of the positions bear labels.
 ///
 /// # Errors
 /// An unknown shape, method or type, or the device failed.
@@ -145,17 +194,11 @@ pub fn generate(setup: &Setup, prompts: usize, new_tokens: usize, device: &Devic
 }
 
 fn random_model(setup: &Setup, device: &Device) -> Result<(Box<dyn Model>, Weights)> {
-    let (_, kind, keys) = SHAPES.iter().find(|(name, ..)| *name == setup.model).ok_or_else(|| {
-        let names: Vec<&str> = SHAPES.iter().map(|(name, ..)| *name).collect();
-        Error::config(format!("unknown shape `{}`", setup.model)).key("model").help(format!("use {}", names.join(", ")))
+    let shape = SHAPES.iter().find(|shape| shape.name == setup.model).ok_or_else(|| {
+        let message = format!("unknown shape `{}`", setup.model);
+        Error::config(message).key("model").help(format!("use {}", shapes()))
     })?;
-    let config: Value = json!({
-        "vocab_size": keys.vocabulary, "hidden_size": keys.hidden, "intermediate_size": keys.inner,
-        "num_hidden_layers": setup.layers.unwrap_or(keys.layers), "num_attention_heads": keys.heads,
-        "max_position_embeddings": 4096, "tie_word_embeddings": keys.tied, "initializer_range": 0.02
-    });
-    let settings = Settings::from(config.as_object().cloned().unwrap_or_default());
-    let model = (registry::find::<ModelEntry>(kind)?.build)(&settings)?;
+    let model = shape.model(setup.layers)?;
     let weights = Weights::random(model.as_ref(), Seed::new(0), parse_dtype(&setup.dtype, device)?, device)?;
     Ok((model, weights))
 }
@@ -190,7 +233,7 @@ fn measure(setup: &Setup, device: &Device, mut work: impl FnMut() -> Result<()>)
 
 /// Elements of all linear layers but the head.
 fn linear_elements(model: &dyn Model) -> usize {
-    let linear = model.params().iter().filter(|param| param.linear && !param.name.starts_with("lm_head"));
+    let linear = model.params().iter().filter(|param| param.linear && !param.name.starts_with(HEAD));
     linear.map(|param| param.shape.iter().product::<usize>()).sum()
 }
 
@@ -235,7 +278,7 @@ fn measurement(
         setup: setup.clone(),
         device: device_name(device),
         threads: rayon::current_num_threads(),
-        parameters: model.params().iter().map(|param| param.shape.iter().product::<usize>()).sum(),
+        parameters: model.params().count(),
         seconds_per_step: median,
         seconds_min: seconds[0],
         tokens_per_second: tokens as f64 / median,
@@ -249,6 +292,24 @@ fn measurement(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The published counts, and products that leave out tables, norms, biases and the head, tied or not.
+    #[test]
+    fn shapes_are_those_of_the_published_models() -> Result<()> {
+        for (name, parameters, products) in [
+            ("tinyllama-1.1b", 1_100_048_384, 968_884_224),
+            ("llama-2-7b", 6_738_415_616, 6_476_005_376),
+            ("llama-2-13b", 13_015_864_320, 12_687_769_600),
+            ("opt-125m", 125_239_296, 84_934_656),
+            ("opt-1.3b", 1_315_758_080, 1_207_959_552),
+            ("opt-2.7b", 2_651_596_800, 2_516_582_400),
+            ("opt-6.7b", 6_658_473_984, 6_442_450_944),
+        ] {
+            let model = SHAPES.iter().find(|shape| shape.name == name).expect(name).model(None)?;
+            assert_eq!((model.params().count(), linear_elements(model.as_ref())), (parameters, products), "{name}");
+        }
+        Ok(())
+    }
 
     #[test]
     fn an_unknown_shape_names_the_known_ones() {

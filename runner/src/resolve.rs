@@ -178,6 +178,8 @@ pub fn resolve(loaded: &Loaded) -> Result<Experiment, Problems> {
     if let Some(model) = &model {
         cx.lora_targets(&config.lora, model.as_ref());
     }
+    // A plan says in full what is trained, also where the configuration leaves it to the model.
+    let lora = model.as_ref().map_or_else(|| config.lora.clone(), |model| config.lora.for_params(model.params()));
 
     let streams: BTreeMap<&str, Option<RowsSpec>> = config
         .streams
@@ -199,7 +201,7 @@ pub fn resolve(loaded: &Loaded) -> Result<Experiment, Problems> {
             .map(|(rows, _)| rows)
             .collect();
         let adapter = match align.adapter {
-            AlignAdapter::Lora => AdapterSpec::Fresh(config.lora.clone()),
+            AlignAdapter::Lora => AdapterSpec::Fresh(lora.clone()),
             AlignAdapter::Full => AdapterSpec::Full,
         };
         Some(Align { data, adapter, optim: cx.optim("align.train", &align.train)? })
@@ -211,7 +213,7 @@ pub fn resolve(loaded: &Loaded) -> Result<Experiment, Problems> {
             "add [align] with data and train, or set align = \"none\"",
         );
     }
-    let fine_tune = cx.fine_tune(&config.fine_tune, &config.lora, config.evaluate.task_prompts);
+    let fine_tune = cx.fine_tune(&config.fine_tune, &lora, config.evaluate.task_prompts);
     let (probes, judges) = cx.evaluate(&config.evaluate);
 
     match (bases, fine_tune) {
@@ -409,16 +411,12 @@ impl Resolver<'_> {
     }
 
     fn lora_targets(&mut self, lora: &LoraConfig, model: &dyn Model) {
-        let linears: BTreeSet<String> = model
-            .params()
-            .iter()
-            .filter(|param| param.linear)
-            .filter_map(|param| param.name.trim_end_matches(".weight").rsplit('.').next().map(str::to_owned))
-            .collect();
-        for (index, target) in lora.target_modules.iter().enumerate().filter(|(_, target)| !linears.contains(*target)) {
-            let hint = nearest(target, linears.iter().map(String::as_str));
+        let linears = model.params().linear_names();
+        let targets = lora.target_modules.iter().flatten().enumerate();
+        for (index, target) in targets.filter(|(_, target)| !linears.contains(&target.as_str())) {
+            let hint = nearest(target, linears.iter().copied());
             let hint = hint.map_or_else(String::new, |near| format!("; did you mean `{near}`?"));
-            let known = linears.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
+            let known = linears.join(", ");
             self.problem(
                 &format!("lora.target_modules.{index}"),
                 &format!("the model has no linear layer `{target}`{hint}"),

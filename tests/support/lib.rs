@@ -15,14 +15,24 @@ use titer_plugins as _;
 
 /// The architectures that the tests go through, each in its variants: `config.json` keys by a name to show.
 pub fn variants() -> Vec<(&'static str, Value)> {
+    let with = |mut config: Value, changes: Value| {
+        config.as_object_mut().expect("a table").extend(changes.as_object().expect("a table").clone());
+        config
+    };
     let llama = |changes: Value| {
-        let mut config = json!({
+        let config = json!({
             "model_type": "llama", "vocab_size": 23, "hidden_size": 16, "intermediate_size": 20,
             "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32,
             "initializer_range": 0.3, "rms_norm_eps": 1e-5
         });
-        config.as_object_mut().expect("a table").extend(changes.as_object().expect("a table").clone());
-        config
+        with(config, changes)
+    };
+    let opt = |changes: Value| {
+        let config = json!({
+            "model_type": "opt", "vocab_size": 23, "hidden_size": 16, "ffn_dim": 20, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "max_position_embeddings": 32, "init_std": 0.3
+        });
+        with(config, changes)
     };
     let llama3 = json!({
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -34,6 +44,10 @@ pub fn variants() -> Vec<(&'static str, Value)> {
         ("llama 3", llama(json!({ "num_key_value_heads": 1, "rope_scaling": llama3, "rope_theta": 5e5 }))),
         ("llama, tied", llama(json!({ "tie_word_embeddings": true }))),
         ("llama, biases", llama(json!({ "attention_bias": true, "mlp_bias": true }))),
+        ("opt", opt(json!({}))),
+        ("opt, untied", opt(json!({ "tie_word_embeddings": false, "enable_bias": false }))),
+        ("opt, gelu", opt(json!({ "activation_function": "gelu" }))),
+        ("opt, as the 350M model", opt(json!({ "do_layer_norm_before": false, "word_embed_proj_dim": 12 }))),
     ]
 }
 
@@ -47,7 +61,16 @@ pub fn build(config: &Value) -> Result<Box<dyn Model>> {
 
 /// A small Llama with seeded weights and an adapter that is not the identity.
 pub fn tiny(dtype: DType, dropout: f32) -> Result<(Box<dyn Model>, Weights)> {
-    let model = build(&variants()[1].1)?;
+    adapted(&variants()[1].1, dtype, dropout)
+}
+
+/// The same of every variant.
+pub fn all_tiny(dtype: DType, dropout: f32) -> Result<Vec<(Box<dyn Model>, Weights)>> {
+    variants().iter().map(|(_, config)| adapted(config, dtype, dropout)).collect()
+}
+
+fn adapted(config: &Value, dtype: DType, dropout: f32) -> Result<(Box<dyn Model>, Weights)> {
+    let model = build(config)?;
     let mut weights = Weights::random(model.as_ref(), Seed::new(1), dtype, &Device::Cpu)?;
     adapt(&mut weights, dropout)?;
     Ok((model, weights))

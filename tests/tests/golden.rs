@@ -42,7 +42,7 @@ const METHODS_NOT_YET: [(&str, &str); 12] = [
 ];
 
 /// `model_type`s that Titer does not read yet.
-const ARCHITECTURES_NOT_YET: [&str; 7] = ["opt", "qwen2", "mistral", "gemma", "gemma2", "phi", "phi3"];
+const ARCHITECTURES_NOT_YET: [&str; 6] = ["qwen2", "mistral", "gemma", "gemma2", "phi", "phi3"];
 
 fn trace_folders() -> Vec<PathBuf> {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -394,7 +394,7 @@ fn lora_config(adapter: &Value) -> Result<LoraConfig> {
         r: adapter["r"].as_u64().context("no r")? as usize,
         alpha: adapter["lora_alpha"].as_f64().context("no lora_alpha")?,
         dropout: adapter["lora_dropout"].as_f64().context("no lora_dropout")? as f32,
-        target_modules: targets.iter().filter_map(|t| t.as_str().map(str::to_owned)).collect(),
+        target_modules: Some(targets.iter().filter_map(|t| t.as_str().map(str::to_owned)).collect()),
     })
 }
 

@@ -1,14 +1,18 @@
 //! Every architecture: gradients of every parameter against finite differences, an independent forward pass, and
 //! decoding that depends on neither the cache nor the batch.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_transformers::models::llama as reference;
 use serde_json::Value;
+use titer_core::checkpoint::Checkpoint;
 use titer_core::data::Tokens;
 use titer_core::generate::{Decoding, greedy};
 use titer_core::rng::Seed;
 use titer_core::step::Streams;
+use titer_core::weights::{HEAD, LoraConfig};
 use titer_core::{Forward, Model, Sites, Traced, Weights};
 use titer_tests::{adapt, batch, build, context, difference, loss, values, variants};
 
@@ -68,8 +72,28 @@ fn every_adapter_gets_the_right_gradient() -> Result<()> {
     for (name, config) in variants() {
         let (model, mut weights) = random(&config, DType::F64)?;
         adapt(&mut weights, 0.)?;
-        assert_eq!(weights.trainable().len(), 2 * 7 * model.spec().layers);
+        let linears = model.params().iter().filter(|param| param.linear && !param.name.starts_with(HEAD));
+        assert_eq!(weights.trainable().len(), 2 * linears.count());
         check_gradients(name, model.as_ref(), &weights)?;
+    }
+    Ok(())
+}
+
+/// Targets that are left out are the model's own; those that are named must exist.
+#[test]
+fn adapters_follow_the_architecture() -> Result<()> {
+    let llama = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"].as_slice();
+    let opt = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"].as_slice();
+    for (which, own, foreign) in [("llama", llama, "fc1"), ("opt", opt, "o_proj")] {
+        let config = variants().into_iter().find(|(name, _)| *name == which).context("a variant")?.1;
+        let (_, mut weights) = random(&config, DType::F32)?;
+        let named = LoraConfig { target_modules: Some(vec![foreign.to_owned()]), ..LoraConfig::default() };
+        let error = weights.train_lora(&named, Seed::new(2)).expect_err(foreign);
+        assert!(error.to_string().contains(&format!("`{foreign}` matches no linear layer")), "{error}");
+        assert_eq!(error.place("key"), Some("lora.target_modules"));
+        weights.train_lora(&LoraConfig::default(), Seed::new(2))?;
+        let targets = weights.lora().and_then(|lora| lora.target_modules.clone()).context("an adapter")?;
+        assert_eq!(targets, own);
     }
     Ok(())
 }
@@ -105,28 +129,135 @@ fn every_site_gives_the_right_gradient() -> Result<()> {
 
 #[test]
 fn logits_equal_those_of_candle_transformers() -> Result<()> {
-    for (name, config) in variants() {
-        if config["attention_bias"] == true {
-            continue; // the reference has no biases
-        }
+    // The reference has no biases.
+    let has = |config: &Value| config["model_type"] == "llama" && config["attention_bias"] != true;
+    for (name, config) in variants().into_iter().filter(|(_, config)| has(config)) {
         let (model, weights) = random(&config, DType::F32)?;
         let tensors = weights.named().map(|(name, tensor)| (name.to_owned(), tensor.clone())).collect();
         let builder = candle_nn::VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
         let config: reference::LlamaConfig = serde_json::from_value(with_defaults(&config))?;
         let config = config.into_config(false);
         let llama = reference::Llama::load(builder, &config)?;
-        let ids: Vec<u32> = vec![3, 1, 4, 1, 5, 9, 2, 6, 5];
-        let tokens = Tokens::pad(&[ids.as_slice()], 0, &Device::Cpu)?;
-        let mut sites = Sites::none();
-        let mut pass = Forward::new(&weights, &mut sites);
-        let hidden = model.hidden(&tokens, &mut pass)?;
-        let ours = model.logits(&hidden.reshape(((), 16))?, &mut pass)?.tensor().clone();
-        for end in 1..=ids.len() {
+        let ours = logits(model.as_ref(), &weights, &[&IDS])?.get(0)?;
+        for end in 1..=IDS.len() {
             let mut cache = reference::Cache::new(false, DType::F32, &config, &Device::Cpu)?;
-            let theirs = llama.forward(&Tensor::new(&ids[..end], &Device::Cpu)?.reshape((1, end))?, 0, &mut cache)?;
+            let theirs = llama.forward(&Tensor::new(&IDS[..end], &Device::Cpu)?.reshape((1, end))?, 0, &mut cache)?;
             let gap = difference(&ours.narrow(0, end - 1, 1)?, &theirs)?;
             assert!(gap < 1e-4, "{name}, position {end}: logits differ by {gap:.1e}");
         }
+    }
+    Ok(())
+}
+
+const IDS: [u32; 9] = [3, 1, 4, 1, 5, 9, 2, 6, 5];
+
+/// Logits `[rows, longest, vocabulary]`.
+fn logits(model: &dyn Model, weights: &Weights, rows: &[&[u32]]) -> Result<Tensor> {
+    let tokens = Tokens::pad(rows, 0, &Device::Cpu)?;
+    let (batch, length) = tokens.dims();
+    let mut sites = Sites::none();
+    let mut pass = Forward::new(weights, &mut sites);
+    let hidden = model.hidden(&tokens, &mut pass)?.reshape((batch * length, ()))?;
+    Ok(model.logits(&hidden, &mut pass)?.tensor().reshape((batch, length, ()))?)
+}
+
+/// OPT written down once more from its paper's code: candle's tensor operations, one row, whole matrices of scores.
+#[test]
+fn logits_of_opt_equal_the_composed_form() -> Result<()> {
+    for (name, config) in variants().into_iter().filter(|(_, config)| config["model_type"] == "opt") {
+        let (model, mut weights) = random(&config, DType::F64)?;
+        // Fresh norms and biases are ones and zeros, and would hide a mistake.
+        weights.train_full()?;
+        for (name, var) in weights.trainable() {
+            let noise = titer_core::rng::randn(var.dims(), &mut Seed::new(3).named(name).generator(), &Device::Cpu)?;
+            var.set(&(var.as_tensor() + (noise.to_dtype(DType::F64)? * 0.1)?)?)?;
+        }
+        let ours = logits(model.as_ref(), &weights, &[&IDS, &IDS[2..6]])?;
+        for (row, ids) in [&IDS[..], &IDS[2..6]].into_iter().enumerate() {
+            let gap = difference(&ours.get(row)?.narrow(0, 0, ids.len())?, &composed_opt(&config, &weights, ids)?)?;
+            assert!(gap < 1e-9, "{name}, row {row}: logits differ by {gap:.1e}");
+        }
+    }
+    Ok(())
+}
+
+fn composed_opt(config: &Value, weights: &Weights, ids: &[u32]) -> Result<Tensor> {
+    let tensors: BTreeMap<&str, &Tensor> = weights.named().collect();
+    let get = |name: &str| tensors.get(format!("model.decoder.{name}").as_str()).copied();
+    let linear = |x: &Tensor, name: &str| -> Result<Tensor> {
+        let y = x.matmul(&get(&format!("{name}.weight")).context("a weight")?.t()?)?;
+        Ok(get(&format!("{name}.bias")).map_or(Ok(y.clone()), |bias| y.broadcast_add(bias))?)
+    };
+    let norm = |x: &Tensor, name: &str| -> Result<Tensor> {
+        let centred = x.broadcast_sub(&x.mean_keepdim(1)?)?;
+        let scaled = centred.broadcast_div(&(centred.sqr()?.mean_keepdim(1)? + 1e-5)?.sqrt()?)?;
+        let [weight, bias] = ["weight", "bias"].map(|part| get(&format!("{name}.{part}")));
+        Ok(scaled.broadcast_mul(weight.context("a scale")?)?.broadcast_add(bias.context("a shift")?)?)
+    };
+    let (length, before) = (ids.len(), config["do_layer_norm_before"] != false);
+    let mut x = get("embed_tokens.weight").context("a table")?.index_select(&Tensor::new(ids, &Device::Cpu)?, 0)?;
+    if get("project_in.weight").is_some() {
+        x = linear(&x, "project_in")?;
+    }
+    x = (x + get("embed_positions.weight").context("a table")?.narrow(0, 2, length)?)?;
+    let future = (0..length * length).map(|at| if at % length > at / length { f64::NEG_INFINITY } else { 0. });
+    let future = Tensor::from_iter(future, &Device::Cpu)?.reshape((length, length))?;
+    for layer in 0..2 {
+        let at = |name: &str| format!("layers.{layer}.{name}");
+        let y = if before { norm(&x, &at("self_attn_layer_norm"))? } else { x.clone() };
+        let [q, k, v] = ["q_proj", "k_proj", "v_proj"].map(|name| linear(&y, &at(&format!("self_attn.{name}"))));
+        let (q, k, v) = ((q? * 0.5)?, k?, v?);
+        let head = |head: usize| -> Result<Tensor> {
+            let [q, k, v] = [&q, &k, &v].map(|x| x.narrow(1, head * 4, 4)?.contiguous());
+            let scores = (q?.matmul(&k?.t()?)? + &future)?;
+            Ok(candle_nn::ops::softmax(&scores, 1)?.matmul(&v?)?)
+        };
+        let heads = (0..4).map(head).collect::<Result<Vec<_>>>()?;
+        x = (x + linear(&Tensor::cat(&heads, 1)?, &at("self_attn.out_proj"))?)?;
+        x = if before { x } else { norm(&x, &at("self_attn_layer_norm"))? };
+        let y = if before { norm(&x, &at("final_layer_norm"))? } else { x.clone() };
+        let y = linear(&y, &at("fc1"))?;
+        let y = if config["activation_function"] == "gelu" { y.gelu_erf()? } else { y.relu()? };
+        x = (x + linear(&y, &at("fc2"))?)?;
+        x = if before { x } else { norm(&x, &at("final_layer_norm"))? };
+    }
+    if before {
+        x = norm(&x, "final_layer_norm")?;
+    }
+    if get("project_out.weight").is_some() {
+        x = linear(&x, "project_out")?;
+    }
+    let head = tensors.get("lm_head.weight").copied().or_else(|| get("embed_tokens.weight")).context("a head")?;
+    Ok(x.matmul(&head.t()?)?)
+}
+
+/// Padding gets no position of its own, so a batch may be padded as far as the model goes, and one token more is an
+/// error that says so.
+#[test]
+fn a_sequence_beyond_the_positions_is_an_error() -> Result<()> {
+    for (name, config) in variants() {
+        let (model, weights) = random(&config, DType::F32)?;
+        let row = vec![1; model.spec().max_positions + 1];
+        assert!(logits(model.as_ref(), &weights, &[&row[1..], &[1]])?.sum_all()?.to_scalar::<f32>()?.is_finite());
+        let error = logits(model.as_ref(), &weights, &[&row]).expect_err(name).to_string();
+        assert!(error.contains("exceeds the model's 32 positions"), "{name}: {error}");
+    }
+    Ok(())
+}
+
+/// A checkpoint of the bare model, as OPT's own are, loads too.
+#[test]
+fn a_checkpoint_without_the_leading_model_loads() -> Result<()> {
+    let config = variants().into_iter().find(|(name, _)| *name == "opt").context("a variant")?.1;
+    let (model, weights) = random(&config, DType::F32)?;
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("model.safetensors");
+    let bare = |name: &str| name.trim_start_matches("model.").to_owned();
+    let tensors = weights.named().map(|(name, tensor)| (bare(name), tensor.clone()));
+    candle_core::safetensors::save(&tensors.collect::<std::collections::HashMap<_, _>>(), &path)?;
+    let loaded = Weights::load(model.as_ref(), &mut Checkpoint::open(&path)?, DType::F32, &Device::Cpu)?;
+    for ((name, ours), (_, theirs)) in loaded.named().zip(weights.named()) {
+        assert!(difference(ours, theirs)? == 0., "{name}");
     }
     Ok(())
 }
@@ -148,10 +279,14 @@ fn decoding_depends_on_neither_cache_nor_batch() -> Result<()> {
         adapt(&mut weights, 0.)?;
         let prompts: Vec<Vec<u32>> =
             [5usize, 2, 9, 1, 5, 7].iter().map(|&n| (0..n).map(|i| ((i * 7 + n * 3) % 23) as u32).collect()).collect();
-        let eos = 5;
-        let plain: Vec<Vec<u32>> =
-            prompts.iter().map(|prompt| without_cache(model.as_ref(), &weights, prompt, eos)).collect::<Result<_>>()?;
-        assert!(plain.iter().any(|answer| answer.len() == 12), "{name}: some answer is cut");
+        let whole: Vec<Vec<u32>> =
+            prompts.iter().map(|prompt| without_cache(model.as_ref(), &weights, prompt)).collect::<Result<_>>()?;
+        // A token that ends some answers and not others.
+        let ended = |eos: u32| whole.iter().filter(|answer| answer.contains(&eos)).count();
+        let eos = (0..23).find(|&eos| (1..whole.len()).contains(&ended(eos)));
+        let eos = eos.with_context(|| format!("{name}: all answers are made of the same tokens"))?;
+        let until = |answer: &Vec<u32>| answer.iter().copied().take_while(|&token| token != eos).collect::<Vec<_>>();
+        let plain: Vec<Vec<u32>> = whole.iter().map(until).collect();
         for batch_size in 1..=prompts.len() {
             let decoding = Decoding { max_new_tokens: 12, batch_size, eos, pad: 0 };
             let batched = greedy(model.as_ref(), &weights, &prompts, &decoding, |_| Ok(()))?;
@@ -169,8 +304,8 @@ fn decoding_depends_on_neither_cache_nor_batch() -> Result<()> {
     Ok(())
 }
 
-/// Greedy decoding the slow way: the whole text anew for each token.
-fn without_cache(model: &dyn Model, weights: &Weights, prompt: &[u32], eos: u32) -> Result<Vec<u32>> {
+/// Twelve greedy tokens the slow way: the whole text anew for each.
+fn without_cache(model: &dyn Model, weights: &Weights, prompt: &[u32]) -> Result<Vec<u32>> {
     let mut text = prompt.to_vec();
     while text.len() < prompt.len() + 12 {
         let tokens = Tokens::pad(&[text.as_slice()], 0, &Device::Cpu)?;
@@ -179,11 +314,7 @@ fn without_cache(model: &dyn Model, weights: &Weights, prompt: &[u32], eos: u32)
         let hidden = model.hidden(&tokens, &mut pass)?.tensor().get(0)?;
         let last = Traced::constant(hidden.narrow(0, text.len() - 1, 1)?);
         let logits = values(model.logits(&last, &mut pass)?.tensor())?;
-        let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).context("a vocabulary")?.0 as u32;
-        if best == eos {
-            break;
-        }
-        text.push(best);
+        text.push(logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).context("a vocabulary")?.0 as u32);
     }
     Ok(text.split_off(prompt.len()))
 }

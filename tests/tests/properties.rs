@@ -14,7 +14,7 @@ use titer_core::step::{Clock, StepCx, Streams};
 use titer_core::{DefenseEntry, Forward, Grads, Row, Sites, Stage, Weights, registry};
 use titer_plugins::defenses::random_perturbation::{Measure, RandomPerturbation};
 use titer_plugins::defenses::vaccine::{Norm, Vaccine};
-use titer_tests::{adapt, batch, build, defense, difference, step, tiny, values, variants};
+use titer_tests::{adapt, all_tiny, batch, build, defense, difference, step, tiny, values, variants};
 
 fn lengths() -> impl Strategy<Value = Vec<usize>> {
     proptest::collection::vec(1usize..12, 1..5)
@@ -115,7 +115,7 @@ proptest! {
 
     /// Merging an adapter changes nothing in what the model computes.
     #[test]
-    fn a_merged_adapter_computes_the_same(lengths in lengths(), seed: u64, which in 0usize..5) {
+    fn a_merged_adapter_computes_the_same(lengths in lengths(), seed: u64, which in 0..variants().len()) {
         let config = &variants()[which].1;
         let model = build(config).unwrap();
         let mut weights = Weights::random(model.as_ref(), Seed::new(seed), DType::F32, &Device::Cpu).unwrap();
@@ -138,46 +138,48 @@ fn training_defenses() -> Result<Vec<&'static DefenseEntry>> {
 /// Law 3, with dropout on: what is neutral is plain fine-tuning to the last bit, what is active is not.
 #[test]
 fn neutral_settings_equal_plain_fine_tuning_bit_for_bit() -> Result<()> {
-    let (model, weights) = tiny(DType::F32, 0.2)?;
-    let batch = batch(23, &[7, 4, 9], &mut Seed::new(5).generator())?;
-    let plain = step(model.as_ref(), &weights, defense("sft", serde_json::json!({}))?.as_mut(), &batch, 0)?;
-    let mut neutral_ones = 0;
-    for entry in training_defenses()? {
-        if let Some(neutral) = entry.neutral {
-            let update = step(model.as_ref(), &weights, defense(entry.name, neutral())?.as_mut(), &batch, 0)?;
-            assert!(same(&update.grads, &plain.grads)?, "{} is not neutral", entry.name);
-            assert_eq!(update.loss.value()?, plain.loss.value()?, "{}", entry.name);
-            neutral_ones += 1;
+    for (model, weights) in all_tiny(DType::F32, 0.2)? {
+        let batch = batch(23, &[7, 4, 9], &mut Seed::new(5).generator())?;
+        let plain = step(model.as_ref(), &weights, defense("sft", serde_json::json!({}))?.as_mut(), &batch, 0)?;
+        let mut neutral_ones = 0;
+        for entry in training_defenses()? {
+            if let Some(neutral) = entry.neutral {
+                let update = step(model.as_ref(), &weights, defense(entry.name, neutral())?.as_mut(), &batch, 0)?;
+                assert!(same(&update.grads, &plain.grads)?, "{} is not neutral", entry.name);
+                assert_eq!(update.loss.value()?, plain.loss.value()?, "{}", entry.name);
+                neutral_ones += 1;
+            }
+            let active =
+                step(model.as_ref(), &weights, defense(entry.name, (entry.settings.defaults)())?.as_mut(), &batch, 0)?;
+            assert_eq!(same(&active.grads, &plain.grads)?, entry.name == "sft", "{} with its defaults", entry.name);
         }
-        let active =
-            step(model.as_ref(), &weights, defense(entry.name, (entry.settings.defaults)())?.as_mut(), &batch, 0)?;
-        assert_eq!(same(&active.grads, &plain.grads)?, entry.name == "sft", "{} with its defaults", entry.name);
+        assert!(neutral_ones >= 3);
     }
-    assert!(neutral_ones >= 3);
     Ok(())
 }
 
 /// Law 1: a step leaves the weights as it found them; also one that fails inside `scratch`.
 #[test]
 fn a_step_leaves_the_weights_as_it_found_them() -> Result<()> {
-    let (model, weights) = tiny(DType::F32, 0.)?;
-    let batch = batch(23, &[7, 4], &mut Seed::new(5).generator())?;
-    let before = weights.snapshot()?;
-    for entry in training_defenses()? {
-        step(model.as_ref(), &weights, defense(entry.name, (entry.settings.defaults)())?.as_mut(), &batch, 0)?;
-        assert!(same(&before, &weights.snapshot()?)?, "{}", entry.name);
+    for (model, weights) in all_tiny(DType::F32, 0.)? {
+        let batch = batch(23, &[7, 4], &mut Seed::new(5).generator())?;
+        let before = weights.snapshot()?;
+        for entry in training_defenses()? {
+            step(model.as_ref(), &weights, defense(entry.name, (entry.settings.defaults)())?.as_mut(), &batch, 0)?;
+            assert!(same(&before, &weights.snapshot()?)?, "{}", entry.name);
+        }
+        let mut streams = Streams::default();
+        let clock = Clock { step: 0, total: 1, micro: 0 };
+        let mut cx = StepCx::new(model.as_ref(), &weights, &mut streams, Seed::new(0), clock);
+        let failed = cx.scratch(|scratch| {
+            scratch.shift(&before, 0.37)?;
+            let moved = scratch.backward(&batch, Sites::none())?;
+            assert!(moved.loss.value()?.is_finite());
+            scratch.next("no such stream").map(|_| ())
+        });
+        assert!(failed.is_err());
+        assert!(same(&before, &weights.snapshot()?)?, "after an error");
     }
-    let mut streams = Streams::default();
-    let clock = Clock { step: 0, total: 1, micro: 0 };
-    let mut cx = StepCx::new(model.as_ref(), &weights, &mut streams, Seed::new(0), clock);
-    let failed = cx.scratch(|scratch| {
-        scratch.shift(&before, 0.37)?;
-        let moved = scratch.backward(&batch, Sites::none())?;
-        assert!(moved.loss.value()?.is_finite());
-        scratch.next("no such stream").map(|_| ())
-    });
-    assert!(failed.is_err());
-    assert!(same(&before, &weights.snapshot()?)?, "after an error");
     Ok(())
 }
 
@@ -352,18 +354,19 @@ impl Watch for Quiet {
 /// gradients included.
 #[test]
 fn checkpointing_changes_no_bit() -> Result<()> {
-    let (model, weights) = tiny(DType::F32, 0.2)?;
-    let batch = batch(23, &[7, 4, 9], &mut Seed::new(5).generator())?;
-    for entry in training_defenses()? {
-        let update = |on: bool| -> Result<titer_core::Update> {
-            let mut streams = Streams::default();
-            let mut cx = titer_tests::context(model.as_ref(), &weights, &mut streams).with_checkpointing(on);
-            Ok(defense(entry.name, (entry.settings.defaults)())?.step(&mut cx, &batch)?)
-        };
-        let (plain, checkpointed) = (update(false)?, update(true)?);
-        assert!(!plain.grads.is_empty());
-        assert!(same(&plain.grads, &checkpointed.grads)?, "{}", entry.name);
-        assert_eq!(plain.loss.value()?, checkpointed.loss.value()?);
+    for (model, weights) in all_tiny(DType::F32, 0.2)? {
+        let batch = batch(23, &[7, 4, 9], &mut Seed::new(5).generator())?;
+        for entry in training_defenses()? {
+            let update = |on: bool| -> Result<titer_core::Update> {
+                let mut streams = Streams::default();
+                let mut cx = titer_tests::context(model.as_ref(), &weights, &mut streams).with_checkpointing(on);
+                Ok(defense(entry.name, (entry.settings.defaults)())?.step(&mut cx, &batch)?)
+            };
+            let (plain, checkpointed) = (update(false)?, update(true)?);
+            assert!(!plain.grads.is_empty());
+            assert!(same(&plain.grads, &checkpointed.grads)?, "{}", entry.name);
+            assert_eq!(plain.loss.value()?, checkpointed.loss.value()?);
+        }
     }
     Ok(())
 }

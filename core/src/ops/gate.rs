@@ -29,13 +29,14 @@ pub fn swiglu(tape: &mut Tape, gate: &Traced, up: &Traced) -> Result<Traced> {
     }))
 }
 
-/// An activation function of one argument.
+/// An activation function of one argument; in text by Hugging Face's name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Activation {
     /// `max(z, 0)`.
     Relu,
     /// `z Φ(z)` by its tanh approximation.
+    #[serde(rename = "gelu_pytorch_tanh", alias = "gelu_new")]
     GeluTanh,
     /// `z Φ(z)`.
     Gelu,

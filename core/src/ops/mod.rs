@@ -51,7 +51,7 @@ pub use gate::{Activation, swiglu};
 pub use gemm::Gemm;
 pub use linear::{LowRank, linear};
 pub use norm::{layer_norm, rms_norm};
-pub use rope::{Rope, Rotation, rotate};
+pub use rope::{Rope, Rotation, check_positions, rotate};
 
 type CandleResult<T> = candle_core::Result<T>;
 

@@ -41,18 +41,26 @@ impl Rope {
     /// # Errors
     /// A position lies outside the table.
     pub fn at(&self, positions: &[u32], like: &Tensor) -> Result<Rotation> {
-        let longest = positions.iter().max().map_or(0, |&at| at as usize + 1);
-        if longest > self.positions() {
-            let limit = self.positions();
-            return Err(Error::data(format!("a sequence of {longest} tokens exceeds the model's {limit} positions"))
-                .help("lower `max_length` or the number of new tokens"));
-        }
+        check_positions(positions, self.positions())?;
         let pick = |table: &[f32]| {
             let rows = positions.iter().flat_map(|&at| &table[at as usize * self.half..][..self.half]).copied();
             Tensor::from_vec(rows.collect::<Vec<f32>>(), (positions.len(), self.half), like.device())
         };
         Ok(Rotation { cos: pick(&self.cos)?, sin: pick(&self.sin)? })
     }
+}
+
+/// Fails if one of `positions` lies beyond the `limit` that the model has.
+///
+/// # Errors
+/// It does.
+pub fn check_positions(positions: &[u32], limit: usize) -> Result<()> {
+    let longest = positions.iter().max().map_or(0, |&at| at as usize + 1);
+    if longest <= limit {
+        return Ok(());
+    }
+    Err(Error::data(format!("a sequence of {longest} tokens exceeds the model's {limit} positions"))
+        .help("lower `max_length` or the number of new tokens"))
 }
 
 /// `cos` and `sin` of the angles of each token, `[tokens, width / 2]`, f32.

@@ -7,10 +7,12 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use titer_core::data::Tokens;
-use titer_core::layers::{Embedding, GatedMlp, Linear, RmsNorm, attention};
+use titer_core::layers::{Embedding, GatedMlp, Linear, RmsNorm, attention, deviation};
 use titer_core::ops::{self, Attention, Rope};
-use titer_core::weights::{ParamId, ParamList};
-use titer_core::{Error, Forward, Model, ModelEntry, ModelSpec, Result, Settings, SettingsType, Traced, inventory};
+use titer_core::weights::{HEAD, ParamId, ParamList};
+use titer_core::{Error, Forward, Model, ModelEntry, ModelSpec, Result, SettingsType, Traced, inventory};
+
+use super::{block_sites, check_heads, check_sizes, keys_of, read_keys, refuse, require};
 
 inventory::submit! {
     ModelEntry {
@@ -145,7 +147,7 @@ impl LlamaConfig {
 
     /// Sizes that no tensor operation should have to find out about.
     fn check(&self) -> Result<()> {
-        let sizes = [
+        check_sizes([
             ("vocab_size", self.vocab_size),
             ("hidden_size", self.hidden_size),
             ("intermediate_size", self.intermediate_size),
@@ -153,14 +155,10 @@ impl LlamaConfig {
             ("num_attention_heads", self.num_attention_heads),
             ("num_key_value_heads", self.heads().key_value),
             ("max_position_embeddings", self.max_position_embeddings),
-        ];
-        if let Some((key, _)) = sizes.into_iter().find(|(_, size)| *size == 0) {
-            return Err(Error::config(format!("`{key}` must be at least 1, found `0`")).key(key));
-        }
+        ])?;
         let heads = self.heads();
-        if self.head_dim.is_none() && !self.hidden_size.is_multiple_of(heads.query) {
-            let message = format!("`hidden_size` {} is not a multiple of {} heads", self.hidden_size, heads.query);
-            return Err(Error::config(message).key("num_attention_heads").help("change one of the two"));
+        if self.head_dim.is_none() {
+            check_heads(self.hidden_size, heads.query)?;
         }
         if heads.width == 0 || !heads.width.is_multiple_of(2) {
             let message = format!("rotary positions need heads of even width, found {}", heads.width);
@@ -191,20 +189,20 @@ impl Block {
     fn new(params: &mut ParamList, config: &LlamaConfig, index: usize) -> Self {
         let module = |name: &str| format!("model.layers.{index}.{name}");
         let (heads, width, inner) = (config.heads(), config.hidden_size, config.intermediate_size);
-        let residual = 2. * config.num_hidden_layers as f64;
-        let std = |input: usize, scale: f64| config.initializer_range.unwrap_or((input as f64 * scale).sqrt().recip());
+        let residual = 2 * config.num_hidden_layers;
+        let std = |input: usize, branches: usize| deviation(config.initializer_range, input, branches);
         let (all, shared) = (heads.query * heads.width, heads.key_value * heads.width);
-        let mut linear = |name: &str, sizes: (usize, usize), scale: f64| {
+        let mut linear = |name: &str, sizes: (usize, usize), branches: usize| {
             let module = module(&format!("self_attn.{name}"));
-            Linear::new(params, &module, sizes, config.attention_bias, std(sizes.0, scale))
+            Linear::new(params, &module, sizes, config.attention_bias, std(sizes.0, branches))
         };
-        let q = linear("q_proj", (width, all), 1.);
-        let k = linear("k_proj", (width, shared), 1.);
-        let v = linear("v_proj", (width, shared), 1.);
+        let q = linear("q_proj", (width, all), 1);
+        let k = linear("k_proj", (width, shared), 1);
+        let v = linear("v_proj", (width, shared), 1);
         let o = linear("o_proj", (all, width), residual);
-        let stds = [std(width, 1.), std(inner, residual)];
+        let stds = [std(width, 1), std(inner, residual)];
         Self {
-            sites: ["attn_out", "mlp_out", "block_out"].map(|kind| format!("layer.{index}.{kind}")),
+            sites: block_sites(index),
             q,
             k,
             v,
@@ -263,10 +261,8 @@ impl Llama {
             Embedding::new(&mut params, "model.embed_tokens", config.vocab_size, width, std.unwrap_or(0.05));
         let blocks = (0..config.num_hidden_layers).map(|index| Block::new(&mut params, &config, index)).collect();
         let norm = RmsNorm::new(&mut params, "model.norm", width, config.rms_norm_eps);
-        let head = (!config.tie_word_embeddings).then(|| {
-            let std = std.unwrap_or((width as f64).sqrt().recip());
-            Linear::new(&mut params, "lm_head", (width, config.vocab_size), false, std)
-        });
+        let head = (!config.tie_word_embeddings)
+            .then(|| Linear::new(&mut params, HEAD, (width, config.vocab_size), false, deviation(std, width, 1)));
         let scaling = config.rope_scaling.clone().unwrap_or(RopeScaling::Default);
         let frequencies = Rope::frequencies(heads.width, config.rope_theta);
         let frequencies: Vec<f32> = frequencies.into_iter().map(|frequency| scaling.apply(frequency)).collect();
@@ -287,24 +283,18 @@ impl Llama {
     /// # Errors
     /// A key is missing, or asks for something this model does not compute.
     pub fn from_config(original: &Value, path: &Path) -> Result<Self> {
-        let refuse = |key: &str, message: String| Error::data(message).file(path).key(key);
-        for key in ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"] {
-            if original[key].is_null() {
-                return Err(refuse(key, format!("`{key}` is missing")).help("this is not a Llama config.json"));
-            }
-        }
+        let sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"];
+        require("Llama", &sizes, original, path)?;
         match original["hidden_act"].as_str() {
             None | Some("silu") => {}
             Some(other) => {
                 let message = format!("unsupported activation `{other}`");
-                return Err(refuse("hidden_act", message).help("Llama models use `silu`"));
+                return Err(refuse("hidden_act", message, path).help("Llama models use `silu`"));
             }
         }
         let mut keys = original.clone();
         normalise(&mut keys);
-        let config: LlamaConfig = serde_json::from_value(keys)
-            .map_err(|error| Error::data(format!("this Llama config.json cannot be used: {error}")).file(path))?;
-        let model = Self::new(config).map_err(|error| error.file(path))?;
+        let model = Self::new(read_keys("Llama", keys, path)?).map_err(|error| error.file(path))?;
         Ok(Self { original: Some(original.clone()), ..model })
     }
 }
@@ -340,13 +330,9 @@ impl Model for Llama {
         if let Some(original) = &self.original {
             return original.clone();
         }
-        let mut config = Settings::of(&self.config).as_map().clone();
-        config.retain(|_, value| !value.is_null());
-        config.insert("architectures".into(), json!(["LlamaForCausalLM"]));
-        config.insert("model_type".into(), json!("llama"));
-        config.insert("hidden_act".into(), json!("silu"));
-        config.insert("torch_dtype".into(), json!("float32"));
-        Value::Object(config)
+        let mut config = keys_of(&self.config, "llama", "LlamaForCausalLM");
+        config["hidden_act"] = json!("silu");
+        config
     }
 
     fn sites(&self) -> Vec<String> {

@@ -52,8 +52,8 @@ pub enum What {
 /// What both kinds share.
 #[derive(Debug, Clone, clap::Args)]
 pub struct On {
-    /// The shape of the model: quickstart, 15m, 110m, 1b, llama-2-7b.
-    #[arg(long, default_value = "15m")]
+    /// The shape of the model.
+    #[arg(long, default_value = "15m", help = format!("The shape of the model: {}", bench::shapes()))]
     pub model: String,
     /// Rows per batch [default: 5 for a step, 16 for answers].
     #[arg(long)]

@@ -1,0 +1,380 @@
+//! OPT (Zhang et al. 2022): blocks of multi-head attention and a plain MLP, with learnt positions.
+//!
+//! Computes what Hugging Face's `OPTForCausalLM` does, the 350M model with its norms behind the residual sums and its
+//! narrower embedding included. The dropout of `config.json` (`dropout`, `attention_dropout`, `layerdrop`) is not
+//! applied: the only dropout of the engine is that of adapters.
+
+use std::path::Path;
+
+use candle_core::Tensor;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use titer_core::data::Tokens;
+use titer_core::layers::{Embedding, LayerNorm, Linear, Mlp, attention, deviation};
+use titer_core::ops::{self, Activation, Attention, check_positions};
+use titer_core::weights::{HEAD, ParamId, ParamList};
+use titer_core::{Forward, Model, ModelEntry, ModelSpec, Result, SettingsType, Traced, inventory};
+
+use super::{block_sites, check_heads, check_sizes, keys_of, read_keys, refuse, require};
+
+inventory::submit! {
+    ModelEntry {
+        name: "opt",
+        summary: "OPT: multi-head attention, learnt positions, plain MLP, biases",
+        model_types: &["opt"],
+        settings: SettingsType::of::<OptConfig>(),
+        version: 1,
+        build: |settings| Ok(Box::new(Opt::new(settings.parse()?)?)),
+        from_config: |config, path| Ok(Box::new(Opt::from_config(config, path)?)),
+    }
+}
+
+/// The first rows of the position table belong to no position.
+const OFFSET: usize = 2;
+/// The row of the position table that padding gets, as in the reference (`cumsum(mask) · mask − 1 + 2`).
+const PADDING: u32 = 1;
+/// ε of the norms, which `config.json` does not hold.
+const EPS: f64 = 1e-5;
+
+/// The keys of `config.json` that shape the computation. The defaults are a small model for the embedded world.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default)]
+#[expect(clippy::struct_excessive_bools, reason = "the keys are Hugging Face's")]
+pub struct OptConfig {
+    /// Rows of the embedding; set by the tokenizer when a model is built from scratch.
+    pub vocab_size: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Inner width of the MLP.
+    pub ffn_dim: usize,
+    /// Transformer blocks.
+    pub num_hidden_layers: usize,
+    /// Attention heads.
+    pub num_attention_heads: usize,
+    /// The longest sequence; the position table has two rows more.
+    pub max_position_embeddings: usize,
+    /// Width of the embedding, which a matrix widens to the residual stream; `hidden_size` if absent.
+    pub word_embed_proj_dim: Option<usize>,
+    /// The activation of the MLP.
+    pub activation_function: Activation,
+    /// Whether the norms stand before attention and MLP (all but the 350M model), or after the residual sums.
+    pub do_layer_norm_before: bool,
+    /// Whether there is no norm after the last block.
+    #[serde(rename = "_remove_final_layer_norm")]
+    pub remove_final_layer_norm: bool,
+    /// Whether the linear layers have biases.
+    pub enable_bias: bool,
+    /// Whether the head shares the embedding's matrix.
+    pub tie_word_embeddings: bool,
+    /// Standard deviation of fresh weights; by fan-in (`1/√in`, residual projections `1/√(2 L in)`) if absent.
+    pub init_std: Option<f64>,
+}
+
+impl Default for OptConfig {
+    fn default() -> Self {
+        Self {
+            vocab_size: 0,
+            hidden_size: 64,
+            ffn_dim: 256,
+            num_hidden_layers: 3,
+            num_attention_heads: 4,
+            max_position_embeddings: 128,
+            word_embed_proj_dim: None,
+            activation_function: Activation::Relu,
+            do_layer_norm_before: true,
+            remove_final_layer_norm: false,
+            enable_bias: true,
+            tie_word_embeddings: true,
+            init_std: None,
+        }
+    }
+}
+
+impl OptConfig {
+    fn heads(&self) -> Attention {
+        let (heads, width) = (self.num_attention_heads, self.hidden_size / self.num_attention_heads.max(1));
+        Attention { query: heads, key_value: heads, width, scale: 1. / (width as f64).sqrt(), window: None }
+    }
+
+    fn embedding_width(&self) -> usize {
+        self.word_embed_proj_dim.unwrap_or(self.hidden_size)
+    }
+
+    /// Sizes that no tensor operation should have to find out about.
+    fn check(&self) -> Result<()> {
+        check_sizes([
+            ("vocab_size", self.vocab_size),
+            ("hidden_size", self.hidden_size),
+            ("ffn_dim", self.ffn_dim),
+            ("num_hidden_layers", self.num_hidden_layers),
+            ("num_attention_heads", self.num_attention_heads),
+            ("max_position_embeddings", self.max_position_embeddings),
+            ("word_embed_proj_dim", self.embedding_width()),
+        ])?;
+        check_heads(self.hidden_size, self.num_attention_heads)
+    }
+}
+
+/// One transformer block.
+#[derive(Debug)]
+struct Block {
+    sites: [String; 3],
+    norm_before: bool,
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    out: Linear,
+    attention_norm: LayerNorm,
+    mlp: Mlp,
+    mlp_norm: LayerNorm,
+}
+
+impl Block {
+    fn new(params: &mut ParamList, config: &OptConfig, index: usize) -> Self {
+        let block = format!("model.decoder.layers.{index}");
+        let (width, inner, residual) = (config.hidden_size, config.ffn_dim, 2 * config.num_hidden_layers);
+        let std = |input: usize, branches: usize| deviation(config.init_std, input, branches);
+        let mut linear = |name: &str, branches: usize| {
+            let module = format!("{block}.self_attn.{name}");
+            Linear::new(params, &module, (width, width), config.enable_bias, std(width, branches))
+        };
+        let [q, k, v] = ["q_proj", "k_proj", "v_proj"].map(|name| linear(name, 1));
+        let out = linear("out_proj", residual);
+        let stds = [std(width, 1), std(inner, residual)];
+        Self {
+            sites: block_sites(index),
+            norm_before: config.do_layer_norm_before,
+            q,
+            k,
+            v,
+            out,
+            attention_norm: LayerNorm::new(params, &format!("{block}.self_attn_layer_norm"), width, EPS),
+            mlp: Mlp::new(params, &block, (width, inner), config.enable_bias, stds, config.activation_function),
+            mlp_norm: LayerNorm::new(params, &format!("{block}.final_layer_norm"), width, EPS),
+        }
+    }
+
+    fn forward(&self, index: usize, x: &Traced, heads: Attention, pass: &mut Forward) -> Result<Traced> {
+        let [attn_out, mlp_out, block_out] = &self.sites;
+        let y = norm_if(self.norm_before, &self.attention_norm, x, pass)?;
+        let [q, k, v] = [self.q.forward(&y, pass)?, self.k.forward(&y, pass)?, self.v.forward(&y, pass)?];
+        let y = attention(heads, [&q, &k, &v], index, pass)?;
+        let y = self.out.forward(&y, pass)?;
+        let y = pass.sites.visit(attn_out, y, &mut pass.tape)?;
+        let x = ops::add(&mut pass.tape, x, &y)?;
+        let x = norm_if(!self.norm_before, &self.attention_norm, &x, pass)?;
+        let y = norm_if(self.norm_before, &self.mlp_norm, &x, pass)?;
+        let y = self.mlp.forward(&y, pass)?;
+        let y = pass.sites.visit(mlp_out, y, &mut pass.tape)?;
+        let x = ops::add(&mut pass.tape, &x, &y)?;
+        let x = norm_if(!self.norm_before, &self.mlp_norm, &x, pass)?;
+        pass.sites.visit(block_out, x, &mut pass.tape)
+    }
+}
+
+/// `x` normalised if `here` is where the norm stands, else `x`.
+fn norm_if(here: bool, norm: &LayerNorm, x: &Traced, pass: &mut Forward) -> Result<Traced> {
+    if here { norm.forward(x, pass) } else { Ok(x.clone()) }
+}
+
+/// The architecture.
+#[derive(Debug)]
+pub struct Opt {
+    config: OptConfig,
+    /// The checkpoint's own `config.json`, written back unchanged.
+    original: Option<Value>,
+    spec: ModelSpec,
+    params: ParamList,
+    heads: Attention,
+    embedding: Embedding,
+    positions: Embedding,
+    /// From the embedding's width to the residual stream's, and back.
+    projections: Option<[Linear; 2]>,
+    blocks: Vec<Block>,
+    norm: Option<LayerNorm>,
+    head: Option<Linear>,
+}
+
+impl Opt {
+    /// The architecture of these sizes.
+    ///
+    /// # Errors
+    /// The sizes contradict one another.
+    pub fn new(config: OptConfig) -> Result<Self> {
+        config.check()?;
+        let (heads, width, narrow) = (config.heads(), config.hidden_size, config.embedding_width());
+        let mut params = ParamList::default();
+        let (std, table_std) = (config.init_std, config.init_std.unwrap_or(0.05));
+        let module = |name: &str| format!("model.decoder.{name}");
+        let rows = config.max_position_embeddings + OFFSET;
+        let embedding = Embedding::new(&mut params, &module("embed_tokens"), config.vocab_size, narrow, table_std);
+        let positions = Embedding::new(&mut params, &module("embed_positions"), rows, width, table_std);
+        let projections = (narrow != width).then(|| {
+            [("project_in", (narrow, width)), ("project_out", (width, narrow))]
+                .map(|(name, sizes)| Linear::new(&mut params, &module(name), sizes, false, deviation(std, sizes.0, 1)))
+        });
+        let blocks = (0..config.num_hidden_layers).map(|index| Block::new(&mut params, &config, index)).collect();
+        let norm = (config.do_layer_norm_before && !config.remove_final_layer_norm)
+            .then(|| LayerNorm::new(&mut params, &module("final_layer_norm"), width, EPS));
+        let head = (!config.tie_word_embeddings)
+            .then(|| Linear::new(&mut params, HEAD, (narrow, config.vocab_size), false, deviation(std, narrow, 1)));
+        let spec = ModelSpec {
+            vocab_size: config.vocab_size,
+            hidden_size: width,
+            layers: config.num_hidden_layers,
+            kv_heads: heads.key_value,
+            head_dim: heads.width,
+            max_positions: config.max_position_embeddings,
+        };
+        Ok(Self { config, original: None, spec, params, heads, embedding, positions, projections, blocks, norm, head })
+    }
+
+    /// The architecture that a checkpoint's `config.json` describes.
+    ///
+    /// # Errors
+    /// A key is missing, or asks for something this model does not compute.
+    pub fn from_config(original: &Value, path: &Path) -> Result<Self> {
+        let sizes = ["vocab_size", "hidden_size", "ffn_dim", "num_hidden_layers", "num_attention_heads"];
+        require("OPT", &[&sizes[..], &["max_position_embeddings"]].concat(), original, path)?;
+        let activation = &original["activation_function"];
+        if !activation.is_null() && serde_json::from_value::<Activation>(activation.clone()).is_err() {
+            let message = format!("unsupported activation {activation}");
+            return Err(refuse("activation_function", message, path).help("OPT models use `relu`"));
+        }
+        if original["layer_norm_elementwise_affine"] == false {
+            let message = "norms without a learnt scale and shift are not supported".to_owned();
+            return Err(refuse("layer_norm_elementwise_affine", message, path).help("OPT models have both"));
+        }
+        let config = read_keys("OPT", original.clone(), path)?;
+        let model = Self::new(config).map_err(|error| error.file(path))?;
+        Ok(Self { original: Some(original.clone()), ..model })
+    }
+
+    /// The row of the position table for each token, `[batch, length]`.
+    fn position_rows(&self, tokens: &Tokens, pass: &Forward) -> Result<Tensor> {
+        let (batch, length) = tokens.dims();
+        let positions = &pass.visibility()?.positions;
+        check_positions(positions, self.spec.max_positions)?;
+        let real = |at: usize| at % length < tokens.lengths[at / length];
+        let row = |(at, &position): (usize, &u32)| if real(at) { position + OFFSET as u32 } else { PADDING };
+        let rows: Vec<u32> = positions.iter().enumerate().map(row).collect();
+        Ok(Tensor::from_vec(rows, (batch, length), tokens.ids.device())?)
+    }
+}
+
+impl Model for Opt {
+    fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    fn params(&self) -> &ParamList {
+        &self.params
+    }
+
+    fn config(&self) -> Value {
+        let built = || keys_of(&self.config, "opt", "OPTForCausalLM");
+        self.original.clone().unwrap_or_else(built)
+    }
+
+    fn sites(&self) -> Vec<String> {
+        std::iter::once("embed".to_owned()).chain(self.blocks.iter().flat_map(|block| block.sites.clone())).collect()
+    }
+
+    fn embed(&self, tokens: &Tokens, pass: &mut Forward) -> Result<Traced> {
+        let mut x = self.embedding.forward(&tokens.ids, pass)?;
+        if let Some([widen, _]) = &self.projections {
+            x = widen.forward(&x, pass)?;
+        }
+        let rows = self.position_rows(tokens, pass)?;
+        let positions = self.positions.forward(&rows, pass)?;
+        let x = ops::add(&mut pass.tape, &x, &positions)?;
+        pass.sites.visit("embed", x, &mut pass.tape)
+    }
+
+    fn block(&self, index: usize, x: &Traced, pass: &mut Forward) -> Result<Traced> {
+        self.blocks[index].forward(index, x, self.heads, pass)
+    }
+
+    fn finish(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
+        self.norm.as_ref().map_or_else(|| Ok(x.clone()), |norm| norm.forward(x, pass))
+    }
+
+    fn logits(&self, hidden: &Traced, pass: &mut Forward) -> Result<Traced> {
+        let hidden = match &self.projections {
+            Some([_, narrow]) => &narrow.forward(hidden, pass)?,
+            None => hidden,
+        };
+        match &self.head {
+            Some(head) => head.forward(hidden, pass),
+            None => self.embedding.logits(hidden, pass),
+        }
+    }
+
+    fn head(&self) -> Option<ParamId> {
+        let head = self.head.as_ref().map_or(self.embedding.weight(), Linear::weight);
+        self.projections.is_none().then_some(head)
+    }
+
+    /// Adding one vector to all keys adds the same number to all scores of a query, which softmax does not see.
+    fn without_gradient(&self) -> Vec<(String, &'static str)> {
+        let keys = self.params.iter().filter(|param| param.name.ends_with(".k_proj.bias"));
+        keys.map(|param| (param.name.clone(), "softmax does not see what all keys have in common")).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn load(changes: Value) -> Result<Opt> {
+        let mut config = json!({
+            "model_type": "opt", "vocab_size": 11, "hidden_size": 8, "ffn_dim": 12, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "max_position_embeddings": 16, "word_embed_proj_dim": 8, "dropout": 0.1
+        });
+        config.as_object_mut().expect("a table").extend(changes.as_object().expect("a table").clone());
+        Opt::from_config(&config, Path::new("config.json"))
+    }
+
+    #[test]
+    fn a_config_that_cannot_be_computed_is_refused_by_key() {
+        let cases = [
+            (json!({ "ffn_dim": null }), "ffn_dim"),
+            (json!({ "max_position_embeddings": null }), "max_position_embeddings"),
+            (json!({ "activation_function": "swish9" }), "activation_function"),
+            (json!({ "layer_norm_elementwise_affine": false }), "layer_norm_elementwise_affine"),
+            (json!({ "num_attention_heads": 3 }), "num_attention_heads"),
+            (json!({ "word_embed_proj_dim": 0 }), "word_embed_proj_dim"),
+            (json!({ "vocab_size": 0 }), "vocab_size"),
+        ];
+        for (changes, key) in cases {
+            let error = load(changes).expect_err(key);
+            assert_eq!(error.place("key"), Some(key), "{error}");
+            assert!(error.place("file").is_some(), "{error}");
+        }
+    }
+
+    #[test]
+    fn names_and_shapes_are_those_of_the_checkpoints() -> Result<()> {
+        let names = |model: &Opt| model.params().iter().map(|param| param.name.clone()).collect::<Vec<_>>();
+        let shape = |model: &Opt, name: &str| {
+            model.params().iter().find(|param| param.name == name).map(|param| param.shape.clone())
+        };
+        let usual = load(json!({}))?;
+        assert_eq!(shape(&usual, "model.decoder.embed_positions.weight"), Some(vec![18, 8]));
+        assert_eq!(shape(&usual, "model.decoder.layers.1.fc1.bias"), Some(vec![12]));
+        assert_eq!(names(&usual).last().map(String::as_str), Some("model.decoder.final_layer_norm.bias"));
+        assert_eq!(usual.params().linear_names(), ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]);
+        // As the 350M model is.
+        let small = load(json!({ "word_embed_proj_dim": 4, "do_layer_norm_before": false }))?;
+        assert_eq!(shape(&small, "model.decoder.embed_tokens.weight"), Some(vec![11, 4]));
+        assert_eq!(shape(&small, "model.decoder.project_in.weight"), Some(vec![8, 4]));
+        assert_eq!(shape(&small, "model.decoder.project_out.weight"), Some(vec![4, 8]));
+        assert_eq!(names(&small).last().map(String::as_str), Some("model.decoder.layers.1.final_layer_norm.bias"));
+        let untied = load(json!({ "tie_word_embeddings": false }))?;
+        assert_eq!(names(&untied).last().map(String::as_str), Some("lm_head.weight"));
+        Ok(())
+    }
+}
