@@ -34,6 +34,7 @@ mod host;
 mod linear;
 mod math;
 mod norm;
+mod product;
 mod rope;
 
 use candle_core::Tensor;
