@@ -126,7 +126,7 @@ impl Precision {
         if dtype == computed || param.shape.len() < 2 {
             return Ok(Matrix::Dense(tensor.to_dtype(computed)?));
         }
-        Ok(Matrix::packed(Store::Half(tensor.to_dtype(dtype)?), computed))
+        Matrix::half(tensor, dtype, computed)
     }
 }
 
@@ -175,7 +175,13 @@ impl Matrix {
         Self::Packed(Arc::new(Packed { store: Arc::new(store), low_rank: None, computed }))
     }
 
-    fn blocks(tensor: &Tensor, kind: GgmlDType, computed: DType) -> Result<Self> {
+    /// Numbers of 16 bits that are computed with in the type `computed`.
+    pub(crate) fn half(tensor: &Tensor, dtype: DType, computed: DType) -> Result<Self> {
+        Ok(Self::packed(Store::Half(tensor.to_dtype(dtype)?), computed))
+    }
+
+    /// Blocks that are computed with in the type `computed`.
+    pub(crate) fn blocks(tensor: &Tensor, kind: GgmlDType, computed: DType) -> Result<Self> {
         Ok(Self::packed(Store::Blocks(QTensor::quantize(tensor, kind)?), computed))
     }
 

@@ -136,3 +136,76 @@ fn widen<T: Real>(packed: &Packed, first: usize, columns: usize, out: &mut [T]) 
         })
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::quantized::GgmlDType;
+    use candle_core::{DType, Device};
+
+    use super::*;
+    use crate::ops::check::close;
+    use crate::rng::{Seed, randn};
+
+    fn random(shape: [usize; 2], seed: u64, scale: f64) -> Result<Tensor> {
+        Ok((randn(&shape, &mut Seed::new(seed).generator(), &Device::Cpu)? * scale)?)
+    }
+
+    /// `[5000, 512]` in every way of storing it: more than one chunk.
+    fn stored() -> Result<Vec<Matrix>> {
+        let w = random([5000, 512], 1, 0.02)?;
+        let mut all = vec![Matrix::Dense(w.clone())];
+        for dtype in [DType::BF16, DType::F16] {
+            all.push(Matrix::half(&w, dtype, DType::F32)?);
+        }
+        for kind in [GgmlDType::Q8_0, GgmlDType::Q6K, GgmlDType::Q4K, GgmlDType::Q4_0] {
+            all.push(Matrix::blocks(&w, kind, DType::F32)?);
+        }
+        let (b, a) = (random([5000, 3], 2, 0.02)?, random([3, 512], 3, 0.02)?);
+        let merged = all.iter().map(|w| w.plus(0.5, &b, &a)).collect::<Result<Vec<_>>>()?;
+        // Twice over, as double LoRA does.
+        let twice = merged[6].plus(-1.5, &b, &a)?;
+        close(&twice.dense()?, &(all[6].dense()? - b.matmul(&a)?)?, 1e-7)?;
+        Ok(all.into_iter().chain(merged).chain([twice]).collect())
+    }
+
+    #[test]
+    fn products_equal_those_of_the_widened_matrix() -> Result<()> {
+        let (x, g, sum) = (random([3, 512], 4, 1.)?, random([3, 5000], 5, 1.)?, random([3, 512], 6, 1.)?);
+        let ids = Tensor::new(&[4999u32, 0, 7, 7], &Device::Cpu)?;
+        for w in stored()? {
+            let dense = w.dense()?;
+            close(&w.product_transposed(&x)?, &Gemm::NT.product(&x, &dense)?, 2e-6)?;
+            close(&w.product(&g)?, &Gemm::NN.product(&g, &dense)?, 5e-6)?;
+            let target = sum.copy()?;
+            w.add_product(&target, &g)?;
+            close(&target, &(&sum + Gemm::NN.product(&g, &dense)?)?, 5e-6)?;
+            close(&w.gather(&ids)?, &dense.index_select(&ids, 0)?, 1e-8)?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn fewer_bits_are_near_the_numbers_they_stand_for() -> Result<()> {
+        // The relative error, as a norm, that the widths of the steps promise.
+        let limits = [0., 2e-3, 3e-4, 6e-3, 2.5e-2, 9e-2, 1e-1];
+        let stored = stored()?;
+        let w = stored[0].dense()?;
+        let norm = |t: &Tensor| -> Result<f64> { super::super::norm([t])?.value() };
+        for (matrix, limit) in stored.iter().zip(limits) {
+            let error = norm(&(matrix.dense()? - &w)?)? / norm(&w)?;
+            assert!(error <= limit && error >= limit / 4., "{matrix:?}: {error}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn sizes_that_do_not_fit_are_an_error() -> Result<()> {
+        let x = random([3, 4], 1, 1.)?;
+        for w in stored()? {
+            assert!(w.product_transposed(&x).is_err());
+            assert!(w.product(&x).is_err());
+            assert!(w.gather(&Tensor::new(&[5000u32], &Device::Cpu)?).is_err());
+        }
+        Ok(())
+    }
+}
