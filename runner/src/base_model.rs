@@ -21,7 +21,7 @@ pub struct BaseModel {
 }
 
 impl BaseModel {
-    /// Opens a folder. `name` is the registered model that must read it; without it the folder's `model_type` decides.
+    /// Opens a folder; its weights are stored as `precision` says. `name` is the registered model that must read it; without it the folder's `model_type` decides.
     ///
     /// # Errors
     /// A file is missing or malformed, or the parts do not belong together.

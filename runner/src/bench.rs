@@ -52,7 +52,7 @@ pub struct Setup {
     pub length: usize,
     /// Transformer blocks, if other than the shape's own.
     pub layers: Option<usize>,
-    /// Element type of the weights.
+    /// How the weights are stored.
     pub dtype: String,
     /// Measured repetitions.
     pub repeat: usize,

@@ -47,7 +47,6 @@ const CONFIGS: [Case; 45] = [
     ("checkpoint_seconds = 0.0", "device = \"cuda\"", 4, &["cuda", "--device cpu"]),
     ("checkpoint_seconds = 0.0", "dtype = \"f8\"", 2, &["f8", "bf16", "q4_0"]),
     ("checkpoint_seconds = 0.0", "dtype = \"q8_0\"", 2, &["q_proj", "rows of 16", "q8_0", "blocks of 32", "bf16"]),
-    ("checkpoint_seconds = 0.0", "dtype = \"bf16\"\nfine_tune.mode = \"full\"", 2, &["bf16", "frozen", "f32"]),
     ("checkpoint_seconds = 0.0", "lora = { r = 0 }", 2, &["lora.r", "at least 1"]),
     ("checkpoint_seconds = 0.0", "lora = { dropout = 1.0 }", 2, &["lora.dropout", "[0, 1)"]),
     ("checkpoint_seconds = 0.0", "lora = { target_modules = [\"q_prj\"] }", 2, &["q_prj", "q_proj"]),

@@ -101,7 +101,8 @@ fn losses_are_near_those_of_f32() -> Result<()> {
     let batch = batch(23, &[7, 4], &mut Seed::new(5).generator())?;
     let model = build(&config(json!({})))?;
     let exact = label_loss(model.as_ref(), &random(model.as_ref(), "f32")?, &batch)?;
-    for (name, limit) in NAMES.into_iter().zip([2e-3, 1e-2, 1e-2, 4e-2, 0.15, 0.15]) {
+    // Measured: 2.8e-4, 5.2e-4, 4.0e-4, 9.7e-4, 0.098, 0.155 nats; the limits are about twice that.
+    for (name, limit) in NAMES.into_iter().zip([6e-4, 1e-3, 1e-3, 2e-3, 0.2, 0.3]) {
         let error = (label_loss(model.as_ref(), &random(model.as_ref(), name)?, &batch)? - exact).abs();
         println!("{name}: loss {exact:.4}, off by {error:.1e}");
         assert!(error > 0. && error < limit, "{name}: off by {error:e}");
@@ -208,6 +209,11 @@ fn what_cannot_be_is_an_error_that_says_so() -> Result<()> {
     for name in NAMES {
         assert!(stderr(&output).contains(name), "{}", stderr(&output));
     }
+    let folder = tempfile::tempdir()?;
+    let mut command = run(folder.path(), &small(folder.path(), &[]));
+    let output = command.args(["--set", "dtype=bf16", "--set", "fine_tune.mode=full"]).output()?;
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("stored as bf16 are frozen"), "{}", stderr(&output));
     Ok(())
 }
 
