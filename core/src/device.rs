@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device};
 
-use crate::{Error, Result};
+use crate::{Error, Precision, Result};
 
 /// The device that `name` asks for: `cpu`, `cuda`, `cuda:N`, or `auto`, which takes the first CUDA device that
 /// works and the CPU otherwise.
@@ -34,27 +34,18 @@ fn open_cuda(index: usize) -> Result<Device> {
     })
 }
 
-/// The element type that `name` asks for.
+/// How the base is stored that `name` asks for: see [`Precision`].
 ///
 /// # Errors
 /// The name is unknown, or `device` cannot compute in that type.
-pub fn parse_dtype(name: &str, device: &Device) -> Result<DType> {
-    let dtype = match name {
-        "f32" => DType::F32,
-        "f16" => DType::F16,
-        "bf16" => DType::BF16,
-        _ => {
-            return Err(Error::config(format!("unknown element type `{name}`"))
-                .key("dtype")
-                .help("use f32, f16 or bf16"));
-        }
-    };
-    if device.is_cpu() && dtype != DType::F32 {
-        return Err(Error::device(format!("`{name}` is not supported on the CPU"))
+pub fn parse_dtype(name: &str, device: &Device) -> Result<Precision> {
+    let precision = Precision::parse(name)?;
+    if !device.is_cpu() && precision == Precision::Plain(DType::F16) {
+        return Err(Error::device("`f16` has no kernels on CUDA devices")
             .key("dtype")
-            .help("use dtype = \"f32\" on the CPU, or a CUDA device"));
+            .help("use dtype = \"bf16\", or the CPU"));
     }
-    Ok(dtype)
+    Ok(precision)
 }
 
 /// A name for people: `cpu` or `cuda:0`.

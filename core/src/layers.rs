@@ -43,7 +43,8 @@ impl Linear {
     /// # Errors
     /// A tensor operation failed.
     pub fn forward(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
-        let (weight, bias) = (pass.parameter(self.weight), self.bias.map(|bias| pass.parameter(bias)));
+        let bias = self.bias.map(|bias| pass.parameter(bias)).transpose()?;
+        let weight = pass.matrix(self.weight);
         let low_rank = match pass.weights.adapter(self.weight) {
             Some((adapter, scale)) => {
                 let (a, b) = (pass.tape.parameter(&adapter.a), pass.tape.parameter(&adapter.b));
@@ -51,7 +52,7 @@ impl Linear {
             }
             None => None,
         };
-        ops::linear(&mut pass.tape, x, &weight, bias.as_ref(), low_rank)
+        ops::linear(&mut pass.tape, x, weight, bias.as_ref(), low_rank)
     }
 }
 
@@ -78,8 +79,8 @@ impl Embedding {
     /// An id lies outside the vocabulary, or a tensor operation failed.
     pub fn forward(&self, ids: &Tensor, pass: &mut Forward) -> Result<Traced> {
         let (batch, length) = ids.dims2()?;
-        let table = pass.parameter(self.weight);
-        ops::embed(&mut pass.tape, &table, ids)?.reshape((batch, length, ()))
+        let table = pass.matrix(self.weight);
+        ops::embed(&mut pass.tape, table, ids)?.reshape((batch, length, ()))
     }
 
     /// Logits `[rows, vocabulary]` of hidden states `[rows, width]`: the head of a model with tied embeddings.
@@ -87,8 +88,8 @@ impl Embedding {
     /// # Errors
     /// A tensor operation failed.
     pub fn logits(&self, hidden: &Traced, pass: &mut Forward) -> Result<Traced> {
-        let weight = pass.parameter(self.weight);
-        ops::linear(&mut pass.tape, hidden, &weight, None, None)
+        let weight = pass.matrix(self.weight);
+        ops::linear(&mut pass.tape, hidden, weight, None, None)
     }
 }
 
@@ -110,7 +111,7 @@ impl RmsNorm {
     /// # Errors
     /// A tensor operation failed.
     pub fn forward(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
-        let weight = pass.parameter(self.weight);
+        let weight = pass.parameter(self.weight)?;
         ops::rms_norm(&mut pass.tape, x, &weight, self.eps)
     }
 }
@@ -135,7 +136,7 @@ impl LayerNorm {
     /// # Errors
     /// A tensor operation failed.
     pub fn forward(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
-        let (weight, bias) = (pass.parameter(self.weight), pass.parameter(self.bias));
+        let (weight, bias) = (pass.parameter(self.weight)?, pass.parameter(self.bias)?);
         ops::layer_norm(&mut pass.tape, x, &weight, &bias, self.eps)
     }
 }

@@ -7,7 +7,7 @@
 //! | [`defense`] [`model`] [`task`] [`judge`] | one trait each, and the entry that registers it |
 //! | [`registry`] [`settings`] | looking plugins up by name; typed settings |
 //! | [`step`] [`sites`] [`grads`] [`scalar`] | the verbs of a defense, activation points, gradient arithmetic |
-//! | [`weights`] [`checkpoint`] | parameters, LoRA, snapshots; tensor files |
+//! | [`weights`] [`matrix`] [`checkpoint`] | parameters, LoRA, snapshots; how a base is stored; tensor files |
 //! | [`layers`] [`ops`] [`tape`] | what models are built of; differentiable operators; the backward pass |
 //! | [`text`] [`data`] [`rng`] | templates and tokenizers; streams and mixtures; named generators |
 //! | [`optim`] [`generate`] [`cache`] | AdamW and schedules; batched greedy decoding |
@@ -42,6 +42,7 @@ pub mod generate;
 pub mod grads;
 pub mod judge;
 pub mod layers;
+pub mod matrix;
 pub mod model;
 pub mod ops;
 pub mod optim;
@@ -61,6 +62,7 @@ pub use defense::{AlignmentDefense, DefenseEntry, Privilege, Stage, State};
 pub use error::{Error, Kind, Result};
 pub use grads::Grads;
 pub use judge::{Judge, JudgeEntry, Verdict};
+pub use matrix::{Matrix, Precision};
 pub use model::{Forward, Model, ModelEntry, ModelSpec};
 pub use registry::Entry;
 pub use scalar::Scalar;

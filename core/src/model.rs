@@ -14,6 +14,7 @@ use serde_json::Value;
 
 use crate::cache::Cache;
 use crate::data::Tokens;
+use crate::matrix::Matrix;
 use crate::ops::{Rotation, Visibility};
 use crate::registry::Entry;
 use crate::rng::{Generator, dropout_mask};
@@ -168,9 +169,20 @@ impl<'a> Forward<'a> {
         self.visibility.as_ref().ok_or_else(|| Error::run("the pass has not begun: call `Model::hidden`"))
     }
 
-    /// A parameter's value: tracked if it is under training.
-    pub fn parameter(&mut self, id: ParamId) -> Traced {
-        self.tape.parameter(self.weights.get(id))
+    /// A parameter's value in full: tracked if it is under training.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn parameter(&mut self, id: ParamId) -> Result<Traced> {
+        Ok(self.tape.parameter(&self.weights.get(id).dense()?))
+    }
+
+    /// A matrix as it is stored, for a product: tracked if it is under training.
+    pub fn matrix(&mut self, id: ParamId) -> Traced<Matrix> {
+        match self.weights.get(id) {
+            Matrix::Dense(tensor) => (&self.tape.parameter(tensor)).into(),
+            packed @ Matrix::Packed(_) => Traced::constant(packed.clone()),
+        }
     }
 
     fn begin(&mut self, tokens: &Tokens) -> Result<()> {

@@ -6,6 +6,7 @@ use candle_core::{Device, Tensor, Var};
 
 use crate::data::{Batch, Stream, Tokens};
 use crate::grads::Grads;
+use crate::matrix::Matrix;
 use crate::model::{BlockContext, Forward, Model};
 use crate::ops;
 use crate::rng::{Generator, Seed};
@@ -268,9 +269,14 @@ impl<'a> StepCx<'a> {
                 .help("use `cx.backward`, or leave `lm_head` out of the adapter's targets")
         })?;
         let rows = hidden.flatten(0, 1)?.index_select(&batch.positions, 0)?;
-        ops::fused(&[&rows, weights.get(head)], |tape, inputs| {
-            ops::head_cross_entropy(tape, &inputs[0], &inputs[1], &batch.targets)
-        })
+        match weights.get(head) {
+            Matrix::Dense(head) => ops::fused(&[&rows, head], |tape, inputs| {
+                ops::head_cross_entropy(tape, &inputs[0], &inputs[1], &batch.targets)
+            }),
+            packed @ Matrix::Packed(_) => ops::fused(&[&rows], |tape, inputs| {
+                ops::head_cross_entropy(tape, &inputs[0], Traced::constant(packed.clone()), &batch.targets)
+            }),
+        }
     }
 
     /// The gradients of a loss of one's own with respect to the trained parameters. The passes that the loss was made
@@ -419,8 +425,8 @@ fn loss_of_hidden(model: &dyn Model, hidden: &Traced, batch: &Batch, pass: &mut 
     let rows = ops::select_rows(&mut pass.tape, &hidden.reshape(((), width))?, &batch.positions)?;
     match model.head() {
         Some(head) if pass.weights.adapter(head).is_none() => {
-            let head = pass.parameter(head);
-            ops::head_cross_entropy(&mut pass.tape, &rows, &head, &batch.targets)
+            let head = pass.matrix(head);
+            ops::head_cross_entropy(&mut pass.tape, &rows, head, &batch.targets)
         }
         _ => {
             let logits = model.logits(&rows, pass)?;

@@ -10,24 +10,25 @@ use std::collections::{BTreeMap, HashMap};
 use candle_core::{Shape, Tensor, TensorId};
 
 use crate::grads::Grads;
+use crate::matrix::Matrix;
 use crate::ops;
 use crate::{Error, Result};
 
-/// A tensor of the forward pass and, if a gradient flows through it, its place on the tape.
+/// A tensor (or a stored matrix) of the forward pass and, if a gradient flows through it, its place on the tape.
 #[derive(Debug, Clone)]
-pub struct Traced {
-    tensor: Tensor,
+pub struct Traced<T = Tensor> {
+    tensor: T,
     node: Option<usize>,
 }
 
-impl Traced {
+impl<T> Traced<T> {
     /// A value that no gradient flows into.
-    pub fn constant(tensor: Tensor) -> Self {
+    pub fn constant(tensor: T) -> Self {
         Self { tensor, node: None }
     }
 
     /// The tensor; nothing computed from it directly is differentiated.
-    pub fn tensor(&self) -> &Tensor {
+    pub fn tensor(&self) -> &T {
         &self.tensor
     }
 
@@ -36,17 +37,25 @@ impl Traced {
         self.node.is_some()
     }
 
+    /// Other numbers in the same place: the value plus a constant has the same gradient.
+    pub(crate) fn with_tensor<U>(&self, tensor: U) -> Traced<U> {
+        Traced { tensor, node: self.node }
+    }
+}
+
+impl From<&Traced> for Traced<Matrix> {
+    fn from(dense: &Traced) -> Self {
+        dense.with_tensor(Matrix::Dense(dense.tensor.clone()))
+    }
+}
+
+impl Traced {
     /// The same numbers in another shape.
     ///
     /// # Errors
     /// The shape has another number of elements.
     pub fn reshape<S: candle_core::shape::ShapeWithOneHole>(&self, shape: S) -> Result<Self> {
         Ok(Self { tensor: self.tensor.reshape(shape)?, node: self.node })
-    }
-
-    /// Other numbers in the same place: the value plus a constant has the same gradient.
-    pub(crate) fn with_tensor(&self, tensor: Tensor) -> Self {
-        Self { tensor, node: self.node }
     }
 }
 

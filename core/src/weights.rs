@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{Checkpoint, write_tensors};
 use crate::grads::Grads;
+use crate::matrix::{Matrix, Precision};
 use crate::model::Model;
 use crate::ops;
 use crate::registry::nearest;
@@ -78,6 +79,11 @@ impl ParamList {
             }
         }
         names
+    }
+
+    /// The parameter of this handle.
+    pub fn get(&self, id: ParamId) -> &Param {
+        &self.0[id.0]
     }
 
     /// How many numbers there are in all.
@@ -170,37 +176,42 @@ struct Lora {
 #[derive(Debug, Clone)]
 pub struct Weights {
     params: Arc<ParamList>,
-    base: Vec<Tensor>,
+    precision: Precision,
+    device: Device,
+    base: Vec<Matrix>,
     lora: Option<Lora>,
     trainable: BTreeMap<String, Var>,
 }
 
 impl Weights {
-    /// Seeded random weights for `model`.
+    /// Seeded random weights for `model`, stored as `precision` says (an element type will do). One parameter at a time
+    /// exists in f32.
     ///
     /// # Errors
-    /// A tensor operation failed.
-    pub fn random(model: &dyn Model, seed: Seed, dtype: DType, device: &Device) -> Result<Self> {
+    /// The precision does not fit the model, or a tensor operation failed.
+    pub fn random(model: &dyn Model, seed: Seed, precision: impl Into<Precision>, device: &Device) -> Result<Self> {
         let init = |param: &Param| -> Result<Tensor> {
             Ok(match param.init {
-                Init::Ones => Tensor::ones(param.shape.as_slice(), dtype, device)?,
-                Init::Zeros => Tensor::zeros(param.shape.as_slice(), dtype, device)?,
-                Init::Normal(std) => {
-                    let normal = randn(&param.shape, &mut seed.named(&param.name).generator(), device)?;
-                    (normal * std)?.to_dtype(dtype)?
-                }
+                Init::Ones => Tensor::ones(param.shape.as_slice(), DType::F32, device)?,
+                Init::Zeros => Tensor::zeros(param.shape.as_slice(), DType::F32, device)?,
+                Init::Normal(std) => (randn(&param.shape, &mut seed.named(&param.name).generator(), device)? * std)?,
             })
         };
-        let base = model.params().iter().map(init).collect::<Result<_>>()?;
-        Ok(Self::from_parts(model, base))
+        Self::build(model, precision.into(), device, init)
     }
 
-    /// The weights of `model` out of a checkpoint, which must hold every declared parameter in the declared shape. A
-    /// checkpoint of the model without its head leaves out the leading `model.` of all names (OPT's own are such).
+    /// The weights of `model` out of a checkpoint, which must hold every declared parameter in the declared shape. They
+    /// are stored as `precision` says (an element type will do), one parameter after the other. A checkpoint of the model
+    /// without its head leaves out the leading `model.` of all names (OPT's own are such).
     ///
     /// # Errors
-    /// A parameter is missing, of another shape, or not finite.
-    pub fn load(model: &dyn Model, checkpoint: &mut Checkpoint, dtype: DType, device: &Device) -> Result<Self> {
+    /// A parameter is missing, of another shape, or not finite, or the precision does not fit the model.
+    pub fn load(
+        model: &dyn Model,
+        checkpoint: &mut Checkpoint,
+        precision: impl Into<Precision>,
+        device: &Device,
+    ) -> Result<Self> {
         let load = |param: &Param| -> Result<Tensor> {
             let bare =
                 param.name.strip_prefix("model.").filter(|bare| !checkpoint.has(&param.name) && checkpoint.has(bare));
@@ -221,18 +232,25 @@ impl Weights {
                     .file(checkpoint.path())
                     .help("the checkpoint is damaged: download or train it again"));
             }
-            Ok(tensor.to_dtype(dtype)?)
+            Ok(tensor)
         };
-        let base = model.params().iter().map(load).collect::<Result<_>>()?;
-        Ok(Self::from_parts(model, base))
+        Self::build(model, precision.into(), device, load)
     }
 
-    fn from_parts(model: &dyn Model, base: Vec<Tensor>) -> Self {
-        Self { params: Arc::new(model.params().clone()), base, lora: None, trainable: BTreeMap::new() }
+    fn build(
+        model: &dyn Model,
+        precision: Precision,
+        device: &Device,
+        mut make: impl FnMut(&Param) -> Result<Tensor>,
+    ) -> Result<Self> {
+        precision.check_model(model)?;
+        let base = model.params().iter().map(|param| precision.store(model, param, &make(param)?));
+        let (base, device, params) = (base.collect::<Result<_>>()?, device.clone(), Arc::new(model.params().clone()));
+        Ok(Self { params, precision, device, base, lora: None, trainable: BTreeMap::new() })
     }
 
-    /// The tensor of a parameter, without its adapter.
-    pub fn get(&self, id: ParamId) -> &Tensor {
+    /// A parameter as it is stored, without its adapter.
+    pub fn get(&self, id: ParamId) -> &Matrix {
         &self.base[id.0]
     }
 
@@ -257,40 +275,46 @@ impl Weights {
         &self.trainable
     }
 
-    /// The element type of the base parameters.
-    pub fn dtype(&self) -> DType {
-        self.base.first().map_or(DType::F32, Tensor::dtype)
+    /// How the base parameters are stored.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// The bytes that the base parameters take, without adapters.
+    pub fn bytes(&self) -> usize {
+        self.base.iter().map(Matrix::bytes).sum()
     }
 
     /// The element type that passes compute in.
     pub fn activation_dtype(&self) -> DType {
-        self.dtype()
+        self.precision.activation_dtype(&self.device)
     }
 
-    /// The element type of adapters: f32 also beside half-precision weights, since small updates would round away.
+    /// The element type of adapters: f32 also beside weights in fewer bits, since small updates would round away.
     fn adapter_dtype(&self) -> DType {
-        if self.dtype() == DType::F64 { DType::F64 } else { DType::F32 }
+        if self.activation_dtype() == DType::F64 { DType::F64 } else { DType::F32 }
     }
 
     /// Where the weights live.
     pub fn device(&self) -> &Device {
-        self.base.first().map_or(&Device::Cpu, Tensor::device)
+        &self.device
     }
 
-    /// The base parameters by name, without adapters.
-    pub fn named(&self) -> impl Iterator<Item = (&str, &Tensor)> {
+    /// The base parameters by name, as they are stored, without adapters.
+    pub fn named(&self) -> impl Iterator<Item = (&str, &Matrix)> {
         self.params.iter().map(|param| param.name.as_str()).zip(&self.base)
     }
 
     /// Trains every base parameter.
     ///
     /// # Errors
-    /// A tensor operation failed.
+    /// The base is stored in fewer bits than f32, which makes it frozen, or a tensor operation failed.
     pub fn train_full(&mut self) -> Result<()> {
+        self.precision.check_trainable()?;
         self.merge()?;
-        for (param, tensor) in self.params.iter().zip(&mut self.base) {
-            let var = Var::from_tensor(&tensor.copy()?)?;
-            *tensor = var.as_tensor().clone();
+        for (param, matrix) in self.params.iter().zip(&mut self.base) {
+            let var = Var::from_tensor(&matrix.dense()?.copy()?)?;
+            *matrix = Matrix::Dense(var.as_tensor().clone());
             self.trainable.insert(param.name.clone(), var);
         }
         Ok(())
@@ -377,7 +401,9 @@ impl Weights {
             .help(format!("layers of this model: {}", names.join(", "))))
     }
 
-    /// Adds the adapter into the base parameters, `W += (alpha / r) · B A`, and drops it.
+    /// Adds the adapter into the base parameters, `W += (alpha / r) · B A`, and drops it. Weights in fewer bits than are
+    /// computed with keep the factors beside them, in f32, so that nothing is rounded; bf16 weights on a CUDA device are
+    /// rounded to bf16.
     ///
     /// # Errors
     /// A tensor operation failed.
@@ -385,9 +411,8 @@ impl Weights {
         self.freeze();
         let Some(lora) = self.lora.take() else { return Ok(()) };
         for (index, adapter) in lora.adapters {
-            let delta = (adapter.b.detach().matmul(&adapter.a.detach())? * lora.config.scale())?;
             let weight = &mut self.base[index];
-            *weight = (weight.to_dtype(delta.dtype())? + delta)?.to_dtype(weight.dtype())?;
+            *weight = weight.plus(lora.config.scale(), &adapter.b.detach(), &adapter.a.detach())?;
         }
         Ok(())
     }
@@ -404,7 +429,7 @@ impl Weights {
     /// A tensor operation failed.
     pub fn merged(&self) -> Result<Self> {
         let mut copy = self.frozen();
-        copy.base = copy.base.iter().map(Tensor::copy).collect::<candle_core::Result<_>>()?;
+        copy.base = copy.base.iter().map(Matrix::copy).collect::<Result<_>>()?;
         copy.merge()?;
         Ok(copy)
     }
@@ -418,8 +443,8 @@ impl Weights {
     }
 
     fn freeze(&mut self) {
-        for tensor in &mut self.base {
-            *tensor = tensor.detach();
+        for matrix in &mut self.base {
+            *matrix = matrix.detach();
         }
         for adapter in self.lora.iter_mut().flat_map(|lora| lora.adapters.values_mut()) {
             *adapter = Adapter { a: adapter.a.detach(), b: adapter.b.detach() };
@@ -462,12 +487,14 @@ impl Weights {
         self.trainable.get(name).ok_or_else(|| Error::run(format!("`{name}` is not a parameter under training")))
     }
 
-    /// Writes the base parameters as safetensors.
+    /// Writes the base parameters as safetensors: as they are stored, or in f32 where they are stored in blocks or an
+    /// adapter was merged into fewer bits. All of them exist in that type for a moment.
     ///
     /// # Errors
     /// The file cannot be written.
     pub fn save(&self, path: &Path) -> Result<()> {
-        write_tensors(path, self.named().map(|(name, tensor)| (name.to_owned(), tensor.clone())))
+        let tensors = self.named().map(|(name, matrix)| Ok((name.to_owned(), matrix.exact()?)));
+        write_tensors(path, tensors.collect::<Result<Vec<_>>>()?)
     }
 
     /// Writes the adapter as safetensors under PEFT's names.

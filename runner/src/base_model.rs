@@ -2,12 +2,12 @@
 
 use std::path::Path;
 
-use candle_core::{DType, Device};
+use candle_core::Device;
 use serde_json::{Value, json};
 use titer_core::checkpoint::Checkpoint;
 use titer_core::error::io_error;
 use titer_core::text::Tokenizer;
-use titer_core::{Error, Model, ModelEntry, Result, Weights, registry};
+use titer_core::{Error, Model, ModelEntry, Precision, Result, Weights, registry};
 
 /// A model that can be run: architecture, weights and tokenizer.
 #[derive(Debug)]
@@ -21,11 +21,11 @@ pub struct BaseModel {
 }
 
 impl BaseModel {
-    /// Opens a folder. `name` is the registered model that must read it; without it the folder's `model_type` decides.
+    /// Opens a folder; its weights are stored as `precision` says. `name` is the registered model that must read it; without it the folder's `model_type` decides.
     ///
     /// # Errors
     /// A file is missing or malformed, or the parts do not belong together.
-    pub fn open(folder: &Path, name: Option<&str>, dtype: DType, device: &Device) -> Result<Self> {
+    pub fn open(folder: &Path, name: Option<&str>, precision: Precision, device: &Device) -> Result<Self> {
         let config = read_config(folder)?;
         let path = folder.join("config.json");
         let entry = model_entry(&config, name).map_err(|error| error.file(&path))?;
@@ -49,7 +49,7 @@ impl BaseModel {
             .file(&tokenizer_path)
             .help("take tokenizer.json from the same model as the weights"));
         }
-        let weights = Weights::load(model.as_ref(), &mut Checkpoint::open(folder)?, dtype, device)?;
+        let weights = Weights::load(model.as_ref(), &mut Checkpoint::open(folder)?, precision, device)?;
         Ok(Self { model, tokenizer, weights })
     }
 

@@ -101,7 +101,7 @@ pub struct Setup {
     pub length: usize,
     /// Transformer blocks, if other than the shape's own.
     pub layers: Option<usize>,
-    /// Element type of the weights.
+    /// How the weights are stored.
     pub dtype: String,
     /// Measured repetitions.
     pub repeat: usize,
@@ -272,7 +272,7 @@ fn measurement(
     let median = seconds[seconds.len() / 2];
     // Memory first: the peak of the machine needs some of its own.
     let peak_bytes = peak_bytes();
-    let peak = matmul_peak(parse_dtype(&setup.dtype, device)?, device)?;
+    let peak = matmul_peak(parse_dtype(&setup.dtype, device)?.activation_dtype(device), device)?;
     Ok(Measurement {
         what: what.to_owned(),
         setup: setup.clone(),

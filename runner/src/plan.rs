@@ -138,7 +138,7 @@ pub struct PretrainSpec {
     pub optim: OptimSpec,
     /// Seed of weights and data order.
     pub seed: u64,
-    /// Element type of the weights.
+    /// How later stages store the weights.
     pub dtype: String,
 }
 
@@ -154,7 +154,7 @@ pub struct LoadSpec {
     pub path: std::path::PathBuf,
     /// The hash of the folder's model files.
     pub content: String,
-    /// Element type to load the weights in.
+    /// How the weights are stored once loaded.
     pub dtype: String,
 }
 

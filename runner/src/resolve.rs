@@ -13,7 +13,9 @@ use titer_core::registry::{Entry, find, nearest};
 use titer_core::rng::Seed;
 use titer_core::text::Template;
 use titer_core::weights::LoraConfig;
-use titer_core::{DefenseEntry, Error, JudgeEntry, Model, ModelEntry, Result, Row, Settings, Stage, Task, TaskEntry};
+use titer_core::{
+    DefenseEntry, Error, JudgeEntry, Model, ModelEntry, Precision, Result, Row, Settings, Stage, Task, TaskEntry,
+};
 
 use crate::config::{
     AlignAdapter, BaseConfig, DefenseRef, EvaluateConfig, FineTuneConfig, FineTuneMode, JudgeRef, Loaded, MethodConfig,
@@ -166,7 +168,7 @@ pub fn resolve(loaded: &Loaded) -> Result<Experiment, Problems> {
     cx.check(!config.experiment.is_empty(), "experiment", "the name is empty", "name the experiment");
     cx.seeds("seeds", &config.seeds);
     cx.take("", config.lora.check());
-    cx.dtype(&config.dtype);
+    let precision = cx.take("", Precision::parse(&config.dtype));
     cx.take("encoding", Template::new(&config.encoding.template).check());
     cx.positive("encoding.max_length", config.encoding.max_length);
     let encoding = EncodingSpec {
@@ -177,6 +179,11 @@ pub fn resolve(loaded: &Loaded) -> Result<Experiment, Problems> {
     let (bases, model) = cx.base(&config.base, &config.dtype).unzip();
     if let Some(model) = &model {
         cx.lora_targets(&config.lora, model.as_ref());
+        cx.take("", precision.map_or(Ok(()), |precision| precision.check_model(model.as_ref())));
+    }
+    let full = config.align.as_ref().is_some_and(|align| align.adapter == AlignAdapter::Full);
+    if full || config.fine_tune.mode == FineTuneMode::Full {
+        cx.take("", precision.map_or(Ok(()), Precision::check_trainable));
     }
     // A plan says in full what is trained, also where the configuration leaves it to the model.
     let lora = model.as_ref().map_or_else(|| config.lora.clone(), |model| config.lora.for_params(model.params()));
@@ -279,12 +286,6 @@ impl Resolver<'_> {
             }
             seen.insert(name);
         }
-    }
-
-    fn dtype(&mut self, dtype: &str) {
-        let known = ["f32", "f16", "bf16"];
-        let message = format!("unknown element type `{dtype}`");
-        self.check(known.contains(&dtype), "dtype", &message, "use f32, f16 or bf16");
     }
 
     /// Looks a plugin up and fills its settings in.

@@ -7,14 +7,14 @@ use candle_core::{DType, Device};
 use proptest::prelude::*;
 use titer::plan::{OptimSpec, Steps};
 use titer::train_loop::{Record, Training, Watch};
-use titer_core::data::{Example, Stream, harmful_count, mixture};
+use titer_core::data::{Batch, Example, Stream, harmful_count, mixture};
 use titer_core::optim::Schedule;
 use titer_core::rng::{Seed, permutation};
 use titer_core::step::{Clock, StepCx, Streams};
 use titer_core::{DefenseEntry, Forward, Grads, Row, Sites, Stage, Weights, registry};
 use titer_plugins::defenses::random_perturbation::{Measure, RandomPerturbation};
 use titer_plugins::defenses::vaccine::{Norm, Vaccine};
-use titer_tests::{adapt, all_tiny, batch, build, defense, difference, step, tiny, values, variants};
+use titer_tests::{adapt, all_tiny, batch, build, context, defense, difference, step, tiny, values, variants};
 
 fn lengths() -> impl Strategy<Value = Vec<usize>> {
     proptest::collection::vec(1usize..12, 1..5)
@@ -111,6 +111,60 @@ proptest! {
         }
         seen.sort_unstable();
         prop_assert_eq!(seen, (0..count as u32).collect::<Vec<_>>());
+    }
+
+    /// A batch collated ahead is the one that would have come, also around a jump to another place.
+    #[test]
+    fn a_batch_collated_ahead_is_the_next_one(count in 1usize..20, size in 1usize..5, drawn in 0usize..30, ahead: [bool; 4]) {
+        let examples: Vec<Example> =
+            (0..count).map(|i| Example { tokens: vec![i as u32; 2 + i % 7], first_label: 1 }).collect();
+        let stream = || Stream::new(examples.clone().into(), size, 1, Seed::new(1), 0).unwrap();
+        let (mut plain, mut eager) = (stream(), stream());
+        eager.prefetch(&Device::Cpu).unwrap();
+        plain.seek(drawn);
+        eager.seek(drawn);
+        for ahead in ahead {
+            if ahead {
+                eager.prefetch(&Device::Cpu).unwrap();
+                prop_assert_eq!(plain.drawn(), eager.drawn());
+            }
+            let [a, b] = [&mut plain, &mut eager].map(|s| s.next_batch(&Device::Cpu).unwrap().tokens.ids);
+            prop_assert_eq!(a.to_vec2::<u32>().unwrap(), b.to_vec2::<u32>().unwrap());
+        }
+    }
+
+    /// Padding changes neither loss nor gradients: rows of any lengths in one batch give the mean of each row on its own,
+    /// weighed by its labels.
+    #[test]
+    fn padding_changes_nothing(lengths in lengths(), seed: u64) {
+        let (model, mut weights) = tiny(DType::F64, 0.).unwrap();
+        weights.train_full().unwrap();
+        let rows: Vec<Vec<u32>> = lengths.iter().enumerate().map(|(row, &length)| {
+            (0..length).map(|at| ((seed % 19) as usize + 7 * at + 3 * row) as u32 % 23).collect()
+        }).collect();
+        let labelled = |rows: &[Vec<u32>]| {
+            let labels: Vec<(usize, usize, u32)> = rows.iter().enumerate()
+                .flat_map(|(row, tokens)| (1..tokens.len()).map(move |at| (row, at - 1, tokens[at]))).collect();
+            Batch::with_labels(rows, labels, 1, &Device::Cpu).unwrap()
+        };
+        let mut streams = Streams::default();
+        let mut pass = |rows: &[Vec<u32>]| {
+            let batch = labelled(rows);
+            let pass = context(model.as_ref(), &weights, &mut streams).backward(&batch, Sites::none()).unwrap();
+            (batch.labels() as f64, pass)
+        };
+        let (labels, together) = pass(&rows);
+        let (mut loss, mut grads) = (0., Grads::default());
+        for row in rows.chunks(1) {
+            let (count, alone) = pass(row);
+            loss += alone.loss.value().unwrap() * count / labels;
+            grads = grads.add_scaled(count / labels, &alone.grads).unwrap();
+        }
+        prop_assert!((loss - together.loss.value().unwrap()).abs() < 1e-12);
+        for (name, gradient) in together.grads.iter() {
+            let gap = difference(gradient, grads.get(name).unwrap()).unwrap();
+            prop_assert!(gap < 1e-11, "{} differs by {}", name, gap);
+        }
     }
 
     /// Merging an adapter changes nothing in what the model computes.

@@ -7,7 +7,9 @@ use candle_core::{DType, Tensor};
 
 use super::gemm::{Matrix, multiply, threads};
 use super::host::{Real, Shared, by_dtype, read, rows, tensor};
+use super::product::chunks;
 use super::{Gemm, math};
+use crate::matrix::Matrix as Stored;
 use crate::tape::{Tape, Traced};
 use crate::{Error, Result};
 
@@ -19,7 +21,13 @@ const BLOCK: usize = 1 << 24;
 ///
 /// # Errors
 /// A label lies outside the vocabulary, or a tensor operation failed.
-pub fn head_cross_entropy(tape: &mut Tape, hidden: &Traced, weight: &Traced, targets: &Tensor) -> Result<Traced> {
+pub fn head_cross_entropy(
+    tape: &mut Tape,
+    hidden: &Traced,
+    weight: impl Into<Traced<Stored>>,
+    targets: &Tensor,
+) -> Result<Traced> {
+    let weight = weight.into();
     let (h, w) = (hidden.tensor().contiguous()?, weight.tensor().clone());
     let (count, _) = h.dims2()?;
     if count == 0 {
@@ -30,10 +38,11 @@ pub fn head_cross_entropy(tape: &mut Tape, hidden: &Traced, weight: &Traced, tar
     let wants = [hidden.tracked(), weight.tracked()];
     let Parts { loss, dh, dw } = dispatch!(
         h,
-        super::cuda::head_cross_entropy(&h, &w, targets, wants, (BLOCK / vocabulary).max(64)),
+        super::cuda::head_cross_entropy(&h, &w.dense()?, targets, wants, (BLOCK / vocabulary).max(64)),
         by_dtype!(h.dtype(), head_host(&h, &w, targets, wants))
     )?;
-    Ok(tape.record(loss, &[hidden, weight], move |gradient, into| {
+    let weight = weight.with_tensor(loss.clone());
+    Ok(tape.record(loss, &[hidden, &weight], move |gradient, into| {
         let scale = gradient.to_dtype(DType::F64)?.to_scalar::<f64>()?;
         let scaled = |t: Tensor| -> Result<Tensor> { if scale == 1. { Ok(t) } else { Ok((t * scale)?) } };
         dh.map_or(Ok(()), |dh| into.add(0, scaled(dh)?))?;
@@ -77,72 +86,74 @@ pub(super) struct Parts {
     pub dw: Option<Tensor>,
 }
 
-fn head_host<T: Real>(h: &Tensor, w: &Tensor, targets: &Tensor, [wants_h, wants_w]: [bool; 2]) -> Result<Parts> {
+fn head_host<T: Real>(h: &Tensor, w: &Stored, targets: &Tensor, [wants_h, wants_w]: [bool; 2]) -> Result<Parts> {
     let ((count, width), vocabulary) = (h.dims2()?, w.dims()[0]);
+    if w.dims() != [vocabulary, width] {
+        return Err(Error::run(format!("hidden states {:?} do not fit a head {:?}", h.dims(), w.dims())));
+    }
     let labels = targets.to_vec1::<u32>()?;
     // Equal blocks: a short last one would read the whole head for a few rows.
     let block = count.div_ceil(count.div_ceil((BLOCK / vocabulary).max(64)));
     let mut logits = vec![T::zero(); block * vocabulary];
     let mut losses = vec![T::zero(); count];
-    let dw = wants_w.then(|| w.zeros_like()).transpose()?;
+    let dw = wants_w.then(|| Tensor::zeros(w.dims(), h.dtype(), h.device())).transpose()?;
     let scale = T::of(1. / count as f64);
     let mut dh = vec![T::zero(); if wants_h { count * width } else { 0 }];
     read(h, |hs: &[T]| {
-        read(w, |ws: &[T]| {
-            for first in (0..count).step_by(block) {
-                let size = block.min(count - first);
-                let logits = &mut logits[..size * vocabulary];
-                let row_major = |data: *const T, rows: usize, columns: usize| Matrix {
-                    rows,
-                    columns,
-                    row_stride: columns,
-                    column_stride: 1,
-                    data,
-                };
-                let target = |data: *mut T, rows: usize, columns: usize| Matrix {
-                    rows,
-                    columns,
-                    row_stride: columns,
-                    column_stride: 1,
-                    data,
-                };
-                let hidden = row_major(hs[first * width..].as_ptr(), size, width);
-                let head = row_major(ws.as_ptr(), vocabulary, width);
-                // SAFETY: the matrices are the block's rows, the head and the buffer of this size.
+        for first in (0..count).step_by(block) {
+            let size = block.min(count - first);
+            let logits = &mut logits[..size * vocabulary];
+            let hidden = matrix(hs[first * width..].as_ptr(), [size, width], width);
+            // A chunk of the head's rows is so many columns of the logits.
+            chunks(w, |at, ws: &[T]| {
+                let head = matrix(ws.as_ptr(), [ws.len() / width, width], width);
+                let columns = logits.as_mut_ptr().wrapping_add(at);
+                // SAFETY: the matrices are the block's rows, some rows of the head and their columns in the buffer.
                 #[expect(unsafe_code, reason = "the product takes pointers")]
                 unsafe {
-                    let c = target(logits.as_mut_ptr(), size, vocabulary);
-                    multiply(c, false, T::one(), hidden, head.t(), threads());
+                    multiply(
+                        matrix(columns, [size, head.rows], vocabulary),
+                        false,
+                        T::one(),
+                        hidden,
+                        head.t(),
+                        threads(),
+                    );
                 }
-                let losses = Shared::new(losses[first..].as_mut_ptr());
-                rows(logits, vocabulary, |begin, part| {
-                    for (row, logits) in part.chunks_exact_mut(vocabulary).enumerate() {
-                        let label = labels[first + begin + row] as usize;
-                        let loss = softmax_gradient(logits, label, scale);
-                        // SAFETY: every row writes its own loss.
-                        #[expect(unsafe_code, reason = "rows of two outputs of different width")]
-                        unsafe {
-                            *losses.at(begin + row) = loss;
-                        }
+                Ok(())
+            })?;
+            let losses = Shared::new(losses[first..].as_mut_ptr());
+            rows(logits, vocabulary, |begin, part| {
+                for (row, logits) in part.chunks_exact_mut(vocabulary).enumerate() {
+                    let label = labels[first + begin + row] as usize;
+                    let loss = softmax_gradient(logits, label, scale);
+                    // SAFETY: every row writes its own loss.
+                    #[expect(unsafe_code, reason = "rows of two outputs of different width")]
+                    unsafe {
+                        *losses.at(begin + row) = loss;
                     }
-                });
-                let dlogits = row_major(logits.as_ptr(), size, vocabulary);
-                if wants_h {
+                }
+            });
+            if wants_h {
+                let dh = dh[first * width..].as_mut_ptr();
+                chunks(w, |at, ws: &[T]| {
+                    let head = matrix(ws.as_ptr(), [ws.len() / width, width], width);
+                    let dlogits = matrix(logits.as_ptr().wrapping_add(at), [size, head.rows], vocabulary);
                     // SAFETY: as above.
                     #[expect(unsafe_code, reason = "the product takes pointers")]
                     unsafe {
-                        let c = target(dh[first * width..].as_mut_ptr(), size, width);
-                        multiply(c, false, T::one(), dlogits, head, threads());
+                        multiply(matrix(dh, [size, width], width), at > 0, T::one(), dlogits, head, threads());
                     }
-                }
-                if let Some(dw) = &dw {
-                    // One copy of the block's gradients, so that the product is the common one.
-                    let gradient = tensor(logits.to_vec(), &[size, vocabulary])?;
-                    Gemm::TN.add_to(dw, &gradient, &h.narrow(0, first, size)?.contiguous()?)?;
-                }
+                    Ok(())
+                })?;
             }
-            Ok(())
-        })
+            if let Some(dw) = &dw {
+                // One copy of the block's gradients, so that the product is the common one.
+                let gradient = tensor(logits.to_vec(), &[size, vocabulary])?;
+                Gemm::TN.add_to(dw, &gradient, &h.narrow(0, first, size)?.contiguous()?)?;
+            }
+        }
+        Ok(())
     })?;
     let total: f64 = losses.iter().map(|&loss| loss.to_f64()).sum();
     Ok(Parts {
@@ -150,6 +161,11 @@ fn head_host<T: Real>(h: &Tensor, w: &Tensor, targets: &Tensor, [wants_h, wants_
         dh: wants_h.then(|| tensor(dh, &[count, width])).transpose()?,
         dw,
     })
+}
+
+/// Rows of a row-major matrix, `stride` apart.
+fn matrix<P>(data: P, [rows, columns]: [usize; 2], stride: usize) -> Matrix<P> {
+    Matrix { rows, columns, row_stride: stride, column_stride: 1, data }
 }
 
 /// The loss of one row; its logits become `scale · (softmax − onehot)`.

@@ -4,6 +4,7 @@ use candle_core::{DType, Tensor};
 
 use super::host::{Real, by_dtype, read, rows, simd, tensor, write};
 use super::{last_dim, math};
+use crate::matrix::Matrix;
 use crate::tape::{Tape, Traced};
 use crate::{Error, Result, Scalar};
 
@@ -40,11 +41,13 @@ pub fn select_rows(tape: &mut Tape, x: &Traced, index: &Tensor) -> Result<Traced
 ///
 /// # Errors
 /// An id lies outside the table, or a tensor operation failed.
-pub fn embed(tape: &mut Tape, table: &Traced, ids: &Tensor) -> Result<Traced> {
-    let ids = ids.flatten_all()?;
-    let (result, weight) = (table.tensor().index_select(&ids, 0)?, table.tensor().clone());
-    Ok(tape.record(result, &[table], move |gradient, into| {
-        into.add(0, weight.zeros_like()?.index_add(&ids, &gradient, 0)?)
+pub fn embed(tape: &mut Tape, table: impl Into<Traced<Matrix>>, ids: &Tensor) -> Result<Traced> {
+    let (table, ids) = (table.into(), ids.flatten_all()?);
+    let (result, shape) = (table.tensor().gather(&ids)?, table.tensor().dims().to_vec());
+    let table = table.with_tensor(result.clone());
+    Ok(tape.record(result, &[&table], move |gradient, into| {
+        let zeros = Tensor::zeros(shape, gradient.dtype(), gradient.device())?;
+        into.add(0, zeros.index_add(&ids, &gradient, 0)?)
     }))
 }
 

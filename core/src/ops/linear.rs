@@ -8,6 +8,7 @@ use candle_core::{DType, Tensor};
 use super::host::{Real, by_dtype, read, rows, sum_over_rows, tensor, write};
 use super::{Gemm, last_dim, multiply};
 use crate::Result;
+use crate::matrix::Matrix;
 use crate::tape::{Tape, Traced};
 
 /// The adapter's part in a linear layer.
@@ -31,14 +32,15 @@ pub struct LowRank {
 pub fn linear(
     tape: &mut Tape,
     x: &Traced,
-    weight: &Traced,
+    weight: impl Into<Traced<Matrix>>,
     bias: Option<&Traced>,
     low_rank: Option<LowRank>,
 ) -> Result<Traced> {
     let mut shape = x.tensor().dims().to_vec();
     let xs = x.tensor().contiguous()?.reshape(((), last_dim(x.tensor())))?;
+    let weight = weight.into();
     let w = weight.tensor().clone();
-    let y = Gemm::NT.product(&xs, &w)?;
+    let y = w.product_transposed(&xs)?;
     if let Some(bias) = bias {
         add_bias(&y, bias.tensor())?;
     }
@@ -46,9 +48,10 @@ pub fn linear(
     if let Some(last) = shape.last_mut() {
         *last = w.dims()[0];
     }
-    let absent = Traced::constant(w.clone());
+    // Only places count from here on, not the numbers in them.
+    let (weight, absent) = (weight.with_tensor(y.clone()), Traced::constant(y.clone()));
     let (a, b) = low_rank.as_ref().map_or((&absent, &absent), |low_rank| (&low_rank.a, &low_rank.b));
-    let inputs = [x, weight, bias.unwrap_or(&absent), a, b];
+    let inputs = [x, &weight, bias.unwrap_or(&absent), a, b];
     // What no gradient needs is not kept.
     let kept = (weight.tracked() || a.tracked()).then_some(xs);
     Ok(tape.record(y.reshape(shape)?, &inputs, move |gradient, into| {
@@ -58,10 +61,10 @@ pub fn linear(
             let (dx, held) = match into.owned(0) {
                 Some(sum) => {
                     let sum = sum.reshape(((), w.dims()[1]))?;
-                    Gemm::NN.add_to(&sum, &g, &w)?;
+                    w.add_product(&sum, &g)?;
                     (sum, true)
                 }
-                None => (Gemm::NN.product(&g, &w)?, false),
+                None => (w.product(&g)?, false),
             };
             if let (Some(adapter), Some(narrow)) = (&adapter, &narrow) {
                 adapter.add_input_gradient(&dx, narrow)?;

@@ -36,6 +36,7 @@ mod host;
 mod linear;
 mod math;
 mod norm;
+mod product;
 mod rope;
 mod skinny;
 

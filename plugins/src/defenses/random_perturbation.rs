@@ -96,7 +96,7 @@ fn mask_padding(z: &Tensor, lengths: &[usize]) -> Result<Tensor> {
 impl AlignmentDefense for RandomPerturbation {
     fn step(&mut self, cx: &mut StepCx, batch: &Batch) -> Result<Update> {
         let ((rows, length), width) = (batch.tokens.dims(), cx.model().spec().hidden_size);
-        let (dtype, device): (DType, _) = (cx.weights().dtype(), cx.weights().device().clone());
+        let (dtype, device): (DType, _) = (cx.weights().activation_dtype(), cx.weights().device().clone());
         let mut generator = cx.generator("noise");
         let draw = |site: String| -> Result<(String, Tensor)> {
             Ok((site, randn(&[rows, length, width], &mut generator, &device)?.to_dtype(dtype)?))

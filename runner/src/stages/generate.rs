@@ -27,7 +27,7 @@ pub struct Generation {
     pub top_p: f64,
     /// Seed of sampling.
     pub seed: u64,
-    /// Element type of the weights.
+    /// How the weights are stored.
     pub dtype: String,
 }
 

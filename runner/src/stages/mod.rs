@@ -129,7 +129,7 @@ impl Stages {
         match adapter {
             AdapterSpec::Full => {
                 let mut file = Checkpoint::open(&folder.join("model.safetensors"))?;
-                let dtype = parent.weights.dtype();
+                let dtype = parent.weights.precision();
                 parent.weights = titer_core::Weights::load(parent.model.as_ref(), &mut file, dtype, &self.device)?;
             }
             AdapterSpec::Fresh(config) => {
