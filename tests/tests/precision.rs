@@ -104,7 +104,6 @@ fn losses_are_near_those_of_f32() -> Result<()> {
     // Measured: 2.8e-4, 5.2e-4, 4.0e-4, 9.7e-4, 0.098, 0.155 nats; the limits are about twice that.
     for (name, limit) in NAMES.into_iter().zip([6e-4, 1e-3, 1e-3, 2e-3, 0.2, 0.3]) {
         let error = (label_loss(model.as_ref(), &random(model.as_ref(), name)?, &batch)? - exact).abs();
-        println!("{name}: loss {exact:.4}, off by {error:.1e}");
         assert!(error > 0. && error < limit, "{name}: off by {error:e}");
     }
     Ok(())
