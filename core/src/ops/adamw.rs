@@ -46,23 +46,34 @@ fn update([parameter, gradient, moments]: &[Tensor; 3], factor: f32, step: &Adam
     read(gradient, |gradient: &[f32]| {
         write(moments, |moments: &mut [f32]| {
             let (first, second) = moments.split_at_mut(gradient.len());
-            rows2(first, second, 1, |at, first, second| {
-                for ((m, v), &g) in first.iter_mut().zip(second).zip(&gradient[at..]) {
-                    let g = g * factor;
-                    *m += (g - *m) * (1. - beta1);
-                    *v = *v * beta2 + g * g * (1. - beta2);
-                }
-            });
+            rows2(
+                first,
+                second,
+                1,
+                #[inline(always)]
+                |at, first, second| {
+                    for ((m, v), &g) in first.iter_mut().zip(second).zip(&gradient[at..]) {
+                        let g = g * factor;
+                        *m += (g - *m) * (1. - beta1);
+                        *v = *v * beta2 + g * g * (1. - beta2);
+                    }
+                },
+            );
         })
     })?;
     read(moments, |moments: &[f32]| {
         let (first, second) = moments.split_at(moments.len() / 2);
         write(parameter, |parameter: &mut [f32]| {
-            rows(parameter, 1, |at, parameter| {
-                for ((w, &m), &v) in parameter.iter_mut().zip(&first[at..]).zip(&second[at..]) {
-                    *w = *w * decay - rate * (m / (v.sqrt() / root + eps));
-                }
-            });
+            rows(
+                parameter,
+                1,
+                #[inline(always)]
+                |at, parameter| {
+                    for ((w, &m), &v) in parameter.iter_mut().zip(&first[at..]).zip(&second[at..]) {
+                        *w = *w * decay - rate * (m / (v.sqrt() / root + eps));
+                    }
+                },
+            );
         })
     })
 }

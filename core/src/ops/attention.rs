@@ -224,7 +224,10 @@ fn forward<T: Real>(
                     unsafe {
                         let sums = keep.then(|| out_sums.at(task * queries));
                         if queries == 1 {
-                            simd(|| head.forward_one(k, v, out.at(plan.queries(b, h))));
+                            simd(
+                                #[inline(always)]
+                                || head.forward_one(k, v, out.at(plan.queries(b, h))),
+                            );
                         } else {
                             head.forward(k, v, out.at(plan.queries(b, h)), sums);
                         }
@@ -266,28 +269,31 @@ impl<T: Real> Head<'_, T> {
         for (queries, slots) in plan.tiles(self.b) {
             let scores = &mut scores[..queries.len() * slots.len()];
             self.scores(scores, k, &queries, &slots);
-            simd(|| {
-                for (q, row) in queries.clone().zip(scores.chunks_exact_mut(slots.len())) {
-                    let seen = plan.visibility.range(self.b, q, plan.shape.window);
-                    let seen = seen.start - slots.start..seen.end - slots.start;
-                    row[..seen.start].fill(T::zero());
-                    row[seen.end..].fill(T::zero());
-                    let row = &mut row[seen];
-                    let max = math::max(row);
-                    for score in &mut *row {
-                        *score = ((*score - max) * scale).fast_exp();
+            simd(
+                #[inline(always)]
+                || {
+                    for (q, row) in queries.clone().zip(scores.chunks_exact_mut(slots.len())) {
+                        let seen = plan.visibility.range(self.b, q, plan.shape.window);
+                        let seen = seen.start - slots.start..seen.end - slots.start;
+                        row[..seen.start].fill(T::zero());
+                        row[seen.end..].fill(T::zero());
+                        let row = &mut row[seen];
+                        let max = math::max(row);
+                        for score in &mut *row {
+                            *score = ((*score - max) * scale).fast_exp();
+                        }
+                        let sum = math::sum(row);
+                        let inverse = T::one() / sum;
+                        for score in row {
+                            *score *= inverse;
+                        }
+                        if let Some(sums) = sums {
+                            // SAFETY: the caller's.
+                            unsafe { *sums.add(q) = max * scale + sum.ln() };
+                        }
                     }
-                    let sum = math::sum(row);
-                    let inverse = T::one() / sum;
-                    for score in row {
-                        *score *= inverse;
-                    }
-                    if let Some(sums) = sums {
-                        // SAFETY: the caller's.
-                        unsafe { *sums.add(q) = max * scale + sum.ln() };
-                    }
-                }
-            });
+                },
+            );
             let y = plan.tokens(out.wrapping_add(queries.start * plan.stride[0]), 0, queries.len());
             let v = plan.tokens(v[slots.start * plan.stride[1]..].as_ptr(), 1, slots.len());
             // SAFETY: the caller's.
@@ -305,7 +311,10 @@ impl<T: Real> Head<'_, T> {
         let (plan, width) = (self.plan, self.plan.shape.width);
         let seen = plan.visibility.range(self.b, 0, plan.shape.window);
         let (scale, stride, q) = (T::of(plan.shape.scale), plan.stride[1], &self.q[..width]);
-        let mut scores: Vec<T> = seen.clone().map(|slot| math::dot(q, &k[slot * stride..][..width])).collect();
+        let mut scores = vec![T::zero(); seen.len()];
+        for (score, slot) in scores.iter_mut().zip(seen.clone()) {
+            *score = math::dot(q, &k[slot * stride..][..width]);
+        }
         let max = math::max(&scores);
         for score in &mut scores {
             *score = ((*score - max) * scale).fast_exp();
@@ -381,22 +390,25 @@ impl<T: Real> Head<'_, T> {
             let tokens = |data: &[T]| plan.tokens(data[slots.start * narrow..].as_ptr(), 1, columns);
             // SAFETY: `tiles` keeps both ranges inside the tensors.
             unsafe { multiply(tile(ds.as_mut_ptr(), rows, columns), false, T::one(), g_tile, tokens(v).t(), 1) };
-            simd(|| {
-                let lines = p.chunks_exact_mut(columns).zip(ds.chunks_exact_mut(columns));
-                for (q, (p, ds)) in queries.clone().zip(lines) {
-                    let seen = plan.visibility.range(self.b, q, plan.shape.window);
-                    let seen = seen.start - slots.start..seen.end - slots.start;
-                    for row in [&mut *p, &mut *ds] {
-                        row[..seen.start].fill(T::zero());
-                        row[seen.end..].fill(T::zero());
+            simd(
+                #[inline(always)]
+                || {
+                    let lines = p.chunks_exact_mut(columns).zip(ds.chunks_exact_mut(columns));
+                    for (q, (p, ds)) in queries.clone().zip(lines) {
+                        let seen = plan.visibility.range(self.b, q, plan.shape.window);
+                        let seen = seen.start - slots.start..seen.end - slots.start;
+                        for row in [&mut *p, &mut *ds] {
+                            row[..seen.start].fill(T::zero());
+                            row[seen.end..].fill(T::zero());
+                        }
+                        let mean = math::dot(&y[q * wide..][..width], &g[q * wide..][..width]);
+                        for (p, ds) in p[seen.clone()].iter_mut().zip(&mut ds[seen]) {
+                            *p = (*p * scale - sums[q]).fast_exp();
+                            *ds = scale * *p * (*ds - mean);
+                        }
                     }
-                    let mean = math::dot(&y[q * wide..][..width], &g[q * wide..][..width]);
-                    for (p, ds) in p[seen.clone()].iter_mut().zip(&mut ds[seen]) {
-                        *p = (*p * scale - sums[q]).fast_exp();
-                        *ds = scale * *p * (*ds - mean);
-                    }
-                }
-            });
+                },
+            );
             let (p, ds) = (tile(p.as_ptr(), rows, columns), tile(ds.as_ptr(), rows, columns));
             let q_tile = plan.tokens(self.q[queries.start * wide..].as_ptr(), 0, rows);
             let dq = plan.tokens(dq.wrapping_add(queries.start * wide), 0, rows);

@@ -123,17 +123,22 @@ fn head_host<T: Real>(h: &Tensor, w: &Stored, targets: &Tensor, [wants_h, wants_
                 Ok(())
             })?;
             let losses = Shared::new(losses[first..].as_mut_ptr());
-            rows(logits, vocabulary, |begin, part| {
-                for (row, logits) in part.chunks_exact_mut(vocabulary).enumerate() {
-                    let label = labels[first + begin + row] as usize;
-                    let loss = softmax_gradient(logits, label, scale);
-                    // SAFETY: every row writes its own loss.
-                    #[expect(unsafe_code, reason = "rows of two outputs of different width")]
-                    unsafe {
-                        *losses.at(begin + row) = loss;
+            rows(
+                logits,
+                vocabulary,
+                #[inline(always)]
+                |begin, part| {
+                    for (row, logits) in part.chunks_exact_mut(vocabulary).enumerate() {
+                        let label = labels[first + begin + row] as usize;
+                        let loss = softmax_gradient(logits, label, scale);
+                        // SAFETY: every row writes its own loss.
+                        #[expect(unsafe_code, reason = "rows of two outputs of different width")]
+                        unsafe {
+                            *losses.at(begin + row) = loss;
+                        }
                     }
-                }
-            });
+                },
+            );
             if wants_h {
                 let dh = dh[first * width..].as_mut_ptr();
                 chunks(w, |at, ws: &[T]| {

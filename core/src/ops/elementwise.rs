@@ -129,7 +129,12 @@ pub(crate) fn norm<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> Result<
     let mut total = 0.;
     for tensor in tensors {
         total += match tensor.dtype() {
-            DType::F32 => read(tensor, |values: &[f32]| Ok(simd(|| square_sum(values))))?,
+            DType::F32 => read(tensor, |values: &[f32]| {
+                Ok(simd(
+                    #[inline(always)]
+                    || square_sum(values),
+                ))
+            })?,
             _ => tensor.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar()?,
         };
     }
@@ -154,11 +159,16 @@ fn zip<T: Real>(a: &Tensor, b: &Tensor, f: impl Fn(T, T) -> T + Sync) -> Result<
     read(a, |xs: &[T]| {
         read(b, |ys: &[T]| {
             let mut out = vec![T::zero(); xs.len()];
-            rows(&mut out, 1, |first, part| {
-                for ((out, &x), &y) in part.iter_mut().zip(&xs[first..]).zip(&ys[first..]) {
-                    *out = f(x, y);
-                }
-            });
+            rows(
+                &mut out,
+                1,
+                #[inline(always)]
+                |first, part| {
+                    for ((out, &x), &y) in part.iter_mut().zip(&xs[first..]).zip(&ys[first..]) {
+                        *out = f(x, y);
+                    }
+                },
+            );
             tensor(out, a.dims())
         })
     })
@@ -167,11 +177,16 @@ fn zip<T: Real>(a: &Tensor, b: &Tensor, f: impl Fn(T, T) -> T + Sync) -> Result<
 fn add_assign_host<T: Real>(a: &Tensor, b: &Tensor) -> Result<()> {
     read(b, |ys: &[T]| {
         write(a, |xs: &mut [T]| {
-            rows(xs, 1, |first, part| {
-                for (x, &y) in part.iter_mut().zip(&ys[first..]) {
-                    *x += y;
-                }
-            });
+            rows(
+                xs,
+                1,
+                #[inline(always)]
+                |first, part| {
+                    for (x, &y) in part.iter_mut().zip(&ys[first..]) {
+                        *x += y;
+                    }
+                },
+            );
         })
     })
 }

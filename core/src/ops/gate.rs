@@ -103,11 +103,16 @@ fn sigmoid<T: Real>(z: T) -> T {
 fn forward<T: Real>(activation: Activation, x: &Tensor) -> Result<Tensor> {
     read(x, |xs: &[T]| {
         let mut y = vec![T::zero(); xs.len()];
-        rows(&mut y, 1, |first, part| {
-            for (y, &x) in part.iter_mut().zip(&xs[first..]) {
-                *y = activation.at(x).0;
-            }
-        });
+        rows(
+            &mut y,
+            1,
+            #[inline(always)]
+            |first, part| {
+                for (y, &x) in part.iter_mut().zip(&xs[first..]) {
+                    *y = activation.at(x).0;
+                }
+            },
+        );
         tensor(y, x.dims())
     })
 }
@@ -116,11 +121,16 @@ fn backward<T: Real>(activation: Activation, x: &Tensor, gradient: &Tensor) -> R
     read(x, |xs: &[T]| {
         read(gradient, |gs: &[T]| {
             let mut dx = vec![T::zero(); xs.len()];
-            rows(&mut dx, 1, |first, part| {
-                for ((dx, &x), &g) in part.iter_mut().zip(&xs[first..]).zip(&gs[first..]) {
-                    *dx = g * activation.at(x).1;
-                }
-            });
+            rows(
+                &mut dx,
+                1,
+                #[inline(always)]
+                |first, part| {
+                    for ((dx, &x), &g) in part.iter_mut().zip(&xs[first..]).zip(&gs[first..]) {
+                        *dx = g * activation.at(x).1;
+                    }
+                },
+            );
             tensor(dx, x.dims())
         })
     })
@@ -130,11 +140,16 @@ fn gate_forward<T: Real>(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     read(gate, |zs: &[T]| {
         read(up, |us: &[T]| {
             let mut y = vec![T::zero(); zs.len()];
-            rows(&mut y, 1, |first, part| {
-                for ((y, &z), &u) in part.iter_mut().zip(&zs[first..]).zip(&us[first..]) {
-                    *y = z * sigmoid(z) * u;
-                }
-            });
+            rows(
+                &mut y,
+                1,
+                #[inline(always)]
+                |first, part| {
+                    for ((y, &z), &u) in part.iter_mut().zip(&zs[first..]).zip(&us[first..]) {
+                        *y = z * sigmoid(z) * u;
+                    }
+                },
+            );
             tensor(y, gate.dims())
         })
     })
@@ -145,14 +160,20 @@ fn gate_backward<T: Real>(gate: &Tensor, up: &Tensor, gradient: &Tensor) -> Resu
         read(up, |us: &[T]| {
             read(gradient, |gs: &[T]| {
                 let (mut dgate, mut dup) = (vec![T::zero(); zs.len()], vec![T::zero(); zs.len()]);
-                rows2(&mut dgate, &mut dup, 1, |first, dgate, dup| {
-                    let inputs = zs[first..].iter().zip(&us[first..]).zip(&gs[first..]);
-                    for ((dgate, dup), ((&z, &u), &g)) in dgate.iter_mut().zip(dup).zip(inputs) {
-                        let s = sigmoid(z);
-                        *dgate = g * u * s * (T::one() + z * (T::one() - s));
-                        *dup = g * z * s;
-                    }
-                });
+                rows2(
+                    &mut dgate,
+                    &mut dup,
+                    1,
+                    #[inline(always)]
+                    |first, dgate, dup| {
+                        let inputs = zs[first..].iter().zip(&us[first..]).zip(&gs[first..]);
+                        for ((dgate, dup), ((&z, &u), &g)) in dgate.iter_mut().zip(dup).zip(inputs) {
+                            let s = sigmoid(z);
+                            *dgate = g * u * s * (T::one() + z * (T::one() - s));
+                            *dup = g * z * s;
+                        }
+                    },
+                );
                 Ok((tensor(dgate, gate.dims())?, tensor(dup, up.dims())?))
             })
         })

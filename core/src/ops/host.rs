@@ -141,6 +141,9 @@ pub(super) fn tensor<T: Real>(values: Vec<T>, shape: &[usize]) -> Result<Tensor>
 
 /// Runs `work` compiled for the widest vectors of this processor. Rust never contracts `a·b + c`, so what it computes
 /// does not depend on the choice.
+///
+/// The closure, and every closure that it calls, has to be `#[inline(always)]`: code that stays a function of its own is
+/// compiled for the processor that all others are.
 #[inline(always)]
 pub(super) fn simd<R>(work: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(work)
@@ -159,7 +162,12 @@ fn rows_per_task(width: usize) -> usize {
 /// begin at row `first`.
 pub(super) fn rows<T: Send>(out: &mut [T], width: usize, f: impl Fn(usize, &mut [T]) + Sync) {
     let step = rows_per_task(width);
-    let run = |(index, part): (usize, &mut [T])| simd(|| f(index * step, part));
+    let run = |(index, part): (usize, &mut [T])| {
+        simd(
+            #[inline(always)]
+            || f(index * step, part),
+        )
+    };
     if out.len() <= 2 * GRAIN {
         out.chunks_mut(step * width).enumerate().for_each(run);
     } else {
@@ -170,7 +178,12 @@ pub(super) fn rows<T: Send>(out: &mut [T], width: usize, f: impl Fn(usize, &mut 
 /// As [`rows`], for two outputs of one shape.
 pub(super) fn rows2<T: Send>(a: &mut [T], b: &mut [T], width: usize, f: impl Fn(usize, &mut [T], &mut [T]) + Sync) {
     let step = rows_per_task(width);
-    let run = |(index, (a, b)): (usize, (&mut [T], &mut [T]))| simd(|| f(index * step, a, b));
+    let run = |(index, (a, b)): (usize, (&mut [T], &mut [T]))| {
+        simd(
+            #[inline(always)]
+            || f(index * step, a, b),
+        )
+    };
     if a.len() <= 2 * GRAIN {
         a.chunks_mut(step * width).zip(b.chunks_mut(step * width)).enumerate().for_each(run);
     } else {
@@ -189,7 +202,10 @@ pub(super) fn sum_over_rows<T: Real>(
     let step = rows_per_task(width).max(count.div_ceil(16));
     let part = |index: usize| {
         let mut sum = vec![T::zero(); len];
-        simd(|| f(index * step..((index + 1) * step).min(count), &mut sum));
+        simd(
+            #[inline(always)]
+            || f(index * step..((index + 1) * step).min(count), &mut sum),
+        );
         sum
     };
     let parts = count.div_ceil(step);

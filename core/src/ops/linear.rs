@@ -138,13 +138,18 @@ fn add_bias(y: &Tensor, bias: &Tensor) -> Result<()> {
 fn add_bias_host<T: Real>(y: &Tensor, bias: &Tensor) -> Result<()> {
     read(bias, |bias: &[T]| {
         write(y, |y: &mut [T]| {
-            rows(y, bias.len(), |_, part| {
-                for row in part.chunks_exact_mut(bias.len()) {
-                    for (y, &b) in row.iter_mut().zip(bias) {
-                        *y += b;
+            rows(
+                y,
+                bias.len(),
+                #[inline(always)]
+                |_, part| {
+                    for row in part.chunks_exact_mut(bias.len()) {
+                        for (y, &b) in row.iter_mut().zip(bias) {
+                            *y += b;
+                        }
                     }
-                }
-            });
+                },
+            );
         })
     })
 }
@@ -157,13 +162,19 @@ fn sum_rows(g: &Tensor) -> Result<Tensor> {
 fn sum_rows_host<T: Real>(g: &Tensor) -> Result<Tensor> {
     let width = last_dim(g);
     read(g, |gs: &[T]| {
-        let sum = sum_over_rows(gs.len() / width, width, width, |range, sum: &mut [T]| {
-            for row in range {
-                for (sum, &g) in sum.iter_mut().zip(&gs[row * width..]) {
-                    *sum += g;
+        let sum = sum_over_rows(
+            gs.len() / width,
+            width,
+            width,
+            #[inline(always)]
+            |range, sum: &mut [T]| {
+                for row in range {
+                    for (sum, &g) in sum.iter_mut().zip(&gs[row * width..]) {
+                        *sum += g;
+                    }
                 }
-            }
-        });
+            },
+        );
         tensor(sum, &[width])
     })
 }

@@ -9,7 +9,8 @@ pub(super) fn exp(x: f32) -> f32 {
     // x = n ln 2 + r with |r| ≤ ln 2 / 2; ln 2 is split in two so that r is exact.
     const ROUND: f32 = 12_582_912.; // 1.5 · 2²³: adding it rounds to an integer
     let x = x.clamp(-87., 88.);
-    let n = (x * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
     let r = (x - n * 0.693_359_4) + n * 2.121_944_4e-4;
     // Cephes' polynomial for e^r on that interval.
     let p = 1.987_569_2e-4;
@@ -19,7 +20,8 @@ pub(super) fn exp(x: f32) -> f32 {
     let p = p * r + 1.666_666_6e-1;
     let p = p * r + 0.5;
     let mantissa = p * r * r + r + 1.;
-    mantissa * f32::from_bits(((n as i32 + 127) as u32) << 23)
+    // The last bits of `shifted` count n; a conversion would be made one number at a time.
+    mantissa * f32::from_bits((shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127)) << 23)
 }
 
 /// Interleaved partial sums: enough to fill the vectors and to hide the latency of addition.

@@ -62,14 +62,19 @@ fn rms_forward<T: Real>(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor>
     read(x, |xs: &[T]| {
         read(weight, |w: &[T]| {
             let mut y = vec![T::zero(); xs.len()];
-            rows(&mut y, w.len(), |first, part| {
-                for (y, x) in part.chunks_exact_mut(w.len()).zip(xs[first * w.len()..].chunks_exact(w.len())) {
-                    let scale = inverse_rms(x, eps);
-                    for ((y, &x), &w) in y.iter_mut().zip(x).zip(w) {
-                        *y = x * scale * w;
+            rows(
+                &mut y,
+                w.len(),
+                #[inline(always)]
+                |first, part| {
+                    for (y, x) in part.chunks_exact_mut(w.len()).zip(xs[first * w.len()..].chunks_exact(w.len())) {
+                        let scale = inverse_rms(x, eps);
+                        for ((y, &x), &w) in y.iter_mut().zip(x).zip(w) {
+                            *y = x * scale * w;
+                        }
                     }
-                }
-            });
+                },
+            );
             tensor(y, x.dims())
         })
     })
@@ -89,26 +94,38 @@ fn rms_backward<T: Real>(
             read(gradient, |gs: &[T]| {
                 let width = w.len();
                 let mut dx = vec![T::zero(); xs.len()];
-                rows(&mut dx, width, |first, part| {
-                    let inputs = xs[first * width..].chunks_exact(width).zip(gs[first * width..].chunks_exact(width));
-                    for (dx, (x, g)) in part.chunks_exact_mut(width).zip(inputs) {
-                        let r = inverse_rms(x, eps);
-                        let pull = r * r * r * math::dot3(x, g, w) / T::of(width as f64);
-                        for (((dx, &x), &g), &w) in dx.iter_mut().zip(x).zip(g).zip(w) {
-                            *dx = r * g * w - x * pull;
-                        }
-                    }
-                });
-                let dw = wants_weight.then(|| {
-                    let sum = sum_over_rows(xs.len() / width, width, width, |range, sum: &mut [T]| {
-                        for row in range {
-                            let (x, g) = (&xs[row * width..][..width], &gs[row * width..][..width]);
+                rows(
+                    &mut dx,
+                    width,
+                    #[inline(always)]
+                    |first, part| {
+                        let inputs =
+                            xs[first * width..].chunks_exact(width).zip(gs[first * width..].chunks_exact(width));
+                        for (dx, (x, g)) in part.chunks_exact_mut(width).zip(inputs) {
                             let r = inverse_rms(x, eps);
-                            for ((sum, &x), &g) in sum.iter_mut().zip(x).zip(g) {
-                                *sum += g * x * r;
+                            let pull = r * r * r * math::dot3(x, g, w) / T::of(width as f64);
+                            for (((dx, &x), &g), &w) in dx.iter_mut().zip(x).zip(g).zip(w) {
+                                *dx = r * g * w - x * pull;
                             }
                         }
-                    });
+                    },
+                );
+                let dw = wants_weight.then(|| {
+                    let sum = sum_over_rows(
+                        xs.len() / width,
+                        width,
+                        width,
+                        #[inline(always)]
+                        |range, sum: &mut [T]| {
+                            for row in range {
+                                let (x, g) = (&xs[row * width..][..width], &gs[row * width..][..width]);
+                                let r = inverse_rms(x, eps);
+                                for ((sum, &x), &g) in sum.iter_mut().zip(x).zip(g) {
+                                    *sum += g * x * r;
+                                }
+                            }
+                        },
+                    );
                     tensor(sum, &[width])
                 });
                 Ok((tensor(dx, x.dims())?, dw.transpose()?))
@@ -131,14 +148,19 @@ fn layer_forward<T: Real>(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) 
         read(weight, |w: &[T]| {
             read(bias, |b: &[T]| {
                 let mut y = vec![T::zero(); xs.len()];
-                rows(&mut y, width, |first, part| {
-                    for (y, x) in part.chunks_exact_mut(width).zip(xs[first * width..].chunks_exact(width)) {
-                        let (mean, r) = moments(x, eps);
-                        for (((y, &x), &w), &b) in y.iter_mut().zip(x).zip(w).zip(b) {
-                            *y = (x - mean) * r * w + b;
+                rows(
+                    &mut y,
+                    width,
+                    #[inline(always)]
+                    |first, part| {
+                        for (y, x) in part.chunks_exact_mut(width).zip(xs[first * width..].chunks_exact(width)) {
+                            let (mean, r) = moments(x, eps);
+                            for (((y, &x), &w), &b) in y.iter_mut().zip(x).zip(w).zip(b) {
+                                *y = (x - mean) * r * w + b;
+                            }
                         }
-                    }
-                });
+                    },
+                );
                 tensor(y, x.dims())
             })
         })
@@ -161,29 +183,41 @@ fn layer_backward<T: Real>(
         read(weight, |w: &[T]| {
             read(gradient, |gs: &[T]| {
                 let mut dx = vec![T::zero(); xs.len()];
-                rows(&mut dx, width, |first, part| {
-                    let inputs = xs[first * width..].chunks_exact(width).zip(gs[first * width..].chunks_exact(width));
-                    for (dx, (x, g)) in part.chunks_exact_mut(width).zip(inputs) {
-                        let ((mean, r), size) = (moments(x, eps), T::of(width as f64));
-                        let pull = math::dot(g, w) / size;
-                        let turn = (math::dot3(x, g, w) / size - pull * mean) * r;
-                        for (((dx, &x), &g), &w) in dx.iter_mut().zip(x).zip(g).zip(w) {
-                            *dx = r * (g * w - pull - (x - mean) * r * turn);
-                        }
-                    }
-                });
-                let dw = wants_weight.then(|| {
-                    let sums = sum_over_rows(xs.len() / width, width, 2 * width, |range, sums: &mut [T]| {
-                        let (dw, db) = sums.split_at_mut(width);
-                        for row in range {
-                            let (x, g) = (&xs[row * width..][..width], &gs[row * width..][..width]);
-                            let (mean, r) = moments(x, eps);
-                            for (((dw, db), &x), &g) in dw.iter_mut().zip(&mut *db).zip(x).zip(g) {
-                                *dw += g * (x - mean) * r;
-                                *db += g;
+                rows(
+                    &mut dx,
+                    width,
+                    #[inline(always)]
+                    |first, part| {
+                        let inputs =
+                            xs[first * width..].chunks_exact(width).zip(gs[first * width..].chunks_exact(width));
+                        for (dx, (x, g)) in part.chunks_exact_mut(width).zip(inputs) {
+                            let ((mean, r), size) = (moments(x, eps), T::of(width as f64));
+                            let pull = math::dot(g, w) / size;
+                            let turn = (math::dot3(x, g, w) / size - pull * mean) * r;
+                            for (((dx, &x), &g), &w) in dx.iter_mut().zip(x).zip(g).zip(w) {
+                                *dx = r * (g * w - pull - (x - mean) * r * turn);
                             }
                         }
-                    });
+                    },
+                );
+                let dw = wants_weight.then(|| {
+                    let sums = sum_over_rows(
+                        xs.len() / width,
+                        width,
+                        2 * width,
+                        #[inline(always)]
+                        |range, sums: &mut [T]| {
+                            let (dw, db) = sums.split_at_mut(width);
+                            for row in range {
+                                let (x, g) = (&xs[row * width..][..width], &gs[row * width..][..width]);
+                                let (mean, r) = moments(x, eps);
+                                for (((dw, db), &x), &g) in dw.iter_mut().zip(&mut *db).zip(x).zip(g) {
+                                    *dw += g * (x - mean) * r;
+                                    *db += g;
+                                }
+                            }
+                        },
+                    );
                     let vector = |part: &[T]| tensor(part.to_vec(), &[width]);
                     Ok::<_, crate::Error>((vector(&sums[..width])?, vector(&sums[width..])?))
                 });

@@ -94,21 +94,27 @@ fn turn_host<T: Real>(x: &Tensor, rotation: &Rotation, direction: f64) -> Result
             read(&rotation.sin, |sin: &[f32]| {
                 let width = xs.len() / tokens;
                 let mut y = vec![T::zero(); xs.len()];
-                rows(&mut y, width, |first, part| {
-                    for (row, (y, x)) in
-                        part.chunks_exact_mut(width).zip(xs[first * width..].chunks_exact(width)).enumerate()
-                    {
-                        let (cos, sin) = (&cos[(first + row) * half..][..half], &sin[(first + row) * half..][..half]);
-                        for (y, x) in y.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
-                            let ((y0, y1), (x0, x1)) = (y.split_at_mut(half), x.split_at(half));
-                            for i in 0..half {
-                                let (c, s) = (T::of(f64::from(cos[i])), T::of(f64::from(sin[i])) * direction);
-                                y0[i] = x0[i] * c - x1[i] * s;
-                                y1[i] = x1[i] * c + x0[i] * s;
+                rows(
+                    &mut y,
+                    width,
+                    #[inline(always)]
+                    |first, part| {
+                        for (row, (y, x)) in
+                            part.chunks_exact_mut(width).zip(xs[first * width..].chunks_exact(width)).enumerate()
+                        {
+                            let (cos, sin) =
+                                (&cos[(first + row) * half..][..half], &sin[(first + row) * half..][..half]);
+                            for (y, x) in y.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
+                                let ((y0, y1), (x0, x1)) = (y.split_at_mut(half), x.split_at(half));
+                                for i in 0..half {
+                                    let (c, s) = (T::of(f64::from(cos[i])), T::of(f64::from(sin[i])) * direction);
+                                    y0[i] = x0[i] * c - x1[i] * s;
+                                    y1[i] = x1[i] * c + x0[i] * s;
+                                }
                             }
                         }
-                    }
-                });
+                    },
+                );
                 tensor(y, x.dims())
             })
         })
