@@ -215,24 +215,27 @@ fn forward<T: Real>(
                 let mut y = vec![T::zero(); qs.len()];
                 let mut sums = vec![T::zero(); if keep { batch * shape.query * queries } else { 0 }];
                 let (out, out_sums) = (Shared::new(y.as_mut_ptr()), Shared::new(sums.as_mut_ptr()));
-                tasks(batch * shape.query, qs.len() * slots / 4, |task| {
-                    let (b, h) = (task / shape.query, task % shape.query);
-                    let head = Head { plan: &plan, b, h, q: &qs[plan.queries(b, h)..] };
-                    let (k, v) = (&ks[plan.keys(b, h)..], &vs[plan.keys(b, h)..]);
-                    // SAFETY: each head writes its own columns of the result and its own row sums.
-                    #[expect(unsafe_code, reason = "heads are strided in the result")]
-                    unsafe {
+                // SAFETY: each task writes its own row of the result, or its own head's columns and row sums.
+                #[expect(unsafe_code, reason = "heads are strided in the result")]
+                if queries == 1 && !keep {
+                    tasks(batch, qs.len() * slots / 4, |b| {
+                        let from = plan.queries(b, 0);
+                        let y = unsafe { std::slice::from_raw_parts_mut(out.at(from), plan.stride[0]) };
+                        let (k, v) = (&ks[plan.keys(b, 0)..], &vs[plan.keys(b, 0)..]);
+                        simd(
+                            #[inline(always)]
+                            || forward_one(&plan, b, &qs[from..][..plan.stride[0]], [k, v], y),
+                        );
+                    });
+                } else {
+                    tasks(batch * shape.query, qs.len() * slots / 4, |task| {
+                        let (b, h) = (task / shape.query, task % shape.query);
+                        let head = Head { plan: &plan, b, h, q: &qs[plan.queries(b, h)..] };
+                        let (k, v) = (&ks[plan.keys(b, h)..], &vs[plan.keys(b, h)..]);
                         let sums = keep.then(|| out_sums.at(task * queries));
-                        if queries == 1 {
-                            simd(
-                                #[inline(always)]
-                                || head.forward_one(k, v, out.at(plan.queries(b, h))),
-                            );
-                        } else {
-                            head.forward(k, v, out.at(plan.queries(b, h)), sums);
-                        }
-                    }
-                });
+                        unsafe { head.forward(k, v, out.at(plan.queries(b, h)), sums) };
+                    });
+                }
                 let sums = tensor(sums, &[if keep { batch * shape.query * queries } else { 0 }])?;
                 Ok((tensor(y, q.dims())?, sums))
             })
@@ -300,32 +303,38 @@ impl<T: Real> Head<'_, T> {
             unsafe { multiply(y, false, T::one(), tile(scores.as_ptr(), queries.len(), slots.len()), v, 1) };
         }
     }
+}
 
-    /// A single query, as in decoding: a product would cost more than the arithmetic.
-    ///
-    /// # Safety
-    /// As [`Head::forward`].
-    #[allow(unsafe_code, reason = "heads are strided in the result")]
-    #[inline(always)]
-    unsafe fn forward_one(&self, k: &[T], v: &[T], out: *mut T) {
-        let (plan, width) = (self.plan, self.plan.shape.width);
-        let seen = plan.visibility.range(self.b, 0, plan.shape.window);
-        let (scale, stride, q) = (T::of(plan.shape.scale), plan.stride[1], &self.q[..width]);
-        let mut scores = vec![T::zero(); seen.len()];
-        for (score, slot) in scores.iter_mut().zip(seen.clone()) {
-            *score = math::dot(q, &k[slot * stride..][..width]);
+/// The heads of a single query, as in decoding: `q` and `y` are all of a row's, `k` and `v` begin with its first slot. A
+/// product would cost more than the arithmetic, and slots are read as they lie.
+#[inline(always)]
+fn forward_one<T: Real>(plan: &Plan, b: usize, q: &[T], [k, v]: [&[T]; 2], y: &mut [T]) {
+    let seen = plan.visibility.range(b, 0, plan.shape.window);
+    let (width, stride, scale, group) = (plan.shape.width, plan.stride[1], T::of(plan.shape.scale), plan.group());
+    let mut scores = vec![T::zero(); plan.shape.query * seen.len()];
+    for (at, slot) in seen.clone().enumerate() {
+        let k = &k[slot * stride..][..stride];
+        for (h, q) in q.chunks_exact(width).enumerate() {
+            scores[h * seen.len() + at] = math::dot(q, &k[h / group * width..][..width]);
         }
-        let max = math::max(&scores);
-        for score in &mut scores {
+    }
+    for scores in scores.chunks_exact_mut(seen.len()) {
+        let max = math::max(scores);
+        for score in &mut *scores {
             *score = ((*score - max) * scale).fast_exp();
         }
-        let inverse = T::one() / math::sum(&scores);
-        // SAFETY: the caller's; a row of the result is `width` elements.
-        let y = unsafe { std::slice::from_raw_parts_mut(out, width) };
-        y.fill(T::zero());
-        for (score, slot) in scores.into_iter().zip(seen) {
-            for (y, &v) in y.iter_mut().zip(&v[slot * stride..][..width]) {
-                *y += score * inverse * v;
+        let inverse = T::one() / math::sum(scores);
+        for score in scores {
+            *score *= inverse;
+        }
+    }
+    y.fill(T::zero());
+    for (at, slot) in seen.clone().enumerate() {
+        let v = &v[slot * stride..][..stride];
+        for (h, y) in y.chunks_exact_mut(width).enumerate() {
+            let score = scores[h * seen.len() + at];
+            for (y, &v) in y.iter_mut().zip(&v[h / group * width..][..width]) {
+                *y += score * v;
             }
         }
     }

@@ -149,7 +149,9 @@ unsafe fn dots(c: Target, a: Rows, b: Rows) {
                             .map(|at| std::ptr::from_ref(rows.part((first + at).min(rows.count - 1), 0, rows.width)))
                     };
                     let [left, right] = [lines(&a, row), lines(&b, column)].map(|lines| lines.map(|line| &*line));
-                    let sums = Arch::new().dispatch(Dots { a: left, b: right });
+                    // One of the rows that come next: after as many columns as a block has rows, all are on their way.
+                    let next = a.data.at((row + BLOCK + column / BLOCK % BLOCK) * a.stride);
+                    let sums = Arch::new().dispatch(Dots { a: left, b: right, next });
                     for (i, sums) in sums.iter().enumerate().take(a.count - row) {
                         for (j, &sum) in sums.iter().enumerate().take(b.count - column) {
                             c.put(row + i, column + j, sum);
@@ -165,6 +167,8 @@ unsafe fn dots(c: Target, a: Rows, b: Rows) {
 struct Dots<'a> {
     a: [&'a [f32]; BLOCK],
     b: [&'a [f32]; BLOCK],
+    /// A row that will be read soon: it comes from memory while these are computed with. It need not exist.
+    next: *const f32,
 }
 
 impl WithSimd for Dots<'_> {
@@ -178,6 +182,7 @@ impl WithSimd for Dots<'_> {
         let count = a[0].len();
         let (a, b) = (a.map(|row| &row[..count]), b.map(|row| &row[..count]));
         for at in 0..count {
+            prefetch(self.next.wrapping_add(at * S::F32_LANES));
             let (a, b) = (a.map(|row| row[at]), b.map(|row| row[at]));
             for i in 0..BLOCK {
                 for j in 0..BLOCK {
@@ -194,6 +199,19 @@ impl WithSimd for Dots<'_> {
         }
         result
     }
+}
+
+/// Asks for the line of memory at `address`, which need not be valid.
+#[inline(always)]
+fn prefetch(address: *const f32) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch of any address is harmless.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(address.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
 }
 
 /// `C (+)= alpha A B` for a small inner dimension: each row of `C` is a combination of the rows of `B`.
