@@ -13,7 +13,7 @@
 //! | [`results`] [`statistics`] | `results.json`; intervals and tests |
 //! | [`reporters`] [`compare`] | its renderings; runs side by side |
 //! | [`cli`] [`commands`] [`progress`] [`diagnostics`] | the command line and what it shows |
-//! | [`memory`] [`threads`] [`mod@bench`] | what the process uses; how fast it is |
+//! | [`memory`] [`environment`] [`mod@bench`] | what the process uses; how fast it is |
 //! | [`driver`] | asks the CUDA driver for its version; the crate's only `unsafe` |
 
 #![warn(missing_docs)]
@@ -26,6 +26,7 @@ pub mod compare;
 pub mod config;
 pub mod diagnostics;
 pub mod driver;
+pub mod environment;
 pub mod executor;
 pub mod memory;
 pub mod plan;
@@ -39,7 +40,6 @@ pub mod statistics;
 pub mod store;
 #[cfg(test)]
 mod testing;
-pub mod threads;
 pub mod train_loop;
 
 // Without a reference to the crate its plugins would not be linked and the registry would be silently empty.

@@ -110,7 +110,7 @@ pub(super) unsafe fn multiply(
     let chunks = c.columns.div_ceil(width);
     let (left, right) = (Lines::rows(a), Lines::columns(b));
     let target = Target { data: Shared::new(c.data), stride: c.row_stride, size: [c.rows, c.columns] };
-    let mut packed = take(&LEFT);
+    let mut packed = LEFT.take();
     for k in (0..a.columns).step_by(DEPTH) {
         let depth = DEPTH.min(a.columns - k);
         let bytes = depth.div_ceil(STEP) * STEP_BYTES;
@@ -124,7 +124,7 @@ pub(super) unsafe fn multiply(
         for_each(chunks, threads, |chunk| {
             let first = chunk * width;
             let columns = width.min(target.size[1] - first);
-            let mut own = take(&RIGHT);
+            let mut own = RIGHT.take();
             own.resize_at_least(columns.div_ceil(PANEL) * bytes);
             let start = own.start();
             // SAFETY: the panels fill the space of this thread; every chunk writes its own columns of `C`.
@@ -168,10 +168,6 @@ struct Line([u8; 64]);
 thread_local! {
     static LEFT: Cell<Space> = Cell::default();
     static RIGHT: Cell<Space> = Cell::default();
-}
-
-fn take(space: &'static std::thread::LocalKey<Cell<Space>>) -> Space {
-    space.take()
 }
 
 impl Space {
@@ -394,13 +390,34 @@ impl Target {
     }
 }
 
+/// Loads the two tiles of one part of the left operand, which lie at these bytes of the step.
+macro_rules! left {
+    ($first:literal, $second:literal) => {
+        concat!("tileloadd tmm4, [{a} + {line} + ", $first, "]\ntileloadd tmm5, [{a} + {line} + ", $second, "]")
+    };
+}
+
+/// The same of the right operand.
+macro_rules! right {
+    ($first:literal, $second:literal) => {
+        concat!("tileloadd tmm6, [{b} + {line} + ", $first, "]\ntileloadd tmm7, [{b} + {line} + ", $second, "]")
+    };
+}
+
+/// Adds the products of the loaded tiles to the sums.
+macro_rules! products {
+    () => {
+        "tdpbf16ps tmm0, tmm4, tmm6\ntdpbf16ps tmm1, tmm4, tmm7\ntdpbf16ps tmm2, tmm5, tmm6\ntdpbf16ps tmm3, tmm5, tmm7"
+    };
+}
+
 /// The product of two packed panels, written to `c`, whose rows lie `stride` elements apart.
 ///
 /// # Safety
 /// The tiles are configured, both panels have `steps` steps (at least one), and `c` has room for the block.
 unsafe fn tiles(c: *mut f32, stride: usize, left: *const u8, right: *const u8, steps: usize) {
-    // Four tiles of sums (0 to 3), two of the left operand (4, 5), two of the right one (6, 7). The parts are taken in
-    // an order that loads few of them twice.
+    // Four tiles of sums (0 to 3), two of the left operand (4, 5), two of the right one (6, 7). In this order of the parts
+    // few are loaded twice.
     // SAFETY: the caller's; no register that the compiler uses is touched but those named.
     unsafe {
         asm!(
@@ -409,44 +426,19 @@ unsafe fn tiles(c: *mut f32, stride: usize, left: *const u8, right: *const u8, s
             "tilezero tmm2",
             "tilezero tmm3",
             "2:",
-            "tileloadd tmm4, [{a} + {line}]",
-            "tileloadd tmm6, [{b} + {line} + 4096]",
-            "tileloadd tmm7, [{b} + {line} + 5120]",
-            "tileloadd tmm5, [{a} + {line} + 1024]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            "tileloadd tmm6, [{b} + {line} + 2048]",
-            "tileloadd tmm7, [{b} + {line} + 3072]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            "tileloadd tmm6, [{b} + {line}]",
-            "tileloadd tmm7, [{b} + {line} + 1024]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            "tileloadd tmm4, [{a} + {line} + 4096]",
-            "tileloadd tmm5, [{a} + {line} + 5120]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            "tileloadd tmm4, [{a} + {line} + 2048]",
-            "tileloadd tmm5, [{a} + {line} + 3072]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            "tileloadd tmm6, [{b} + {line} + 2048]",
-            "tileloadd tmm7, [{b} + {line} + 3072]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
+            left!(0, 1024),
+            right!(4096, 5120),
+            products!(), // x₁y₃
+            right!(2048, 3072),
+            products!(), // x₁y₂
+            right!(0, 1024),
+            products!(), // x₁y₁
+            left!(4096, 5120),
+            products!(), // x₃y₁
+            left!(2048, 3072),
+            products!(), // x₂y₁
+            right!(2048, 3072),
+            products!(), // x₂y₂
             "add {a}, {bytes}",
             "add {b}, {bytes}",
             "dec {steps}",

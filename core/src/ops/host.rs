@@ -166,7 +166,7 @@ pub(super) fn rows<T: Send>(out: &mut [T], width: usize, f: impl Fn(usize, &mut 
         simd(
             #[inline(always)]
             || f(index * step, part),
-        )
+        );
     };
     if out.len() <= 2 * GRAIN {
         out.chunks_mut(step * width).enumerate().for_each(run);
@@ -182,7 +182,7 @@ pub(super) fn rows2<T: Send>(a: &mut [T], b: &mut [T], width: usize, f: impl Fn(
         simd(
             #[inline(always)]
             || f(index * step, a, b),
-        )
+        );
     };
     if a.len() <= 2 * GRAIN {
         a.chunks_mut(step * width).zip(b.chunks_mut(step * width)).enumerate().for_each(run);

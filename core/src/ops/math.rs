@@ -37,7 +37,14 @@ pub(super) fn lanes<T: Real>(count: usize, f: impl Fn(usize) -> T) -> T {
             *sum += f(base + lane);
         }
     }
-    for at in whole..count {
+    // Half a block more, the width of many a head, is a vector still.
+    let half = if count - whole >= LANES / 2 { LANES / 2 } else { 0 };
+    if half > 0 {
+        for (lane, sum) in lanes[..LANES / 2].iter_mut().enumerate() {
+            *sum += f(whole + lane);
+        }
+    }
+    for at in whole + half..count {
         lanes[at - whole] += f(at);
     }
     let mut width = LANES / 2;

@@ -13,8 +13,9 @@ use super::host::{Shared, tasks};
 const SMALL: usize = 16;
 /// Dimensions from this size on are large; between the two, a general product does well.
 const LARGE: usize = 64;
-/// Rows of either operand whose products are summed at a time.
-const BLOCK: usize = 4;
+/// Rows of the large and of the small operand whose products are summed at a time. The small one is read again for each
+/// block, the large one only once.
+const BLOCK: [usize; 2] = [8, 2];
 /// Large rows that one task takes.
 const SHARE: usize = 64;
 /// Vectors of a row of `C` that stay in registers while it is combined.
@@ -139,19 +140,13 @@ impl Copied {
 /// As [`multiply`].
 unsafe fn dots(c: Target, a: Rows, b: Rows) {
     tasks(a.count.div_ceil(SHARE), a.count * b.count * a.width / 8, |task| {
-        for row in (task * SHARE..a.count.min((task + 1) * SHARE)).step_by(BLOCK) {
-            for column in (0..b.count).step_by(BLOCK) {
-                // Beyond the last row the last one is taken again, and its sums are dropped.
+        for row in (task * SHARE..a.count.min((task + 1) * SHARE)).step_by(BLOCK[0]) {
+            for column in (0..b.count).step_by(BLOCK[1]) {
+                // One of the rows that come next: after as many columns as a block has rows, all are on their way.
+                let next = a.data.at((row + BLOCK[0] + column / BLOCK[1] % BLOCK[0]) * a.stride);
                 // SAFETY: whole rows; every task writes its own rows of `C`.
                 unsafe {
-                    let lines = |rows: &Rows, first: usize| {
-                        [0, 1, 2, 3]
-                            .map(|at| std::ptr::from_ref(rows.part((first + at).min(rows.count - 1), 0, rows.width)))
-                    };
-                    let [left, right] = [lines(&a, row), lines(&b, column)].map(|lines| lines.map(|line| &*line));
-                    // One of the rows that come next: after as many columns as a block has rows, all are on their way.
-                    let next = a.data.at((row + BLOCK + column / BLOCK % BLOCK) * a.stride);
-                    let sums = Arch::new().dispatch(Dots { a: left, b: right, next });
+                    let sums = Arch::new().dispatch(Dots { a: block(&a, row), b: block(&b, column), next });
                     for (i, sums) in sums.iter().enumerate().take(a.count - row) {
                         for (j, &sum) in sums.iter().enumerate().take(b.count - column) {
                             c.put(row + i, column + j, sum);
@@ -163,36 +158,45 @@ unsafe fn dots(c: Target, a: Rows, b: Rows) {
     });
 }
 
-/// The sums of products of four rows with four rows.
+/// `N` rows from `first` on; beyond the last row it is taken again.
+///
+/// # Safety
+/// As [`Rows::part`].
+unsafe fn block<const N: usize>(rows: &Rows, first: usize) -> [&[f32]; N] {
+    // SAFETY: the caller's.
+    std::array::from_fn(|at| unsafe { rows.part((first + at).min(rows.count - 1), 0, rows.width) })
+}
+
+/// The sums of products of all pairs of rows.
 struct Dots<'a> {
-    a: [&'a [f32]; BLOCK],
-    b: [&'a [f32]; BLOCK],
+    a: [&'a [f32]; BLOCK[0]],
+    b: [&'a [f32]; BLOCK[1]],
     /// A row that will be read soon: it comes from memory while these are computed with. It need not exist.
     next: *const f32,
 }
 
 impl WithSimd for Dots<'_> {
-    type Output = [[f32; BLOCK]; BLOCK];
+    type Output = [[f32; BLOCK[1]]; BLOCK[0]];
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> Self::Output {
         let (a, a_rest) = (self.a.map(|row| S::as_simd_f32s(row).0), self.a.map(|row| S::as_simd_f32s(row).1));
         let (b, b_rest) = (self.b.map(|row| S::as_simd_f32s(row).0), self.b.map(|row| S::as_simd_f32s(row).1));
-        let mut sums = [[simd.splat_f32s(0.); BLOCK]; BLOCK];
+        let mut sums = [[simd.splat_f32s(0.); BLOCK[1]]; BLOCK[0]];
         let count = a[0].len();
         let (a, b) = (a.map(|row| &row[..count]), b.map(|row| &row[..count]));
         for at in 0..count {
             prefetch(self.next.wrapping_add(at * S::F32_LANES));
             let (a, b) = (a.map(|row| row[at]), b.map(|row| row[at]));
-            for i in 0..BLOCK {
-                for j in 0..BLOCK {
+            for i in 0..BLOCK[0] {
+                for j in 0..BLOCK[1] {
                     sums[i][j] = simd.mul_add_f32s(a[i], b[j], sums[i][j]);
                 }
             }
         }
-        let mut result = [[0.; BLOCK]; BLOCK];
-        for i in 0..BLOCK {
-            for j in 0..BLOCK {
+        let mut result = [[0.; BLOCK[1]]; BLOCK[0]];
+        for i in 0..BLOCK[0] {
+            for j in 0..BLOCK[1] {
                 let rest: f32 = a_rest[i].iter().zip(b_rest[j]).map(|(a, b)| a * b).sum();
                 result[i][j] = simd.reduce_sum_f32s(sums[i][j]) + rest;
             }

@@ -20,7 +20,7 @@ inventory::submit! {
         summary: "Llama 1, 2 and 3: grouped-query attention, rotary positions, gated MLP",
         model_types: &["llama"],
         settings: SettingsType::of::<LlamaConfig>(),
-        version: 2,
+        version: 3,
         build: |settings| Ok(Box::new(Llama::new(settings.parse()?)?)),
         from_config: |config, path| Ok(Box::new(Llama::from_config(config, path)?)),
     }

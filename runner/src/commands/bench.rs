@@ -7,7 +7,7 @@ use titer_core::{Error, Settings};
 use super::Done;
 use crate::bench::{self, Measurement, Setup};
 use crate::diagnostics::Problems;
-use crate::threads;
+use crate::environment;
 
 /// The arguments.
 #[derive(Debug, Clone, clap::Args)]
@@ -105,7 +105,7 @@ impl On {
 pub fn run(args: &Args) -> Result<Done, Problems> {
     let (What::Step { on, .. } | What::Generate { on, .. }) = &args.what;
     let cores = || std::thread::available_parallelism().map_or(1, usize::from);
-    threads::fix(on.threads.unwrap_or_else(cores));
+    environment::fix(on.threads.unwrap_or_else(cores));
     let device = parse_device(&on.device)?;
     // On a thread of the pool, as the stages of a run are: from outside, every parallel loop would be a switch of threads.
     let measured = rayon::scope(|_| match &args.what {

@@ -7,10 +7,10 @@ use titer_core::{Error, Kind};
 
 use super::{ConfigArgs, Done};
 use crate::diagnostics::Problems;
+use crate::environment;
 use crate::executor::{Interrupt, Jobs, execute};
 use crate::plan::StageSpec;
 use crate::progress::for_stderr;
-use crate::threads;
 
 /// The arguments.
 #[derive(Debug, Clone, clap::Args)]
@@ -37,7 +37,7 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
     }
     let device = parse_device(&loaded.config.device).map_err(|error| loaded.source.locate("", error))?;
     let jobs = Jobs::new(None);
-    threads::fix(jobs.threads);
+    environment::fix(jobs.threads);
     let interrupt = Interrupt::default();
     interrupt.on_ctrl_c()?;
     let outcome = execute(&plan, &store, &loaded.stages(&plan, device), &*for_stderr(), &interrupt, jobs)?;

@@ -13,7 +13,7 @@ use crate::diagnostics::Problems;
 use crate::executor::{Interrupt, Jobs, execute};
 use crate::plan::{Plan, StageSpec};
 use crate::progress::{Fanout, Journal, for_stderr};
-use crate::{reporters, results, threads};
+use crate::{environment, reporters, results};
 
 /// The arguments.
 #[derive(Debug, Clone, clap::Args)]
@@ -50,7 +50,7 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
     // Stages on one GPU would only compete for its memory, and large models on the CPU for its caches.
     let alone = !device.is_cpu() || plan.stages.iter().any(|stage| matches!(stage.spec, StageSpec::Load(_)));
     let jobs = Jobs::new(args.jobs.map(usize::from).or(alone.then_some(1)));
-    threads::fix(jobs.threads);
+    environment::fix(jobs.threads);
     let interrupt = Interrupt::default();
     interrupt.on_ctrl_c()?;
     let (journal, progress) = (Journal::open(&out)?, for_stderr());
