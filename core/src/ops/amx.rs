@@ -255,22 +255,23 @@ impl Lines {
         let first = |count: usize| (0xffff_u32 >> (TILE - count.min(TILE))) as u16;
         for at in 0..TILE {
             // Thirty-two elements of one line, or a pair of elements of sixteen lines.
-            let (from, masks) = if ALONG {
-                let masks = [first(depth), first(depth.saturating_sub(TILE))];
-                ([row(at, 0), row(at, TILE)], masks.map(|mask| if at < lines { mask } else { 0 }))
+            let (second, masks) = if ALONG {
+                let mask = |count: usize| if at < lines { first(count) } else { 0 };
+                (row(at, TILE), [mask(depth), mask(depth.saturating_sub(TILE))])
             } else {
                 let mask = |k: usize| if k < depth { first(lines) } else { 0 };
-                ([row(0, 2 * at), row(0, 2 * at + 1)], [mask(2 * at), mask(2 * at + 1)])
+                (row(0, 2 * at + 1), [mask(2 * at), mask(2 * at + 1)])
             };
-            let mut rest = [0, 1].map(|half: usize| {
-                // SAFETY: nothing is read where the mask is zero, which is what lies beyond the operand.
-                let values = unsafe { _mm512_maskz_loadu_ps(masks[half], from[half]) };
-                _mm512_mul_ps(values, factor)
-            });
+            let from = if ALONG { row(at, 0) } else { row(0, 2 * at) };
+            // SAFETY: nothing is read where the mask is zero, which is what lies beyond the operand.
+            let (mut low, mut high) =
+                unsafe { (_mm512_maskz_loadu_ps(masks[0], from), _mm512_maskz_loadu_ps(masks[1], second)) };
+            (low, high) = (_mm512_mul_ps(low, factor), _mm512_mul_ps(high, factor));
             for part in &mut parts {
-                let tops = [top(rest[0]), top(rest[1])];
-                part[at] = if ALONG { join_lines(tops) } else { join_pairs(tops) };
-                rest = [0, 1].map(|half: usize| _mm512_sub_ps(rest[half], _mm512_castsi512_ps(tops[half])));
+                let (low_top, high_top) = (top(low), top(high));
+                part[at] = if ALONG { join_lines(low_top, high_top) } else { join_pairs(low_top, high_top) };
+                low = _mm512_sub_ps(low, _mm512_castsi512_ps(low_top));
+                high = _mm512_sub_ps(high, _mm512_castsi512_ps(high_top));
             }
         }
         for (index, part) in parts.iter_mut().enumerate() {
@@ -296,7 +297,7 @@ fn top(x: __m512) -> __m512i {
 /// The upper halves of thirty-two numbers, in their order.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-fn join_lines([first, second]: [__m512i; 2]) -> __m512i {
+fn join_lines(first: __m512i, second: __m512i) -> __m512i {
     const UPPER: [u16; 32] = {
         let mut index = [0; 32];
         let mut at = 0;
@@ -314,7 +315,7 @@ fn join_lines([first, second]: [__m512i; 2]) -> __m512i {
 /// The upper halves of two vectors of sixteen numbers, in turn.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn join_pairs([first, second]: [__m512i; 2]) -> __m512i {
+fn join_pairs(first: __m512i, second: __m512i) -> __m512i {
     _mm512_or_si512(_mm512_srli_epi32::<16>(first), second)
 }
 
@@ -344,7 +345,8 @@ fn exchange<const D: usize>(rows: &mut [__m512i; TILE]) {
         index
     };
     // SAFETY: the constants have 64 bytes each.
-    let [lower, upper] = unsafe { [0, 1].map(|half: usize| _mm512_loadu_si512(index[half].as_ptr().cast())) };
+    let (lower, upper) =
+        unsafe { (_mm512_loadu_si512(index[0].as_ptr().cast()), _mm512_loadu_si512(index[1].as_ptr().cast())) };
     for at in 0..TILE {
         if at & D == 0 {
             let (a, b) = (rows[at], rows[at + D]);

@@ -15,7 +15,7 @@ const SMALL: usize = 16;
 const LARGE: usize = 64;
 /// Rows of the large and of the small operand whose products are summed at a time. The small one is read again for each
 /// block, the large one only once.
-const BLOCK: [usize; 2] = [8, 2];
+const BLOCK: [usize; 2] = [4, 4];
 /// Large rows that one task takes.
 const SHARE: usize = 64;
 /// Vectors of a row of `C` that stay in registers while it is combined.
@@ -180,24 +180,30 @@ impl WithSimd for Dots<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> Self::Output {
-        let (a, a_rest) = (self.a.map(|row| S::as_simd_f32s(row).0), self.a.map(|row| S::as_simd_f32s(row).1));
-        let (b, b_rest) = (self.b.map(|row| S::as_simd_f32s(row).0), self.b.map(|row| S::as_simd_f32s(row).1));
+        // Loops instead of `map`, which is a call for arrays of this length.
+        let mut a: [&[S::f32s]; BLOCK[0]] = [&[]; BLOCK[0]];
+        let mut b: [&[S::f32s]; BLOCK[1]] = [&[]; BLOCK[1]];
+        let count = self.a[0].len() / S::F32_LANES;
+        for i in 0..BLOCK[0] {
+            a[i] = &S::as_simd_f32s(self.a[i]).0[..count];
+        }
+        for j in 0..BLOCK[1] {
+            b[j] = &S::as_simd_f32s(self.b[j]).0[..count];
+        }
         let mut sums = [[simd.splat_f32s(0.); BLOCK[1]]; BLOCK[0]];
-        let count = a[0].len();
-        let (a, b) = (a.map(|row| &row[..count]), b.map(|row| &row[..count]));
         for at in 0..count {
             prefetch(self.next.wrapping_add(at * S::F32_LANES));
-            let (a, b) = (a.map(|row| row[at]), b.map(|row| row[at]));
             for i in 0..BLOCK[0] {
                 for j in 0..BLOCK[1] {
-                    sums[i][j] = simd.mul_add_f32s(a[i], b[j], sums[i][j]);
+                    sums[i][j] = simd.mul_add_f32s(a[i][at], b[j][at], sums[i][j]);
                 }
             }
         }
+        let done = count * S::F32_LANES;
         let mut result = [[0.; BLOCK[1]]; BLOCK[0]];
         for i in 0..BLOCK[0] {
             for j in 0..BLOCK[1] {
-                let rest: f32 = a_rest[i].iter().zip(b_rest[j]).map(|(a, b)| a * b).sum();
+                let rest: f32 = self.a[i][done..].iter().zip(&self.b[j][done..]).map(|(a, b)| a * b).sum();
                 result[i][j] = simd.reduce_sum_f32s(sums[i][j]) + rest;
             }
         }
