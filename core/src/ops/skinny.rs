@@ -184,11 +184,8 @@ impl WithSimd for Dots<'_> {
         let mut a: [&[S::f32s]; BLOCK[0]] = [&[]; BLOCK[0]];
         let mut b: [&[S::f32s]; BLOCK[1]] = [&[]; BLOCK[1]];
         let count = self.a[0].len() / S::F32_LANES;
-        for i in 0..BLOCK[0] {
-            a[i] = &S::as_simd_f32s(self.a[i]).0[..count];
-        }
-        for j in 0..BLOCK[1] {
-            b[j] = &S::as_simd_f32s(self.b[j]).0[..count];
+        for (vectors, row) in a.iter_mut().chain(&mut b).zip(self.a.into_iter().chain(self.b)) {
+            *vectors = &S::as_simd_f32s(row).0[..count];
         }
         let mut sums = [[simd.splat_f32s(0.); BLOCK[1]]; BLOCK[0]];
         for at in 0..count {
