@@ -192,12 +192,12 @@ impl<'a> Plan<'a> {
 
     /// `count` tokens from `first` on, as a matrix `[count, width]`; `side` 0 for queries, 1 for keys.
     fn tokens<P>(&self, data: P, side: usize, count: usize) -> Matrix<P> {
-        Matrix { rows: count, columns: self.shape.width, row_stride: self.stride[side], column_stride: 1, data }
+        Matrix::row_major(data, [count, self.shape.width], self.stride[side])
     }
 }
 
 fn tile<P>(data: P, rows: usize, columns: usize) -> Matrix<P> {
-    Matrix { rows, columns, row_stride: columns, column_stride: 1, data }
+    Matrix::row_major(data, [rows, columns], columns)
 }
 
 /// The result and, if `keep`, `max + ln Σ exp` of each row of scores, `[batch, heads, length]`.

@@ -103,16 +103,16 @@ fn head_host<T: Real>(h: &Tensor, w: &Stored, targets: &Tensor, [wants_h, wants_
         for first in (0..count).step_by(block) {
             let size = block.min(count - first);
             let logits = &mut logits[..size * vocabulary];
-            let hidden = matrix(hs[first * width..].as_ptr(), [size, width], width);
+            let hidden = Matrix::row_major(hs[first * width..].as_ptr(), [size, width], width);
             // A chunk of the head's rows is so many columns of the logits.
             chunks(w, |at, ws: &[T]| {
-                let head = matrix(ws.as_ptr(), [ws.len() / width, width], width);
+                let head = Matrix::row_major(ws.as_ptr(), [ws.len() / width, width], width);
                 let columns = logits.as_mut_ptr().wrapping_add(at);
                 // SAFETY: the matrices are the block's rows, some rows of the head and their columns in the buffer.
                 #[expect(unsafe_code, reason = "the product takes pointers")]
                 unsafe {
                     multiply(
-                        matrix(columns, [size, head.rows], vocabulary),
+                        Matrix::row_major(columns, [size, head.rows], vocabulary),
                         false,
                         T::one(),
                         hidden,
@@ -142,12 +142,19 @@ fn head_host<T: Real>(h: &Tensor, w: &Stored, targets: &Tensor, [wants_h, wants_
             if wants_h {
                 let dh = dh[first * width..].as_mut_ptr();
                 chunks(w, |at, ws: &[T]| {
-                    let head = matrix(ws.as_ptr(), [ws.len() / width, width], width);
-                    let dlogits = matrix(logits.as_ptr().wrapping_add(at), [size, head.rows], vocabulary);
+                    let head = Matrix::row_major(ws.as_ptr(), [ws.len() / width, width], width);
+                    let dlogits = Matrix::row_major(logits.as_ptr().wrapping_add(at), [size, head.rows], vocabulary);
                     // SAFETY: as above.
                     #[expect(unsafe_code, reason = "the product takes pointers")]
                     unsafe {
-                        multiply(matrix(dh, [size, width], width), at > 0, T::one(), dlogits, head, threads());
+                        multiply(
+                            Matrix::row_major(dh, [size, width], width),
+                            at > 0,
+                            T::one(),
+                            dlogits,
+                            head,
+                            threads(),
+                        );
                     }
                     Ok(())
                 })?;
@@ -166,11 +173,6 @@ fn head_host<T: Real>(h: &Tensor, w: &Stored, targets: &Tensor, [wants_h, wants_
         dh: wants_h.then(|| tensor(dh, &[count, width])).transpose()?,
         dw,
     })
-}
-
-/// Rows of a row-major matrix, `stride` apart.
-fn matrix<P>(data: P, [rows, columns]: [usize; 2], stride: usize) -> Matrix<P> {
-    Matrix { rows, columns, row_stride: stride, column_stride: 1, data }
 }
 
 /// The loss of one row; its logits become `scale · (softmax − onehot)`.

@@ -81,7 +81,7 @@ fn fresh<T: Real>(gemm: Gemm, a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let mut c = Vec::<T>::with_capacity(m * n);
     read(a, |a: &[T]| {
         read(b, |b: &[T]| {
-            let target = Matrix { rows: m, columns: n, row_stride: n, column_stride: 1, data: c.as_mut_ptr() };
+            let target = Matrix::row_major(c.as_mut_ptr(), [m, n], n);
             let (a, b) = (Matrix::of(a, m, k, gemm.transpose[0]), Matrix::of(b, k, n, gemm.transpose[1]));
             // SAFETY: the sizes were checked against the slices, and the product writes every element.
             #[expect(unsafe_code, reason = "the memory is filled by the product before it counts as initialised")]
@@ -103,7 +103,7 @@ fn add<T: Real>(gemm: Gemm, c: &Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
     read(a, |a: &[T]| {
         read(b, |b: &[T]| {
             write(c, |c: &mut [T]| {
-                let target = Matrix { rows: m, columns: n, row_stride: n, column_stride: 1, data: c.as_mut_ptr() };
+                let target = Matrix::row_major(c.as_mut_ptr(), [m, n], n);
                 let (a, b) = (Matrix::of(a, m, k, gemm.transpose[0]), Matrix::of(b, k, n, gemm.transpose[1]));
                 // SAFETY: the sizes were checked against the slices.
                 #[expect(unsafe_code, reason = "the product takes pointers")]
@@ -140,6 +140,11 @@ impl<T> Matrix<*const T> {
 }
 
 impl<P> Matrix<P> {
+    /// `rows × columns` whose rows are contiguous and `stride` elements apart.
+    pub(super) fn row_major(data: P, [rows, columns]: [usize; 2], stride: usize) -> Self {
+        Self { rows, columns, row_stride: stride, column_stride: 1, data }
+    }
+
     /// The transpose, of the same memory.
     pub(super) fn t(self) -> Self {
         Self {

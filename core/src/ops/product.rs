@@ -27,7 +27,7 @@ impl Matrix {
                     chunks(self, |first, w: &[f32]| {
                         let count = w.len() / columns;
                         let data = y.as_mut_ptr().wrapping_add(first);
-                        let y = gemm::Matrix { rows: n, columns: count, row_stride: rows, column_stride: 1, data };
+                        let y = gemm::Matrix::row_major(data, [n, count], rows);
                         // SAFETY: the rows of this chunk are columns of `y`, and the sizes were checked.
                         #[expect(unsafe_code, reason = "the product takes pointers")]
                         unsafe {
@@ -76,10 +76,10 @@ impl Matrix {
                     chunks(self, |first, w: &[f32]| {
                         let count = w.len() / columns;
                         let data = g.as_ptr().wrapping_add(first);
-                        let g = gemm::Matrix { rows: n, columns: count, row_stride: rows, column_stride: 1, data };
+                        let g = gemm::Matrix::row_major(data, [n, count], rows);
                         write(sum, |sum: &mut [f32]| {
                             let data = sum.as_mut_ptr();
-                            let sum = gemm::Matrix { rows: n, columns, row_stride: columns, column_stride: 1, data };
+                            let sum = gemm::Matrix::row_major(data, [n, columns], columns);
                             // SAFETY: the rows of this chunk are columns of `g`, and the sizes were checked.
                             #[expect(unsafe_code, reason = "the product takes pointers")]
                             unsafe {
@@ -103,7 +103,7 @@ impl Matrix {
 
 fn row_major<T>(data: &[T], rows: usize, columns: usize) -> gemm::Matrix<*const T> {
     debug_assert_eq!(data.len(), rows * columns);
-    gemm::Matrix { rows, columns, row_stride: columns, column_stride: 1, data: data.as_ptr() }
+    gemm::Matrix::row_major(data.as_ptr(), [rows, columns], columns)
 }
 
 /// Calls `f` with the rows of a host matrix as they are computed with, chunk after chunk: the index of the first row,
