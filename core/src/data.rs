@@ -48,6 +48,16 @@ impl Tokens {
         let dims = self.ids.dims();
         (dims[0], dims[1])
     }
+
+    /// One at real tokens and zero at padding, `[batch, length, 1]`, f32.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn mask(&self) -> Result<Tensor> {
+        let (batch, length) = self.dims();
+        let real = |row: usize| (0..length).map(move |at| f32::from(u8::from(at < self.lengths[row])));
+        Ok(Tensor::from_iter((0..batch).flat_map(real), self.ids.device())?.reshape((batch, length, 1))?)
+    }
 }
 
 /// A training batch: tokens and the labels to predict.
@@ -106,23 +116,53 @@ impl Batch {
     pub fn labels(&self) -> usize {
         self.targets.elem_count()
     }
+
+    /// Each row that has a label as a batch of its own, without the padding.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn rows(&self) -> Result<Vec<Batch>> {
+        let (_, length) = self.tokens.dims();
+        let (positions, targets) = (self.positions.to_vec1::<u32>()?, self.targets.to_vec1::<u32>()?);
+        let mut rows = Vec::with_capacity(self.tokens.lengths.len());
+        for (row, &real) in self.tokens.lengths.iter().enumerate() {
+            let own = positions.iter().zip(&targets).filter(|(position, _)| **position as usize / length == row);
+            let own: Vec<_> = own.map(|(position, target)| (0, *position as usize % length, *target)).collect();
+            if !own.is_empty() {
+                let ids = self.tokens.ids.get(row)?.narrow(0, 0, real)?.to_vec1::<u32>()?;
+                rows.push(Self::with_labels(&[ids], own, 0, self.tokens.ids.device())?);
+            }
+        }
+        Ok(rows)
+    }
 }
 
-/// A never-ending stream of batches: epochs of seeded permutations. The last batch of an epoch may be smaller, as in
-/// the Hugging Face trainer.
-///
-/// The state is one number, the count of batches drawn: batch `k` is a pure function of seed and `k`.
+/// A never-ending stream of batches. Its state is one number, the count of batches drawn: batch `k` is a pure function
+/// of the stream's source and `k`.
 #[derive(Debug, Clone)]
 pub struct Stream {
+    source: Source,
+    drawn: usize,
+    /// The next batch, if it was collated ahead.
+    ready: Option<Batch>,
+}
+
+#[derive(Debug, Clone)]
+enum Source {
+    Shuffled(Shuffled),
+    /// Ready-made batches, in their order, over and over.
+    Fixed(Arc<Vec<Batch>>),
+}
+
+/// Epochs of seeded permutations. The last batch of an epoch may be smaller, as in the Hugging Face trainer.
+#[derive(Debug, Clone)]
+struct Shuffled {
     examples: Arc<Vec<Example>>,
     batch_size: usize,
     bucket: usize,
     seed: Seed,
     pad: u32,
-    drawn: usize,
     epoch: Option<(usize, Vec<Vec<usize>>)>,
-    /// The next batch, if it was collated ahead.
-    ready: Option<Batch>,
 }
 
 impl Stream {
@@ -140,12 +180,45 @@ impl Stream {
         if batch_size == 0 {
             return Err(Error::config("`batch_size` must be at least 1, found `0`").key("batch_size"));
         }
-        Ok(Self { examples, batch_size, bucket, seed, pad, drawn: 0, epoch: None, ready: None })
+        Ok(Self::from(Source::Shuffled(Shuffled { examples, batch_size, bucket, seed, pad, epoch: None })))
+    }
+
+    /// A stream of these batches in their order, over and over.
+    ///
+    /// # Errors
+    /// There is no batch.
+    pub fn of_batches(batches: Vec<Batch>) -> Result<Self> {
+        if batches.is_empty() {
+            return Err(Error::data("a data stream has no batch"));
+        }
+        Ok(Self::from(Source::Fixed(batches.into())))
+    }
+
+    fn from(source: Source) -> Self {
+        Self { source, drawn: 0, ready: None }
+    }
+
+    /// The same stream with the first `rows` examples of `other` (all, if it has fewer) appended to its own.
+    ///
+    /// # Errors
+    /// One of the two is a stream of ready-made batches.
+    pub fn with_rows_of(self, other: &Stream, rows: usize) -> Result<Self> {
+        match (self.source, &other.source) {
+            (Source::Shuffled(own), Source::Shuffled(other)) => {
+                let more = other.examples.iter().take(rows);
+                let examples = own.examples.iter().chain(more).cloned().collect();
+                Ok(Self::from(Source::Shuffled(Shuffled { examples: Arc::new(examples), epoch: None, ..own })))
+            }
+            _ => Err(Error::run("rows cannot be added to a stream of ready-made batches")),
+        }
     }
 
     /// Batches per epoch.
     pub fn batches_per_epoch(&self) -> usize {
-        self.examples.len().div_ceil(self.batch_size)
+        match &self.source {
+            Source::Shuffled(rows) => rows.examples.len().div_ceil(rows.batch_size),
+            Source::Fixed(batches) => batches.len(),
+        }
     }
 
     /// How many batches were drawn: the whole state of the stream.
@@ -186,6 +259,15 @@ impl Stream {
     /// Batch number `drawn`.
     fn collate(&mut self, device: &Device) -> Result<Batch> {
         let (epoch, within) = (self.drawn / self.batches_per_epoch(), self.drawn % self.batches_per_epoch());
+        match &mut self.source {
+            Source::Shuffled(rows) => rows.collate(epoch, within, device),
+            Source::Fixed(batches) => Ok(batches[within].clone()),
+        }
+    }
+}
+
+impl Shuffled {
+    fn collate(&mut self, epoch: usize, within: usize, device: &Device) -> Result<Batch> {
         if self.epoch.as_ref().is_none_or(|(current, _)| *current != epoch) {
             self.epoch = Some((epoch, self.order(epoch)));
         }
@@ -201,7 +283,7 @@ impl Stream {
         if self.bucket <= 1 {
             return indices.chunks(self.batch_size).map(<[usize]>::to_vec).collect();
         }
-        let mut batches = Vec::with_capacity(self.batches_per_epoch());
+        let mut batches = Vec::with_capacity(indices.len().div_ceil(self.batch_size));
         for window in indices.chunks_mut(self.batch_size * self.bucket) {
             window.sort_by_key(|&index| self.examples[index].tokens.len());
             let cut: Vec<Vec<usize>> = window.chunks(self.batch_size).map(<[usize]>::to_vec).collect();

@@ -8,11 +8,11 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::data::Batch;
+use crate::data::{Batch, Stream};
 use crate::registry::Entry;
 use crate::sites::Sites;
-use crate::step::{StageCx, StepCx, Update};
-use crate::{Result, Settings, SettingsType};
+use crate::step::{StageCx, StepCx, Streams, Update};
+use crate::{Error, Result, Settings, SettingsType};
 
 /// The stages at which a defense can act.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
@@ -52,6 +52,21 @@ pub struct State {
 /// calls the engine through [`StepCx`]. Every method has a default, and the defaults together are plain supervised
 /// fine-tuning.
 pub trait AlignmentDefense: Debug + Send {
+    /// The rows that the stage trains on, given its own and the declared streams: where a defense adds to the data.
+    /// Called whenever the stage starts, also to go on after an interruption.
+    ///
+    /// # Errors
+    /// A stream is missing.
+    fn data(&self, own: Stream, _streams: &Streams) -> Result<Stream> {
+        Ok(own)
+    }
+
+    /// The prompt template that the model is served with, given the one it was trained with: where a defense acts at
+    /// inference.
+    fn serving_template(&self, training: &str) -> String {
+        training.to_owned()
+    }
+
     /// Before the first step: a Fisher pass, a frozen reference, a snapshot.
     ///
     /// # Errors
@@ -104,6 +119,44 @@ impl Privilege {
     pub const NONE: Self = Self { harmful_answers: false, needs: "none" };
 }
 
+/// A point in which the published code differs from the method as it is meant, and the setting that decides between
+/// the two. The setting's default is the correct form.
+#[derive(Debug, Clone, Copy)]
+pub struct Quirk {
+    /// The setting.
+    pub setting: &'static str,
+    /// Its value under `fidelity = "code-exact"`.
+    pub published: fn() -> Value,
+    /// What the published code does, in words.
+    pub what: &'static str,
+}
+
+/// The setting of every defense that chooses between the correct form (the default) and the published code's.
+const FIDELITY: &str = "fidelity";
+
+/// The defenses of one method, and how the user's fine-tuning is trained: what an entry judges in
+/// [`DefenseEntry::conflicts`].
+#[derive(Debug, Clone, Copy)]
+pub struct Stack<'a> {
+    /// The name of the alignment defense; `None` for no alignment.
+    pub align: Option<&'a str>,
+    /// The name of the fine-tuning defense.
+    pub fine_tune: &'a str,
+    /// The name of the post-fine-tuning defense.
+    pub post: Option<&'a str>,
+    /// `double`, `single` or `full`.
+    pub lora: &'a str,
+}
+
+/// What stands against a combination.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Conflict {
+    /// It cannot be: why.
+    Refused(String),
+    /// It can be, but whoever reads the result must know: what.
+    Noted(String),
+}
+
 /// Describes a defense to the registry.
 #[derive(Debug)]
 pub struct DefenseEntry {
@@ -125,8 +178,12 @@ pub struct DefenseEntry {
     pub passes: fn(&Value) -> f64,
     /// What it must know.
     pub privilege: Privilege,
-    /// Where it deliberately differs from published code, or offers the choice.
+    /// What a user should know besides, such as where this code deliberately differs from the published.
     pub notes: &'static str,
+    /// Where the published code differs from the method, one switch each.
+    pub quirks: &'static [Quirk],
+    /// What stands against a stack that this defense is part of; see [`no_conflict`].
+    pub conflicts: fn(&Stack) -> Option<Conflict>,
     /// The type of its settings.
     pub settings: SettingsType,
     /// Settings at which it must equal plain fine-tuning bit for bit (law 3); `None` if it has no such settings.
@@ -138,6 +195,34 @@ pub struct DefenseEntry {
 }
 
 inventory::collect!(DefenseEntry);
+
+/// The [`DefenseEntry::conflicts`] of a defense that goes with all others.
+pub fn no_conflict(_: &Stack) -> Option<Conflict> {
+    None
+}
+
+impl DefenseEntry {
+    /// `given`, with the published value of every quirk that it leaves open if it asks for `fidelity = "code-exact"`.
+    fn with_fidelity(&self, given: &Settings) -> Result<Settings> {
+        let mut settings = given.as_map().clone();
+        let code_exact = match settings.remove(FIDELITY) {
+            None => false,
+            Some(Value::String(word)) if word == "correct" => false,
+            Some(Value::String(word)) if word == "code-exact" => true,
+            Some(other) => {
+                return Err(Error::config(format!("`fidelity` is `correct` or `code-exact`, found `{other}`"))
+                    .key(FIDELITY)
+                    .help("`code-exact` copies what the published code does; leave the key out for the correct form"));
+            }
+        };
+        if code_exact {
+            for quirk in self.quirks {
+                settings.entry(quirk.setting).or_insert_with(quirk.published);
+            }
+        }
+        Ok(settings.into())
+    }
+}
 
 impl Entry for DefenseEntry {
     const KIND: &'static str = "defense";
@@ -152,5 +237,59 @@ impl Entry for DefenseEntry {
     }
     fn version(&self) -> u32 {
         self.version
+    }
+    fn resolve(&self, given: &Settings) -> Result<Value> {
+        self.settings.resolve(&self.with_fidelity(given)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
+    #[serde(default)]
+    struct Demo {
+        axis: String,
+        strength: f64,
+    }
+
+    fn entry() -> DefenseEntry {
+        DefenseEntry {
+            name: "demo",
+            summary: "",
+            paper: "",
+            formula: "",
+            stages: &[Stage::Align],
+            streams: &[],
+            sites: &[],
+            passes: |_| 1.,
+            privilege: Privilege::NONE,
+            notes: "",
+            quirks: &[Quirk { setting: "axis", published: || json!("sequence"), what: "normalises over the sequence" }],
+            conflicts: no_conflict,
+            settings: SettingsType::of::<Demo>(),
+            neutral: None,
+            version: 1,
+            build: |_| Err(Error::run("only described")),
+        }
+    }
+
+    fn resolved(given: Value) -> Result<Value> {
+        let Value::Object(given) = given else { panic!("a table") };
+        entry().resolve(&given.into())
+    }
+
+    #[test]
+    fn code_exact_sets_the_quirks_that_are_left_open() -> Result<()> {
+        assert_eq!(resolved(json!({}))?["axis"], "");
+        assert_eq!(resolved(json!({ "fidelity": "correct" }))?["axis"], "");
+        assert_eq!(resolved(json!({ "fidelity": "code-exact" }))?["axis"], "sequence");
+        assert_eq!(resolved(json!({ "fidelity": "code-exact", "axis": "vocab" }))?["axis"], "vocab");
+        let error = resolved(json!({ "fidelity": "code-exct" })).unwrap_err().to_string();
+        assert!(error.contains("`correct` or `code-exact`"), "{error}");
+        Ok(())
     }
 }

@@ -6,7 +6,7 @@ use crate::Result;
 use crate::model::Forward;
 use crate::ops::{self, Activation, Attention, LowRank};
 use crate::tape::Traced;
-use crate::weights::{Init, ParamId, ParamList};
+use crate::weights::{Init, ParamId, ParamList, factor_names, module_of};
 
 /// The standard deviation that a linear layer's fresh weights have: as `given`, or by fan-in, `1/√(input · branches)`
 /// with `branches` the number of results that add up in the residual stream (1 for a layer that does not write to it).
@@ -52,7 +52,18 @@ impl Linear {
             }
             None => None,
         };
+        self.note_inputs(x.tensor(), pass)?;
         ops::linear(&mut pass.tape, x, weight, bias.as_ref(), low_rank)
+    }
+
+    /// Notes what the layer's factors (or its weight, if it has none) are multiplied with, if this pass asks for it.
+    fn note_inputs(&self, x: &Tensor, pass: &mut Forward) -> Result<()> {
+        let Some(squares) = pass.input_squares.as_deref_mut() else { return Ok(()) };
+        let name = &pass.weights.param(self.weight).name;
+        let Some((adapter, _)) = pass.weights.adapter(self.weight) else { return squares.note(name.clone(), x) };
+        let [a, b] = factor_names(module_of(name));
+        squares.note(b, &x.broadcast_matmul(&adapter.a.to_dtype(x.dtype())?.t()?)?)?;
+        squares.note(a, x)
     }
 }
 

@@ -58,7 +58,7 @@ pub mod task;
 pub mod text;
 pub mod weights;
 
-pub use defense::{AlignmentDefense, DefenseEntry, Privilege, Stage, State};
+pub use defense::{AlignmentDefense, Conflict, DefenseEntry, Privilege, Quirk, Stack, Stage, State, no_conflict};
 pub use error::{Error, Kind, Result};
 pub use grads::Grads;
 pub use judge::{Judge, JudgeEntry, Verdict};

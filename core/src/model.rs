@@ -4,6 +4,7 @@
 //! [`Weights`], so one model serves the weights under training, a frozen teacher and a merged copy alike, and LoRA,
 //! saving, loading and generation are written once for all architectures.
 
+use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::path::Path;
 
@@ -143,6 +144,8 @@ pub struct Forward<'a> {
     pub checkpointing: bool,
     /// The angles of the tokens' rotary positions, where the model has such.
     pub rotation: Option<Rotation>,
+    /// Where linear layers note their inputs.
+    pub(crate) input_squares: Option<&'a mut InputSquares>,
     pub(crate) visibility: Option<Visibility>,
 }
 
@@ -157,6 +160,7 @@ impl<'a> Forward<'a> {
             dropout: None,
             checkpointing: false,
             rotation: None,
+            input_squares: None,
             visibility: None,
         }
     }
@@ -227,6 +231,32 @@ impl<'a> Forward<'a> {
             }
             _ => Ok(None),
         }
+    }
+}
+
+/// Sums of squares of what parameters are multiplied with.
+#[derive(Debug)]
+pub(crate) struct InputSquares {
+    /// One at real tokens, `[batch, length, 1]`.
+    mask: Tensor,
+    /// `[in]` by the parameter's name.
+    pub sums: BTreeMap<String, Tensor>,
+}
+
+impl InputSquares {
+    pub fn new(tokens: &Tokens) -> Result<Self> {
+        Ok(Self { mask: tokens.mask()?, sums: BTreeMap::new() })
+    }
+
+    /// Notes the input `x` `[batch, length, in]` of the parameter `name`.
+    pub fn note(&mut self, name: String, x: &Tensor) -> Result<()> {
+        let squares = x.sqr()?.broadcast_mul(&self.mask.to_dtype(x.dtype())?)?.sum((0, 1))?;
+        let sum = match self.sums.remove(&name) {
+            Some(sum) => (sum + squares)?,
+            None => squares,
+        };
+        self.sums.insert(name, sum);
+        Ok(())
     }
 }
 

@@ -20,6 +20,13 @@ pub trait Entry: inventory::Collect + 'static {
     fn settings(&self) -> &SettingsType;
     /// Changes whenever the behaviour does, so that cached results of the old one are not used.
     fn version(&self) -> u32;
+    /// The settings `given` with every default filled in, as canonical JSON.
+    ///
+    /// # Errors
+    /// An unknown key or a value of the wrong type.
+    fn resolve(&self, given: &Settings) -> Result<Value> {
+        self.settings().resolve(given)
+    }
 }
 
 /// All entries of one kind, sorted by name.
@@ -51,14 +58,6 @@ pub fn find<E: Entry>(name: &str) -> Result<&'static E> {
             names.collect::<Vec<_>>().join(", ")
         ))
     })
-}
-
-/// The settings of the entry with every default filled in, as canonical JSON.
-///
-/// # Errors
-/// An unknown key or a value of the wrong type.
-pub fn resolve<E: Entry>(entry: &E, given: &Settings) -> Result<Value> {
-    entry.settings().resolve(given)
 }
 
 /// The candidate most like `word`, if one is near enough to be a likely typing mistake.

@@ -1,15 +1,17 @@
 //! The verbs a defense works with: passes, scratch weights, streams, clock, generators.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt::Debug;
+use std::ops::{Deref, DerefMut};
 
+use candle_core::backprop::GradStore;
 use candle_core::{Device, Tensor, Var};
 
 use crate::data::{Batch, Stream, Tokens};
 use crate::grads::Grads;
-use crate::matrix::Matrix;
-use crate::model::{BlockContext, Forward, Model};
+use crate::model::{BlockContext, Forward, InputSquares, Model};
 use crate::ops;
-use crate::rng::{Generator, Seed};
+use crate::rng::{Generator, Seed, randn};
 use crate::sites::Sites;
 use crate::tape::{Gradients, Tape, Traced};
 use crate::weights::Weights;
@@ -24,6 +26,20 @@ pub struct Clock {
     pub total: usize,
     /// Index of the micro batch within the update, under gradient accumulation.
     pub micro: usize,
+    /// Micro batches per update: 1 without gradient accumulation.
+    pub micros: usize,
+}
+
+impl Clock {
+    /// The first micro batch of update `step` out of `total`, without gradient accumulation.
+    pub const fn at(step: usize, total: usize) -> Self {
+        Self { step, total, micro: 0, micros: 1 }
+    }
+
+    /// Whether this is the last micro batch of its update.
+    pub const fn last_micro(self) -> bool {
+        self.micro + 1 == self.micros
+    }
 }
 
 /// The extra data streams of a defense, by name.
@@ -48,17 +64,58 @@ impl Streams {
         }
     }
 
+    /// The stream `name`.
+    ///
+    /// # Errors
+    /// The defense did not declare such a stream.
+    pub fn get(&self, name: &str) -> Result<&Stream> {
+        self.0.get(name).ok_or_else(|| self.undeclared(name))
+    }
+
     /// The next batch of the stream `name`.
     ///
     /// # Errors
     /// The defense did not declare such a stream.
     pub fn next(&mut self, name: &str, device: &Device) -> Result<Batch> {
-        let known: Vec<String> = self.0.keys().cloned().collect();
-        let stream = self.0.get_mut(name).ok_or_else(|| {
-            Error::run(format!("the defense did not declare the stream `{name}`"))
-                .help(format!("declared streams: {}", known.join(", ")))
-        })?;
-        stream.next_batch(device)
+        if !self.0.contains_key(name) {
+            return Err(self.undeclared(name));
+        }
+        self.0.get_mut(name).expect("looked up above").next_batch(device)
+    }
+
+    fn undeclared(&self, name: &str) -> Error {
+        let known: Vec<&str> = self.0.keys().map(String::as_str).collect();
+        Error::run(format!("the defense did not declare the stream `{name}`"))
+            .help(format!("declared streams: {}", known.join(", ")))
+    }
+}
+
+/// The models that a stage's weights come from.
+pub trait Ancestry: Debug {
+    /// The base model, before any alignment.
+    ///
+    /// # Errors
+    /// It cannot be loaded.
+    fn base(&self) -> Result<Weights>;
+
+    /// The model after alignment, with the alignment's adapter still attached if it has one.
+    ///
+    /// # Errors
+    /// The model was not aligned, or cannot be loaded.
+    fn aligned(&self) -> Result<Weights>;
+}
+
+/// The ancestry of weights that have none.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Orphan;
+
+impl Ancestry for Orphan {
+    fn base(&self) -> Result<Weights> {
+        Err(Error::run("there is no base model to compare these weights with"))
+    }
+
+    fn aligned(&self) -> Result<Weights> {
+        Err(Error::run("there is no aligned model to compare these weights with"))
     }
 }
 
@@ -120,6 +177,8 @@ pub struct StageCx<'a> {
     pub seed: Seed,
     /// Where the stage stands.
     pub clock: Clock,
+    /// The models that the weights come from.
+    pub ancestry: &'a dyn Ancestry,
 }
 
 impl StageCx<'_> {
@@ -139,24 +198,51 @@ pub struct StepCx<'a> {
     clock: Clock,
     checkpointing: bool,
     passes: usize,
-    /// Passes whose activations a defense holds, until a loss of them is differentiated.
+    /// The cross-entropies so far.
+    losses: Vec<Scalar>,
+    /// Noise to give out instead of drawing it.
+    recorded: VecDeque<Tensor>,
+    /// Pieces of the model whose results a defense holds, until a loss of them is differentiated.
     open: Vec<OpenPass>,
 }
 
-/// A forward pass whose backward pass waits for the gradients of some of its values.
+/// A piece of the model that ran forward, and whose backward pass waits for the gradients of some of its values.
 #[derive(Debug)]
 struct OpenPass {
     tape: Tape,
     blocks: BlockContext,
+    /// The candle tensor that it started from, if a gradient flows into that.
+    input: Option<Tensor>,
     /// Values that a defense holds as variables of a candle expression.
     lent: Vec<(Var, Traced)>,
+}
+
+impl OpenPass {
+    /// `value` as a candle tensor. Candle's gradient of it is where the backward pass of this piece starts.
+    fn lend(&mut self, value: &Traced) -> Result<Tensor> {
+        if !value.tracked() {
+            return Ok(value.tensor().clone());
+        }
+        let variable = Var::from_tensor(value.tensor())?;
+        let tensor = variable.as_tensor().clone();
+        self.lent.push((variable, value.clone()));
+        Ok(tensor)
+    }
 }
 
 impl<'a> StepCx<'a> {
     /// The context of one step; `seed` is the stage's.
     pub fn new(model: &'a dyn Model, weights: &'a Weights, streams: &'a mut Streams, seed: Seed, clock: Clock) -> Self {
         let seed = seed.named("step").at(clock.step).at(clock.micro);
-        Self { model, weights, streams, seed, clock, checkpointing: false, passes: 0, open: Vec::new() }
+        let (losses, recorded, open) = (Vec::new(), VecDeque::new(), Vec::new());
+        Self { model, weights, streams, seed, clock, checkpointing: false, passes: 0, losses, recorded, open }
+    }
+
+    /// Gives out this noise, in order, before any is drawn: how a recorded step is played again.
+    #[must_use]
+    pub fn with_noise(mut self, recorded: impl IntoIterator<Item = Tensor>) -> Self {
+        self.recorded.extend(recorded);
+        self
     }
 
     /// Keeps only the input of each block in the forward pass and runs the block again in the backward pass: the same
@@ -185,6 +271,22 @@ impl<'a> StepCx<'a> {
     /// Forward passes made so far in this step.
     pub fn passes(&self) -> usize {
         self.passes
+    }
+
+    /// The cross-entropy of each pass of this step so far.
+    pub fn losses(&self) -> &[Scalar] {
+        &self.losses
+    }
+
+    /// Standard normal noise of this step for `purpose`, f32: the same after a resume.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn noise(&mut self, purpose: &str, dims: &[usize]) -> Result<Tensor> {
+        match self.recorded.pop_front() {
+            Some(recorded) => Ok(recorded.reshape(dims)?),
+            None => randn(dims, &mut self.generator(purpose), self.weights.device()),
+        }
     }
 
     /// This step's generator for `purpose`: the same after a resume, and independent of every other purpose.
@@ -238,44 +340,78 @@ impl<'a> StepCx<'a> {
     ) -> Result<(Tensor, BTreeMap<String, Tensor>)> {
         let mut pass = self.forward(weights, &mut sites);
         let hidden = self.model.hidden(tokens, &mut pass)?;
-        let (blocks, tape) = (pass.context(), pass.tape);
+        let mut open = OpenPass { blocks: pass.context(), tape: pass.tape, input: None, lent: Vec::new() };
         self.passes += 1;
         sites.check_visited()?;
-        let mut lent = Vec::new();
-        let mut lend = |value: &Traced| -> Result<Tensor> {
-            if !value.tracked() {
-                return Ok(value.tensor().clone());
-            }
-            let variable = Var::from_tensor(value.tensor())?;
-            let tensor = variable.as_tensor().clone();
-            lent.push((variable, value.clone()));
-            Ok(tensor)
-        };
-        let observed = sites.observed().iter().map(|(name, value)| Ok((name.clone(), lend(value)?)));
+        let observed = sites.observed().iter().map(|(name, value)| Ok((name.clone(), open.lend(value)?)));
         let observed = observed.collect::<Result<_>>()?;
-        let hidden = lend(&hidden)?;
-        self.open.push(OpenPass { tape, blocks, lent });
+        let hidden = open.lend(&hidden)?;
+        self.keep(open);
         Ok((hidden, observed))
     }
 
-    /// The mean cross-entropy over the labels of `batch`, as a candle tensor, given the hidden states of its tokens.
+    /// The model's final norm of `x`, `[batch, length, hidden_size]`, as an operation of a candle expression: what makes
+    /// hidden states of the residual stream after any block.
     ///
     /// # Errors
     /// A tensor operation failed.
-    pub fn cross_entropy(&self, weights: &Weights, hidden: &Tensor, batch: &Batch) -> Result<Tensor> {
-        let head = self.model.head().filter(|&head| weights.adapter(head).is_none());
-        let head = head.ok_or_else(|| {
-            Error::run("the cross-entropy over a head that is more than a matrix has no candle form")
-                .help("use `cx.backward`, or leave `lm_head` out of the adapter's targets")
-        })?;
-        let rows = hidden.flatten(0, 1)?.index_select(&batch.positions, 0)?;
-        match weights.get(head) {
-            Matrix::Dense(head) => ops::fused(&[&rows, head], |tape, inputs| {
-                ops::head_cross_entropy(tape, &inputs[0], &inputs[1], &batch.targets)
-            }),
-            packed @ Matrix::Packed(_) => ops::fused(&[&rows], |tape, inputs| {
-                ops::head_cross_entropy(tape, &inputs[0], Traced::constant(packed.clone()), &batch.targets)
-            }),
+    pub fn finish(&mut self, x: &Tensor) -> Result<Tensor> {
+        let model = self.model;
+        self.apply(self.weights, x, |x, pass| model.finish(x, pass))
+    }
+
+    /// Logits `[rows, vocab_size]` of hidden states `[rows, hidden_size]`, as an operation of a candle expression.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn logits(&mut self, hidden: &Tensor) -> Result<Tensor> {
+        self.logits_with(self.weights, hidden)
+    }
+
+    /// The same with other weights, such as a frozen teacher's.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn logits_with(&mut self, weights: &Weights, hidden: &Tensor) -> Result<Tensor> {
+        let model = self.model;
+        self.apply(weights, hidden, |hidden, pass| model.logits(hidden, pass))
+    }
+
+    /// The mean cross-entropy over the labels of `batch`, given the hidden states of its tokens, as an operation of a
+    /// candle expression.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn cross_entropy(&mut self, hidden: &Tensor, batch: &Batch) -> Result<Tensor> {
+        let model = self.model;
+        let loss = self.apply(self.weights, hidden, |hidden, pass| loss_of_hidden(model, hidden, batch, pass))?;
+        self.losses.push(Scalar::of(&loss)?);
+        Ok(loss)
+    }
+
+    /// Runs a piece of the model on a candle tensor.
+    fn apply(
+        &mut self,
+        weights: &Weights,
+        input: &Tensor,
+        piece: impl FnOnce(&Traced, &mut Forward) -> Result<Traced>,
+    ) -> Result<Tensor> {
+        let mut idle = Sites::none();
+        let mut pass = self.forward(weights, &mut idle);
+        let tracked = input.track_op();
+        let x = if tracked { pass.tape.source(input) } else { Traced::constant(input.clone()) };
+        let result = piece(&x, &mut pass)?;
+        let input = tracked.then(|| input.clone());
+        let mut open = OpenPass { blocks: pass.context(), tape: pass.tape, input, lent: Vec::new() };
+        let result = open.lend(&result)?;
+        self.keep(open);
+        Ok(result)
+    }
+
+    /// Remembers a piece of the model if any gradient can come back to it.
+    fn keep(&mut self, open: OpenPass) {
+        if !open.lent.is_empty() {
+            self.open.push(open);
         }
     }
 
@@ -285,26 +421,51 @@ impl<'a> StepCx<'a> {
     /// # Errors
     /// The loss depends on no pass and no trained parameter, or a tensor operation failed.
     pub fn backward_loss(&mut self, loss: &Tensor) -> Result<Grads> {
-        let store = loss.backward()?;
-        let direct = self.weights.trainable().iter();
-        let mut grads: Grads = direct.filter_map(|(name, var)| Some((name.clone(), store.get(var)?.clone()))).collect();
-        let mut reached = !grads.is_empty();
-        for pass in std::mem::take(&mut self.open) {
-            let seeds: Vec<(Traced, Tensor)> =
-                pass.lent.iter().filter_map(|(var, value)| Some((value.clone(), store.get(var)?.clone()))).collect();
+        let mut stores = vec![loss.backward()?];
+        let mut grads = Grads::default();
+        // A piece was made of the results of earlier ones, so the last goes first.
+        for pass in std::mem::take(&mut self.open).into_iter().rev() {
+            let mut seeds = Vec::new();
+            for (var, value) in &pass.lent {
+                seeds.extend(gradient(&stores, var)?.map(|gradient| (value.clone(), gradient)));
+            }
             if seeds.is_empty() {
                 self.open.push(pass);
                 continue;
             }
-            reached = true;
-            let found = run_back(self.model, self.weights, pass.tape, &pass.blocks, seeds)?;
+            let mut found = run_back(self.model, self.weights, pass.tape, &pass.blocks, seeds)?;
+            if let Some(input) = pass.input
+                && let Some(gradient) = found.take(&input)
+            {
+                stores.push((input * gradient.detach())?.sum_all()?.backward()?);
+            }
             grads = grads.add_scaled(1., &named(self.weights, found).0)?;
         }
-        if reached {
+        self.open.reverse();
+        for (name, var) in self.weights.trainable() {
+            if let Some(direct) = gradient(&stores, var)? {
+                grads = grads.add_scaled(1., &Grads::from_iter([(name.clone(), direct)]))?;
+            }
+        }
+        if !grads.is_empty() {
             return Ok(grads);
         }
         Err(Error::run("the loss depends on no pass of this step and on no parameter under training")
             .help("compute it from `cx.hidden`, and differentiate each pass once"))
+    }
+
+    /// What each low-rank factor is multiplied with (the base weight of a layer without adapter), squared and summed
+    /// over the real tokens of all rows: `[in]` by the parameter's name. Nothing is trained, and no dropout.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn input_squares(&mut self, tokens: &Tokens) -> Result<Grads> {
+        let (frozen, mut idle) = (self.weights.frozen(), Sites::none());
+        let mut squares = InputSquares::new(tokens)?;
+        let mut pass = Forward { input_squares: Some(&mut squares), ..Forward::new(&frozen, &mut idle) };
+        self.model.hidden(tokens, &mut pass)?;
+        self.passes += 1;
+        Ok(squares.sums.into_iter().collect())
     }
 
     /// Runs `work` with weights that it may move; afterwards they are as before, bit for bit, also after an error or
@@ -332,6 +493,7 @@ impl<'a> StepCx<'a> {
         self.passes += 1;
         sites.check_visited()?;
         let value = Scalar::of(loss.tensor())?;
+        self.losses.push(value.clone());
         if let Scalar::Host(value) = value
             && !value.is_finite()
         {
@@ -345,6 +507,13 @@ impl<'a> StepCx<'a> {
         let (grads, site_grads) = named(weights, found);
         Ok(Pass { loss: value, grads, site_grads, observed })
     }
+}
+
+/// The gradient of `var` over several backward passes of candle, if any reaches it.
+fn gradient(stores: &[GradStore], var: &Var) -> Result<Option<Tensor>> {
+    let mut found = stores.iter().filter_map(|store| store.get(var));
+    let Some(first) = found.next() else { return Ok(None) };
+    found.try_fold(first.clone(), |sum, more| Ok((sum + more)?)).map(Some)
 }
 
 /// The backward pass of one forward pass.
@@ -365,7 +534,7 @@ fn named(weights: &Weights, mut found: Gradients) -> (Grads, Grads) {
     (grads, found.into_probes())
 }
 
-/// Weights that may be moved for a while, inside [`StepCx::scratch`].
+/// Weights that may be moved for a while, inside [`StepCx::scratch`]; all the verbs of a step are at hand.
 #[derive(Debug)]
 pub struct Scratch<'s, 'a> {
     cx: &'s mut StepCx<'a>,
@@ -380,21 +549,19 @@ impl Scratch<'_, '_> {
     pub fn shift(&mut self, direction: &Grads, scale: f64) -> Result<()> {
         self.cx.weights.shift(direction, scale)
     }
+}
 
-    /// Loss and gradients at the moved weights.
-    ///
-    /// # Errors
-    /// As [`StepCx::backward`].
-    pub fn backward(&mut self, batch: &Batch, sites: Sites) -> Result<Pass> {
-        self.cx.backward(batch, sites)
+impl<'a> Deref for Scratch<'_, 'a> {
+    type Target = StepCx<'a>;
+
+    fn deref(&self) -> &StepCx<'a> {
+        self.cx
     }
+}
 
-    /// The next batch of a declared stream.
-    ///
-    /// # Errors
-    /// The stream was not declared.
-    pub fn next(&mut self, stream: &str) -> Result<Batch> {
-        self.cx.next(stream)
+impl<'a> DerefMut for Scratch<'_, 'a> {
+    fn deref_mut(&mut self) -> &mut StepCx<'a> {
+        self.cx
     }
 }
 

@@ -254,10 +254,21 @@ impl Weights {
         &self.base[id.0]
     }
 
+    /// What the model declared about a parameter.
+    pub fn param(&self, id: ParamId) -> &Param {
+        self.params.get(id)
+    }
+
     /// The adapter of a linear layer's weight, with its scale.
     pub fn adapter(&self, id: ParamId) -> Option<(&Adapter, f64)> {
         let lora = self.lora.as_ref()?;
         Some((lora.adapters.get(&id.0)?, lora.config.scale()))
+    }
+
+    /// The adapters by the module they adapt, such as `model.layers.0.self_attn.q_proj`, in checkpoint order.
+    pub fn adapters(&self) -> impl Iterator<Item = (&str, &Adapter)> {
+        let adapters = self.lora.iter().flat_map(|lora| &lora.adapters);
+        adapters.map(|(&index, adapter)| (module_of(&self.params.0[index].name), adapter))
     }
 
     /// The adapters' dropout probability; zero without adapters.
@@ -374,13 +385,14 @@ impl Weights {
                 continue;
             }
             let adapter = make(module, param.shape[0], param.shape[1])?;
-            let mut train = |factor: &str, tensor: &Tensor| -> Result<Tensor> {
+            let mut train = |name: String, tensor: &Tensor| -> Result<Tensor> {
                 let var = Var::from_tensor(&tensor.copy()?)?;
                 let tensor = var.as_tensor().clone();
-                self.trainable.insert(format!("{module}.{factor}.weight"), var);
+                self.trainable.insert(name, var);
                 Ok(tensor)
             };
-            let adapter = Adapter { a: train("lora_A", &adapter.a)?, b: train("lora_B", &adapter.b)? };
+            let [a, b] = factor_names(module);
+            let adapter = Adapter { a: train(a, &adapter.a)?, b: train(b, &adapter.b)? };
             adapters.insert(index, adapter);
         }
         self.lora = Some(Lora { config, adapters });
@@ -439,6 +451,25 @@ impl Weights {
     pub fn frozen(&self) -> Self {
         let mut view = self.clone();
         view.freeze();
+        view
+    }
+
+    /// A frozen view of the same model in which the parameters under training have `values`, as a snapshot gave them: a
+    /// teacher, or a reference. The rest is shared.
+    #[must_use]
+    pub fn at(&self, values: &Grads) -> Self {
+        let mut view = self.frozen();
+        for (index, param) in self.params.iter().enumerate() {
+            let value = |name: &str| values.get(name).cloned();
+            if let Some(tensor) = value(&param.name) {
+                view.base[index] = Matrix::Dense(tensor);
+            }
+            if let Some(adapter) = view.lora.as_mut().and_then(|lora| lora.adapters.get_mut(&index)) {
+                let [a, b] = factor_names(module_of(&param.name));
+                adapter.a = value(&a).unwrap_or_else(|| adapter.a.clone());
+                adapter.b = value(&b).unwrap_or_else(|| adapter.b.clone());
+            }
+        }
         view
     }
 
@@ -504,16 +535,26 @@ impl Weights {
     pub fn save_adapter(&self, path: &Path) -> Result<()> {
         let lora = self.lora.as_ref().ok_or_else(|| Error::run("there is no adapter to save"))?;
         let tensors = lora.adapters.iter().flat_map(|(&index, adapter)| {
-            let module = module_of(&self.params.0[index].name);
-            let name = |factor: &str| format!("base_model.model.{module}.{factor}.weight");
-            [(name("lora_A"), adapter.a.clone()), (name("lora_B"), adapter.b.clone())]
+            let [a, b] = factor_names(module_of(&self.params.0[index].name)).map(|n| format!("base_model.model.{n}"));
+            [(a, adapter.a.clone()), (b, adapter.b.clone())]
         });
         write_tensors(path, tensors)
     }
 }
 
+/// The names of the factors `A` and `B` of the adapter of `module`.
+pub fn factor_names(module: &str) -> [String; 2] {
+    ["lora_A", "lora_B"].map(|factor| format!("{module}.{factor}.weight"))
+}
+
+/// The index of the transformer block that a parameter belongs to: 3 for `model.layers.3.mlp.up_proj.weight`.
+pub fn layer_of(parameter: &str) -> Option<usize> {
+    let (_, rest) = parameter.split_once("layers.")?;
+    rest.split('.').next()?.parse().ok()
+}
+
 /// `model.layers.0.self_attn.q_proj` of `model.layers.0.self_attn.q_proj.weight`.
-fn module_of(name: &str) -> &str {
+pub(crate) fn module_of(name: &str) -> &str {
     name.strip_suffix(".weight").unwrap_or(name)
 }
 
