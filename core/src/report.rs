@@ -62,6 +62,9 @@ pub struct ResultRow {
     pub lora: String,
     /// The protocol id: rows of different ids do not compare.
     pub protocol: String,
+    /// What a reader must know about the combination of defenses.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
     /// The headline judge.
     pub judge: String,
     /// Metrics in percent.
@@ -158,6 +161,9 @@ pub struct Ledger {
     pub peak_bytes: u64,
     /// Forward-and-backward passes per step of the alignment defense.
     pub passes_per_step: f64,
+    /// Likewise of the fine-tuning defense.
+    #[serde(default)]
+    pub fine_tune_passes_per_step: f64,
     /// Steps of alignment.
     pub align_steps: usize,
     /// Steps of fine-tuning.

@@ -158,7 +158,7 @@ pub fn step(
     let mut optimizer = AdamW::new(AdamWConfig::default());
     let (mut passes, mut at) = (0, 0);
     let seconds = measure(setup, device, || {
-        let clock = Clock { step: at, total: setup.warmup + setup.repeat, micro: 0 };
+        let clock = Clock::at(at, setup.warmup + setup.repeat);
         let mut streams = Streams::default();
         let cx = StepCx::new(model.as_ref(), &weights, &mut streams, Seed::new(2), clock);
         let mut cx = cx.with_checkpointing(checkpointing);

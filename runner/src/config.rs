@@ -61,7 +61,7 @@ pub struct Config {
     pub fine_tune: FineTuneConfig,
     /// Data that defenses draw from besides the stage's own, by the stream's name.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub streams: BTreeMap<String, TaskRef>,
+    pub streams: BTreeMap<String, StreamConfig>,
     /// What is measured.
     pub evaluate: EvaluateConfig,
     /// The rows of the table.
@@ -223,6 +223,17 @@ pub struct TaskRef {
     /// The task's settings.
     #[serde(flatten)]
     pub settings: Map<String, Value>,
+}
+
+/// A defense's extra data: `{ task = "…", rows = 500, … }`. The other keys are the task's own settings.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct StreamConfig {
+    /// Examples per batch; by default as many as the stage's own batches have.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub batch_size: Option<usize>,
+    /// The rows.
+    #[serde(flatten)]
+    pub rows: TaskRef,
 }
 
 /// A user's task. The other keys are the task's own settings.

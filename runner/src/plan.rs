@@ -76,6 +76,17 @@ pub struct RowsSpec {
     pub content: String,
 }
 
+/// Data that a defense draws from besides the stage's own.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct StreamSpec {
+    /// The name that the defense asks for.
+    pub name: String,
+    /// The rows.
+    pub rows: RowsSpec,
+    /// Examples per batch, if not those of the stage.
+    pub batch_size: Option<usize>,
+}
+
 /// How text becomes tokens.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct EncodingSpec {
@@ -169,8 +180,8 @@ pub struct TrainSpec {
     pub data: Vec<RowsSpec>,
     /// In fine-tuning, the harmful rows mixed in.
     pub harmful: Option<MixSpec>,
-    /// The defense's extra streams, by name.
-    pub streams: Vec<(String, RowsSpec)>,
+    /// The defense's extra streams.
+    pub streams: Vec<StreamSpec>,
     /// Held-back harmful rows whose loss is tracked.
     pub monitor: Option<RowsSpec>,
     /// Text to tokens.
@@ -209,8 +220,8 @@ pub enum AdapterSpec {
 pub struct PostSpec {
     /// The defense.
     pub defense: PluginSpec,
-    /// Its extra streams, by name.
-    pub streams: Vec<(String, RowsSpec)>,
+    /// Its extra streams.
+    pub streams: Vec<StreamSpec>,
     /// Text to tokens.
     pub encoding: EncodingSpec,
     /// Examples per batch of the streams.
@@ -275,6 +286,8 @@ pub struct Cell {
     pub lora: String,
     /// The protocol id.
     pub protocol: String,
+    /// What a reader must know about the combination of defenses.
+    pub notes: Vec<String>,
     /// The base stage.
     pub base_key: Key,
     /// The alignment stage; `None` for the method without alignment.

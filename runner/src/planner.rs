@@ -74,7 +74,8 @@ impl Planner<'_> {
             Some(_) => whose(&format!("{} aligned", method.name)),
             None => format!("base{base_label}"),
         };
-        let aligned_judgements = self.judgements(attack.task, &aligned, &aligned_label);
+        let template = &self.experiment.encoding.template;
+        let aligned_judgements = self.judgements(attack.task, &aligned, template, &aligned_label);
 
         let setting = self.setting_label(method, attack);
         let fine_tune_key = self.fine_tune(method, attack, seed, &aligned, whose(&format!("fine-tune {setting}")));
@@ -83,7 +84,8 @@ impl Planner<'_> {
             self.add(Some(&fine_tune_key), StageSpec::Post(spec), whose(&format!("repair {setting}")))
         });
         let last = post_key.as_ref().unwrap_or(&fine_tune_key);
-        let judgements = self.judgements(attack.task, last, &whose(&setting));
+        let template = method.serving_template(template);
+        let judgements = self.judgements(attack.task, last, &template, &whose(&setting));
 
         Cell {
             method: method.name.clone(),
@@ -99,6 +101,7 @@ impl Planner<'_> {
             seed,
             lora: self.experiment.fine_tune.mode.name().to_owned(),
             protocol: protocol(self.experiment, attack.task),
+            notes: method.notes.clone(),
             base_key,
             align_key,
             fine_tune_key,
@@ -160,8 +163,8 @@ impl Planner<'_> {
         }
     }
 
-    /// Answers to every probe by the model of stage `model`, and the verdicts on them.
-    fn judgements(&mut self, task: &UserRows, model: &Key, label: &str) -> Judgements {
+    /// Answers to every probe by the model of stage `model`, served with `template`, and the verdicts on them.
+    fn judgements(&mut self, task: &UserRows, model: &Key, template: &str, label: &str) -> Judgements {
         let experiment = self.experiment;
         let mut judgements = Vec::new();
         for probe in experiment.probes.iter().chain([&task.probe]) {
@@ -171,7 +174,7 @@ impl Planner<'_> {
                 StageSpec::Answer(AnswerSpec {
                     probe: probe.name.to_owned(),
                     prompts: probe.prompts.clone(),
-                    template: experiment.encoding.template.clone(),
+                    template: template.to_owned(),
                     max_new_tokens: probe.max_new_tokens,
                     batch_size: experiment.batch_size,
                 }),
@@ -272,7 +275,7 @@ pub fn work(spec: &StageSpec) -> f64 {
         StageSpec::Load(_) => 0.,
         StageSpec::Pretrain(spec) => training(&spec.optim, spec.data.rows, 1.),
         StageSpec::Train(spec) => training(&spec.optim, spec.rows(), passes(&spec.defense)),
-        StageSpec::Post(spec) => spec.streams.iter().map(|(_, rows)| rows.rows as f64 * 3.).sum(),
+        StageSpec::Post(spec) => spec.streams.iter().map(|stream| stream.rows.rows as f64 * 3.).sum(),
         // With a cache, an answer of n tokens costs about as much as n more tokens of prompt.
         StageSpec::Answer(spec) => spec.prompts.rows as f64 * (1. + spec.max_new_tokens as f64 / 16.),
         StageSpec::Judge(spec) => spec.prompts.rows as f64 * 1e-3,

@@ -14,15 +14,18 @@ use titer_core::rng::Seed;
 use titer_core::text::Template;
 use titer_core::weights::LoraConfig;
 use titer_core::{
-    DefenseEntry, Error, JudgeEntry, Model, ModelEntry, Precision, Result, Row, Settings, Stage, Task, TaskEntry,
+    AlignmentDefense, Conflict, DefenseEntry, Error, JudgeEntry, Model, ModelEntry, Precision, Result, Row, Settings,
+    Stack, Stage, Task, TaskEntry,
 };
 
 use crate::config::{
     AlignAdapter, BaseConfig, DefenseRef, EvaluateConfig, FineTuneConfig, FineTuneMode, JudgeRef, Loaded, MethodConfig,
-    Source, TaskRef, TrainConfig, UserTask,
+    Source, StreamConfig, TaskRef, TrainConfig, UserTask,
 };
 use crate::diagnostics::Problems;
-use crate::plan::{AdapterSpec, EncodingSpec, LoadSpec, OptimSpec, PluginSpec, PretrainSpec, RowsSpec, Steps};
+use crate::plan::{
+    AdapterSpec, EncodingSpec, LoadSpec, OptimSpec, PluginSpec, PretrainSpec, RowsSpec, Steps, StreamSpec,
+};
 
 /// What rows are for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -132,7 +135,7 @@ pub struct Probe {
 }
 
 /// A method.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Method {
     /// The name in the table.
     pub name: String,
@@ -144,15 +147,27 @@ pub struct Method {
     pub fine_tune: Defense,
     /// The post-fine-tuning defense.
     pub post: Option<Defense>,
+    /// What a reader must know about their combination.
+    pub notes: Vec<String>,
+}
+
+impl Method {
+    /// The template that the final model is served with, given the one it was trained with.
+    pub fn serving_template(&self, training: &str) -> String {
+        let defenses = [self.align.as_ref(), Some(&self.fine_tune), self.post.as_ref()].into_iter().flatten();
+        defenses.fold(training.to_owned(), |template, defense| defense.built.serving_template(&template))
+    }
 }
 
 /// A defense and the streams it draws from.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Defense {
     /// The defense.
     pub spec: PluginSpec,
-    /// Its streams by name.
-    pub streams: Vec<(String, RowsSpec)>,
+    /// The same, built: to ask it what the plan depends on.
+    pub built: Box<dyn AlignmentDefense>,
+    /// Its streams.
+    pub streams: Vec<StreamSpec>,
     /// Passes per step with these settings.
     pub passes: f64,
 }
@@ -188,14 +203,8 @@ pub fn resolve(loaded: &Loaded) -> Result<Experiment, Problems> {
     // A plan says in full what is trained, also where the configuration leaves it to the model.
     let lora = model.as_ref().map_or_else(|| config.lora.clone(), |model| config.lora.for_params(model.params()));
 
-    let streams: BTreeMap<&str, Option<RowsSpec>> = config
-        .streams
-        .iter()
-        .map(|(name, rows)| {
-            (name.as_str(), cx.rows(&format!("streams.{name}"), rows, Use::Train).map(|(rows, _)| rows))
-        })
-        .collect();
-    let methods = cx.methods(&config.methods, &streams, model.as_deref());
+    let streams = config.streams.iter().map(|(name, stream)| (name.as_str(), cx.stream(name, stream))).collect();
+    let methods = cx.methods(&config.methods, config.fine_tune.mode, &streams, model.as_deref());
 
     let aligns = methods.iter().any(|method| method.align.is_some());
     let align = config.align.as_ref().and_then(|align| {
@@ -297,7 +306,7 @@ impl Resolver<'_> {
         settings: &Map<String, Value>,
     ) -> Option<(&'static E, PluginSpec)> {
         let entry = self.take(name_key, find::<E>(name))?;
-        let settings = entry.settings().resolve(&Settings::from(settings.clone()));
+        let settings = entry.resolve(&Settings::from(settings.clone()));
         let settings = self.take(key, settings.map_err(|error| explained(name, error)))?;
         Some((entry, PluginSpec { name: name.to_owned(), settings, version: entry.version() }))
     }
@@ -328,6 +337,15 @@ impl Resolver<'_> {
         let (task, content, built) = built?;
         self.drawn(key, built.as_ref(), count, purpose)?;
         Some((RowsSpec { task, rows: count, content }, built))
+    }
+
+    fn stream(&mut self, name: &str, stream: &StreamConfig) -> Option<StreamSpec> {
+        let key = format!("streams.{name}");
+        if let Some(size) = stream.batch_size {
+            self.positive(&format!("{key}.batch_size"), size);
+        }
+        let (rows, _) = self.rows(&key, &stream.rows, Use::Train)?;
+        Some(StreamSpec { name: name.to_owned(), rows, batch_size: stream.batch_size })
     }
 
     fn drawn(&mut self, key: &str, task: &dyn Task, count: usize, purpose: Use) -> Option<Vec<Row>> {
@@ -476,7 +494,8 @@ impl Resolver<'_> {
     fn methods(
         &mut self,
         methods: &[MethodConfig],
-        streams: &BTreeMap<&str, Option<RowsSpec>>,
+        mode: FineTuneMode,
+        streams: &BTreeMap<&str, Option<StreamSpec>>,
         model: Option<&dyn Model>,
     ) -> Vec<Method> {
         self.check(!methods.is_empty(), "methods", "the list is empty: nothing would run", "add a [[methods]] table");
@@ -491,11 +510,34 @@ impl Resolver<'_> {
             let fine_tune = defense(Stage::FineTune, Some(method.fine_tune.as_ref().unwrap_or(&plain)));
             let post = defense(Stage::Post, method.post.as_ref());
             if let Some(fine_tune) = fine_tune {
-                let (name, align_steps) = (method.name.clone(), method.align_steps);
-                resolved.push(Method { name, align, align_steps, fine_tune, post });
+                let (name, align_steps, notes) = (method.name.clone(), method.align_steps, Vec::new());
+                let mut method = Method { name, align, align_steps, fine_tune, post, notes };
+                self.conflicts(&format!("methods.{index}"), mode, &mut method);
+                resolved.push(method);
             }
         }
         resolved
+    }
+
+    /// Asks each defense of a method what stands against the combination.
+    fn conflicts(&mut self, key: &str, mode: FineTuneMode, method: &mut Method) {
+        fn name(defense: &Defense) -> &str {
+            &defense.spec.name
+        }
+        let Method { align, fine_tune, post, .. } = &*method;
+        let (align, fine_tune, post) = (align.as_ref().map(name), name(fine_tune), post.as_ref().map(name));
+        let stack = Stack { align, fine_tune, post, lora: mode.name() };
+        let mut notes = Vec::new();
+        for name in [align, Some(fine_tune), post].into_iter().flatten() {
+            match find::<DefenseEntry>(name).ok().and_then(|entry| (entry.conflicts)(&stack)) {
+                None => {}
+                Some(Conflict::Noted(note)) => notes.push(note),
+                Some(Conflict::Refused(why)) => {
+                    self.problem(key, &why, &format!("`titer explain {name}` says what it needs"));
+                }
+            }
+        }
+        method.notes = notes;
     }
 
     fn defense(
@@ -503,7 +545,7 @@ impl Resolver<'_> {
         key: &str,
         stage: Stage,
         given: Option<&DefenseRef>,
-        streams: &BTreeMap<&str, Option<RowsSpec>>,
+        streams: &BTreeMap<&str, Option<StreamSpec>>,
         model: Option<&dyn Model>,
     ) -> Option<Defense> {
         let no_settings = Map::new();
@@ -516,8 +558,8 @@ impl Resolver<'_> {
         }
         let (entry, spec) = self.plugin::<DefenseEntry>(key, &name_key, name, settings)?;
         // What building refuses is a setting out of range.
-        let built = (entry.build)(&Settings::from(settings.clone()));
-        self.take(key, built.map_err(|error| explained(name, error)));
+        let built = (entry.build)(&Settings::from(spec.settings.as_object().cloned().unwrap_or_default()));
+        let built = self.take(key, built.map_err(|error| explained(name, error)));
         if !entry.stages.contains(&stage) {
             let stages: Vec<_> = entry.stages.iter().map(|stage| stage.name()).collect();
             let message = format!("`{name}` does not act at the stage `{}`", stage.name());
@@ -532,7 +574,7 @@ impl Resolver<'_> {
         let mut drawn = Vec::new();
         for stream in entry.streams {
             match streams.get(stream) {
-                Some(rows) => drawn.extend(rows.clone().map(|rows| ((*stream).to_owned(), rows))),
+                Some(spec) => drawn.extend(spec.clone()),
                 None => self.problem(
                     &name_key,
                     &format!("`{name}` draws from the stream `{stream}`, which is not configured"),
@@ -540,7 +582,7 @@ impl Resolver<'_> {
                 ),
             }
         }
-        Some(Defense { passes: (entry.passes)(&spec.settings), spec, streams: drawn })
+        Some(Defense { passes: (entry.passes)(&spec.settings), spec, built: built?, streams: drawn })
     }
 
     fn fine_tune(&mut self, config: &FineTuneConfig, lora: &LoraConfig, prompts: usize) -> Option<FineTune> {

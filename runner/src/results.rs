@@ -8,7 +8,7 @@ use titer_core::report::{Answer, Curves, Failure, Ledger, Metrics, ResultRow, Re
 use titer_core::{DefenseEntry, Error, Result, Verdict, registry};
 
 use crate::executor::Outcome;
-use crate::plan::{Cell, Key, Plan, PlannedStage};
+use crate::plan::{Cell, Key, Plan, PlannedStage, StageSpec};
 use crate::stages::{ANSWERS, AnswerRecord, JudgeRecord, RECORD, read_answers, read_json};
 use crate::statistics::wilson;
 use crate::store::{Store, write_file};
@@ -99,6 +99,7 @@ impl Assembly<'_> {
             seed: cell.seed,
             lora: cell.lora.clone(),
             protocol: cell.protocol.clone(),
+            notes: cell.notes.clone(),
             intervals: intervals(&metrics, &n),
             judges: by_judge.collect(),
             judge,
@@ -120,12 +121,11 @@ impl Assembly<'_> {
         let align = record(cell.align_key.as_ref())?.unwrap_or_default();
         let post = record(cell.post_key.as_ref())?.unwrap_or_default();
         let fine_tune: Record = self.record(&cell.fine_tune_key)?;
+        let stages =
+            [("align", cell.align_key.as_ref()), ("fine_tune", Some(&cell.fine_tune_key)), ("post", cell.post_key.as_ref())];
         let mut privileged = BTreeMap::new();
-        for (stage, spec) in [("align", &cell.align), ("fine_tune", &cell.fine_tune), ("post", &cell.post)] {
-            if let Some(name) = spec["defense"].as_str() {
-                let entry = registry::find::<DefenseEntry>(name)?;
-                privileged.insert(stage.to_owned(), entry.privilege.needs.to_owned());
-            }
+        for (stage, key) in stages.into_iter().filter_map(|(stage, key)| Some((stage, key?))) {
+            privileged.insert(stage.to_owned(), self.privileged(key)?);
         }
         Ok(Ledger {
             align_seconds: align.seconds,
@@ -134,10 +134,25 @@ impl Assembly<'_> {
             answer_seconds,
             peak_bytes: fine_tune.peak_bytes.max(align.peak_bytes).max(post.peak_bytes),
             passes_per_step: align.passes as f64 / align.loss.len().max(1) as f64,
+            fine_tune_passes_per_step: fine_tune.passes as f64 / fine_tune.loss.len().max(1) as f64,
             align_steps: align.loss.len(),
             fine_tune_steps: fine_tune.loss.len(),
             privileged,
         })
+    }
+
+    /// What the defense of a stage must know, and how many rows of it were given.
+    fn privileged(&self, key: &str) -> Result<String> {
+        let (defense, streams) = match self.stages.get(key).map(|stage| &stage.spec) {
+            Some(StageSpec::Train(spec)) => (&spec.defense, &spec.streams),
+            Some(StageSpec::Post(spec)) => (&spec.defense, &spec.streams),
+            _ => return Err(Error::run(format!("stage `{key}` has no defense"))),
+        };
+        let mut needs = registry::find::<DefenseEntry>(&defense.name)?.privilege.needs.to_owned();
+        for stream in streams {
+            needs += &format!("; {} rows of `{}`", stream.rows.rows, stream.name);
+        }
+        Ok(needs)
     }
 
     fn curves(&self, cell: &Cell) -> Result<Curves> {

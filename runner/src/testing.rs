@@ -12,7 +12,7 @@ use titer_core::rng::Seed;
 use titer_core::weights::{Init, ParamList};
 use titer_core::{
     AlignmentDefense, DefenseEntry, Error, Forward, Judge, JudgeEntry, Model, ModelEntry, ModelSpec, Privilege, Result,
-    Row, Settings, SettingsType, Stage, Task, TaskEntry, Traced, Verdict, inventory,
+    Row, Settings, SettingsType, Stage, Task, TaskEntry, Traced, Verdict, inventory, no_conflict,
 };
 
 use crate::config::{Config, Loaded, Source};
@@ -163,6 +163,8 @@ const PLAIN: DefenseEntry = DefenseEntry {
     passes: |_| 1.,
     privilege: Privilege::NONE,
     notes: "",
+    quirks: &[],
+    conflicts: no_conflict,
     settings: SettingsType::of::<NoSettings>(),
     neutral: None,
     version: 1,

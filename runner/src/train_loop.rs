@@ -11,7 +11,7 @@ use titer_core::data::{Batch, Stream};
 use titer_core::error::io_error;
 use titer_core::optim::{AdamW, AdamWConfig};
 use titer_core::rng::Seed;
-use titer_core::step::{Clock, StepCx, Streams, label_loss};
+use titer_core::step::{Ancestry, Clock, StepCx, Streams, label_loss};
 use titer_core::{AlignmentDefense, Error, Grads, Model, Result, Scalar, StageCx, State, Update, Weights};
 
 use crate::memory::peak_bytes;
@@ -80,6 +80,8 @@ pub struct Training<'a> {
     pub seed: Seed,
     /// Held-back harmful batches whose loss is tracked.
     pub monitor: Vec<Batch>,
+    /// The models that the weights come from.
+    pub ancestry: &'a dyn Ancestry,
 }
 
 /// Everything but tensors that an exact resume needs.
@@ -173,7 +175,7 @@ impl Training<'_> {
         let labels: usize = batches.iter().map(Batch::labels).sum();
         let mut sum: Option<Update> = None;
         for (micro, batch) in batches.iter().enumerate() {
-            let clock = Clock { step, total, micro };
+            let clock = Clock { step, total, micro, micros: batches.len() };
             let cx = StepCx::new(self.model, self.weights, &mut self.streams, self.seed, clock);
             let mut cx = cx.with_checkpointing(self.optim.checkpointing);
             let update = self.defense.step(&mut cx, batch)?;
@@ -220,9 +222,9 @@ impl Training<'_> {
         total: usize,
         work: impl FnOnce(&mut dyn AlignmentDefense, &mut StageCx) -> Result<()>,
     ) -> Result<()> {
-        let clock = Clock { step, total, micro: 0 };
+        let (clock, ancestry) = (Clock::at(step, total), self.ancestry);
         let (model, weights, streams) = (self.model, &mut *self.weights, &mut self.streams);
-        work(self.defense, &mut StageCx { model, weights, streams, seed: self.seed, clock })
+        work(self.defense, &mut StageCx { model, weights, streams, seed: self.seed, clock, ancestry })
     }
 
     fn store(&self, folder: &Path, step: usize, optimizer: &AdamW, record: &Record) -> Result<()> {

@@ -80,7 +80,7 @@ fn one_step(method: &str, dtype: DType, device: &Device) -> Result<(Update, f64)
     let examples = examples();
     let batch = Batch::collate(&examples.iter().collect::<Vec<_>>(), 0, device)?;
     let mut streams = Streams::default();
-    let clock = Clock { step: 0, total: 1, micro: 0 };
+    let clock = Clock::at(0, 1);
     let mut cx = StepCx::new(model.as_ref(), &weights, &mut streams, Seed::new(4), clock);
     let update = defense(method, Value::Null)?.step(&mut cx, &batch)?;
     let factor = update.grads.clip_factor(1.)?;

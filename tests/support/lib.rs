@@ -104,7 +104,7 @@ pub fn batch(vocabulary: u32, lengths: &[usize], generator: &mut Generator) -> R
 
 /// A context for passes of step 0.
 pub fn context<'a>(model: &'a dyn Model, weights: &'a Weights, streams: &'a mut Streams) -> StepCx<'a> {
-    StepCx::new(model, weights, streams, Seed::new(4), Clock { step: 0, total: 10, micro: 0 })
+    StepCx::new(model, weights, streams, Seed::new(4), Clock::at(0, 10))
 }
 
 /// The loss of `batch` with these sites, and nothing differentiated but them.
@@ -127,7 +127,7 @@ pub fn step(
     step: usize,
 ) -> Result<Update> {
     let mut streams = Streams::default();
-    let clock = Clock { step, total: 10, micro: 0 };
+    let clock = Clock::at(step, 10);
     Ok(defense.step(&mut StepCx::new(model, weights, &mut streams, Seed::new(4), clock), batch)?)
 }
 

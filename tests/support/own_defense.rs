@@ -4,7 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use titer_core::data::Batch;
 use titer_core::{
-    AlignmentDefense, DefenseEntry, Privilege, Result, SettingsType, Sites, Stage, StepCx, Update, inventory,
+    AlignmentDefense, DefenseEntry, Privilege, Result, SettingsType, Sites, Stage, StepCx, Update, inventory, no_conflict,
 };
 
 inventory::submit! {
@@ -19,6 +19,8 @@ inventory::submit! {
         passes: |_| 2.,
         privilege: Privilege::NONE,
         notes: "",
+        quirks: &[],
+        conflicts: no_conflict,
         settings: SettingsType::of::<Sam>(),
         neutral: Some(|| serde_json::json!({ "rho": 0.0 })),
         version: 1,

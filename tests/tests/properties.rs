@@ -37,7 +37,7 @@ proptest! {
         let batch = batch(23, &lengths, &mut Seed::new(seed).generator()).unwrap();
         let sites = titer_core::model::sites_of_kind(model.as_ref(), "attn_out").unwrap();
         let mut streams = Streams::default();
-        let clock = Clock { step: 0, total: 1, micro: 0 };
+        let clock = Clock::at(0, 1);
         let mut cx = StepCx::new(model.as_ref(), &weights, &mut streams, Seed::new(0), clock);
         let grads = cx.site_gradients(&batch, Sites::none().probe(sites.clone())).unwrap().site_grads;
         let joint = Vaccine { rho, norm: Norm::Batch, every: 1 }.perturbation(&grads).unwrap();
@@ -224,7 +224,7 @@ fn a_step_leaves_the_weights_as_it_found_them() -> Result<()> {
             assert!(same(&before, &weights.snapshot()?)?, "{}", entry.name);
         }
         let mut streams = Streams::default();
-        let clock = Clock { step: 0, total: 1, micro: 0 };
+        let clock = Clock::at(0, 1);
         let mut cx = StepCx::new(model.as_ref(), &weights, &mut streams, Seed::new(0), clock);
         let failed = cx.scratch(|scratch| {
             scratch.shift(&before, 0.37)?;
@@ -437,7 +437,7 @@ fn a_loss_of_ones_own_is_differentiated() -> Result<()> {
     let mut cx = titer_tests::context(model.as_ref(), &weights, &mut streams);
     let built_in = cx.backward(&batch, Sites::none())?;
     let (hidden, observed) = cx.hidden(&batch.tokens, Sites::none().observe([site]))?;
-    let loss = cx.cross_entropy(&weights, &hidden, &batch)?;
+    let loss = cx.cross_entropy(&hidden, &batch)?;
     let grads = cx.backward_loss(&loss)?;
     assert_eq!(grads.len(), built_in.grads.len());
     for (name, gradient) in grads.iter() {

@@ -4,3 +4,47 @@ pub mod none;
 pub mod random_perturbation;
 pub mod sft;
 pub mod vaccine;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use titer_core::step::Clock;
+use titer_core::{Error, Grads, Quirk, Result, Update};
+
+/// Which micro batches of an update count under gradient accumulation.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum MicroBatches {
+    /// All of them.
+    #[default]
+    All,
+    /// The last one only.
+    Last,
+}
+
+impl MicroBatches {
+    /// The published trainers of several passes per step keep the last micro batch only.
+    pub const QUIRK: Quirk = Quirk {
+        setting: "micro_batches",
+        published: || json!("last"),
+        what: "clears the gradients between its passes, and with them those of the earlier micro batches",
+    };
+
+    /// `update` with the gradients that count.
+    #[must_use]
+    pub fn keep(self, update: Update, clock: Clock) -> Update {
+        if self == Self::Last && !clock.last_micro() {
+            return Update { grads: Grads::default(), ..update };
+        }
+        update
+    }
+}
+
+/// Fails unless the setting `key` is a finite number of at least 0.
+fn check_strength(key: &str, value: f64) -> Result<()> {
+    if value.is_finite() && value >= 0. {
+        return Ok(());
+    }
+    let error = Error::config(format!("`{key}` must be at least 0, found `{value}`"));
+    Err(error.key(key).help("0 switches it off"))
+}

@@ -3,6 +3,7 @@
 use titer_core::data::Batch;
 use titer_core::{
     AlignmentDefense, DefenseEntry, Error, Privilege, Result, SettingsType, Stage, StepCx, Update, inventory,
+    no_conflict,
 };
 
 use super::sft::NoSettings;
@@ -19,6 +20,8 @@ inventory::submit! {
         passes: |_| 0.,
         privilege: Privilege::NONE,
         notes: "The planner leaves the alignment stage out.",
+        quirks: &[],
+        conflicts: no_conflict,
         settings: SettingsType::of::<NoSettings>(),
         neutral: None,
         version: 1,

@@ -1,15 +1,15 @@
 //! Random perturbation: noise where Vaccine puts its perturbation. The control that shows whether the direction
 //! matters.
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use titer_core::data::Batch;
+use serde_json::json;
+use titer_core::data::{Batch, Tokens};
 use titer_core::model::sites_of_kind;
-use titer_core::rng::randn;
 use titer_core::{
-    AlignmentDefense, DefenseEntry, Error, Grads, Privilege, Result, SettingsType, Sites, Stage, StepCx, Update,
-    inventory,
+    AlignmentDefense, DefenseEntry, Error, Grads, Privilege, Quirk, Result, SettingsType, Sites, Stage, StepCx, Update,
+    inventory, no_conflict,
 };
 
 inventory::submit! {
@@ -24,12 +24,17 @@ inventory::submit! {
         passes: |_| 1.,
         privilege: Privilege::NONE,
         notes: "The published trainer never ran: one repository does not dispatch to it and runs plain fine-tuning, \
-                another does not import it. `measure = \"variance\"` is what its code says, ρ being the variance of each \
-                element; `measure = \"norm\"` gives the noise Vaccine's own total norm ρ, on real tokens only, which \
-                is the fair control.",
+                another does not import it. `measure = \"norm\"` gives the noise Vaccine's own total norm ρ, on real \
+                tokens only, which is the fair control.",
+        quirks: &[Quirk {
+            setting: "measure",
+            published: || json!("variance"),
+            what: "ρ is the variance of each element, so the noise is hundreds of times as long as Vaccine's perturbation",
+        }],
+        conflicts: no_conflict,
         settings: SettingsType::of::<RandomPerturbation>(),
         neutral: Some(|| serde_json::json!({ "rho": 0.0 })),
-        version: 1,
+        version: 2,
         build: |settings| {
             let random: RandomPerturbation = settings.parse()?;
             random.check()?;
@@ -72,38 +77,28 @@ impl RandomPerturbation {
         Err(Error::config(format!("`rho` must be at least 0, found `{}`", self.rho)).key("rho"))
     }
 
-    /// Standard normal noise `[batch, length, width]` by site, scaled to strength ρ. `lengths` says how many tokens of
-    /// each row are real.
+    /// Standard normal noise `[batch, length, width]` by site, scaled to strength ρ.
     ///
     /// # Errors
     /// A tensor operation failed.
-    pub fn perturbation(&self, noise: &Grads, lengths: &[usize]) -> Result<Grads> {
+    pub fn perturbation(&self, noise: &Grads, tokens: &Tokens) -> Result<Grads> {
         match self.measure {
             Measure::Variance => noise.scale(self.rho.sqrt()),
-            Measure::Norm => noise.map(|z| mask_padding(z, lengths))?.normalized(self.rho, 1e-7),
+            Measure::Norm => {
+                let mask = tokens.mask()?;
+                noise.map(|z| Ok(z.broadcast_mul(&mask)?))?.normalized(self.rho, 1e-7)
+            }
         }
     }
-}
-
-/// `z` with zeros at padding.
-fn mask_padding(z: &Tensor, lengths: &[usize]) -> Result<Tensor> {
-    let (batch, length, _) = z.dims3()?;
-    let real = lengths.iter().flat_map(|&real| (0..length).map(move |at| f32::from(u8::from(at < real))));
-    let mask = Tensor::from_iter(real, z.device())?.reshape((batch, length, 1))?;
-    Ok(z.broadcast_mul(&mask.to_dtype(z.dtype())?)?)
 }
 
 impl AlignmentDefense for RandomPerturbation {
     fn step(&mut self, cx: &mut StepCx, batch: &Batch) -> Result<Update> {
         let ((rows, length), width) = (batch.tokens.dims(), cx.model().spec().hidden_size);
-        let (dtype, device): (DType, _) = (cx.weights().activation_dtype(), cx.weights().device().clone());
-        let mut generator = cx.generator("noise");
-        let draw = |site: String| -> Result<(String, Tensor)> {
-            Ok((site, randn(&[rows, length, width], &mut generator, &device)?.to_dtype(dtype)?))
-        };
-        let noise = sites_of_kind(cx.model(), "attn_out")?.into_iter().map(draw).collect::<Result<Vec<_>>>()?;
-        let noise = Grads::from_iter(noise);
-        let perturbation = self.perturbation(&noise, &batch.tokens.lengths)?;
+        let sites = sites_of_kind(cx.model(), "attn_out")?;
+        let draw = |site: String| Ok((site.clone(), cx.noise(&site, &[rows, length, width])?));
+        let noise: Grads = sites.into_iter().map(draw).collect::<Result<Vec<(String, Tensor)>>>()?.into_iter().collect();
+        let perturbation = self.perturbation(&noise, &batch.tokens)?;
         Ok(cx.backward(batch, Sites::none().add(perturbation))?.into())
     }
 }

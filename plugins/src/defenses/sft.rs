@@ -2,7 +2,7 @@
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use titer_core::{AlignmentDefense, DefenseEntry, Privilege, SettingsType, Stage, inventory};
+use titer_core::{AlignmentDefense, DefenseEntry, Privilege, SettingsType, Stage, inventory, no_conflict};
 
 inventory::submit! {
     DefenseEntry {
@@ -16,6 +16,8 @@ inventory::submit! {
         passes: |_| 1.,
         privilege: Privilege::NONE,
         notes: "",
+        quirks: &[],
+        conflicts: no_conflict,
         settings: SettingsType::of::<NoSettings>(),
         neutral: Some(|| serde_json::json!({})),
         version: 1,

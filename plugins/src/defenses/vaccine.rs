@@ -5,9 +5,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use titer_core::data::Batch;
 use titer_core::model::sites_of_kind;
+use super::MicroBatches;
 use titer_core::{
-    AlignmentDefense, DefenseEntry, Error, Grads, Privilege, Result, SettingsType, Sites, Stage, StepCx, Update,
-    inventory,
+    AlignmentDefense, DefenseEntry, Error, Grads, Privilege, Quirk, Result, SettingsType, Sites, Stage, StepCx, Update,
+    inventory, no_conflict,
 };
 
 inventory::submit! {
@@ -22,10 +23,11 @@ inventory::submit! {
         sites: &["attn_out"],
         passes: |settings| 1. + 1. / settings["every"].as_f64().unwrap_or(1.).max(1.),
         privilege: Privilege::NONE,
-        notes: "Unlike the published trainer, gradient accumulation keeps every micro batch (there, the second pass \
-                wipes the earlier ones), both passes of a step share one dropout mask, and a model without the sites \
-                is an error. `every` is the paper's accelerated variant (appendix A), which its repository lacks. \
+        notes: "Unlike in the published trainer, both passes of a step share one dropout mask, and a model without the \
+                sites is an error. `every` is the paper's accelerated variant (appendix A), which its repository lacks. \
                 With `norm = \"batch\"`, as published, the perturbation per row shrinks with the batch size.",
+        quirks: &[MicroBatches::QUIRK],
+        conflicts: no_conflict,
         settings: SettingsType::of::<Vaccine>(),
         neutral: Some(|| serde_json::json!({ "rho": 0.0 })),
         version: 1,
@@ -55,13 +57,15 @@ pub struct Vaccine {
     pub rho: f64,
     /// Over what that norm is taken: the batch or each row.
     pub norm: Norm,
+    /// Which micro batches count under gradient accumulation.
+    pub micro_batches: MicroBatches,
     /// τ: perturb on every τ-th step only; the others are plain fine-tuning.
     pub every: usize,
 }
 
 impl Default for Vaccine {
     fn default() -> Self {
-        Self { rho: 2., norm: Norm::Batch, every: 1 }
+        Self { rho: 2., norm: Norm::Batch, micro_batches: MicroBatches::All, every: 1 }
     }
 }
 
@@ -105,6 +109,7 @@ impl AlignmentDefense for Vaccine {
         let first = cx.site_gradients(batch, Sites::none().probe(attention))?;
         let perturbation = self.perturbation(&first.site_grads)?;
         let second = cx.backward(batch, Sites::none().add(perturbation))?;
-        Ok(Update::from(second).with("unperturbed_loss", first.loss))
+        let update = Update::from(second).with("unperturbed_loss", first.loss);
+        Ok(self.micro_batches.keep(update, cx.clock()))
     }
 }

@@ -21,13 +21,15 @@ use titer_core::data::Stream;
 use titer_core::device::parse_dtype;
 use titer_core::error::io_error;
 use titer_core::rng::Seed;
-use titer_core::step::Streams;
+use titer_core::step::{Ancestry, Streams};
 use titer_core::text::{Encoder, Template, Tokenizer};
-use titer_core::{AlignmentDefense, DefenseEntry, Error, Result, Row, Settings, Task, TaskEntry, registry};
+use titer_core::{
+    AlignmentDefense, DefenseEntry, Error, Result, Row, Settings, Stage, Task, TaskEntry, Weights, registry,
+};
 
 use crate::base_model::BaseModel;
 use crate::executor::{StageContext, StageRunner};
-use crate::plan::{AdapterSpec, EncodingSpec, Key, Plan, PlannedStage, PluginSpec, RowsSpec, StageSpec};
+use crate::plan::{AdapterSpec, EncodingSpec, Key, Plan, PlannedStage, PluginSpec, RowsSpec, StageSpec, StreamSpec};
 use crate::train_loop::Watch;
 
 use watch::ContextWatch;
@@ -40,6 +42,9 @@ pub use judge::{JudgeRecord, read_answers};
 pub const RECORD: &str = "record.json";
 /// Stored answers, one JSON object a line.
 pub const ANSWERS: &str = "answers.jsonl";
+
+/// The weights of an adapter, in PEFT's layout.
+const ADAPTER: &str = "adapter_model.safetensors";
 
 /// Where a stage writes, where it finds others' artifacts, and whom it tells.
 #[expect(missing_debug_implementations, reason = "it holds closures and lives for one call")]
@@ -113,18 +118,30 @@ impl Stages {
             }
             StageSpec::Train(spec) => self.apply(parent()?, &artifact(key)?, &spec.adapter),
             StageSpec::Post(_) => {
-                let parent = parent()?;
-                let adapter = parent.weights.lora().cloned().map_or(AdapterSpec::Full, AdapterSpec::Continue);
-                self.apply(parent, &artifact(key)?, &adapter)
+                let (parent, folder) = (parent()?, artifact(key)?);
+                // A defense may have merged the adapter to change the base.
+                let adapter = parent.weights.lora().filter(|_| folder.join(ADAPTER).exists()).cloned();
+                self.apply(parent, &folder, &adapter.map_or(AdapterSpec::Full, AdapterSpec::Continue))
             }
             StageSpec::Answer(_) | StageSpec::Judge(_) => Err(Error::run("this stage holds answers, not a model")),
+        }
+    }
+
+    /// The nearest stage, from `key` upwards, that `fits`.
+    fn ancestor(&self, mut key: &str, fits: impl Fn(&StageSpec) -> bool) -> Option<&str> {
+        loop {
+            let stage = self.by_key.get(key)?;
+            if fits(&stage.spec) {
+                return Some(&stage.key);
+            }
+            key = stage.parent.as_deref()?;
         }
     }
 
     /// Puts a stage's stored weights on its parent's.
     fn apply(&self, mut parent: BaseModel, folder: &Path, adapter: &AdapterSpec) -> Result<BaseModel> {
         let attach = |parent: &mut BaseModel, config| {
-            parent.weights.continue_lora(config, &mut Checkpoint::open(&folder.join("adapter_model.safetensors"))?)
+            parent.weights.continue_lora(config, &mut Checkpoint::open(&folder.join(ADAPTER))?)
         };
         match adapter {
             AdapterSpec::Full => {
@@ -157,19 +174,53 @@ impl Stages {
     /// The defense's extra streams.
     fn streams(
         &self,
-        specs: &[(String, RowsSpec)],
+        specs: &[StreamSpec],
         encoder: &Encoder,
         batch_size: usize,
         seed: Seed,
     ) -> Result<Streams> {
         let mut streams = Streams::default();
-        for (name, spec) in specs {
+        for StreamSpec { name, rows, batch_size: own } in specs {
             let seed = seed.named("stream").named(name);
-            let examples = encoder.examples(&self.train_rows(spec, seed)?).map_err(|error| error.at("stream", name))?;
-            let stream = Stream::new(examples.into(), batch_size, 1, seed, encoder.tokenizer.pad)?;
-            streams.insert(name, stream);
+            let examples = encoder.examples(&self.train_rows(rows, seed)?).map_err(|error| error.at("stream", name))?;
+            let batch_size = own.unwrap_or(batch_size);
+            streams.insert(name, Stream::new(examples.into(), batch_size, 1, seed, encoder.tokenizer.pad)?);
         }
         Ok(streams)
+    }
+}
+
+/// The models that the artifact of a stage comes from.
+struct Lineage<'a> {
+    stages: &'a Stages,
+    /// The stage itself, or its parent while it runs.
+    key: &'a str,
+    artifact: &'a dyn Fn(&str) -> Result<PathBuf>,
+}
+
+impl std::fmt::Debug for Lineage<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Lineage").field("key", &self.key).finish_non_exhaustive()
+    }
+}
+
+impl Lineage<'_> {
+    fn open(&self, what: &str, fits: impl Fn(&StageSpec) -> bool) -> Result<Weights> {
+        let key = self.stages.ancestor(self.key, fits).ok_or_else(|| {
+            Error::run(format!("the defense compares with the {what} model, and this method has none"))
+                .help("give the method an alignment defense, such as `sft`")
+        })?;
+        Ok(self.stages.open(key, self.artifact)?.weights)
+    }
+}
+
+impl Ancestry for Lineage<'_> {
+    fn base(&self) -> Result<Weights> {
+        self.open("base", |spec| matches!(spec, StageSpec::Pretrain(_) | StageSpec::Load(_)))
+    }
+
+    fn aligned(&self) -> Result<Weights> {
+        self.open("aligned", |spec| matches!(spec, StageSpec::Train(spec) if spec.phase == Stage::Align))
     }
 }
 

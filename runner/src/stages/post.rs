@@ -8,7 +8,7 @@ use titer_core::step::Clock;
 use titer_core::{Stage, StageCx};
 
 use super::train::save;
-use super::{RECORD, StageIo, Stages, defense, encoder, write_json};
+use super::{Lineage, RECORD, StageIo, Stages, defense, encoder, write_json};
 use crate::memory::peak_bytes;
 use crate::plan::PostSpec;
 use crate::train_loop::Record;
@@ -24,9 +24,10 @@ pub(super) fn run(stages: &Stages, spec: &PostSpec, parent: &str, io: &mut Stage
     let encoder = encoder(&spec.encoding, &base.tokenizer);
     let mut streams = stages.streams(&spec.streams, &encoder, spec.batch_size, seed)?;
     let mut defense = defense(&spec.defense)?;
-    let clock = Clock { step: 0, total: 0, micro: 0 };
+    let clock = Clock::at(0, 0);
+    let ancestry = &Lineage { stages, key: parent, artifact: io.artifact };
     let (model, weights) = (base.model.as_ref(), &mut base.weights);
-    let mut cx = StageCx { model, weights, streams: &mut streams, seed, clock };
+    let mut cx = StageCx { model, weights, streams: &mut streams, seed, clock, ancestry };
     defense.begin(&mut cx)?;
     defense.finish(&mut cx)?;
     save(&base, io)?;

@@ -6,7 +6,7 @@ use titer_core::data::{Batch, Stream, mixture};
 use titer_core::rng::Seed;
 use titer_core::text::Encoder;
 
-use super::{RECORD, StageIo, Stages, defense, encoder, write_json};
+use super::{ADAPTER, Lineage, RECORD, StageIo, Stages, defense, encoder, write_json};
 use crate::plan::{AdapterSpec, RowsSpec, TrainSpec};
 use crate::train_loop::Training;
 
@@ -42,6 +42,7 @@ pub(super) fn run(stages: &Stages, spec: &TrainSpec, parent: &str, io: &mut Stag
     };
     let streams = stages.streams(&spec.streams, &encoder, spec.optim.batch_size, seed)?;
     let mut defense = defense(&spec.defense)?;
+    let data = defense.data(data, &streams)?;
     let training = Training {
         model: base.model.as_ref(),
         weights: &mut base.weights,
@@ -51,6 +52,7 @@ pub(super) fn run(stages: &Stages, spec: &TrainSpec, parent: &str, io: &mut Stag
         optim: &spec.optim,
         seed,
         monitor,
+        ancestry: &Lineage { stages, key: parent, artifact: io.artifact },
     };
     let record = training.run(io.watch)?;
     save(&base, io)?;
@@ -62,7 +64,7 @@ pub(super) fn save(base: &crate::base_model::BaseModel, io: &StageIo) -> Result<
     let Some(config) = base.weights.lora() else {
         return base.weights.save(&io.output.join("model.safetensors"));
     };
-    base.weights.save_adapter(&io.output.join("adapter_model.safetensors"))?;
+    base.weights.save_adapter(&io.output.join(ADAPTER))?;
     let peft = serde_json::json!({
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
