@@ -244,12 +244,12 @@ pub(crate) struct InputSquares {
 }
 
 impl InputSquares {
-    pub fn new(tokens: &Tokens) -> Result<Self> {
+    pub(crate) fn new(tokens: &Tokens) -> Result<Self> {
         Ok(Self { mask: tokens.mask()?, sums: BTreeMap::new() })
     }
 
     /// Notes the input `x` `[batch, length, in]` of the parameter `name`.
-    pub fn note(&mut self, name: String, x: &Tensor) -> Result<()> {
+    pub(crate) fn note(&mut self, name: String, x: &Tensor) -> Result<()> {
         let squares = x.sqr()?.broadcast_mul(&self.mask.to_dtype(x.dtype())?)?.sum((0, 1))?;
         let sum = match self.sums.remove(&name) {
             Some(sum) => (sum + squares)?,

@@ -42,7 +42,7 @@ const PLAIN: &str = "sft";
 const NONE: &str = "none";
 
 /// A configuration with everything looked up.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Experiment {
     /// The name.
     pub name: String,

@@ -8,9 +8,11 @@ use serde_json::json;
 use titer_core::data::{Batch, Tokens};
 use titer_core::model::sites_of_kind;
 use titer_core::{
-    AlignmentDefense, DefenseEntry, Error, Grads, Privilege, Quirk, Result, SettingsType, Sites, Stage, StepCx, Update,
+    AlignmentDefense, DefenseEntry, Grads, Privilege, Quirk, Result, SettingsType, Sites, Stage, StepCx, Update,
     inventory, no_conflict,
 };
+
+use super::check_strength;
 
 inventory::submit! {
     DefenseEntry {
@@ -37,7 +39,7 @@ inventory::submit! {
         version: 2,
         build: |settings| {
             let random: RandomPerturbation = settings.parse()?;
-            random.check()?;
+            check_strength("rho", random.rho)?;
             Ok(Box::new(random))
         },
     }
@@ -70,13 +72,6 @@ impl Default for RandomPerturbation {
 }
 
 impl RandomPerturbation {
-    fn check(&self) -> Result<()> {
-        if self.rho.is_finite() && self.rho >= 0. {
-            return Ok(());
-        }
-        Err(Error::config(format!("`rho` must be at least 0, found `{}`", self.rho)).key("rho"))
-    }
-
     /// Standard normal noise `[batch, length, width]` by site, scaled to strength ρ.
     ///
     /// # Errors

@@ -5,11 +5,12 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use titer_core::data::Batch;
 use titer_core::model::sites_of_kind;
-use super::MicroBatches;
 use titer_core::{
-    AlignmentDefense, DefenseEntry, Error, Grads, Privilege, Quirk, Result, SettingsType, Sites, Stage, StepCx, Update,
+    AlignmentDefense, DefenseEntry, Error, Grads, Privilege, Result, SettingsType, Sites, Stage, StepCx, Update,
     inventory, no_conflict,
 };
+
+use super::{MicroBatches, check_strength};
 
 inventory::submit! {
     DefenseEntry {
@@ -71,9 +72,7 @@ impl Default for Vaccine {
 
 impl Vaccine {
     fn check(&self) -> Result<()> {
-        if !(self.rho.is_finite() && self.rho >= 0.) {
-            return Err(Error::config(format!("`rho` must be at least 0, found `{}`", self.rho)).key("rho"));
-        }
+        check_strength("rho", self.rho)?;
         if self.every == 0 {
             return Err(Error::config("`every` must be at least 1, found `0`")
                 .key("every")

@@ -128,7 +128,7 @@ impl Stages {
     }
 
     /// The nearest stage, from `key` upwards, that `fits`.
-    fn ancestor(&self, mut key: &str, fits: impl Fn(&StageSpec) -> bool) -> Option<&str> {
+    fn ancestor<'s>(&'s self, mut key: &'s str, fits: impl Fn(&StageSpec) -> bool) -> Option<&'s str> {
         loop {
             let stage = self.by_key.get(key)?;
             if fits(&stage.spec) {

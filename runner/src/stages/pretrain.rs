@@ -4,7 +4,7 @@ use candle_core::DType;
 use titer_core::data::Stream;
 use titer_core::device::parse_dtype;
 use titer_core::rng::Seed;
-use titer_core::step::Streams;
+use titer_core::step::{Orphan, Streams};
 use titer_core::text::{Encoder, Template, Tokenizer};
 use titer_core::{DefenseEntry, Error, ModelEntry, Result, Settings, Weights, registry};
 
@@ -46,6 +46,7 @@ pub(super) fn run(stages: &Stages, spec: &PretrainSpec, io: &mut StageIo) -> Res
         optim: &spec.optim,
         seed,
         monitor: Vec::new(),
+        ancestry: &Orphan,
     };
     let record = training.run(io.watch)?;
     // Later stages load the weights in the type that the configuration asks for; the master copy stays f32.
