@@ -10,7 +10,7 @@ use titer::train_loop::{Record, Training, Watch};
 use titer_core::data::{Batch, Example, Stream, harmful_count, mixture};
 use titer_core::optim::Schedule;
 use titer_core::rng::{Seed, permutation};
-use titer_core::step::{Clock, StepCx, Streams};
+use titer_core::step::{Clock, Orphan, StepCx, Streams};
 use titer_core::{DefenseEntry, Forward, Grads, Row, Sites, Stage, Weights, registry};
 use titer_plugins::defenses::random_perturbation::{Measure, RandomPerturbation};
 use titer_plugins::defenses::vaccine::{Norm, Vaccine};
@@ -40,12 +40,12 @@ proptest! {
         let clock = Clock::at(0, 1);
         let mut cx = StepCx::new(model.as_ref(), &weights, &mut streams, Seed::new(0), clock);
         let grads = cx.site_gradients(&batch, Sites::none().probe(sites.clone())).unwrap().site_grads;
-        let joint = Vaccine { rho, norm: Norm::Batch, every: 1 }.perturbation(&grads).unwrap();
+        let joint = Vaccine { rho, ..Vaccine::default() }.perturbation(&grads).unwrap();
         prop_assert!((joint.norm().unwrap().value().unwrap() - rho).abs() < 1e-4 * rho);
-        let each = Vaccine { rho, norm: Norm::Sample, every: 1 }.perturbation(&grads).unwrap();
+        let each = Vaccine { rho, norm: Norm::Sample, ..Vaccine::default() }.perturbation(&grads).unwrap();
         let random = RandomPerturbation { rho, measure: Measure::Norm };
         let noise = grads.map(|g| Ok((g.ones_like()? * 0.5)?)).unwrap();
-        let noise = random.perturbation(&noise, &batch.tokens.lengths).unwrap();
+        let noise = random.perturbation(&noise, &batch.tokens).unwrap();
         prop_assert!((noise.norm().unwrap().value().unwrap() - rho).abs() < 1e-4 * rho);
         for (row, &length) in lengths.iter().enumerate() {
             let of_row = |grads: &Grads| grads.map(|g| Ok(g.get(row)?)).unwrap();
@@ -321,6 +321,7 @@ fn a_step_that_changes_weights_is_an_error() -> Result<()> {
         optim: &optim,
         seed: Seed::new(9),
         monitor: Vec::new(),
+        ancestry: &Orphan,
     };
     let error = training.run(&mut Quiet::default()).expect_err("a broken law");
     assert!(error.to_string().contains("changed the weights"), "{error}");
@@ -371,6 +372,7 @@ fn train(
         optim,
         seed: Seed::new(9),
         monitor: Vec::new(),
+        ancestry: &Orphan,
     };
     training.run(watch)
 }

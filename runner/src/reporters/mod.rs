@@ -152,6 +152,7 @@ pub(crate) mod fixture {
             seed,
             lora: "double".into(),
             protocol: "abc".into(),
+            notes: Vec::new(),
             judge: "world".into(),
             metrics: Metrics {
                 harmful_score: Some(attacked),
