@@ -27,19 +27,16 @@ use titer_core::{
 use titer_plugins::defenses::vaccine::Vaccine;
 
 /// Reference trainers that Titer has no counterpart of yet: repository and class.
-const METHODS_NOT_YET: [(&str, &str); 12] = [
+const METHODS_NOT_YET: [(&str, &str); 9] = [
     ("", "FITrainer"),
     ("", "KLTrainer"),
     ("", "VlguardTrainer"),
-    ("", "BoosterAlignmentTrainer"),
     ("", "RepNoiseTrainer"),
     ("", "rep_noise_loss"),
     ("", "LDIFSTrainer"),
     ("", "LisaTrainer"),
     ("", "prune_with_FI"),
     ("", "prune_wanda_outlier"),
-    ("T-Vaccine", "BaseTrainer"),
-    ("T-Vaccine", "VaccineTrainer"),
 ];
 
 /// `model_type`s that Titer does not read yet.

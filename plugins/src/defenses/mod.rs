@@ -1,8 +1,10 @@
 //! Defenses, one file each.
 
+pub mod booster;
 pub mod none;
 pub mod random_perturbation;
 pub mod sft;
+pub mod t_vaccine;
 pub mod vaccine;
 
 use schemars::JsonSchema;

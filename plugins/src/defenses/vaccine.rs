@@ -99,16 +99,25 @@ impl Vaccine {
     }
 }
 
+impl Vaccine {
+    /// The update of a step that perturbs these sites.
+    ///
+    /// # Errors
+    /// A pass failed.
+    pub fn step_at(&self, cx: &mut StepCx, batch: &Batch, sites: Vec<String>) -> Result<Update> {
+        let first = cx.site_gradients(batch, Sites::none().probe(sites))?;
+        let perturbation = self.perturbation(&first.site_grads)?;
+        let second = cx.backward(batch, Sites::none().add(perturbation))?;
+        Ok(Update::from(second).with("unperturbed_loss", first.loss))
+    }
+}
+
 impl AlignmentDefense for Vaccine {
     fn step(&mut self, cx: &mut StepCx, batch: &Batch) -> Result<Update> {
         if !cx.clock().step.is_multiple_of(self.every) {
             return Ok(cx.backward(batch, Sites::none())?.into());
         }
-        let attention = sites_of_kind(cx.model(), "attn_out")?;
-        let first = cx.site_gradients(batch, Sites::none().probe(attention))?;
-        let perturbation = self.perturbation(&first.site_grads)?;
-        let second = cx.backward(batch, Sites::none().add(perturbation))?;
-        let update = Update::from(second).with("unperturbed_loss", first.loss);
+        let update = self.step_at(cx, batch, sites_of_kind(cx.model(), "attn_out")?)?;
         Ok(self.micro_batches.keep(update, cx.clock()))
     }
 }
