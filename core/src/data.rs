@@ -117,6 +117,19 @@ impl Batch {
         self.targets.elem_count()
     }
 
+    /// One at the positions that predict a label and zero elsewhere, `[batch, length, 1]`, f32.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn label_mask(&self) -> Result<Tensor> {
+        let (batch, length) = self.tokens.dims();
+        let mut mask = vec![0f32; batch * length];
+        for position in self.positions.to_vec1::<u32>()? {
+            mask[position as usize] = 1.;
+        }
+        Ok(Tensor::from_vec(mask, (batch, length, 1), self.tokens.ids.device())?)
+    }
+
     /// Each row that has a label as a batch of its own, without the padding.
     ///
     /// # Errors

@@ -27,12 +27,10 @@ use titer_core::{
 use titer_plugins::defenses::vaccine::Vaccine;
 
 /// Reference trainers that Titer has no counterpart of yet: repository and class.
-const METHODS_NOT_YET: [(&str, &str); 9] = [
+const METHODS_NOT_YET: [(&str, &str); 7] = [
     ("", "FITrainer"),
     ("", "KLTrainer"),
     ("", "VlguardTrainer"),
-    ("", "RepNoiseTrainer"),
-    ("", "rep_noise_loss"),
     ("", "LDIFSTrainer"),
     ("", "LisaTrainer"),
     ("", "prune_with_FI"),

@@ -3,6 +3,7 @@
 pub mod booster;
 pub mod none;
 pub mod random_perturbation;
+pub mod repnoise;
 pub mod sft;
 pub mod t_vaccine;
 pub mod vaccine;

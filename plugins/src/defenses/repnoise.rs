@@ -1,0 +1,231 @@
+//! Representation noising: alignment that leaves nothing of harmful text in the representations (Rosati et al.;
+//! NeurIPS 2024).
+
+use candle_core::{DType, Tensor};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use titer_core::data::{Batch, Tokens};
+use titer_core::model::sites_of_kind;
+use titer_core::{
+    AlignmentDefense, DefenseEntry, Privilege, Quirk, Result, Scalar, SettingsType, Sites, Stage, StepCx, Update,
+    inventory, no_conflict,
+};
+
+use super::check_strength;
+
+inventory::submit! {
+    DefenseEntry {
+        name: "repnoise",
+        summary: "turns the representations of harmful answers into noise, at every layer, while aligning",
+        paper: "Rosati, Wehner, Williams, Bartoszcze, Atanasov, Gonzales, Majumdar, Maple, Sajjad, Rudzicz: \
+                Representation Noising: A Defence Mechanism Against Harmful Finetuning, NeurIPS 2024, arXiv:2405.14577",
+        formula: "L = f(w) + β 1/L Σ_l MMD(mlp_l(harmful), z_l) − α log( mean of CE(harmful) read out after each block ), \
+                  z ~ N(0, I)",
+        stages: &[Stage::Align],
+        streams: &["harmful"],
+        sites: &["mlp_out", "block_out", "embed"],
+        passes: |_| 2.,
+        privilege: Privilege { harmful_answers: true, needs: "harmful answers during alignment" },
+        notes: "The harmful term grows without bound as its logarithm's argument falls; its authors advise a search over \
+                α and β. Published numbers of this method from other repositories come from a port with all quirks. The \
+                original draws pairs of a harmful and a harmless answer to one prompt, to find the answers' tokens by \
+                comparison; here labels say where the answers are, and any harmful rows will do.",
+        quirks: &[
+            Quirk {
+                setting: "mask",
+                published: || json!("differing_tokens"),
+                what: "compares the tokens of a harmful and a harmless text at equal places and drops those that agree; \
+                       their logits are set to zero but still count, and the token of id 0 never counts",
+            },
+            Quirk {
+                setting: "readout",
+                published: || json!("published"),
+                what: "norms the last hidden state a second time, and divides the sum of L + 2 terms by L + 1 and adds 1 \
+                       where the mean was meant",
+            },
+            Quirk {
+                setting: "half_precision",
+                published: || json!(true),
+                what: "rounds hidden states to bf16 before they are read out, and the harmful labels too: token ids above \
+                       256 become others",
+            },
+        ],
+        conflicts: no_conflict,
+        settings: SettingsType::of::<RepNoise>(),
+        neutral: Some(|| json!({ "alpha": 0.0, "beta": 0.0 })),
+        version: 1,
+        build: |settings| {
+            let repnoise: RepNoise = settings.parse()?;
+            check_strength("alpha", repnoise.alpha)?;
+            check_strength("beta", repnoise.beta)?;
+            Ok(Box::new(repnoise))
+        },
+    }
+}
+
+/// Which tokens of the two texts count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Mask {
+    /// Those of the answers.
+    Answers,
+    /// Those that differ from the other text's token at the same place.
+    DifferingTokens,
+}
+
+/// How the losses after each block are put together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Readout {
+    /// Their mean: each residual stream before a block, normed, and the model's own output.
+    Mean,
+    /// As the published code has it.
+    Published,
+}
+
+/// The settings, and the defense.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default)]
+pub struct RepNoise {
+    /// α: the weight of the ascent on harmful answers.
+    pub alpha: f64,
+    /// β: the weight of the distance between representations and noise.
+    pub beta: f64,
+    /// Which tokens count.
+    pub mask: Mask,
+    /// How the losses after each block are put together.
+    pub readout: Readout,
+    /// Whether hidden states and harmful labels are rounded to bf16.
+    pub half_precision: bool,
+}
+
+impl Default for RepNoise {
+    fn default() -> Self {
+        Self { alpha: 1., beta: 0.001, mask: Mask::Answers, readout: Readout::Mean, half_precision: false }
+    }
+}
+
+impl RepNoise {
+    /// The cross-entropy of `hidden`, the hidden states of `batch`, over the tokens that count. `mask` `[batch, length,
+    /// 1]` marks them in the published form.
+    fn loss(&self, cx: &mut StepCx, hidden: &Tensor, batch: &Batch, mask: Option<&Tensor>, round: bool) -> Result<Tensor> {
+        match mask {
+            None => cx.cross_entropy(hidden, batch),
+            Some(mask) => masked_cross_entropy(cx, hidden, &batch.tokens.ids, mask, round && self.half_precision),
+        }
+    }
+
+    /// What the harmful answers cost after each block, in one number.
+    fn harmful(&self, cx: &mut StepCx, states: &[Tensor], batch: &Batch, mask: Option<&Tensor>) -> Result<Tensor> {
+        let (last, streams) = states.split_last().expect("a model has an output");
+        let mut sum = self.loss(cx, last, batch, mask, true)?;
+        let again = (self.readout == Readout::Published).then_some(last);
+        for stream in streams.iter().chain(again) {
+            let state = if self.half_precision { finish_in_half(cx, stream)? } else { cx.finish(stream)? };
+            sum = (sum + self.loss(cx, &state, batch, mask, true)?)?;
+        }
+        let blocks = states.len() as f64;
+        match self.readout {
+            Readout::Mean => Ok((sum / blocks)?),
+            Readout::Published => Ok(((sum / blocks)? + 1.)?),
+        }
+    }
+}
+
+/// `x` through bf16 and back.
+fn rounded(x: &Tensor) -> Result<Tensor> {
+    Ok(x.to_dtype(DType::BF16)?.to_dtype(x.dtype())?)
+}
+
+/// The final norm as it is taken of states in bf16: what goes in is rounded, and so is the normed state before the norm's
+/// scale, which is what the norm makes of a vector of ones (of a root-mean-square norm, as the published code needs).
+fn finish_in_half(cx: &mut StepCx, stream: &Tensor) -> Result<Tensor> {
+    let scale = cx.finish(&stream.ones_like()?)?.detach();
+    Ok((rounded(&(cx.finish(&rounded(stream)?)? / &scale)?)? * scale)?)
+}
+
+/// The published cross-entropy over next tokens: logits are zeroed where the predicting token is masked, labels where
+/// the predicted one is, and a label of 0 does not count.
+fn masked_cross_entropy(cx: &mut StepCx, hidden: &Tensor, ids: &Tensor, mask: &Tensor, round: bool) -> Result<Tensor> {
+    let (rows, length, width) = hidden.dims3()?;
+    let before = hidden.narrow(1, 0, length - 1)?.contiguous()?.reshape((rows * (length - 1), width))?;
+    let mask_before = mask.narrow(1, 0, length - 1)?.contiguous()?.reshape((rows * (length - 1), 1))?;
+    let logits = cx.logits(&before)?.broadcast_mul(&mask_before)?;
+    let labels = ids.to_dtype(DType::F32)?.mul(&mask.squeeze(2)?)?.narrow(1, 1, length - 1)?.flatten_all()?;
+    let labels = if round { rounded(&labels)? } else { labels };
+    let labels = labels.to_vec1::<f32>()?.into_iter().map(|label| label as u32);
+    let (at, labels): (Vec<u32>, Vec<u32>) = (0..).zip(labels).filter(|(_, label)| *label != 0).unzip();
+    let count = labels.len();
+    let (at, labels) = (Tensor::from_vec(at, count, logits.device())?, Tensor::from_vec(labels, (count, 1), logits.device())?);
+    let chances = candle_nn::ops::log_softmax(&logits.index_select(&at, 0)?, 1)?;
+    Ok(chances.gather(&labels, 1)?.mean_all()?.neg()?)
+}
+
+/// Where the tokens of `own` differ from those of `other` at the same place, which is 0 beyond its end: `[batch, length,
+/// 1]`, f32.
+fn differing(own: &Tokens, other: &Tokens) -> Result<Tensor> {
+    let ((rows, length), (ours, theirs)) = (own.dims(), (own.ids.to_vec2::<u32>()?, other.ids.to_vec2::<u32>()?));
+    let id = |row: usize, at: usize| theirs.get(row).and_then(|row| row.get(at)).copied().unwrap_or(0);
+    let differs = |at: usize| f32::from(u8::from(ours[at / length][at % length] != id(at / length, at % length)));
+    Ok(Tensor::from_iter((0..rows * length).map(differs), own.ids.device())?.reshape((rows, length, 1))?)
+}
+
+/// The maximum mean discrepancy of two samples `[n, d]` under the sum of five Gaussian kernels, whose widths are 1/4 to 4
+/// times the mean squared distance.
+fn discrepancy(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    let n = x.dim(0)?;
+    let all = Tensor::cat(&[x, y], 0)?;
+    let squares = all.sqr()?.sum_keepdim(1)?;
+    let products = (all.matmul(&all.t()?)? * 2.)?;
+    let distances = squares.broadcast_add(&squares.t()?)?.sub(&products)?;
+    let pairs = (4 * n * n - 2 * n) as f64;
+    let width = (distances.detach().sum_all()? / (4. * pairs))?;
+    let kernel = |power: i32| Ok(distances.broadcast_div(&(&width * 2f64.powi(power))?)?.neg()?.exp()?);
+    let kernels = (0..5).map(kernel).collect::<Result<Vec<Tensor>>>()?;
+    let kernel = Tensor::stack(&kernels, 0)?.sum(0)?;
+    let block = |row: usize, column: usize| kernel.narrow(0, row * n, n)?.narrow(1, column * n, n)?.mean_all();
+    Ok((((block(0, 0)? + block(1, 1)?)? - block(0, 1)?)? - block(1, 0)?)?)
+}
+
+impl AlignmentDefense for RepNoise {
+    fn step(&mut self, cx: &mut StepCx, batch: &Batch) -> Result<Update> {
+        let harmful = cx.next("harmful")?;
+        let published = self.mask == Mask::DifferingTokens;
+        let masks = published.then(|| {
+            Ok::<_, titer_core::Error>((differing(&batch.tokens, &harmful.tokens)?, differing(&harmful.tokens, &batch.tokens)?))
+        });
+        let (safe_mask, mask) = masks.transpose()?.unzip();
+
+        let (hidden, _) = cx.hidden(&batch.tokens, Sites::none())?;
+        let safe = self.loss(cx, &hidden, batch, safe_mask.as_ref(), false)?;
+
+        let (mlps, mut streams) = (sites_of_kind(cx.model(), "mlp_out")?, sites_of_kind(cx.model(), "block_out")?);
+        streams.pop();
+        streams.insert(0, "embed".to_owned());
+        let sites = Sites::none().observe(mlps.iter().chain(&streams).cloned());
+        let (hidden, observed) = cx.hidden(&harmful.tokens, sites)?;
+        let mut states: Vec<Tensor> = streams.iter().map(|site| observed[site].clone()).collect();
+        states.push(hidden);
+        let ascent = self.harmful(cx, &states, &harmful, mask.as_ref())?;
+
+        let answers = match mask {
+            Some(mask) => mask,
+            None => harmful.label_mask()?,
+        };
+        let mut noise = None;
+        for site in &mlps {
+            let z = cx.noise(site, observed[site].dims())?.broadcast_mul(&answers)?.flatten_from(1)?;
+            let x = observed[site].to_dtype(DType::F32)?.broadcast_mul(&answers)?.flatten_from(1)?;
+            let distance = discrepancy(&x, &z)?;
+            noise = Some(match noise {
+                Some(sum) => (sum + distance)?,
+                None => distance,
+            });
+        }
+        let noise = (noise.expect("a model has layers") / mlps.len() as f64)?;
+        let loss = ((&safe + (&noise * self.beta)?)? - (ascent.log()? * self.alpha)?)?;
+        let update = Update::new(cx.backward_loss(&loss)?, Scalar::of(&loss)?);
+        Ok(update.with("safe_loss", Scalar::of(&safe)?).with("harmful_loss", Scalar::of(&ascent)?))
+    }
+}
