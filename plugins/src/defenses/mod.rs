@@ -6,6 +6,7 @@ pub mod random_perturbation;
 pub mod repnoise;
 pub mod sft;
 pub mod t_vaccine;
+pub mod tar;
 pub mod vaccine;
 
 use schemars::JsonSchema;

@@ -1,0 +1,192 @@
+//! TAR: alignment that survives simulated attacks (Tamirisa et al.; ICLR 2025).
+
+use candle_core::{D, DType, Tensor};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use titer_core::data::Batch;
+use titer_core::model::sites_of_kind;
+use titer_core::optim::{AdamW, AdamWConfig};
+use titer_core::{
+    AlignmentDefense, DefenseEntry, Error, Grads, Privilege, Result, Scalar, SettingsType, Sites, Stage, StageCx,
+    State, StepCx, Update, inventory, no_conflict,
+};
+
+use super::check_strength;
+
+inventory::submit! {
+    DefenseEntry {
+        name: "tar",
+        summary: "attacks a copy of the weights within each step, and keeps harmful answers unlikely along the attack",
+        paper: "Tamirisa et al.: Tamper-Resistant Safeguards for Open-Weight LLMs, ICLR 2025, arXiv:2408.00761",
+        formula: "w_0 = w, w_{i+1} = AdamW(w_i, ∇h(w_i)),   g = λ Σ_{i ∈ tested} e^{γ (i − K)} ∇(−H(w_i)) + ∇f(w) \
+                  + μ ∇ mean ‖s(w) − s(w_start)‖,   H the entropy on harmful answers, s the hidden states",
+        stages: &[Stage::Align],
+        streams: &["harmful"],
+        sites: &["block_out"],
+        passes: |settings| {
+            let count = |key: &str| settings[key].as_u64().unwrap_or(1).max(1) as f64;
+            let retain = if settings["retain"].as_f64() == Some(0.) { 1. } else { 2. };
+            count("inner_steps") + (count("inner_steps") / count("test_every")).floor() + retain
+        },
+        privilege: Privilege {
+            harmful_answers: true,
+            needs: "harmful answers during alignment, to simulate the attack and to test it",
+        },
+        notes: "First order, as published. Its authors start from a randomly mapped model, train every parameter and \
+                draw among several kinds of adversary; here the adversary is AdamW on the stream `harmful`, at a rate \
+                drawn anew for each step. A port of it that other papers compare with writes its gradients to a place \
+                where no optimiser looks: numbers of that port are plain fine-tuning.",
+        quirks: &[],
+        conflicts: no_conflict,
+        settings: SettingsType::of::<TarSettings>(),
+        neutral: Some(|| json!({ "lambda": 0.0, "retain": 0.0, "inner_steps": 2, "test_every": 1 })),
+        version: 1,
+        build: |settings| {
+            let settings: TarSettings = settings.parse()?;
+            settings.check()?;
+            Ok(Box::new(Tar { settings, start: Grads::default() }))
+        },
+    }
+}
+
+/// The settings.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default)]
+pub struct TarSettings {
+    /// K: steps of the simulated attack.
+    pub inner_steps: usize,
+    /// The attack is tested after every so many of its steps.
+    pub test_every: usize,
+    /// The learning rates that an attack draws from.
+    pub inner_learning_rates: Vec<f64>,
+    /// λ: the weight of tamper resistance.
+    pub lambda: f64,
+    /// γ: how much more a test counts the later it comes.
+    pub gamma: f64,
+    /// μ: the weight of keeping hidden states on safe data where they were before alignment.
+    pub retain: f64,
+}
+
+impl Default for TarSettings {
+    fn default() -> Self {
+        Self {
+            inner_steps: 64,
+            test_every: 4,
+            inner_learning_rates: vec![2e-6, 2e-5, 4e-5],
+            lambda: 4.,
+            gamma: 0.0625,
+            retain: 1.,
+        }
+    }
+}
+
+impl TarSettings {
+    fn check(&self) -> Result<()> {
+        for (key, strength) in [("lambda", self.lambda), ("gamma", self.gamma), ("retain", self.retain)] {
+            check_strength(key, strength)?;
+        }
+        if self.test_every == 0 || self.inner_steps < self.test_every {
+            let message = format!("`test_every` is {} and `inner_steps` {}", self.test_every, self.inner_steps);
+            return Err(Error::config(format!("{message}: the attack would never be tested"))
+                .key("test_every")
+                .help("let it lie between 1 and `inner_steps`"));
+        }
+        if self.inner_learning_rates.is_empty() || self.inner_learning_rates.iter().any(|rate| !(*rate > 0.)) {
+            let message = "`inner_learning_rates` must hold at least one rate, all above 0";
+            return Err(Error::config(message).key("inner_learning_rates").help("4e-5 is one of the paper's"));
+        }
+        Ok(())
+    }
+}
+
+/// The defense.
+#[derive(Debug)]
+pub struct Tar {
+    settings: TarSettings,
+    /// The trained parameters before alignment.
+    start: Grads,
+}
+
+impl Tar {
+    /// The weighted gradients of the tests along one simulated attack, and the entropy at its end.
+    fn resist(&self, cx: &mut StepCx) -> Result<(Grads, Scalar)> {
+        let TarSettings { inner_steps, test_every, gamma, ref inner_learning_rates, .. } = self.settings;
+        let drawn = cx.noise("rate", &[inner_learning_rates.len()])?.to_vec1::<f32>()?;
+        let rates = inner_learning_rates.iter().zip(drawn);
+        let rate = rates.max_by(|a, b| a.1.total_cmp(&b.1)).map_or(0., |(rate, _)| *rate);
+        cx.scratch(|attacked| {
+            let mut adversary = AdamW::new(AdamWConfig { weight_decay: 0., ..AdamWConfig::default() });
+            let (mut sum, mut last) = (Grads::default(), Scalar::from(0.));
+            for step in 1..=inner_steps {
+                let batch = attacked.next("harmful")?;
+                let attack = attacked.backward(&batch, Sites::none())?;
+                adversary.step(attacked.weights(), &attack.grads, &Scalar::from(1.), rate)?;
+                if step.is_multiple_of(test_every) {
+                    let held_out = attacked.next("harmful")?;
+                    let entropy = entropy(attacked, &held_out)?;
+                    let grads = attacked.backward_loss(&entropy.neg()?)?;
+                    let weight = (gamma * (step as f64 - inner_steps as f64)).exp();
+                    sum = sum.add_scaled(weight, &grads)?;
+                    last = Scalar::of(&entropy)?;
+                }
+            }
+            Ok((sum, last))
+        })
+    }
+
+    /// The update on safe data: the cross-entropy, and the distance of the hidden states to what they were.
+    fn keep(&self, cx: &mut StepCx, batch: &Batch) -> Result<Update> {
+        if self.settings.retain == 0. {
+            return Ok(cx.backward(batch, Sites::none())?.into());
+        }
+        let sites = || sites_of_kind(cx.model(), "block_out");
+        let (now, before) = (Sites::none().observe(sites()?), Sites::none().observe(sites()?));
+        let start = cx.weights().at(&self.start);
+        let (_, before) = cx.hidden_with(&start, &batch.tokens, before)?;
+        let (hidden, now) = cx.hidden(&batch.tokens, now)?;
+        let (mask, tokens) = (batch.tokens.mask()?, batch.tokens.lengths.iter().sum::<usize>() as f64);
+        let mut drift = Vec::with_capacity(now.len());
+        for (site, state) in &now {
+            let gap = (state - before[site].detach())?.to_dtype(DType::F32)?;
+            // Not at zero, where the norm has no gradient.
+            let norms = (gap.sqr()?.sum_keepdim(D::Minus1)? + 1e-12)?.sqrt()?;
+            drift.push((norms.broadcast_mul(&mask)?.sum_all()? / tokens)?);
+        }
+        let drift = Tensor::stack(&drift, 0)?.mean_all()?;
+        let loss = (cx.cross_entropy(&hidden, batch)? + (&drift * self.settings.retain)?)?;
+        let update = Update::new(cx.backward_loss(&loss)?, Scalar::of(&loss)?);
+        Ok(update.with("drift", Scalar::of(&drift)?))
+    }
+}
+
+/// The mean entropy, in nats, of the predictions at the labels of `batch`.
+fn entropy(cx: &mut StepCx, batch: &Batch) -> Result<Tensor> {
+    let (hidden, _) = cx.hidden(&batch.tokens, Sites::none())?;
+    let logits = cx.logits(&hidden.flatten(0, 1)?.index_select(&batch.positions, 0)?)?;
+    let log_chances = candle_nn::ops::log_softmax(&logits.to_dtype(DType::F32)?, 1)?;
+    Ok((log_chances.exp()? * log_chances)?.sum(1)?.mean_all()?.neg()?)
+}
+
+impl AlignmentDefense for Tar {
+    fn begin(&mut self, cx: &mut StageCx) -> Result<()> {
+        self.start = cx.weights.snapshot()?;
+        Ok(())
+    }
+
+    fn step(&mut self, cx: &mut StepCx, batch: &Batch) -> Result<Update> {
+        let (resistance, entropy) = self.resist(cx)?;
+        let kept = self.keep(cx, batch)?;
+        let update = Update { grads: kept.grads.add_scaled(self.settings.lambda, &resistance)?, ..kept };
+        Ok(update.with("entropy_attacked", entropy))
+    }
+
+    fn state(&self) -> State {
+        State { tensors: self.start.iter().map(|(name, t)| (name.to_owned(), t.clone())).collect(), ..State::default() }
+    }
+
+    fn load_state(&mut self, state: State) -> Result<()> {
+        self.start = state.tensors.into_iter().collect();
+        Ok(())
+    }
+}
