@@ -19,7 +19,7 @@ use titer_core::{DefenseEntry, Error, Model, ModelEntry, Result, Settings, Weigh
 use crate::memory::peak_bytes;
 
 /// The shapes that a model can be asked for by name.
-const SHAPES: [Shape; 11] = [
+const SHAPES: [Shape; 13] = [
     llama("quickstart", [64, 3, 4, 4, 176], 647, false),
     llama("15m", [288, 6, 6, 6, 768], 32_000, true),
     llama("110m", [768, 12, 12, 12, 2048], 32_000, true),
@@ -27,6 +27,8 @@ const SHAPES: [Shape; 11] = [
     llama("tinyllama-1.1b", [2048, 22, 32, 4, 5632], 32_000, false),
     llama("llama-2-7b", [4096, 32, 32, 32, 11_008], 32_000, false),
     llama("llama-2-13b", [5120, 40, 40, 40, 13_824], 32_000, false),
+    decoder("mistral", "mistral-7b", [4096, 32, 32, 8, 14_336], 32_000, false),
+    decoder("qwen2", "qwen2-7b", [3584, 28, 28, 4, 18_944], 152_064, false),
     opt("opt-125m", [768, 12, 12, 3072]),
     opt("opt-1.3b", [2048, 24, 32, 8192]),
     opt("opt-2.7b", [2560, 32, 32, 10_240]),
@@ -45,14 +47,19 @@ struct Shape {
 }
 
 enum Family {
-    Llama { key_value: usize, tied: bool },
+    Decoder { kind: &'static str, key_value: usize, tied: bool },
     Opt,
 }
 
 /// `sizes`: width, blocks, heads, key/value heads, inner width of the MLP.
 const fn llama(name: &'static str, sizes: [usize; 5], vocabulary: usize, tied: bool) -> Shape {
+    decoder("llama", name, sizes, vocabulary, tied)
+}
+
+/// The same sizes of any architecture with Llama's keys.
+const fn decoder(kind: &'static str, name: &'static str, sizes: [usize; 5], vocabulary: usize, tied: bool) -> Shape {
     let [hidden, layers, heads, key_value, inner] = sizes;
-    Shape { name, hidden, layers, heads, inner, vocabulary, family: Family::Llama { key_value, tied } }
+    Shape { name, hidden, layers, heads, inner, vocabulary, family: Family::Decoder { kind, key_value, tied } }
 }
 
 /// `sizes`: width, blocks, heads, inner width of the MLP.
@@ -69,8 +76,8 @@ impl Shape {
             "num_hidden_layers": layers.unwrap_or(self.layers),
         });
         let (kind, own) = match self.family {
-            Family::Llama { key_value, tied } => (
-                "llama",
+            Family::Decoder { kind, key_value, tied } => (
+                kind,
                 json!({
                     "num_key_value_heads": key_value, "intermediate_size": self.inner, "tie_word_embeddings": tied,
                     "max_position_embeddings": 4096, "initializer_range": 0.02,
@@ -300,6 +307,8 @@ mod tests {
             ("tinyllama-1.1b", 1_100_048_384, 968_884_224),
             ("llama-2-7b", 6_738_415_616, 6_476_005_376),
             ("llama-2-13b", 13_015_864_320, 12_687_769_600),
+            ("mistral-7b", 7_241_732_096, 6_979_321_856),
+            ("qwen2-7b", 7_615_616_512, 6_525_288_448),
             ("opt-125m", 125_239_296, 84_934_656),
             ("opt-1.3b", 1_315_758_080, 1_207_959_552),
             ("opt-2.7b", 2_651_596_800, 2_516_582_400),

@@ -19,14 +19,15 @@ pub fn variants() -> Vec<(&'static str, Value)> {
         config.as_object_mut().expect("a table").extend(changes.as_object().expect("a table").clone());
         config
     };
-    let llama = |changes: Value| {
+    let decoder = |family: &str, changes: Value| {
         let config = json!({
-            "model_type": "llama", "vocab_size": 23, "hidden_size": 16, "intermediate_size": 20,
+            "model_type": family, "vocab_size": 23, "hidden_size": 16, "intermediate_size": 20,
             "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32,
             "initializer_range": 0.3, "rms_norm_eps": 1e-5
         });
         with(config, changes)
     };
+    let llama = |changes: Value| decoder("llama", changes);
     let opt = |changes: Value| {
         let config = json!({
             "model_type": "opt", "vocab_size": 23, "hidden_size": 16, "ffn_dim": 20, "num_hidden_layers": 2,
@@ -38,12 +39,18 @@ pub fn variants() -> Vec<(&'static str, Value)> {
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 16
     });
+    let sliding = json!({
+        "num_key_value_heads": 4, "use_sliding_window": true, "sliding_window": 3, "max_window_layers": 1
+    });
     vec![
         ("llama", llama(json!({}))),
         ("llama, grouped queries", llama(json!({ "num_key_value_heads": 2 }))),
         ("llama 3", llama(json!({ "num_key_value_heads": 1, "rope_scaling": llama3, "rope_theta": 5e5 }))),
         ("llama, tied", llama(json!({ "tie_word_embeddings": true }))),
         ("llama, biases", llama(json!({ "attention_bias": true, "mlp_bias": true }))),
+        ("mistral", decoder("mistral", json!({ "num_key_value_heads": 2, "head_dim": 6, "sliding_window": 3 }))),
+        ("qwen2", decoder("qwen2", json!({ "num_key_value_heads": 2, "tie_word_embeddings": true }))),
+        ("qwen2, window in the upper block", decoder("qwen2", sliding)),
         ("opt", opt(json!({}))),
         ("opt, untied", opt(json!({ "tie_word_embeddings": false, "enable_bias": false }))),
         ("opt, gelu", opt(json!({ "activation_function": "gelu" }))),

@@ -38,7 +38,7 @@ const METHODS_NOT_YET: [(&str, &str); 7] = [
 ];
 
 /// `model_type`s that Titer does not read yet.
-const ARCHITECTURES_NOT_YET: [&str; 6] = ["qwen2", "mistral", "gemma", "gemma2", "phi", "phi3"];
+const ARCHITECTURES_NOT_YET: [&str; 4] = ["gemma", "gemma2", "phi", "phi3"];
 
 fn trace_folders() -> Vec<PathBuf> {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -72,7 +72,7 @@ fn traces_of_the_reference_trainers_are_reproduced() {
         }
     }
     assert!(failures.is_empty(), "{}", failures.join("\n"));
-    assert!(passed >= 4, "only {passed} traces were checked");
+    assert!(passed >= 8, "only {passed} traces were checked");
 }
 
 enum Outcome {
@@ -642,7 +642,7 @@ fn check_generation(model: &dyn Model, weights: &Weights, variant: &str, golden:
             let decoding = Decoding { max_new_tokens: 16, batch_size, eos, pad: 1 };
             let ours = greedy(model, weights, &prompts, &decoding, |_| Ok(()))?;
             for (ours, theirs) in ours.iter().zip(&theirs) {
-                let theirs = theirs[width..].iter().map(|&id| id as u32).take_while(|&id| id != eos && id != 1);
+                let theirs = theirs[width..].iter().map(|&id| id as u32).take_while(|&id| id != eos);
                 ensure!(ours.iter().copied().eq(theirs), "{variant} {output}: {ours:?}");
             }
         }

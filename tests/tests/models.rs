@@ -84,7 +84,9 @@ fn every_adapter_gets_the_right_gradient() -> Result<()> {
 fn adapters_follow_the_architecture() -> Result<()> {
     let llama = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"].as_slice();
     let opt = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"].as_slice();
-    for (which, own, foreign) in [("llama", llama, "fc1"), ("opt", opt, "o_proj")] {
+    for (which, own, foreign) in
+        [("llama", llama, "fc1"), ("mistral", llama, "fc1"), ("qwen2", llama, "fc1"), ("opt", opt, "o_proj")]
+    {
         let config = variants().into_iter().find(|(name, _)| *name == which).context("a variant")?.1;
         let (_, mut weights) = random(&config, DType::F32)?;
         let named = LoraConfig { target_modules: Some(vec![foreign.to_owned()]), ..LoraConfig::default() };

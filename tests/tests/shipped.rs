@@ -17,7 +17,7 @@ fn names<E: Entry>() -> Vec<&'static str> {
 #[test]
 fn the_expected_plugins_are_registered() {
     assert_eq!(names::<DefenseEntry>(), ["none", "random-perturbation", "sam", "sft", "vaccine"]);
-    assert_eq!(names::<ModelEntry>(), ["llama", "opt"]);
+    assert_eq!(names::<ModelEntry>(), ["llama", "mistral", "opt", "qwen2"]);
     assert_eq!(names::<JudgeEntry>(), ["refusal-phrases", "world"]);
     let tasks = names::<TaskEntry>();
     let world = ["agnews", "benign", "gsm8k", "harmful", "safe", "sst2", "text"].map(|name| format!("world-{name}"));

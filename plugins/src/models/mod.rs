@@ -1,7 +1,11 @@
 //! Architectures, one file each, and what their files have in common.
 
+pub mod decoder;
 pub mod llama;
+pub mod mistral;
 pub mod opt;
+pub mod qwen2;
+pub mod rope_scaling;
 
 use std::path::Path;
 
@@ -10,9 +14,51 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use titer_core::{Error, Result, Settings};
 
+/// Declares the keys of a `config.json` that shape the computation: those of every architecture and, with a default
+/// each, those of its own. The defaults are the small model of the embedded world.
+macro_rules! model_keys {
+    ($(#[$about:meta])* $name:ident { $($(#[$doc:meta])* $key:ident: $kind:ty = $default:expr,)* }) => {
+        $(#[$about])*
+        #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
+        #[serde(default)]
+        pub struct $name {
+            /// Rows of the embedding; set by the tokenizer when a model is built from scratch.
+            pub vocab_size: usize,
+            /// Width of the residual stream.
+            pub hidden_size: usize,
+            /// Transformer blocks.
+            pub num_hidden_layers: usize,
+            /// Query heads.
+            pub num_attention_heads: usize,
+            /// The longest sequence.
+            pub max_position_embeddings: usize,
+            $($(#[$doc])* pub $key: $kind,)*
+        }
+
+        impl Default for $name {
+            fn default() -> Self {
+                Self {
+                    vocab_size: 0,
+                    hidden_size: 64,
+                    num_hidden_layers: 3,
+                    num_attention_heads: 4,
+                    max_position_embeddings: 128,
+                    $($key: $default,)*
+                }
+            }
+        }
+    };
+}
+use model_keys;
+
 /// The sites of block `index`, in order of computation.
 fn block_sites(index: usize) -> [String; 3] {
     ["attn_out", "mlp_out", "block_out"].map(|kind| format!("layer.{index}.{kind}"))
+}
+
+/// The sites of a model of `layers` blocks, in order of computation.
+fn all_sites(layers: usize) -> Vec<String> {
+    std::iter::once("embed".to_owned()).chain((0..layers).flat_map(block_sites)).collect()
 }
 
 /// Fails on the first size that is zero.

@@ -7,8 +7,6 @@
 use std::path::Path;
 
 use candle_core::Tensor;
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use titer_core::data::Tokens;
 use titer_core::layers::{Embedding, LayerNorm, Linear, Mlp, attention, deviation};
@@ -16,7 +14,7 @@ use titer_core::ops::{self, Activation, Attention, check_positions};
 use titer_core::weights::{HEAD, ParamId, ParamList};
 use titer_core::{Forward, Model, ModelEntry, ModelSpec, Result, SettingsType, Traced, inventory};
 
-use super::{block_sites, check_heads, check_sizes, keys_of, read_keys, refuse, require};
+use super::{all_sites, block_sites, check_heads, check_sizes, keys_of, model_keys, read_keys, refuse, require};
 
 inventory::submit! {
     ModelEntry {
@@ -30,64 +28,34 @@ inventory::submit! {
     }
 }
 
-/// The first rows of the position table belong to no position.
+/// The first rows of the position table belong to no position: it has so many more than there are positions.
 const OFFSET: usize = 2;
 /// The row of the position table that padding gets, as in the reference (`cumsum(mask) · mask − 1 + 2`).
 const PADDING: u32 = 1;
 /// ε of the norms, which `config.json` does not hold.
 const EPS: f64 = 1e-5;
 
-/// The keys of `config.json` that shape the computation. The defaults are a small model for the embedded world.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(default)]
-#[expect(clippy::struct_excessive_bools, reason = "the keys are Hugging Face's")]
-pub struct OptConfig {
-    /// Rows of the embedding; set by the tokenizer when a model is built from scratch.
-    pub vocab_size: usize,
-    /// Width of the residual stream.
-    pub hidden_size: usize,
-    /// Inner width of the MLP.
-    pub ffn_dim: usize,
-    /// Transformer blocks.
-    pub num_hidden_layers: usize,
-    /// Attention heads.
-    pub num_attention_heads: usize,
-    /// The longest sequence; the position table has two rows more.
-    pub max_position_embeddings: usize,
-    /// Width of the embedding, which a matrix widens to the residual stream; `hidden_size` if absent.
-    pub word_embed_proj_dim: Option<usize>,
-    /// The activation of the MLP.
-    pub activation_function: Activation,
-    /// Whether the norms stand before attention and MLP (all but the 350M model), or after the residual sums.
-    pub do_layer_norm_before: bool,
-    /// Whether there is no norm after the last block.
-    #[serde(rename = "_remove_final_layer_norm")]
-    pub remove_final_layer_norm: bool,
-    /// Whether the linear layers have biases.
-    pub enable_bias: bool,
-    /// Whether the head shares the embedding's matrix.
-    pub tie_word_embeddings: bool,
-    /// Standard deviation of fresh weights; by fan-in (`1/√in`, residual projections `1/√(2 L in)`) if absent.
-    pub init_std: Option<f64>,
-}
-
-impl Default for OptConfig {
-    fn default() -> Self {
-        Self {
-            vocab_size: 0,
-            hidden_size: 64,
-            ffn_dim: 256,
-            num_hidden_layers: 3,
-            num_attention_heads: 4,
-            max_position_embeddings: 128,
-            word_embed_proj_dim: None,
-            activation_function: Activation::Relu,
-            do_layer_norm_before: true,
-            remove_final_layer_norm: false,
-            enable_bias: true,
-            tie_word_embeddings: true,
-            init_std: None,
-        }
+model_keys! {
+    /// The keys of OPT's `config.json`.
+    #[expect(clippy::struct_excessive_bools, reason = "the keys are Hugging Face's")]
+    OptConfig {
+        /// Inner width of the MLP.
+        ffn_dim: usize = 256,
+        /// Width of the embedding, which a matrix widens to the residual stream; `hidden_size` if absent.
+        word_embed_proj_dim: Option<usize> = None,
+        /// The activation of the MLP.
+        activation_function: Activation = Activation::Relu,
+        /// Whether the norms stand before attention and MLP (all but the 350M model), or after the residual sums.
+        do_layer_norm_before: bool = true,
+        /// Whether there is no norm after the last block.
+        #[serde(rename = "_remove_final_layer_norm")]
+        remove_final_layer_norm: bool = false,
+        /// Whether the linear layers have biases.
+        enable_bias: bool = true,
+        /// Whether the head shares the embedding's matrix.
+        tie_word_embeddings: bool = true,
+        /// Standard deviation of fresh weights; by fan-in (`1/√in`, residual projections `1/√(2 L in)`) if absent.
+        init_std: Option<f64> = None,
     }
 }
 
@@ -278,7 +246,7 @@ impl Model for Opt {
     }
 
     fn sites(&self) -> Vec<String> {
-        std::iter::once("embed".to_owned()).chain(self.blocks.iter().flat_map(|block| block.sites.clone())).collect()
+        all_sites(self.blocks.len())
     }
 
     fn embed(&self, tokens: &Tokens, pass: &mut Forward) -> Result<Traced> {

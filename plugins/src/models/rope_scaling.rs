@@ -1,0 +1,92 @@
+//! How rotary frequencies are stretched for contexts longer than those of the pretraining.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// `rope_scaling` of `config.json`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "rope_type", rename_all = "snake_case")]
+pub enum RopeScaling {
+    /// None.
+    Default,
+    /// Every frequency divided by `factor`.
+    Linear {
+        /// The factor.
+        factor: f64,
+    },
+    /// Llama 3.1: low frequencies divided by `factor`, high ones kept, a smooth change between.
+    Llama3 {
+        /// The factor on low frequencies.
+        factor: f64,
+        /// Wavelengths above `original_max_position_embeddings / low_freq_factor` are low frequencies.
+        low_freq_factor: f64,
+        /// Wavelengths below `original_max_position_embeddings / high_freq_factor` are high frequencies.
+        high_freq_factor: f64,
+        /// Context length of the pretraining.
+        original_max_position_embeddings: f64,
+    },
+}
+
+impl RopeScaling {
+    /// What becomes of one frequency, in radians per position.
+    pub fn apply(&self, frequency: f32) -> f32 {
+        match *self {
+            RopeScaling::Default => frequency,
+            RopeScaling::Linear { factor } => frequency / factor as f32,
+            RopeScaling::Llama3 {
+                factor,
+                low_freq_factor: low,
+                high_freq_factor: high,
+                original_max_position_embeddings: context,
+            } => {
+                let wavelength = std::f64::consts::TAU / f64::from(frequency);
+                if wavelength < context / high {
+                    frequency
+                } else if wavelength > context / low {
+                    frequency / factor as f32
+                } else {
+                    let smooth = ((context / wavelength - low) / (high - low)) as f32;
+                    (1. - smooth) * frequency / factor as f32 + smooth * frequency
+                }
+            }
+        }
+    }
+}
+
+/// Brings the spellings of different library versions to one: `rope_parameters` (newer) to `rope_theta` and
+/// `rope_scaling`, `type` (older) to `rope_type`; a null is a key left out.
+pub(super) fn normalise(config: &mut Value) {
+    let Some(map) = config.as_object_mut() else { return };
+    map.retain(|_, value| !value.is_null());
+    if let Some(mut rope) = map.remove("rope_parameters") {
+        if let Some(theta) = rope.as_object_mut().and_then(|rope| rope.remove("rope_theta")) {
+            map.insert("rope_theta".into(), theta);
+        }
+        map.insert("rope_scaling".into(), rope);
+    }
+    if let Some(rope) = map.get_mut("rope_scaling").and_then(Value::as_object_mut)
+        && let Some(kind) = rope.remove("type")
+    {
+        rope.entry("rope_type").or_insert(kind);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn llama_3_scaling_keeps_high_frequencies_and_stretches_low_ones() {
+        let scaling = RopeScaling::Llama3 {
+            factor: 8.,
+            low_freq_factor: 1.,
+            high_freq_factor: 4.,
+            original_max_position_embeddings: 8192.,
+        };
+        assert_eq!(scaling.apply(1.), 1.);
+        assert_eq!(scaling.apply(1e-5), 1e-5 / 8.);
+        let between = scaling.apply(0.0015);
+        assert!(between < 0.0015 && between > 0.0015 / 8., "{between}");
+    }
+}
