@@ -121,8 +121,11 @@ impl Assembly<'_> {
         let align = record(cell.align_key.as_ref())?.unwrap_or_default();
         let post = record(cell.post_key.as_ref())?.unwrap_or_default();
         let fine_tune: Record = self.record(&cell.fine_tune_key)?;
-        let stages =
-            [("align", cell.align_key.as_ref()), ("fine_tune", Some(&cell.fine_tune_key)), ("post", cell.post_key.as_ref())];
+        let stages = [
+            ("align", cell.align_key.as_ref()),
+            ("fine_tune", Some(&cell.fine_tune_key)),
+            ("post", cell.post_key.as_ref()),
+        ];
         let mut privileged = BTreeMap::new();
         for (stage, key) in stages.into_iter().filter_map(|(stage, key)| Some((stage, key?))) {
             privileged.insert(stage.to_owned(), self.privileged(key)?);

@@ -318,7 +318,12 @@ impl<'a> Replay<'a> {
                         let values = values.into_iter().enumerate();
                         values.filter(|(at, _)| !vanishing.contains(at)).map(|(_, value)| value).collect()
                     };
-                    worst.note(kind, difference(&kept(ours), &kept(theirs)), tolerance, &format!("step {step} {name}"))?;
+                    worst.note(
+                        kind,
+                        difference(&kept(ours), &kept(theirs)),
+                        tolerance,
+                        &format!("step {step} {name}"),
+                    )?;
                 }
             }
         }
@@ -413,7 +418,8 @@ impl<'a> Replay<'a> {
             let far: Vec<f32> = (0..2 * layers).map(|at| f32::from(u8::from(far(at % layers)))).collect();
             return Ok(vec![Tensor::from_vec(far, (2, layers), &Device::Cpu)?]);
         }
-        let prefixes = [format!("step{}.micro{}.randn.", clock.step, clock.micro), format!("step{}.randn.", clock.step)];
+        let prefixes =
+            [format!("step{}.micro{}.randn.", clock.step, clock.micro), format!("step{}.randn.", clock.step)];
         let recorded = |prefix: &str, index: usize| Some(format!("{prefix}{index}"));
         for prefix in prefixes {
             let names = (0..).map_while(|index| recorded(&prefix, index).filter(|name| self.trace.has(name)));

@@ -92,7 +92,8 @@ impl AlignmentDefense for RandomPerturbation {
         let ((rows, length), width) = (batch.tokens.dims(), cx.model().spec().hidden_size);
         let sites = sites_of_kind(cx.model(), "attn_out")?;
         let draw = |site: String| Ok((site.clone(), cx.noise(&site, &[rows, length, width])?));
-        let noise: Grads = sites.into_iter().map(draw).collect::<Result<Vec<(String, Tensor)>>>()?.into_iter().collect();
+        let noise: Grads =
+            sites.into_iter().map(draw).collect::<Result<Vec<(String, Tensor)>>>()?.into_iter().collect();
         let perturbation = self.perturbation(&noise, &batch.tokens)?;
         Ok(cx.backward(batch, Sites::none().add(perturbation))?.into())
     }

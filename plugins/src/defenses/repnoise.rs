@@ -109,7 +109,14 @@ impl Default for RepNoise {
 impl RepNoise {
     /// The cross-entropy of `hidden`, the hidden states of `batch`, over the tokens that count. `mask` `[batch, length,
     /// 1]` marks them in the published form.
-    fn loss(&self, cx: &mut StepCx, hidden: &Tensor, batch: &Batch, mask: Option<&Tensor>, round: bool) -> Result<Tensor> {
+    fn loss(
+        &self,
+        cx: &mut StepCx,
+        hidden: &Tensor,
+        batch: &Batch,
+        mask: Option<&Tensor>,
+        round: bool,
+    ) -> Result<Tensor> {
         match mask {
             None => cx.cross_entropy(hidden, batch),
             Some(mask) => masked_cross_entropy(cx, hidden, &batch.tokens.ids, mask, round && self.half_precision),
@@ -157,7 +164,8 @@ fn masked_cross_entropy(cx: &mut StepCx, hidden: &Tensor, ids: &Tensor, mask: &T
     let labels = labels.to_vec1::<f32>()?.into_iter().map(|label| label as u32);
     let (at, labels): (Vec<u32>, Vec<u32>) = (0..).zip(labels).filter(|(_, label)| *label != 0).unzip();
     let count = labels.len();
-    let (at, labels) = (Tensor::from_vec(at, count, logits.device())?, Tensor::from_vec(labels, (count, 1), logits.device())?);
+    let (at, labels) =
+        (Tensor::from_vec(at, count, logits.device())?, Tensor::from_vec(labels, (count, 1), logits.device())?);
     let chances = candle_nn::ops::log_softmax(&logits.index_select(&at, 0)?, 1)?;
     Ok(chances.gather(&labels, 1)?.mean_all()?.neg()?)
 }
@@ -193,7 +201,10 @@ impl AlignmentDefense for RepNoise {
         let harmful = cx.next("harmful")?;
         let published = self.mask == Mask::DifferingTokens;
         let masks = published.then(|| {
-            Ok::<_, titer_core::Error>((differing(&batch.tokens, &harmful.tokens)?, differing(&harmful.tokens, &batch.tokens)?))
+            Ok::<_, titer_core::Error>((
+                differing(&batch.tokens, &harmful.tokens)?,
+                differing(&harmful.tokens, &batch.tokens)?,
+            ))
         });
         let (safe_mask, mask) = masks.transpose()?.unzip();
 

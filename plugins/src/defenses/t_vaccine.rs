@@ -86,8 +86,7 @@ impl Default for TVaccineSettings {
 impl TVaccineSettings {
     fn check(&self) -> Result<()> {
         check_strength("rho", self.rho)?;
-        let counts =
-            [("layers", self.layers), ("sample_every", self.sample_every), ("probe_every", self.probe_every)];
+        let counts = [("layers", self.layers), ("sample_every", self.sample_every), ("probe_every", self.probe_every)];
         match counts.into_iter().find(|(_, count)| *count == 0) {
             Some((key, _)) => Err(Error::config(format!("`{key}` must be at least 1, found `0`")).key(key)),
             None => Ok(()),

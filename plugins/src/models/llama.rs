@@ -41,7 +41,7 @@ impl DecoderConfig for LlamaConfig {
 #[cfg(test)]
 mod tests {
     use serde_json::{Value, json};
-    use titer_core::{Model, Result};
+    use titer_core::Result;
 
     use super::*;
     use crate::models::decoder::check::{load, read};

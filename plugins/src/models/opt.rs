@@ -37,7 +37,6 @@ const EPS: f64 = 1e-5;
 
 model_keys! {
     /// The keys of OPT's `config.json`.
-    #[expect(clippy::struct_excessive_bools, reason = "the keys are Hugging Face's")]
     OptConfig {
         /// Inner width of the MLP.
         ffn_dim: usize = 256,

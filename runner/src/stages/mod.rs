@@ -172,13 +172,7 @@ impl Stages {
     }
 
     /// The defense's extra streams.
-    fn streams(
-        &self,
-        specs: &[StreamSpec],
-        encoder: &Encoder,
-        batch_size: usize,
-        seed: Seed,
-    ) -> Result<Streams> {
+    fn streams(&self, specs: &[StreamSpec], encoder: &Encoder, batch_size: usize, seed: Seed) -> Result<Streams> {
         let mut streams = Streams::default();
         for StreamSpec { name, rows, batch_size: own } in specs {
             let seed = seed.named("stream").named(name);
