@@ -1,6 +1,8 @@
 //! Defenses, one file each.
 
 pub mod booster;
+pub mod ewc;
+mod kept;
 pub mod none;
 pub mod random_perturbation;
 pub mod repnoise;
@@ -41,6 +43,27 @@ impl MicroBatches {
             return Update { grads: Grads::default(), ..update };
         }
         update
+    }
+}
+
+/// How many numbers become one.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Reduction {
+    /// Their mean.
+    #[default]
+    Mean,
+    /// Their sum.
+    Sum,
+}
+
+impl Reduction {
+    /// The factor on a sum over `count` numbers.
+    fn share(self, count: usize) -> f64 {
+        match self {
+            Self::Mean => 1. / count as f64,
+            Self::Sum => 1.,
+        }
     }
 }
 
