@@ -3,6 +3,8 @@
 pub mod booster;
 pub mod ewc;
 mod kept;
+pub mod kl;
+mod likelihood;
 pub mod none;
 pub mod random_perturbation;
 pub mod repnoise;

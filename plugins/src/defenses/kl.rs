@@ -1,0 +1,134 @@
+//! KL regularisation: on the user's rows the model must keep the answers' distribution of the model it started from.
+//!
+//! The function-space baseline of Huang et al., Vaccine, NeurIPS 2024, arXiv:2402.01109.
+//!
+//! `L = f(w) + λ mean_t KL(p_T(·|t) ‖ p_w(·|t))` over response tokens `t`, with the teacher `T` the model at the start
+//! of the stage.
+
+use candle_core::Tensor;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use titer_core::data::Batch;
+use titer_core::{
+    AlignmentDefense, DefenseEntry, Privilege, Quirk, Result, Scalar, SettingsType, Sites, Stage, StageCx, State,
+    StepCx, Update, Weights, inventory, no_conflict,
+};
+
+use super::check_strength;
+use super::kept::Kept;
+use super::likelihood::{label_rows, log_softmax};
+
+inventory::submit! {
+    DefenseEntry {
+        name: "kl",
+        summary: "keeps the distribution of answers close to that of the model before the user's fine-tuning",
+        paper: "the KL baseline of Huang et al., Vaccine, NeurIPS 2024, arXiv:2402.01109",
+        formula: "L = f(w) + λ mean_t KL(p_{w_0}(·|t) ‖ p_w(·|t)) over response tokens t",
+        stages: &[Stage::FineTune],
+        streams: &[],
+        sites: &[],
+        passes: |settings| if settings["lambda"] == 0. { 1. } else { 2. },
+        privilege: Privilege { harmful_answers: false, needs: "the aligned model, kept in memory while the user fine-tunes" },
+        notes: "Unlike in the published trainer, which makes a third pass, the cross-entropy and the divergence are of one \
+                pass, and teacher and student share its dropout mask. λ is its script's; its paper says 1e-3.",
+        quirks: &[Quirk {
+            setting: "axis",
+            published: || json!("sequence"),
+            what: "normalises each word's logits over the positions of the sequence, prompt and padding included, and sums",
+        }],
+        conflicts: no_conflict,
+        settings: SettingsType::of::<Kl>(),
+        neutral: Some(|| json!({ "lambda": 0.0 })),
+        version: 1,
+        build: |settings| {
+            let kl: Kl = settings.parse()?;
+            check_strength("lambda", kl.lambda)?;
+            Ok(Box::new(kl))
+        },
+    }
+}
+
+/// What the compared distributions are over.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Axis {
+    /// The vocabulary, at each response token; the mean over these.
+    #[default]
+    Vocabulary,
+    /// All positions of a row, for each entry of the vocabulary; the sum over these, the mean over rows.
+    Sequence,
+}
+
+/// The settings, and the defense.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(default)]
+pub struct Kl {
+    /// λ: the weight of the divergence, in nats per token, beside the loss.
+    pub lambda: f64,
+    /// What the compared distributions are over: the vocabulary or the sequence.
+    pub axis: Axis,
+    #[serde(skip)]
+    kept: Kept,
+}
+
+impl Default for Kl {
+    fn default() -> Self {
+        Self { lambda: 0.1, axis: Axis::Vocabulary, kept: Kept::default() }
+    }
+}
+
+impl Kl {
+    /// Log-probabilities of hidden states `[batch, length, width]` under the head of `weights`: `[labels, vocabulary]`,
+    /// or `[batch, length, vocabulary]`, normalised over dimension 1.
+    fn log_probabilities(&self, cx: &mut StepCx, weights: &Weights, hidden: &Tensor, batch: &Batch) -> Result<Tensor> {
+        let logits = match self.axis {
+            Axis::Vocabulary => cx.logits_with(weights, &label_rows(hidden, batch)?)?,
+            Axis::Sequence => {
+                let (rows, length) = batch.tokens.dims();
+                cx.logits_with(weights, &hidden.flatten(0, 1)?)?.reshape((rows, length, ()))?
+            }
+        };
+        log_softmax(&logits, 1)
+    }
+}
+
+/// `Σ p (log p − log q) / n` of log-probabilities of equal shape, `n` being their first dimension.
+fn divergence(log_p: &Tensor, log_q: &Tensor) -> Result<Tensor> {
+    let sum = (log_p.exp()? * (log_p - log_q)?)?.sum_all()?;
+    Ok((sum / log_p.dim(0)? as f64)?)
+}
+
+impl AlignmentDefense for Kl {
+    fn begin(&mut self, cx: &mut StageCx) -> Result<()> {
+        if self.lambda > 0. {
+            self.kept.keep("teacher", cx.weights.snapshot()?);
+        }
+        Ok(())
+    }
+
+    fn step(&mut self, cx: &mut StepCx, batch: &Batch) -> Result<Update> {
+        if self.lambda == 0. {
+            return Ok(cx.backward(batch, Sites::none())?.into());
+        }
+        let (student, teacher) = (cx.weights(), cx.weights().at(self.kept.get("teacher")?));
+        let (hidden, _) = cx.hidden_with(&teacher, &batch.tokens, Sites::none())?;
+        let taught = self.log_probabilities(cx, &teacher, &hidden, batch)?;
+        let (hidden, _) = cx.hidden(&batch.tokens, Sites::none())?;
+        let learnt = self.log_probabilities(cx, student, &hidden, batch)?;
+        let divergence = divergence(&taught, &learnt)?;
+        let task = cx.cross_entropy(&hidden, batch)?.to_dtype(divergence.dtype())?;
+        let loss = (&task + (&divergence * self.lambda)?)?;
+        let grads = cx.backward_loss(&loss)?;
+        let (task, divergence) = (Scalar::of(&task)?, Scalar::of(&divergence)?);
+        Ok(Update::new(grads, Scalar::of(&loss)?).with("task_loss", task).with("divergence", divergence))
+    }
+
+    fn state(&self) -> State {
+        self.kept.state()
+    }
+
+    fn load_state(&mut self, state: State) -> Result<()> {
+        self.kept.load(state)
+    }
+}
