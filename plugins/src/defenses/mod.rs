@@ -12,6 +12,7 @@ pub mod sft;
 pub mod t_vaccine;
 pub mod tar;
 pub mod vaccine;
+pub mod vlguard;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

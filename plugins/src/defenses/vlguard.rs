@@ -1,0 +1,100 @@
+//! VLGuard: safe rows beside the user's, in the data or in the loss.
+//!
+//! Zong, Bohdal, Yu, Yang, Hospedales: Safety Fine-Tuning at (Almost) No Cost: A Baseline for Vision Large Language
+//! Models, ICML 2024, arXiv:2402.02207. Two algorithms carry the name in the comparisons with it: safe rows appended to
+//! the user's (Huang et al., Vaccine, as in the paper's mixed fine-tuning), and `g = ∇ f(w) + λ ∇ h(w)` with `h` the loss
+//! of a safe batch (Huang et al., Booster, ICLR 2025, arXiv:2409.01586).
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use titer_core::data::{Batch, Stream};
+use titer_core::step::Streams;
+use titer_core::{
+    AlignmentDefense, DefenseEntry, Privilege, Result, SettingsType, Sites, Stage, StepCx, Update, inventory,
+    no_conflict,
+};
+
+use super::check_strength;
+
+inventory::submit! {
+    DefenseEntry {
+        name: "vlguard",
+        summary: "trains on safe rows beside the user's",
+        paper: "Zong et al.: Safety Fine-Tuning at (Almost) No Cost, ICML 2024, arXiv:2402.02207; for language models in \
+                Huang et al., Vaccine, NeurIPS 2024, and Booster, ICLR 2025, arXiv:2409.01586",
+        formula: "appended: g = ∇ f(w) on the user's rows and n safe ones;   weighted: g = ∇ f(w) + λ ∇ h(w; safe batch)",
+        stages: &[Stage::FineTune],
+        streams: &["safe"],
+        sites: &[],
+        passes: |settings| {
+            let weighted = settings["algorithm"] == "weighted" && settings["lambda"] != 0.;
+            if weighted { 2. } else { 1. }
+        },
+        privilege: Privilege { harmful_answers: false, needs: "safe answers while the user fine-tunes" },
+        notes: "`appended` lengthens an epoch by the safe rows: a stage measured in epochs takes more steps under it, one \
+                measured in steps sees fewer of the user's rows. `weighted` draws a safe batch of the stream's own size \
+                at every step; the published trainer fixes it to 4 rows.",
+        quirks: &[],
+        conflicts: no_conflict,
+        settings: SettingsType::of::<Vlguard>(),
+        neutral: Some(|| json!({ "algorithm": "weighted", "lambda": 0.0 })),
+        version: 1,
+        build: |settings| {
+            let vlguard: Vlguard = settings.parse()?;
+            check_strength("lambda", vlguard.lambda)?;
+            Ok(Box::new(vlguard))
+        },
+    }
+}
+
+/// Which of the two algorithms of this name.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Algorithm {
+    /// Safe rows are appended to the user's.
+    #[default]
+    Appended,
+    /// The loss of a safe batch is added to that of the user's.
+    Weighted,
+}
+
+/// The settings, and the defense.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default)]
+pub struct Vlguard {
+    /// Whether safe rows are appended to the user's rows, or their loss is added to the user's loss.
+    pub algorithm: Algorithm,
+    /// How many rows of the stream `safe` are appended (all it has, if it has fewer); 0 for none. With `appended` only.
+    pub rows: usize,
+    /// λ: the weight of the safe batch's loss. With `weighted` only.
+    pub lambda: f64,
+}
+
+impl Default for Vlguard {
+    /// The Vaccine paper's 500 rows and the Booster scripts' λ.
+    fn default() -> Self {
+        Self { algorithm: Algorithm::Appended, rows: 500, lambda: 0.1 }
+    }
+}
+
+impl AlignmentDefense for Vlguard {
+    fn data(&self, own: Stream, streams: &Streams) -> Result<Stream> {
+        if self.algorithm == Algorithm::Weighted || self.rows == 0 {
+            return Ok(own);
+        }
+        own.with_rows_of(streams.get("safe")?, self.rows)
+    }
+
+    fn step(&mut self, cx: &mut StepCx, batch: &Batch) -> Result<Update> {
+        let user = cx.backward(batch, Sites::none())?;
+        if self.algorithm == Algorithm::Appended || self.lambda == 0. {
+            return Ok(user.into());
+        }
+        let batch = cx.next("safe")?;
+        let safe = cx.backward(&batch, Sites::none())?;
+        let grads = user.grads.add_scaled(self.lambda, &safe.grads)?;
+        let loss = user.loss.plus(&safe.loss.affine(self.lambda, 0.)?)?;
+        Ok(Update::new(grads, loss).with("task_loss", user.loss).with("safe_loss", safe.loss))
+    }
+}
