@@ -5,6 +5,7 @@ pub mod ewc;
 mod kept;
 pub mod kl;
 mod likelihood;
+pub mod lisa;
 pub mod none;
 pub mod random_perturbation;
 pub mod repnoise;

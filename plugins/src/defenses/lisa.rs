@@ -1,0 +1,194 @@
+//! Lisa: fine-tuning that takes turns between safe rows and the user's, each turn tied to where the other ended.
+//!
+//! Huang, Hu, Ilhan, Tekin, Liu: Lazy Safety Alignment for Large Language Models against Harmful Fine-tuning, NeurIPS
+//! 2024, arXiv:2405.18641.
+//!
+//! `K_a` updates `g = ∇ h(w) + ρ (w − w_f)` on safe rows, then `K_f` updates `g = ∇ f(w) + ρ (w − w_a)` on the user's,
+//! and so on; `w_a` and `w_f` are the weights at the end of the last turn of alignment and of fine-tuning. The safe
+//! updates take the place of the user's: the user batch that comes in such a step is not used.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use titer_core::data::Batch;
+use titer_core::step::Clock;
+use titer_core::{
+    AlignmentDefense, DefenseEntry, Error, Privilege, Quirk, Result, SettingsType, Sites, Stage, StageCx, State,
+    StepCx, Update, Weights, inventory, no_conflict,
+};
+
+use super::check_strength;
+use super::kept::{Kept, pull};
+
+inventory::submit! {
+    DefenseEntry {
+        name: "lisa",
+        summary: "takes turns between safe rows and the user's, and ties each turn to where the other ended",
+        paper: "Huang, Hu, Ilhan, Tekin, Liu: Lazy Safety Alignment for Large Language Models against Harmful \
+                Fine-tuning, NeurIPS 2024, arXiv:2405.18641",
+        formula: "K_a × g = ∇ h(w; safe) + ρ (w − w_f),   then K_f × g = ∇ f(w) + ρ (w − w_a),   and so on",
+        stages: &[Stage::FineTune],
+        streams: &["safe"],
+        sites: &[],
+        passes: |_| 1.,
+        privilege: Privilege { harmful_answers: false, needs: "safe answers while the user fine-tunes" },
+        notes: "The safe updates replace the user's, so the user's task is trained in K_f of K_a + K_f updates only. The \
+                optimiser's moments are shared by the two kinds of turn. No tie in the first tenth of the updates is the \
+                published code's; the paper does not mention it (`warmup = 0`). The README of the published code swaps \
+                the two anchors.",
+        quirks: &[Quirk {
+            setting: "count",
+            published: || json!("micro_batches"),
+            what: "counts micro batches, so that under gradient accumulation a turn can change within an update",
+        }],
+        conflicts: no_conflict,
+        settings: SettingsType::of::<Lisa>(),
+        neutral: Some(|| json!({ "align_steps": 0, "rho": 0.0 })),
+        version: 1,
+        build: |settings| {
+            let lisa: Lisa = settings.parse()?;
+            lisa.check()?;
+            Ok(Box::new(lisa))
+        },
+    }
+}
+
+/// What the lengths of turns are counted in.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Count {
+    /// Updates.
+    #[default]
+    Updates,
+    /// Micro batches.
+    MicroBatches,
+}
+
+impl Count {
+    /// How many are done, and the share of all that this is.
+    fn done(self, clock: Clock) -> (usize, f64) {
+        let (micro, micros) = match self {
+            Self::Updates => (0, 1),
+            Self::MicroBatches => (clock.micro, clock.micros),
+        };
+        let done = clock.step * micros + micro;
+        (done, done as f64 / (clock.total as f64 * micros as f64))
+    }
+}
+
+/// Whose turn it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Turn {
+    Align,
+    FineTune,
+}
+
+impl Turn {
+    /// The role of the weights at the end of the last such turn.
+    fn anchor(self) -> &'static str {
+        match self {
+            Self::Align => "aligned",
+            Self::FineTune => "fine_tuned",
+        }
+    }
+
+    fn other(self) -> Self {
+        match self {
+            Self::Align => Self::FineTune,
+            Self::FineTune => Self::Align,
+        }
+    }
+}
+
+/// The settings, and the defense.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(default)]
+pub struct Lisa {
+    /// ρ: how strong the tie to the other turn's weights is.
+    pub rho: f64,
+    /// `K_a`: updates on safe rows per turn; 0 for none at all.
+    pub align_steps: usize,
+    /// `K_f`: updates on the user's rows per turn; 0 for none at all.
+    pub fine_tune_steps: usize,
+    /// The share of all updates before the tie holds, in [0, 1].
+    pub warmup: f64,
+    /// What turns and warm-up are counted in.
+    pub count: Count,
+    #[serde(skip)]
+    kept: Kept,
+}
+
+impl Default for Lisa {
+    fn default() -> Self {
+        let (rho, align_steps, fine_tune_steps) = (1., 100, 900);
+        Self { rho, align_steps, fine_tune_steps, warmup: 0.1, count: Count::Updates, kept: Kept::default() }
+    }
+}
+
+impl Lisa {
+    fn check(&self) -> Result<()> {
+        check_strength("rho", self.rho)?;
+        if self.align_steps == 0 && self.fine_tune_steps == 0 {
+            return Err(Error::config("`align_steps` and `fine_tune_steps` are both `0`: nobody has a turn")
+                .key("align_steps")
+                .help("100 and 900 are customary"));
+        }
+        if !(0. ..=1.).contains(&self.warmup) {
+            return Err(Error::config(format!("`warmup` must lie in [0, 1], found `{}`", self.warmup))
+                .key("warmup")
+                .help("0.1 leaves out the tie in the first tenth of the updates"));
+        }
+        Ok(())
+    }
+
+    /// Whose turn it is after `done` steps.
+    fn turn(&self, done: usize) -> Turn {
+        if done % (self.align_steps + self.fine_tune_steps) < self.align_steps { Turn::Align } else { Turn::FineTune }
+    }
+
+    /// Where one turn has ended and the other begins, keeps the weights as the ended turn's anchor.
+    fn change_turns(&mut self, done: usize, weights: &Weights) -> Result<()> {
+        let now = self.turn(done);
+        if done > 0 && self.turn(done - 1) != now {
+            self.kept.keep(now.other().anchor(), weights.snapshot()?);
+        }
+        Ok(())
+    }
+}
+
+impl AlignmentDefense for Lisa {
+    fn begin(&mut self, cx: &mut StageCx) -> Result<()> {
+        for turn in [Turn::Align, Turn::FineTune] {
+            self.kept.keep(turn.anchor(), cx.weights.snapshot()?);
+        }
+        Ok(())
+    }
+
+    fn step(&mut self, cx: &mut StepCx, batch: &Batch) -> Result<Update> {
+        let (done, share) = self.count.done(cx.clock());
+        self.change_turns(done, cx.weights())?;
+        let turn = self.turn(done);
+        let pass = match turn {
+            Turn::Align => {
+                let safe = cx.next("safe")?;
+                cx.backward(&safe, Sites::none())?
+            }
+            Turn::FineTune => cx.backward(batch, Sites::none())?,
+        };
+        if self.rho == 0. || share <= self.warmup {
+            return Ok(pass.into());
+        }
+        let (drift, force) = pull(cx.weights(), self.kept.get(turn.other().anchor())?, None)?;
+        let penalty = drift.affine(self.rho, 0.)?;
+        let grads = pass.grads.add_scaled(self.rho, &force)?;
+        Ok(Update::new(grads, pass.loss.plus(&penalty)?).with("penalty", penalty))
+    }
+
+    fn state(&self) -> State {
+        self.kept.state()
+    }
+
+    fn load_state(&mut self, state: State) -> Result<()> {
+        self.kept.load(state)
+    }
+}
