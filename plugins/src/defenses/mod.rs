@@ -4,6 +4,7 @@ pub mod booster;
 pub mod ewc;
 mod kept;
 pub mod kl;
+pub mod ldifs;
 mod likelihood;
 pub mod lisa;
 pub mod none;

@@ -1,0 +1,245 @@
+//! LDIFS: the features of the user's rows must stay where they were before fine-tuning.
+//!
+//! Mukhoti, Gal, Torr, Dokania: Fine-tuning can cripple your foundation model; preserving features may be the solution,
+//! TMLR 2024, arXiv:2308.13320; as a defense in Huang et al., Booster, ICLR 2025, arXiv:2409.01586.
+//!
+//! `L = f(w) + ρ/2 Σ_l mean_t ‖m_l(t; w) − m_l(t; w₀)‖²`, with `m_l` the output of the MLP of block `l` at token `t`
+//! and `w₀` the weights at the start of the stage. The paper's distance is a mean over samples of the squared norm of
+//! the concatenated features; here a sample is a token.
+
+use std::collections::BTreeMap;
+
+use candle_core::Tensor;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use titer_core::data::{Batch, Tokens};
+use titer_core::model::sites_of_kind;
+use titer_core::step::Clock;
+use titer_core::{
+    AlignmentDefense, DefenseEntry, Error, Model, Privilege, Quirk, Result, Scalar, SettingsType, Sites, Stage,
+    StageCx, State, StepCx, Update, inventory, no_conflict,
+};
+
+use super::kept::Kept;
+use super::likelihood::wide;
+use super::{Reduction, check_strength};
+
+inventory::submit! {
+    DefenseEntry {
+        name: "ldifs",
+        summary: "keeps the MLPs' outputs on the user's rows close to those of the model before fine-tuning",
+        paper: "Mukhoti, Gal, Torr, Dokania: Fine-tuning can cripple your foundation model; preserving features may be \
+                the solution, TMLR 2024, arXiv:2308.13320; as a defense in Huang et al., Booster, ICLR 2025, \
+                arXiv:2409.01586",
+        formula: "L = f(w) + ρ/2 Σ_l mean_t ‖m_l(t; w) − m_l(t; w_0)‖² over MLP outputs m_l at tokens t",
+        stages: &[Stage::FineTune],
+        streams: &[],
+        sites: &["mlp_out"],
+        passes: |settings| if settings["rho"] == 0. { 1. } else { 2. },
+        privilege: Privilege { harmful_answers: false, needs: "the aligned model, kept in memory while the user fine-tunes" },
+        notes: "Both passes of a step share one dropout mask. It observes activations, so it does not go with gradient \
+                checkpointing.",
+        quirks: &[
+            Quirk {
+                setting: "gate",
+                published: || json!(0.1),
+                what: "drops a block's term where it is 0.1 or more, that is where the drift is largest",
+            },
+            Quirk {
+                setting: "positions",
+                published: || json!("all"),
+                what: "counts padding",
+            },
+            Quirk {
+                setting: "reduction",
+                published: || json!("sum"),
+                what: "sums over tokens, so that the penalty grows with the size of the batch",
+            },
+            Quirk {
+                setting: "inner_clip",
+                published: || json!(5.0),
+                what: "clips the gradient's norm to 5 before the trainer's own clipping",
+            },
+            Quirk {
+                setting: "blocks",
+                published: || json!("named_mlp"),
+                what: "looks for modules called `mlp`; on an architecture without (OPT) it is plain fine-tuning",
+            },
+            Quirk {
+                setting: "rho",
+                published: || json!(1e-4),
+                what: "has the strength that goes with its sum over tokens",
+            },
+        ],
+        conflicts: no_conflict,
+        settings: SettingsType::of::<Ldifs>(),
+        neutral: Some(|| json!({ "rho": 0.0 })),
+        version: 1,
+        build: |settings| {
+            let ldifs: Ldifs = settings.parse()?;
+            ldifs.check()?;
+            Ok(Box::new(ldifs))
+        },
+    }
+}
+
+/// Which positions count.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Positions {
+    /// Those of real tokens.
+    #[default]
+    Real,
+    /// Padding too.
+    All,
+}
+
+/// In which blocks the features are held.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Blocks {
+    /// In all.
+    #[default]
+    All,
+    /// In those whose MLP is a module called `model.layers.{i}.mlp`, as in Llama.
+    NamedMlp,
+}
+
+/// The settings, and the defense.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(default)]
+pub struct Ldifs {
+    /// ρ: the weight of the squared distance. The default is the published 1e-4, for a sum over a batch of about 1000
+    /// tokens, brought to a mean.
+    pub rho: f64,
+    /// A block's term counts only while it is below this; always if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gate: Option<f64>,
+    /// Which positions count: those of real tokens, or padding too.
+    pub positions: Positions,
+    /// Whether squared distances are averaged or summed over positions.
+    pub reduction: Reduction,
+    /// The L2 norm that the gradient is clipped to before the loop's own clipping; not at all if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub inner_clip: Option<f64>,
+    /// In which blocks the features are held: in all, or where the MLP is a module called `mlp`.
+    pub blocks: Blocks,
+    #[serde(skip)]
+    kept: Kept,
+}
+
+impl Default for Ldifs {
+    fn default() -> Self {
+        Self {
+            rho: 0.1,
+            gate: None,
+            positions: Positions::Real,
+            reduction: Reduction::Mean,
+            inner_clip: None,
+            blocks: Blocks::All,
+            kept: Kept::default(),
+        }
+    }
+}
+
+/// Activations `[batch, length, width]` by site.
+type Features = BTreeMap<String, Tensor>;
+
+impl Ldifs {
+    fn check(&self) -> Result<()> {
+        check_strength("rho", self.rho)?;
+        for (key, limit) in [("gate", self.gate), ("inner_clip", self.inner_clip)] {
+            if limit.is_some_and(|limit| limit.is_nan() || limit <= 0.) {
+                return Err(Error::config(format!("`{key}` must be above 0, found `{}`", limit.unwrap_or_default()))
+                    .key(key)
+                    .help("leave it out for none"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Where the features are read.
+    fn sites(&self, model: &dyn Model) -> Result<Vec<String>> {
+        let named = || model.params().iter().any(|param| param.name.starts_with("model.layers.0.mlp."));
+        if self.blocks == Blocks::NamedMlp && !named() {
+            return Ok(Vec::new());
+        }
+        sites_of_kind(model, "mlp_out")
+    }
+
+    /// `ρ/2 Σ_l ‖now_l − before_l‖²`, a tensor without dimensions.
+    fn drift(&self, before: &Features, now: &Features, tokens: &Tokens) -> Result<Tensor> {
+        let terms = before.iter().map(|(site, before)| self.term(before, &now[site], tokens));
+        let sum = terms.reduce(|sum, term| Ok((sum? + term?)?));
+        sum.unwrap_or_else(|| Err(Error::run("there are no features to hold")))
+    }
+
+    /// The term of one block.
+    fn term(&self, before: &Tensor, now: &Tensor, tokens: &Tokens) -> Result<Tensor> {
+        let (rows, length) = tokens.dims();
+        let moved = (wide(now)? - wide(before)?)?;
+        let (moved, count) = match self.positions {
+            Positions::Real => {
+                let mask = tokens.mask()?.to_dtype(moved.dtype())?;
+                (moved.broadcast_mul(&mask)?, tokens.lengths.iter().sum())
+            }
+            Positions::All => (moved, rows * length),
+        };
+        let term = (moved.sqr()?.sum_all()? * (0.5 * self.rho * self.reduction.share(count)))?;
+        match self.gate {
+            None => Ok(term),
+            // A selection, not a product: it also drops a term that is not a number.
+            Some(gate) => Ok(term.lt(gate)?.where_cond(&term, &term.zeros_like()?)?),
+        }
+    }
+
+    /// `update` such that the mean over the micro batches so far has at most the norm of the inner clipping, which the
+    /// published trainer applies to what is accumulated, after every micro batch.
+    fn clipped(&mut self, update: Update, clock: Clock) -> Result<Update> {
+        let Some(limit) = self.inner_clip else { return Ok(update) };
+        let (before, micros) = (self.kept.take("accumulated").unwrap_or_default(), clock.micros as f64);
+        let sum = before.clone().add_scaled(1. / micros, &update.grads)?;
+        let factor = sum.clip_factor(limit)?;
+        let sum = sum.map(|gradient| factor.times(gradient))?;
+        let grads = sum.clone().add_scaled(-1., &before)?.scale(micros)?;
+        if !clock.last_micro() {
+            self.kept.keep("accumulated", sum);
+        }
+        Ok(Update { grads, ..update })
+    }
+}
+
+impl AlignmentDefense for Ldifs {
+    fn begin(&mut self, cx: &mut StageCx) -> Result<()> {
+        if self.rho > 0. {
+            self.kept.keep("reference", cx.weights.snapshot()?);
+        }
+        Ok(())
+    }
+
+    fn step(&mut self, cx: &mut StepCx, batch: &Batch) -> Result<Update> {
+        let sites = self.sites(cx.model())?;
+        if self.rho == 0. || sites.is_empty() {
+            return self.clipped(cx.backward(batch, Sites::none())?.into(), cx.clock());
+        }
+        let reference = cx.weights().at(self.kept.get("reference")?);
+        let observed = || Sites::none().observe(sites.iter().cloned());
+        let (_, before) = cx.hidden_with(&reference, &batch.tokens, observed())?;
+        let (hidden, now) = cx.hidden(&batch.tokens, observed())?;
+        let drift = self.drift(&before, &now, &batch.tokens)?;
+        let task = cx.cross_entropy(&hidden, batch)?.to_dtype(drift.dtype())?;
+        let loss = (&task + &drift)?;
+        let update = Update::new(cx.backward_loss(&loss)?, Scalar::of(&loss)?);
+        let update = update.with("task_loss", Scalar::of(&task)?).with("drift", Scalar::of(&drift)?);
+        self.clipped(update, cx.clock())
+    }
+
+    fn state(&self) -> State {
+        self.kept.state()
+    }
+
+    fn load_state(&mut self, state: State) -> Result<()> {
+        self.kept.load(state)
+    }
+}
