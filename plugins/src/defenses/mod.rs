@@ -1,6 +1,7 @@
 //! Defenses, one file each.
 
 pub mod booster;
+pub mod constrained_sft;
 pub mod ewc;
 mod kept;
 pub mod kl;
