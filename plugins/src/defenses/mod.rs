@@ -9,6 +9,7 @@ pub mod ldifs;
 mod likelihood;
 pub mod lisa;
 pub mod none;
+pub mod prompt_template;
 pub mod random_perturbation;
 pub mod repnoise;
 pub mod sft;
