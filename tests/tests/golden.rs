@@ -24,10 +24,8 @@ use titer_core::{
     AlignmentDefense, DefenseEntry, Entry, Forward, Grads, Model, ModelEntry, Pass, Scalar, Settings, Sites, StageCx,
     Update, Weights, registry,
 };
+use titer_plugins::defenses::antidote::{Antidote, Padding};
 use titer_plugins::defenses::vaccine::Vaccine;
-
-/// Reference trainers that Titer has no counterpart of yet: repository and class.
-const METHODS_NOT_YET: [(&str, &str); 2] = [("", "prune_with_FI"), ("", "prune_wanda_outlier")];
 
 /// `model_type`s that Titer does not read yet.
 const ARCHITECTURES_NOT_YET: [&str; 4] = ["gemma", "gemma2", "phi", "phi3"];
@@ -87,20 +85,20 @@ fn check_folder(folder: &Path) -> Result<Outcome> {
     let info = read_json(&trace)?;
     let class = info["reference"]["cls"].as_str().context("the trace names no reference class")?;
     let repository = info["reference"]["repo"].as_str().context("the trace names no repository")?;
-    let not_yet = |(place, known): &&(&str, &str)| repository.contains(place) && class.contains(known);
-    if let Some((_, known)) = METHODS_NOT_YET.iter().find(not_yet) {
-        return Ok(Outcome::NotYet(format!("method {known}")));
-    }
     let file = |key: &str| -> Result<PathBuf> {
         let path = match (info["files"][key].as_str(), key) {
             (Some(path), _) => path,
             (None, "config") => &format!("../_models/{}/config.json", info["model"].as_str().unwrap_or_default()),
             (None, "trace") => "trace.safetensors",
+            (None, "lora_config") => &beside(info["files"]["lora_init"].as_str().unwrap_or_default()),
             (None, _) => bail!("the trace has no file `{key}`"),
         };
         Ok(folder.join(path))
     };
     match architecture(&file("config")?)? {
+        Ok(model) if class.contains("prune_") => {
+            check_pruning(&info, model.as_ref(), class, &file).map(Outcome::Reproduced)
+        }
         Ok(model) => Replay::new(&info, model, class, &file)?.run().map(Outcome::Reproduced),
         Err(why) => Ok(Outcome::NotYet(why)),
     }
@@ -247,23 +245,8 @@ impl<'a> Replay<'a> {
     ) -> Result<Self> {
         let repository = info["reference"]["repo"].as_str().unwrap_or_default();
         let (name, settings) = counterpart(info, class, repository)?;
-        let entry = registry::find::<DefenseEntry>(name)?;
-        let settings = Settings::from(settings.as_object().cloned().unwrap_or_default());
-        let settings = entry.resolve(&settings)?.as_object().cloned().unwrap_or_default();
-        let defense = (entry.build)(&settings.into())?;
-        let start = || -> Result<Weights> {
-            let mut weights =
-                Weights::load(model.as_ref(), &mut Checkpoint::open(&file("base")?)?, DType::F32, &Device::Cpu)?;
-            match file("lora_init") {
-                Ok(adapter) => {
-                    let config = lora_config(&read_json(&file("lora_config")?)?)?;
-                    weights.continue_lora(&config, &mut Checkpoint::open(&adapter)?)?;
-                }
-                Err(_) => weights.train_full()?,
-            }
-            Ok(weights)
-        };
-        let (weights, shadow) = (start()?, start()?);
+        let defense = build(name, settings)?;
+        let (weights, shadow) = (start(model.as_ref(), file)?, start(model.as_ref(), file)?);
         let trace = file("trace").and_then(|path| Ok(Checkpoint::open(&path)?));
         let mut batches = Checkpoint::open(&file("batches")?)?;
         let streams = streams(info, &mut batches)?;
@@ -482,14 +465,7 @@ impl<'a> Replay<'a> {
     }
 
     fn read_all(&mut self, prefix: &str) -> Result<Grads> {
-        let names: Vec<String> =
-            self.trace.names().filter(|name| name.starts_with(prefix)).map(str::to_owned).collect();
-        let read = |name: String| -> Result<(String, Tensor)> {
-            let tensor = self.trace.read(&name, &Device::Cpu)?;
-            let short = name[prefix.len()..].trim_start_matches("base_model.model.").to_owned();
-            Ok((short, tensor))
-        };
-        Ok(names.into_iter().map(read).collect::<Result<Vec<_>>>()?.into_iter().collect())
+        read_all(&mut self.trace, prefix)
     }
 
     /// Tensors by layer (`layers.3`) under the names of the sites.
@@ -497,6 +473,107 @@ impl<'a> Replay<'a> {
         let site = |name: String| format!("{}.attn_out", name.replace("layers.", "layer."));
         Ok(self.read_all(prefix)?.into_iter().map(|(name, tensor)| (site(name), tensor)).collect())
     }
+}
+
+/// The registered defense, with its defaults filled in.
+fn build(name: &str, settings: Value) -> Result<Box<dyn AlignmentDefense>> {
+    let entry = registry::find::<DefenseEntry>(name)?;
+    let settings = Settings::from(settings.as_object().cloned().unwrap_or_default());
+    let settings = entry.resolve(&settings)?.as_object().cloned().unwrap_or_default();
+    Ok((entry.build)(&settings.into())?)
+}
+
+/// The weights that a trace starts from.
+fn start(model: &dyn Model, file: &impl Fn(&str) -> Result<PathBuf>) -> Result<Weights> {
+    let mut weights = Weights::load(model, &mut Checkpoint::open(&file("base")?)?, DType::F32, &Device::Cpu)?;
+    match file("lora_init") {
+        Ok(adapter) => {
+            let config = lora_config(&read_json(&file("lora_config")?)?)?;
+            weights.continue_lora(&config, &mut Checkpoint::open(&adapter)?)?;
+        }
+        Err(_) => weights.train_full()?,
+    }
+    Ok(weights)
+}
+
+/// The tensors of a trace whose names begin with `prefix`, by the rest of the name.
+fn read_all(trace: &mut Checkpoint, prefix: &str) -> Result<Grads> {
+    let names: Vec<String> = trace.names().filter(|name| name.starts_with(prefix)).map(str::to_owned).collect();
+    let read = |name: String| -> Result<(String, Tensor)> {
+        let tensor = trace.read(&name, &Device::Cpu)?;
+        let short = name[prefix.len()..].trim_start_matches("base_model.model.").to_owned();
+        Ok((short, tensor))
+    };
+    Ok(names.into_iter().map(read).collect::<Result<Vec<_>>>()?.into_iter().collect())
+}
+
+/// Prunes as recorded, through the registered defense: the mask exactly, what the weights are scored with, the weights
+/// and the logits afterwards.
+fn check_pruning(
+    info: &Value,
+    model: &dyn Model,
+    class: &str,
+    file: &impl Fn(&str) -> Result<PathBuf>,
+) -> Result<String> {
+    let (mut worst, mut weights) = (Worst::default(), start(model, file)?);
+    let (mut trace, mut recorded) = (Checkpoint::open(&file("trace")?)?, Checkpoint::open(&file("batches")?)?);
+    let batches = calibration(&info["hyper"], &mut recorded)?;
+    let (count, mut streams) = (batches.len(), Streams::default());
+    streams.insert("harmful", Stream::of_batches(batches)?);
+    let counted = Antidote { padding: Padding::Counted, ..Antidote::default() };
+    let theirs = read_all(&mut trace, "scaler_row.")?;
+    if !theirs.is_empty() {
+        let mut cx = StepCx::new(model, &weights, &mut streams, Seed::new(0), Clock::at(0, 0));
+        let ours = counted.input_means(&mut cx, "harmful", count)?;
+        compare(&mut worst, "scaler row", &ours, &theirs, TOLERANCE, "calibration")?;
+    }
+    let score = match (class.contains("prune_with_FI"), info["hyper"]["sample_num"].as_u64()) {
+        (true, _) => "gradient",
+        (false, Some(0)) => "magnitude",
+        (false, _) => "wanda",
+    };
+    let settings = json!({ "ratio": info["hyper"]["dense_ratio"], "score": score, "fidelity": "code-exact" });
+    let (seed, clock, ancestry) = (Seed::new(0), Clock::at(0, 0), &Orphan);
+    let cx = &mut StageCx { model, weights: &mut weights, streams: &mut streams, seed, clock, ancestry };
+    build("antidote", settings)?.finish(cx)?;
+    let (pruned, masks) = (weights.snapshot()?, read_all(&mut trace, "mask.")?);
+    compare(&mut worst, "pruned", &pruned, &read_all(&mut trace, "pruned_lora.")?, 0., "weights")?;
+    ensure!(masks.len() == pruned.len(), "{} masks for {} weights", masks.len(), pruned.len());
+    for (name, mask) in masks.iter() {
+        let ours = pruned.get(name).with_context(|| format!("no weight {name}"))?;
+        let removed = flat(ours)?.into_iter().map(|weight| f64::from(u8::from(weight == 0.)));
+        ensure!(removed.eq(flat(mask)?), "the mask of {name} differs");
+    }
+    let batch = read_batch(&mut recorded, "user.0")?;
+    let hidden = model.hidden(&batch.tokens, &mut Forward::new(&weights, &mut Sites::none()))?;
+    let rows = hidden.reshape(((), model.spec().hidden_size))?;
+    let logits = model.logits(&rows, &mut Forward::new(&weights, &mut Sites::none()))?.tensor().clone();
+    let theirs = real_rows(&trace.read("logits_after.user.0", &Device::Cpu)?, &batch)?;
+    let ours = real_rows(&logits.reshape((batch.tokens.dims().0, batch.tokens.dims().1, ()))?, &batch)?;
+    worst.note("logits", relative(&ours, &theirs)?, TOLERANCE, "user.0")?;
+    Ok(worst.show())
+}
+
+/// The harmful batches that pruning was calibrated on, as the trace describes them in words: `harmful.0-2`, as they are
+/// or row by row without padding.
+fn calibration(hyper: &Value, recorded: &mut Checkpoint) -> Result<Vec<Batch>> {
+    let words = hyper["calibration"].as_str().unwrap_or("harmful.0-0");
+    let range = words.strip_prefix("harmful.").and_then(|rest| rest.split([' ', ',']).next());
+    let (first, last) = range.and_then(|range| range.split_once('-')).unwrap_or(("0", "0"));
+    let batches =
+        (first.parse::<usize>()?..=last.parse()?).map(|index| read_batch(recorded, &format!("harmful.{index}")));
+    let batches = batches.collect::<Result<Vec<_>>>()?;
+    if !words.contains("pads stripped") {
+        return Ok(batches);
+    }
+    Ok(batches.iter().map(Batch::rows).collect::<titer_core::Result<Vec<_>>>()?.concat())
+}
+
+/// The rows at real tokens of a tensor `[batch, length, ..]`. Padding is seen by nobody, so what stands there is nobody's
+/// business.
+fn real_rows(tensor: &Tensor, batch: &Batch) -> Result<Tensor> {
+    let rows = batch.tokens.lengths.iter().enumerate().map(|(row, &length)| tensor.get(row)?.narrow(0, 0, length));
+    Ok(Tensor::cat(&rows.collect::<candle_core::Result<Vec<_>>>()?, 0)?)
 }
 
 /// The second data sources of a trace, by the streams that a defense draws them from: its batches in their order.
@@ -599,13 +676,7 @@ fn check_variant(
     let rows = hidden.reshape(((), model.spec().hidden_size))?;
     let logits = model.logits(&rows, &mut Forward::new(weights, &mut Sites::none()))?.tensor().clone();
     let (rows, length) = batch.tokens.dims();
-    // Padding is seen by nobody, so what stands there is nobody's business.
-    let real = |tensor: &Tensor| -> Result<Tensor> {
-        let rows: Vec<Tensor> = (0..rows)
-            .map(|row| tensor.get(row)?.narrow(0, 0, batch.tokens.lengths[row]))
-            .collect::<candle_core::Result<_>>()?;
-        Ok(Tensor::cat(&rows, 0)?)
-    };
+    let real = |tensor: &Tensor| real_rows(tensor, batch);
     let logits = real(&logits.reshape((rows, length, ()))?)?;
     worst.note("logits", relative(&logits, &real(&read(golden, "logits.safe0")?)?)?, TOLERANCE, variant)?;
     if variant == "lora" {

@@ -1,5 +1,6 @@
 //! Defenses, one file each.
 
+pub mod antidote;
 pub mod booster;
 pub mod constrained_sft;
 pub mod ewc;
@@ -81,4 +82,13 @@ fn check_strength(key: &str, value: f64) -> Result<()> {
     }
     let error = Error::config(format!("`{key}` must be at least 0, found `{value}`"));
     Err(error.key(key).help("0 switches it off"))
+}
+
+/// Fails unless the setting `key` lies in `[0, 1]`.
+fn check_fraction(key: &str, value: f64) -> Result<()> {
+    if (0. ..=1.).contains(&value) {
+        return Ok(());
+    }
+    let error = Error::config(format!("`{key}` must lie in [0, 1], found `{value}`"));
+    Err(error.key(key).help("0 switches it off, 0.1 is one in ten"))
 }
