@@ -429,6 +429,39 @@ impl Weights {
         Ok(())
     }
 
+    /// Adds `scale · B A` to the base parameter `name`, for `b: [out, k]` and `a: [k, in]`; an adapter stays beside it.
+    /// Weights in fewer bits than are computed with keep the factors beside them, as in [`Weights::merge`].
+    ///
+    /// # Errors
+    /// There is no such parameter, or a tensor operation failed.
+    pub fn add_low_rank(&mut self, name: &str, scale: f64, b: &Tensor, a: &Tensor) -> Result<()> {
+        self.change(name, |matrix| matrix.plus(scale, b, a))
+    }
+
+    /// Adds `delta`, of the parameter's shape, to the base parameter `name`; an adapter stays beside it.
+    ///
+    /// # Errors
+    /// There is no such parameter, the base is stored in fewer bits than f32, or a tensor operation failed.
+    pub fn add(&mut self, name: &str, delta: &Tensor) -> Result<()> {
+        self.precision.check_trainable()?;
+        self.change(name, |matrix| {
+            let before = matrix.dense()?;
+            Ok(Matrix::Dense((before.to_dtype(delta.dtype())? + delta)?.to_dtype(before.dtype())?))
+        })
+    }
+
+    /// Changes a base parameter, whether it is under training or not.
+    fn change(&mut self, name: &str, change: impl FnOnce(&Matrix) -> Result<Matrix>) -> Result<()> {
+        let index = self.params.iter().position(|param| param.name == name);
+        let index = index.ok_or_else(|| Error::run(format!("the model has no parameter `{name}`")))?;
+        let changed = change(&self.base[index].detach())?;
+        match self.trainable.get(name) {
+            Some(var) => var.set(&changed.dense()?)?,
+            None => self.base[index] = changed,
+        }
+        Ok(())
+    }
+
     /// Drops the adapter: the base parameters as they were before it.
     pub fn discard_adapter(&mut self) {
         self.freeze();

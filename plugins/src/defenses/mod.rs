@@ -1,5 +1,6 @@
 //! Defenses, one file each.
 
+pub mod alignment_update;
 pub mod antidote;
 pub mod booster;
 pub mod constrained_sft;
@@ -13,6 +14,7 @@ pub mod none;
 pub mod prompt_template;
 pub mod random_perturbation;
 pub mod repnoise;
+pub mod safe_lora;
 pub mod sft;
 pub mod t_vaccine;
 pub mod tar;
