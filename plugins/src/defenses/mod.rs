@@ -14,6 +14,7 @@ pub mod none;
 pub mod prompt_template;
 pub mod random_perturbation;
 pub mod repnoise;
+pub mod resta;
 pub mod safe_lora;
 pub mod sft;
 pub mod t_vaccine;
