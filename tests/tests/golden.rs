@@ -85,6 +85,7 @@ fn check_folder(folder: &Path) -> Result<Outcome> {
     let info = read_json(&trace)?;
     let class = info["reference"]["cls"].as_str().context("the trace names no reference class")?;
     let repository = info["reference"]["repo"].as_str().context("the trace names no repository")?;
+    let beside = |adapter: &str| adapter.replace("adapter_model.safetensors", "adapter_config.json");
     let file = |key: &str| -> Result<PathBuf> {
         let path = match (info["files"][key].as_str(), key) {
             (Some(path), _) => path,

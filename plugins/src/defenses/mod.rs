@@ -10,6 +10,7 @@ pub mod kl;
 pub mod ldifs;
 mod likelihood;
 pub mod lisa;
+pub mod lox;
 pub mod none;
 pub mod prompt_template;
 pub mod random_perturbation;
