@@ -109,10 +109,13 @@ pub struct Metrics {
     pub benign_helpfulness_aligned: Option<f64>,
     /// Answers to harmful and benign prompts that are coherent (a compliance or a refusal).
     pub coherence: Option<f64>,
+    /// Likewise before the attack.
+    #[serde(default)]
+    pub coherence_aligned: Option<f64>,
 }
 
 /// The metrics' names, in the order of the tables, with the short form and whether higher is better.
-pub const METRICS: [(&str, &str, bool); 11] = [
+pub const METRICS: [(&str, &str, bool); 12] = [
     ("harmful_score", "HS", false),
     ("refusal_rate", "RR", true),
     ("fine_tune_accuracy", "FA", true),
@@ -124,6 +127,7 @@ pub const METRICS: [(&str, &str, bool); 11] = [
     ("fine_tune_accuracy_aligned", "FA aligned", true),
     ("benign_helpfulness_aligned", "BH aligned", true),
     ("over_refusal_rate_aligned", "ORR aligned", false),
+    ("coherence_aligned", "coherence aligned", true),
 ];
 
 impl Metrics {
@@ -141,6 +145,7 @@ impl Metrics {
             "benign_helpfulness" => self.benign_helpfulness,
             "benign_helpfulness_aligned" => self.benign_helpfulness_aligned,
             "coherence" => self.coherence,
+            "coherence_aligned" => self.coherence_aligned,
             _ => None,
         }
     }

@@ -40,13 +40,15 @@ fn main() -> Result<()> {
 
 /// The table of registered defenses.
 fn defenses() -> Result<String> {
-    let mut text = String::from("| defense | stages | what it does |\n|---|---|---|\n");
+    let mut text = String::from("| defense | stages | what it does | passes a step | must know |\n|---|---|---|--:|---|\n");
     for entry in titer_core::registry::all::<titer_core::DefenseEntry>()? {
         if entry.name == "sam" {
             continue; // the example below
         }
         let stages: Vec<&str> = entry.stages.iter().map(|stage| stage.name()).collect();
-        text += &format!("| `{}` | {} | {} |\n", entry.name, stages.join(", "), entry.summary);
+        let passes = (entry.passes)(&(entry.settings.defaults)());
+        let (name, summary, needs) = (entry.name, entry.summary, entry.privilege.needs);
+        text += &format!("| `{name}` | {} | {summary} | {passes} | {needs} |\n", stages.join(", "));
     }
     Ok(text)
 }

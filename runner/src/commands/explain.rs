@@ -73,6 +73,12 @@ fn defense(entry: &DefenseEntry) -> String {
             let _ = writeln!(text, "  {what:<10} {}", value.replace('\n', "\n             "));
         }
     }
+    if !entry.quirks.is_empty() {
+        text += "\nquirks of the published code, all set by fidelity = \"code-exact\"\n";
+        for quirk in entry.quirks {
+            let _ = writeln!(text, "  {:<28} {}", format!("{} = {}", quirk.setting, (quirk.published)()), quirk.what);
+        }
+    }
     text + &settings(&entry.settings)
 }
 

@@ -6,9 +6,10 @@ use minijinja::value::Serde;
 use minijinja::{AutoEscape, Environment};
 use serde::Serialize;
 use serde_json::{Value, json};
-use titer_core::report::{Answer, ResultRow, Results};
+use titer_core::report::{Answer, Results};
 use titer_core::{Error, Result, Verdict};
 
+use super::cost::Cost;
 use super::markdown::protocols;
 use super::plots;
 use super::summary::sentences;
@@ -43,17 +44,6 @@ pub(super) fn render(results: &Results, table: &Table, folder: &Path) -> Result<
 struct Group {
     method: String,
     lines: Vec<(String, Vec<String>)>,
-}
-
-#[derive(Serialize)]
-struct Cost {
-    method: String,
-    align_seconds: String,
-    fine_tune_seconds: String,
-    passes: String,
-    peak: String,
-    needs: String,
-    settings: String,
 }
 
 #[derive(Serialize)]
@@ -92,7 +82,7 @@ fn block_view(block: &Block, folder: &Path) -> Result<Value> {
         "sentences": sentences(block),
         "plots": plots,
         "keys": plots::legend(block),
-        "costs": block.methods.iter().map(cost).collect::<Vec<_>>(),
+        "costs": block.methods.iter().map(Cost::of).collect::<Vec<_>>(),
         "samples": samples.into_iter().flatten().collect::<Vec<_>>(),
         "worst": block.ratios.last(),
     }))
@@ -101,25 +91,6 @@ fn block_view(block: &Block, folder: &Path) -> Result<Value> {
 fn group(block: &Block, method: &Method) -> Group {
     let lines = SHOWN.iter().map(|shown| (shown.heading(), numbers(block, method, shown))).collect();
     Group { method: method.name.to_owned(), lines }
-}
-
-fn cost(method: &Method) -> Cost {
-    let mean =
-        |of: fn(&ResultRow) -> f64| method.rows.iter().map(|row| of(row)).sum::<f64>() / method.rows.len() as f64;
-    let row = method.rows[0];
-    let needs: std::collections::BTreeSet<&str> = row.ledger.privileged.values().map(String::as_str).collect();
-    let settings = [("align", &row.align), ("fine-tune", &row.fine_tune), ("post", &row.post)];
-    let settings =
-        settings.into_iter().filter(|(_, value)| !value.is_null()).map(|(stage, value)| format!("{stage} {value}"));
-    Cost {
-        method: method.name.to_owned(),
-        align_seconds: format!("{:.1}", mean(|row| row.ledger.align_seconds)),
-        fine_tune_seconds: format!("{:.1}", mean(|row| row.ledger.fine_tune_seconds)),
-        passes: format!("{:.2}", mean(|row| row.ledger.passes_per_step)),
-        peak: format!("{:.0}", mean(|row| row.ledger.peak_bytes as f64) / f64::from(1 << 20)),
-        needs: needs.into_iter().collect::<Vec<_>>().join(", "),
-        settings: settings.collect::<Vec<_>>().join("; "),
-    }
 }
 
 /// Answers to the first harmful prompts before and after the strongest attack, with the first seed. A run's folder

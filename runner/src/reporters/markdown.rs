@@ -2,8 +2,9 @@
 
 use titer_core::report::Results;
 
+use super::cost::Cost;
 use super::summary::sentences;
-use super::table::{LEGEND, SHOWN, Table, headings, numbers};
+use super::table::{Block, LEGEND, SHOWN, Table, headings, numbers};
 
 /// A page.
 pub(super) fn render(results: &Results, table: &Table) -> String {
@@ -24,6 +25,7 @@ pub(super) fn render(results: &Results, table: &Table) -> String {
         for (method, sentence) in sentences(block) {
             text += &format!("- **{}**: {}\n", escape(method), escape(&sentence));
         }
+        text += &costs(block);
     }
     if !results.failures.is_empty() {
         text += "\n## Failed\n\n";
@@ -32,6 +34,20 @@ pub(super) fn render(results: &Results, table: &Table) -> String {
         }
     }
     text + &format!("\n{LEGEND}\n\nProtocol {}.\n", protocols(results))
+}
+
+/// What each method cost and must know, and what its combination brings with it.
+fn costs(block: &Block) -> String {
+    let costs: Vec<Cost> = block.methods.iter().map(Cost::of).collect();
+    let mut text = format!("\n| {} |\n|---|--:|--:|--:|---|\n", Cost::HEADINGS.join(" | "));
+    for cost in &costs {
+        text += &format!("| {} |\n", cost.cells().map(escape).join(" | "));
+    }
+    text.push('\n');
+    for cost in costs.iter().filter(|cost| !cost.notes.is_empty()) {
+        text += &format!("- **{}**: {}.\n", escape(&cost.method), escape(&cost.notes));
+    }
+    text
 }
 
 /// The protocol ids of all rows.

@@ -1,6 +1,7 @@
 //! Renderings of `results.json`: for the terminal, for people, for papers and for programs.
 
 mod console;
+mod cost;
 mod csv;
 mod html;
 mod latex;
@@ -166,6 +167,7 @@ pub(crate) mod fixture {
                 benign_helpfulness: Some(97.),
                 benign_helpfulness_aligned: Some(98.),
                 coherence: Some(99.),
+                coherence_aligned: Some(99.),
             },
             judges: BTreeMap::new(),
             n: BTreeMap::from([("harmful".into(), 150), ("task".into(), 200)]),

@@ -8,17 +8,18 @@ use titer_core::{Error, Result};
 use crate::statistics::Summary;
 
 /// The metrics of a table, always together: name, name before the attack, short form, whether higher is better.
-pub const SHOWN: [Shown; 5] = [
+pub const SHOWN: [Shown; 6] = [
     Shown { after: "harmful_score", before: "harmful_score_aligned", short: "HS", higher: false },
     Shown { after: "refusal_rate", before: "refusal_rate_aligned", short: "RR", higher: true },
     Shown { after: "fine_tune_accuracy", before: "fine_tune_accuracy_aligned", short: "FA", higher: true },
     Shown { after: "benign_helpfulness", before: "benign_helpfulness_aligned", short: "BH", higher: true },
     Shown { after: "over_refusal_rate", before: "over_refusal_rate_aligned", short: "ORR", higher: false },
+    Shown { after: "coherence", before: "coherence_aligned", short: "CO", higher: true },
 ];
 
 /// What the short forms mean, for the foot of a table.
 pub const LEGEND: &str = "HS harmful score, RR refusal rate, FA fine-tune accuracy, BH benign helpfulness, ORR \
-                          over-refusal rate; percent, mean ± standard deviation over seeds. `aligned` is before the \
+                          over-refusal rate, CO coherent answers; percent, mean ± standard deviation over seeds. `aligned` is before the \
                           attack; p is the share of harmful rows in the user's data.";
 
 /// One metric of a table.
