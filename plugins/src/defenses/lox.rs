@@ -1,4 +1,5 @@
-//! LoX: low-rank extrapolation of the alignment (Perin, Chen, Chen, Hirata, Wang, Hong; COLM 2025, arXiv:2506.15606).
+//! `LoX`: low-rank extrapolation of the alignment (Perin, Chen, Chen, Hirata, Wang, Hong; COLM 2025,
+//! arXiv:2506.15606).
 //!
 //! `W ← W + α U_k U_kᵀ ΔW` with `ΔW = W_aligned − W_base` and `U_k` its `k` first left singular vectors: the strongest
 //! directions of the alignment are followed further.
