@@ -83,6 +83,13 @@ pub trait AlignmentDefense: Debug + Send {
         Ok(Update::from(cx.backward(batch, Sites::none())?))
     }
 
+    /// Whether the gradients of an update are those of the loss that it logs, as a function of the weights: with the
+    /// batches, the noise and all that the defense keeps held fixed. Law 4 is then checked against finite differences.
+    /// `false` for an update that is a rule of its own, such as one that takes a perturbation for a constant.
+    fn loss_is_objective(&self) -> bool {
+        true
+    }
+
     /// After the last step: prune, project, merge. Post-fine-tuning defenses live here; they may change the weights.
     ///
     /// # Errors

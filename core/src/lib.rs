@@ -12,6 +12,7 @@
 //! | [`text`] [`data`] [`rng`] | templates and tokenizers; streams and mixtures; named generators |
 //! | [`optim`] [`generate`] [`cache`] | AdamW and schedules; batched greedy decoding |
 //! | [`device`] [`event`] [`report`] [`error`] | device parsing; progress; `results.json`; errors |
+//! | `testing` | with the feature of that name: what every defense and every model is checked for |
 //!
 //! # Laws
 //!
@@ -55,6 +56,8 @@ pub mod sites;
 pub mod step;
 pub mod tape;
 pub mod task;
+#[cfg(feature = "testing")]
+pub mod testing;
 pub mod text;
 pub mod weights;
 

@@ -91,14 +91,18 @@ impl Sites {
         &self.observed
     }
 
+    /// Every site that something is to be done at; one may come up more than once.
+    pub(crate) fn asked(&self) -> impl Iterator<Item = &String> {
+        self.observe.iter().chain(&self.probe).chain(self.add.keys())
+    }
+
     /// Fails if a site was asked for that the model never visited: a defense that perturbs nothing must not pass
     /// for one that does.
     ///
     /// # Errors
     /// A requested site was not visited.
     pub fn check_visited(&self) -> Result<()> {
-        let asked = self.observe.iter().chain(&self.probe).chain(self.add.keys());
-        match asked.into_iter().find(|site| !self.visited.contains(*site)) {
+        match self.asked().find(|site| !self.visited.contains(*site)) {
             Some(site) => {
                 let seen: Vec<&str> = self.visited.iter().map(String::as_str).collect();
                 Err(Error::run(format!("the model has no site `{site}`"))

@@ -149,6 +149,22 @@ impl Update {
         Self { grads, loss: loss.into(), scalars: BTreeMap::new() }
     }
 
+    /// `sum` and `share` of `next`, the update of one more micro batch. Numbers to log are the first one's.
+    ///
+    /// # Errors
+    /// Two gradients of one name differ in shape.
+    pub fn accumulate(sum: Option<Self>, next: Self, share: f64) -> Result<Self> {
+        Ok(match sum {
+            None if share == 1. => next,
+            None => Self { grads: next.grads.scale(share)?, loss: next.loss.affine(share, 0.)?, ..next },
+            Some(sum) => Self {
+                grads: sum.grads.add_scaled(share, &next.grads)?,
+                loss: sum.loss.plus(&next.loss.affine(share, 0.)?)?,
+                ..sum
+            },
+        })
+    }
+
     /// Adds a number to log.
     #[must_use]
     pub fn with(mut self, name: &'static str, value: impl Into<Scalar>) -> Self {
@@ -202,6 +218,8 @@ pub struct StepCx<'a> {
     losses: Vec<Scalar>,
     /// Noise to give out instead of drawing it.
     recorded: VecDeque<Tensor>,
+    /// The shapes of the noise so far.
+    noise_shapes: Vec<Vec<usize>>,
     /// Pieces of the model whose results a defense holds, until a loss of them is differentiated.
     open: Vec<OpenPass>,
 }
@@ -234,8 +252,9 @@ impl<'a> StepCx<'a> {
     /// The context of one step; `seed` is the stage's.
     pub fn new(model: &'a dyn Model, weights: &'a Weights, streams: &'a mut Streams, seed: Seed, clock: Clock) -> Self {
         let seed = seed.named("step").at(clock.step).at(clock.micro);
-        let (losses, recorded, open) = (Vec::new(), VecDeque::new(), Vec::new());
-        Self { model, weights, streams, seed, clock, checkpointing: false, passes: 0, losses, recorded, open }
+        let (losses, recorded, noise_shapes, open) = (Vec::new(), VecDeque::new(), Vec::new(), Vec::new());
+        let (checkpointing, passes) = (false, 0);
+        Self { model, weights, streams, seed, clock, checkpointing, passes, losses, recorded, noise_shapes, open }
     }
 
     /// Gives out this noise, in order, before any is drawn: how a recorded step is played again.
@@ -278,11 +297,17 @@ impl<'a> StepCx<'a> {
         &self.losses
     }
 
+    /// The shapes of the noise of this step so far, in order: what a replay must bring.
+    pub fn noise_shapes(&self) -> &[Vec<usize>] {
+        &self.noise_shapes
+    }
+
     /// Standard normal noise of this step for `purpose`, f32: the same after a resume.
     ///
     /// # Errors
     /// A tensor operation failed.
     pub fn noise(&mut self, purpose: &str, dims: &[usize]) -> Result<Tensor> {
+        self.noise_shapes.push(dims.to_vec());
         match self.recorded.pop_front() {
             Some(recorded) => Ok(recorded.reshape(dims)?),
             None => randn(dims, &mut self.generator(purpose), self.weights.device()),

@@ -181,15 +181,7 @@ impl Training<'_> {
             let update = self.defense.step(&mut cx, batch)?;
             record.passes += cx.passes();
             let share = batch.labels() as f64 / labels as f64;
-            sum = Some(match sum {
-                None if batches.len() == 1 => update,
-                None => Update { grads: update.grads.scale(share)?, loss: update.loss.affine(share, 0.)?, ..update },
-                Some(sum) => Update {
-                    grads: sum.grads.add_scaled(share, &update.grads)?,
-                    loss: sum.loss.plus(&update.loss.affine(share, 0.)?)?,
-                    ..sum
-                },
-            });
+            sum = Some(Update::accumulate(sum, update, share)?);
         }
         sum.ok_or_else(|| Error::config("`accumulate` must be at least 1").key("accumulate"))
     }

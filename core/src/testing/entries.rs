@@ -1,0 +1,62 @@
+//! What an entry owes: settings that build, survive JSON and refuse mistakes.
+
+use serde_json::{Value, json};
+
+use super::Outcome;
+use super::case::table;
+use crate::defense::DefenseEntry;
+use crate::{Entry, Result, Settings};
+
+/// The checks of a defense that need no model.
+pub(super) const CHECKS: &[(&str, fn(&DefenseEntry) -> Result<Outcome>)] =
+    &[("defaults", defaults), ("unknown setting", unknown_setting), ("published form", published_form)];
+
+/// A setting that no plugin has.
+const NO_SETTING: &str = "no_plugin_has_this";
+
+fn defaults(entry: &DefenseEntry) -> Result<Outcome> {
+    let settings = entry.resolve(&Settings::empty())?;
+    (entry.build)(&table(settings.clone())?)?;
+    survives(entry, &settings)
+}
+
+/// The same settings come out of text and out of themselves.
+pub(super) fn survives<E: Entry>(entry: &E, settings: &Value) -> Result<Outcome> {
+    let read: Value = serde_json::from_str(&settings.to_string()).unwrap_or_default();
+    let again = entry.resolve(&table(read)?)?;
+    Ok(Outcome::judge(again == *settings, format!("read again: {again}")))
+}
+
+/// A misspelt setting is refused, and the nearest one named.
+pub(super) fn unknown_setting<E: Entry>(entry: &E) -> Result<Outcome> {
+    let settings = table((entry.settings().defaults)())?;
+    let known = settings.as_map().keys().next();
+    let misspelt = known.map_or_else(|| NO_SETTING.to_owned(), |key| doubled(key));
+    let given = table(json!({ (misspelt.as_str()): 1 }))?;
+    Ok(match (entry.resolve(&given), known) {
+        (Ok(_), _) => Outcome::Failed(format!("`{misspelt}` passes in silence: read settings with `Settings::parse`")),
+        (Err(error), Some(key)) if !error.message().contains(&format!("`{key}`")) => {
+            Outcome::Failed(format!("`{misspelt}` is refused without naming `{key}`: {}", error.message()))
+        }
+        (Err(error), _) => Outcome::Passed(error.message().to_owned()),
+    })
+}
+
+/// `key` with its last letter twice.
+fn doubled(key: &str) -> String {
+    key.chars().chain(key.chars().last()).collect()
+}
+
+fn published_form(entry: &DefenseEntry) -> Result<Outcome> {
+    if entry.quirks.is_empty() {
+        return Ok(Outcome::NotApplicable("it declares no quirk of the published code"));
+    }
+    let defaults = entry.resolve(&Settings::empty())?;
+    let published = entry.resolve(&table(json!({ "fidelity": "code-exact" }))?)?;
+    (entry.build)(&table(published.clone())?)?;
+    let idle = entry.quirks.iter().find(|quirk| published[quirk.setting] == defaults[quirk.setting]);
+    Ok(match idle {
+        Some(quirk) => Outcome::Failed(format!("the quirk of `{}` is the default", quirk.setting)),
+        None => Outcome::Passed(format!("{} quirks", entry.quirks.len())),
+    })
+}

@@ -1,0 +1,180 @@
+//! A small model, random rows and batches, and weights as they stand at each stage.
+
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+use rand::RngExt;
+use serde_json::Value;
+
+use crate::data::{Batch, Example, Stream, Tokens};
+use crate::model::{Model, ModelEntry};
+use crate::rng::{Seed, randn};
+use crate::step::Ancestry;
+use crate::weights::LoraConfig;
+use crate::{Error, Precision, Result, Settings, Stage, Weights};
+
+/// The seed of all that is random here.
+pub(super) const SEED: u64 = 11;
+/// The token that fills short rows.
+const PAD: u32 = 0;
+/// The sizes that most architectures call by these names; block formats take rows of 32.
+const SIZES: [(&str, usize); 6] = [
+    ("vocab_size", 32),
+    ("hidden_size", 32),
+    ("intermediate_size", 32),
+    ("ffn_dim", 32),
+    ("num_attention_heads", 4),
+    ("num_key_value_heads", 2),
+];
+/// How most architectures call the number of their blocks.
+const LAYERS: &str = "num_hidden_layers";
+
+/// A small model that checks run on, with another of one layer if there is such.
+#[derive(Debug)]
+pub struct World {
+    model: Box<dyn Model>,
+    shallow: Option<Box<dyn Model>>,
+}
+
+impl World {
+    /// A model of two layers, and one of one layer. Sizes that the architecture calls by other names than most keep
+    /// its defaults.
+    ///
+    /// # Errors
+    /// The architecture refuses the sizes.
+    pub fn small(architecture: &ModelEntry) -> Result<Self> {
+        let build = |layers| (architecture.build)(&sizes(architecture, layers));
+        let shallow = build(1)?;
+        Ok(Self::new(build(2)?, (shallow.spec().layers == 1).then_some(shallow)))
+    }
+
+    /// A world of models built elsewhere; `shallow` has one layer.
+    pub fn new(model: Box<dyn Model>, shallow: Option<Box<dyn Model>>) -> Self {
+        Self { model, shallow }
+    }
+
+    /// The model.
+    pub fn model(&self) -> &dyn Model {
+        self.model.as_ref()
+    }
+
+    /// The model of one layer.
+    pub fn shallow(&self) -> Option<&dyn Model> {
+        self.shallow.as_deref()
+    }
+}
+
+/// The default settings of `architecture` with small sizes.
+pub(super) fn sizes(architecture: &ModelEntry, layers: usize) -> Settings {
+    let Value::Object(mut settings) = (architecture.settings.defaults)() else { return Settings::empty() };
+    for (key, size) in SIZES.into_iter().chain([(LAYERS, layers)]) {
+        if let Some(value) = settings.get_mut(key) {
+            *value = size.into();
+        }
+    }
+    settings.into()
+}
+
+/// `count` random rows of unequal lengths, each with at least one label.
+pub(super) fn rows(model: &dyn Model, name: &str, count: usize) -> Vec<Example> {
+    let vocabulary = model.spec().vocab_size as u32;
+    let mut generator = Seed::new(SEED).named("rows").named(name).generator();
+    let row = |_| {
+        let length = generator.random_range(3..9);
+        let tokens = (0..length).map(|_| generator.random_range(0..vocabulary)).collect();
+        Example { tokens, first_label: generator.random_range(1..length) }
+    };
+    (0..count).map(row).collect()
+}
+
+/// Shuffled batches of `size` of such rows, with a smaller last one.
+pub(super) fn stream(model: &dyn Model, name: &str, size: usize) -> Result<Stream> {
+    let rows = rows(model, name, 2 * size + 1);
+    Stream::new(Arc::new(rows), size, 1, Seed::new(SEED).named(name), PAD)
+}
+
+/// `batch` with `more` tokens of padding behind every row.
+pub(super) fn padded(batch: &Batch, more: usize) -> Result<Batch> {
+    let Tokens { ids, lengths } = &batch.tokens;
+    let (rows, length) = batch.tokens.dims();
+    let padding = Tensor::full(PAD, (rows, more), ids.device())?;
+    let at = |position: u32| position + position / length as u32 * more as u32;
+    let positions: Vec<u32> = batch.positions.to_vec1::<u32>()?.into_iter().map(at).collect();
+    Ok(Batch {
+        tokens: Tokens { ids: Tensor::cat(&[ids, &padding], 1)?, lengths: lengths.clone() },
+        positions: Tensor::new(positions, ids.device())?,
+        targets: batch.targets.clone(),
+    })
+}
+
+/// The models before a stage.
+#[derive(Debug)]
+pub(super) struct Ancestors {
+    base: Weights,
+    /// Before alignment there is none.
+    aligned: Option<Weights>,
+}
+
+impl Ancestry for Ancestors {
+    fn base(&self) -> Result<Weights> {
+        Ok(self.base.clone())
+    }
+
+    fn aligned(&self) -> Result<Weights> {
+        self.aligned.clone().ok_or_else(|| Error::run("the model is not aligned yet"))
+    }
+}
+
+/// Weights at the start of `stage` (after it, for [`Stage::Post`]), under training in full or by an adapter whose factors
+/// are both random, and the models that they come from.
+pub(super) fn weights(
+    model: &dyn Model,
+    stage: Stage,
+    precision: Precision,
+    dropout: Option<f32>,
+) -> Result<(Weights, Ancestors)> {
+    let base = Weights::random(model, Seed::new(SEED).named("base"), precision, &Device::Cpu)?;
+    if stage == Stage::Align {
+        let weights = moved(base.merged()?, dropout, "align")?;
+        return Ok((weights, Ancestors { base, aligned: None }));
+    }
+    let aligned = moved(base.merged()?, dropout, "align")?;
+    let weights = moved(aligned.merged()?, dropout, "fine_tune")?;
+    Ok((weights, Ancestors { base, aligned: Some(aligned.frozen()) }))
+}
+
+/// `weights` as if trained for a while: by an adapter of this dropout, or in full if there is none.
+fn moved(mut weights: Weights, dropout: Option<f32>, name: &str) -> Result<Weights> {
+    let seed = Seed::new(SEED).named(name);
+    match dropout {
+        Some(dropout) => {
+            weights
+                .train_lora(&LoraConfig { r: 4, alpha: 8., dropout, ..LoraConfig::default() }, seed.named("lora"))?;
+            shift(&weights, 0.1, seed)?;
+        }
+        None => {
+            weights.train_full()?;
+            shift(&weights, 0.02, seed)?;
+        }
+    }
+    Ok(weights)
+}
+
+/// Moves every trained number by normal noise of this standard deviation.
+pub(super) fn shift(weights: &Weights, deviation: f64, seed: Seed) -> Result<()> {
+    weights.shift(&noise_like(weights, seed)?, deviation)
+}
+
+/// Standard normal noise shaped as the trained parameters.
+pub(super) fn noise_like(weights: &Weights, seed: Seed) -> Result<crate::Grads> {
+    let noise = weights
+        .trainable()
+        .iter()
+        .map(|(name, var)| Ok((name.clone(), normal(var.dims(), seed.named(name))?.to_dtype(var.dtype())?)));
+    noise.collect()
+}
+
+/// Standard normal noise, f32.
+pub(super) fn normal(dims: &[usize], seed: Seed) -> Result<Tensor> {
+    Ok(randn(dims, &mut seed.generator(), &Device::Cpu)?.to_dtype(DType::F32)?)
+}

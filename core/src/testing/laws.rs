@@ -1,0 +1,127 @@
+//! What a stage under a defense owes: declarations that hold, the laws about weights, and the comparison with plain
+//! fine-tuning.
+
+use std::collections::BTreeSet;
+
+use super::Outcome;
+use super::case::Case;
+use super::numbers::Numbers;
+use super::watched::{PLANNED, Watched};
+use crate::model::sites_of_kind;
+use crate::{Result, Stage};
+
+/// A stage runs to its end on the declared streams, and its numbers stay finite.
+pub(super) fn runs(case: &Case) -> Result<Outcome> {
+    if case.stage != Stage::Post && case.declared_passes()? == 0. {
+        return Ok(Outcome::NotApplicable("it makes no update: the stage is left out"));
+    }
+    let run = case.run()?.whole()?;
+    if let Some(step) = run.losses.iter().position(|loss| !loss.is_finite()) {
+        return Ok(Outcome::Failed(format!("the loss of step {step} is {}", run.losses[step])));
+    }
+    if let Some(name) = Numbers::of(&run.weights)?.first_not_finite() {
+        return Ok(Outcome::Failed(format!("`{name}` holds a value that is not finite")));
+    }
+    let drawn = run.streams.drawn().into_iter().map(|(stream, count)| format!(", {count} batches of `{stream}`"));
+    Ok(Outcome::Passed(format!("{} updates{}", run.losses.len(), drawn.collect::<String>())))
+}
+
+/// Declared sites exist, and no other kind is touched.
+pub(super) fn sites(case: &Case) -> Result<Outcome> {
+    for kind in case.entry.sites {
+        sites_of_kind(case.model, kind)?;
+    }
+    let watched = Watched::new(case.model);
+    Case { model: &watched, ..case.clone() }.run()?.whole()?;
+    let kinds: BTreeSet<String> =
+        watched.touched().iter().filter_map(|site| Some(site.rsplit('.').next()?.to_owned())).collect();
+    Ok(match kinds.iter().find(|kind| !case.entry.sites.contains(&kind.as_str())) {
+        Some(kind) => Outcome::Failed(format!("acts on `{kind}`, but declares {:?}", case.entry.sites)),
+        None => Outcome::Passed(format!("acts on {kinds:?}")),
+    })
+}
+
+/// A step makes as many passes as declared, with the default and the neutral settings.
+pub(super) fn passes(case: &Case) -> Result<Outcome> {
+    let mut findings = Vec::new();
+    for case in [Some(case.clone()), case.neutral()?].into_iter().flatten() {
+        let declared = case.declared_passes()?;
+        let total = (800. / declared).clamp(8., 200.) as usize;
+        let case = Case { total, ..case };
+        let mut run = case.run()?;
+        run.begin()?;
+        for _ in 0..total {
+            run.update()?;
+        }
+        let finding = format!("{declared} declared, {} measured", run.passes as f64 / total as f64);
+        // What happens in some steps only may be one time off.
+        if (run.passes as f64 - declared * total as f64).abs() >= 1. {
+            return Ok(Outcome::Failed(finding));
+        }
+        findings.push(finding);
+    }
+    Ok(Outcome::Passed(findings.join("; neutral: ")))
+}
+
+/// Law 3: with the neutral settings the stage equals plain fine-tuning bit for bit.
+pub(super) fn neutral(case: &Case) -> Result<Outcome> {
+    let Some(neutral) = case.neutral()? else {
+        return Ok(Outcome::NotApplicable("it declares no neutral settings"));
+    };
+    for micros in [1, 2] {
+        let case = Case { micros, ..neutral.clone() };
+        if let Some(difference) = case.run()?.whole()?.difference(&case.plain()?.whole()?)? {
+            return Ok(Outcome::Failed(format!("with {micros} micro batches {difference}")));
+        }
+    }
+    Ok(Outcome::Passed(format!("{} updates equal to the last bit, also under accumulation", case.total)))
+}
+
+/// Law 3: with the default settings it does not.
+pub(super) fn active(case: &Case) -> Result<Outcome> {
+    if case.neutral()?.is_some_and(|neutral| neutral.resolved().ok() == case.resolved().ok()) {
+        return Ok(Outcome::NotApplicable("its default settings are the neutral ones"));
+    }
+    let difference = case.run()?.whole()?.difference(&case.plain()?.whole()?)?;
+    let idle = || Outcome::Failed("with the default settings it does what plain fine-tuning does".to_owned());
+    Ok(difference.map_or_else(idle, Outcome::Passed))
+}
+
+/// Law 1: a step leaves the weights as it found them.
+pub(super) fn untouched(case: &Case) -> Result<Outcome> {
+    let mut run = case.run()?;
+    run.begin()?;
+    while run.step < case.total {
+        let (step, before) = (run.step, Numbers::of(&run.weights)?);
+        run.update()?;
+        if let Some(name) = before.first_difference(&Numbers::of(&run.weights)?) {
+            return Ok(Outcome::Failed(format!("step {step} changes `{name}`: move weights inside `cx.scratch` only")));
+        }
+    }
+    Ok(Outcome::Passed(format!("{} steps leave every bit", case.total)))
+}
+
+/// Law 1, also for a step in which a pass fails; and the failure reaches the caller.
+pub(super) fn failure(case: &Case) -> Result<Outcome> {
+    let watched = Watched::new(case.model);
+    let case = Case { model: &watched, ..case.clone() };
+    let mut run = case.run()?;
+    run.begin()?;
+    run.update()?;
+    let passes = run.passes;
+    for pass in BTreeSet::from([0, passes / 2, passes.saturating_sub(1)]) {
+        let mut run = case.run()?;
+        run.begin()?;
+        let before = Numbers::of(&run.weights)?;
+        watched.fail_after(Some(pass));
+        let result = run.update();
+        watched.fail_after(None);
+        if !result.is_err_and(|error| error.to_string().contains(PLANNED)) {
+            return Ok(Outcome::Failed(format!("pass {pass} of a step fails, and nobody is told")));
+        }
+        if let Some(name) = before.first_difference(&Numbers::of(&run.weights)?) {
+            return Ok(Outcome::Failed(format!("after pass {pass} of a step fails, `{name}` stays changed")));
+        }
+    }
+    Ok(Outcome::Passed(format!("a failure in any of {passes} passes is told and leaves every bit")))
+}

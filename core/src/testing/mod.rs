@@ -1,0 +1,197 @@
+//! What every defense and every model is checked for: the conformance suite.
+//!
+//! [`check_defense`] goes through the laws that a defense owes, on a small model of any architecture; [`check_model`]
+//! through those of an architecture. Nothing has to be told about the plugin: settings, streams, sites and passes are
+//! taken from its entry. A plugin's own test is
+//!
+//! ```ignore
+//! let world = World::small(registry::find::<ModelEntry>("llama")?)?;
+//! for check in check_defense(registry::find::<DefenseEntry>("mine")?, &world) {
+//!     assert!(!check.outcome.failed(), "{check}");
+//! }
+//! ```
+//!
+//! | check of a defense | what holds |
+//! |---|---|
+//! | `defaults` | the default settings build, and survive being written and read |
+//! | `unknown setting` | a misspelt setting is refused, and the nearest one named |
+//! | `published form` | `fidelity = "code-exact"` builds, and every quirk is a setting that it changes |
+//! | `runs` | a stage runs to its end on the declared streams alone, and all numbers stay finite |
+//! | `sites` | declared sites exist, and no other kind is touched |
+//! | `passes` | a step makes as many passes as declared |
+//! | `neutral` | with the neutral settings the stage equals plain fine-tuning bit for bit |
+//! | `active` | with the default settings it does not |
+//! | `untouched` | a step leaves the weights as it found them, bit for bit |
+//! | `failure` | so does a step in which a pass fails, and the failure is not hidden |
+//! | `gradient` | the gradients are the slope of the logged loss, where that is the objective |
+//! | `resume` | stopped after any step and resumed, the stage ends in the same bits |
+//! | `accumulation` | every micro batch counts |
+//! | `one row`, `padding`, `one layer` | a batch of one row; padding that nothing sees; a model of one layer |
+//! | `full`, `bf16`, `q8_0` | training of all parameters; bases in fewer bits |
+
+mod batches;
+mod case;
+mod entries;
+mod fixture;
+mod laws;
+mod model;
+mod numbers;
+mod objective;
+mod resume;
+mod watched;
+
+use std::fmt;
+
+pub use fixture::World;
+
+use crate::defense::{DefenseEntry, Stage};
+use crate::model::ModelEntry;
+use crate::{Error, Result};
+use case::Case;
+
+/// What one check found.
+#[derive(Debug, Clone)]
+pub struct Check {
+    /// Which check, as in the table of this module.
+    pub name: &'static str,
+    /// The stage that the defense acted at, if it was run.
+    pub stage: Option<Stage>,
+    /// What was found.
+    pub outcome: Outcome,
+}
+
+/// How a check went.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// It holds: what was measured.
+    Passed(String),
+    /// It does not hold: why.
+    Failed(String),
+    /// It does not apply: why.
+    NotApplicable(&'static str),
+}
+
+impl Outcome {
+    /// Whether the check was made and does not hold.
+    pub fn failed(&self) -> bool {
+        matches!(self, Self::Failed(_))
+    }
+
+    /// Passed if `holds`; either way, the finding.
+    fn judge(holds: bool, finding: impl Into<String>) -> Self {
+        if holds { Self::Passed(finding.into()) } else { Self::Failed(finding.into()) }
+    }
+}
+
+impl From<Result<Outcome>> for Outcome {
+    fn from(result: Result<Outcome>) -> Self {
+        result.unwrap_or_else(|error| Self::Failed(told(&error)))
+    }
+}
+
+/// An error on one line.
+fn told(error: &Error) -> String {
+    error.to_string().replace("\n  ", "; ")
+}
+
+impl fmt::Display for Check {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (state, finding) = match &self.outcome {
+            Outcome::Passed(finding) => ("ok", finding.as_str()),
+            Outcome::Failed(finding) => ("FAILED", finding.as_str()),
+            Outcome::NotApplicable(why) => ("-", *why),
+        };
+        let stage = self.stage.map_or("", Stage::name);
+        write!(f, "{state:<6}  {:<15}  {stage:<9}  {finding}", self.name)
+    }
+}
+
+/// A check of a defense at one stage, and the name it goes by.
+type CaseCheck = (&'static str, fn(&Case) -> Result<Outcome>);
+
+/// What a stage of training is checked for once it runs at all.
+const TRAINING: &[CaseCheck] = &[
+    ("sites", laws::sites),
+    ("passes", laws::passes),
+    ("neutral", laws::neutral),
+    ("active", laws::active),
+    ("untouched", laws::untouched),
+    ("failure", laws::failure),
+    ("gradient", objective::gradient),
+    ("resume", resume::resume),
+    ("accumulation", batches::accumulation),
+    ("one row", batches::one_row),
+    ("padding", batches::padding),
+    ("one layer", batches::one_layer),
+    ("full", batches::full),
+    ("bf16", batches::bf16),
+    ("q8_0", batches::q8_0),
+];
+
+/// The same of what happens after the user's fine-tuning, without steps.
+const POST: &[CaseCheck] = &[
+    ("sites", laws::sites),
+    ("neutral", laws::neutral),
+    ("active", laws::active),
+    ("one row", batches::one_row),
+    ("padding", batches::padding),
+    ("one layer", batches::one_layer),
+    ("full", batches::full),
+    ("bf16", batches::bf16),
+    ("q8_0", batches::q8_0),
+];
+
+/// Checks a defense on a model of any architecture.
+pub fn check_defense(entry: &DefenseEntry, world: &World) -> Vec<Check> {
+    let mut checks = listed(entries::CHECKS, entry, None);
+    // Alignment and fine-tuning are the same work to a defense; one of the two is gone through.
+    let training = entry.stages.iter().copied().find(|stage| *stage != Stage::Post);
+    let post = entry.stages.iter().copied().find(|stage| *stage == Stage::Post);
+    for (stage, list) in [(training, TRAINING), (post, POST)] {
+        if let Some(stage) = stage {
+            checks.extend(at_stage(&Case::new(entry, world, stage), list));
+        }
+    }
+    checks
+}
+
+/// Checks an architecture.
+pub fn check_model(entry: &ModelEntry) -> Vec<Check> {
+    let built = World::small(entry);
+    let mut checks = listed(model::ENTRY_CHECKS, entry, None);
+    match built {
+        Ok(world) => checks.extend(listed(model::CHECKS, world.model(), None)),
+        Err(error) => {
+            checks.push(Check { name: "builds", stage: None, outcome: Outcome::Failed(told(&error)) });
+        }
+    }
+    checks
+}
+
+fn listed<T: ?Sized>(
+    list: &[(&'static str, fn(&T) -> Result<Outcome>)],
+    subject: &T,
+    stage: Option<Stage>,
+) -> Vec<Check> {
+    list.iter().map(|(name, check)| Check { name, stage, outcome: check(subject).into() }).collect()
+}
+
+/// The checks of one stage. What does not run, or trains nothing, is not checked for how it runs.
+fn at_stage(case: &Case, list: &[CaseCheck]) -> Vec<Check> {
+    let (name, stage) = ("runs", Some(case.stage));
+    let outcome = Outcome::from(laws::runs(case));
+    let why = match &outcome {
+        Outcome::Passed(_) => None,
+        Outcome::Failed(_) => Some("it does not run"),
+        Outcome::NotApplicable(why) => Some(*why),
+    };
+    let mut checks = vec![Check { name, stage, outcome }];
+    match why {
+        None => checks.extend(listed(list, case, stage)),
+        Some(why) => checks.extend(list.iter().map(|(name, _)| {
+            let outcome = Outcome::NotApplicable(why);
+            Check { name, stage, outcome }
+        })),
+    }
+    checks
+}

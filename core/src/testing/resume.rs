@@ -1,0 +1,26 @@
+//! Law 2: an interrupted and resumed stage ends as an uninterrupted one.
+
+use super::Outcome;
+use super::case::Case;
+use crate::Result;
+
+/// Stopped after any step and put together again from what is stored, the stage ends in the same bits.
+pub(super) fn resume(case: &Case) -> Result<Outcome> {
+    for micros in [1, 2] {
+        let case = Case { micros, ..case.clone() };
+        let whole = case.run()?.whole()?;
+        for stop in 1..case.total {
+            let mut first = case.run()?;
+            first.begin()?;
+            first.train_to(stop)?;
+            let resumed = first.resumed()?.to_the_end()?;
+            if let Some(difference) = whole.difference(&resumed)? {
+                return Ok(Outcome::Failed(format!("resumed after step {stop}, {difference}")));
+            }
+            if whole.streams.drawn() != resumed.streams.drawn() {
+                return Ok(Outcome::Failed(format!("resumed after step {stop}, it draws other batches")));
+            }
+        }
+    }
+    Ok(Outcome::Passed(format!("the same bits after a stop at any of {} steps", case.total - 1)))
+}
