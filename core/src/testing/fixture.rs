@@ -89,7 +89,7 @@ pub(super) fn rows(model: &dyn Model, name: &str, count: usize) -> Vec<Example> 
 
 /// Shuffled batches of `size` of such rows, with a smaller last one.
 pub(super) fn stream(model: &dyn Model, name: &str, size: usize) -> Result<Stream> {
-    let rows = rows(model, name, 2 * size + 1);
+    let rows = rows(model, name, 3 * size - 1);
     Stream::new(Arc::new(rows), size, 1, Seed::new(SEED).named(name), PAD)
 }
 

@@ -24,7 +24,7 @@
 //! | `untouched` | a step leaves the weights as it found them, bit for bit |
 //! | `failure` | so does a step in which a pass fails, and the failure is not hidden |
 //! | `gradient` | the gradients are the slope of the logged loss, where that is the objective |
-//! | `resume` | stopped after any step and resumed, the stage ends in the same bits |
+//! | `resume` | stopped and resumed, the stage ends in the same bits |
 //! | `accumulation` | every micro batch counts |
 //! | `one row`, `padding`, `one layer` | a batch of one row; padding that nothing sees; a model of one layer |
 //! | `full`, `bf16`, `q8_0` | training of all parameters; bases in fewer bits |

@@ -19,7 +19,7 @@ pub(super) fn gradient(case: &Case) -> Result<Outcome> {
     let case = case.precise();
     let mut run = case.under_way()?;
     let batch = run.draw()?;
-    let (grads, here) = (run.attempt(&batch, Vec::new())?.update.grads, run.weights.snapshot()?);
+    let (here, grads) = (run.weights.snapshot()?, run.attempt(&batch, Vec::new())?.update.grads);
     let norm = grads.norm()?.value()?;
     let mut worst = Vec::new();
     for index in 0..3 {

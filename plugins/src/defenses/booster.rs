@@ -97,4 +97,8 @@ impl AlignmentDefense for Booster {
         let update = update.with("harmful_loss", here.loss).with("harmful_gain", gain);
         Ok(self.micro_batches.keep(update, cx.clock()))
     }
+
+    fn loss_is_objective(&self) -> bool {
+        false
+    }
 }

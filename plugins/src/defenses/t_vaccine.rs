@@ -171,6 +171,10 @@ impl AlignmentDefense for TVaccine {
         Ok(self.settings.micro_batches.keep(update, clock))
     }
 
+    fn loss_is_objective(&self) -> bool {
+        false
+    }
+
     fn state(&self) -> State {
         let kept = Kept { probabilities: self.probabilities.clone(), active: self.active.clone() };
         State { value: json!(kept), ..State::default() }

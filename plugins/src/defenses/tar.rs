@@ -181,6 +181,10 @@ impl AlignmentDefense for Tar {
         Ok(update.with("entropy_attacked", entropy))
     }
 
+    fn loss_is_objective(&self) -> bool {
+        false
+    }
+
     fn state(&self) -> State {
         State { tensors: self.start.iter().map(|(name, t)| (name.to_owned(), t.clone())).collect(), ..State::default() }
     }

@@ -120,4 +120,8 @@ impl AlignmentDefense for Vaccine {
         let update = self.step_at(cx, batch, sites_of_kind(cx.model(), "attn_out")?)?;
         Ok(self.micro_batches.keep(update, cx.clock()))
     }
+
+    fn loss_is_objective(&self) -> bool {
+        false
+    }
 }
