@@ -5,7 +5,7 @@ use candle_core::{DType, Tensor};
 
 use super::Outcome;
 use super::case::{Case, Run, seed};
-use super::fixture::normal;
+use super::fixture::{Adapted, normal};
 use super::laws::runs;
 use super::numbers::{Numbers, distance};
 use crate::{Error, Grads, Precision, Result, Stage};
@@ -62,7 +62,7 @@ pub(super) fn one_layer(case: &Case) -> Result<Outcome> {
 
 /// The stage runs if all parameters are trained.
 pub(super) fn full(case: &Case) -> Result<Outcome> {
-    runs(&Case { dropout: None, ..case.clone() })
+    runs(&Case { trained: Adapted::Full, ..case.clone() })
 }
 
 /// The stage runs over a base in half precision.

@@ -4,7 +4,7 @@ use candle_core::{DType, Tensor};
 use serde_json::Value;
 
 use super::World;
-use super::fixture::{Ancestors, SEED, padded, shift, stream, weights};
+use super::fixture::{Adapted, Ancestors, SEED, padded, shift, stream, weights};
 use super::numbers::Numbers;
 use crate::data::{Batch, Stream};
 use crate::model::Model;
@@ -31,8 +31,7 @@ pub(super) struct Case<'a> {
     /// The same architecture with one layer.
     pub(super) shallow: Option<&'a dyn Model>,
     pub(super) precision: Precision,
-    /// The dropout of the adapter; without, all parameters are trained.
-    pub(super) dropout: Option<f32>,
+    pub(super) trained: Adapted,
     /// Updates of the stage; none after fine-tuning.
     pub(super) total: usize,
     /// Micro batches per update.
@@ -53,7 +52,7 @@ impl<'a> Case<'a> {
             model: world.model(),
             shallow: world.shallow(),
             precision: DType::F32.into(),
-            dropout: Some(0.2),
+            trained: Adapted::Lora { dropout: 0.2 },
             total: if stage == Stage::Post { 0 } else { STEPS },
             micros: 1,
             batch_size: 3,
@@ -63,7 +62,7 @@ impl<'a> Case<'a> {
 
     /// The same in double precision and without dropout, where numbers agree to rounding.
     pub(super) fn precise(&self) -> Self {
-        Self { precision: DType::F64.into(), dropout: Some(0.), ..self.clone() }
+        Self { precision: DType::F64.into(), trained: Adapted::Lora { dropout: 0. }, ..self.clone() }
     }
 
     /// The same with the neutral settings, if it has such.
@@ -173,7 +172,7 @@ pub(super) struct Trial {
 
 impl<'a> Run<'a> {
     fn open(case: &'a Case<'a>, defense: Box<dyn AlignmentDefense>) -> Result<Self> {
-        let (weights, ancestors) = weights(case.model, case.stage, case.precision, case.dropout)?;
+        let (weights, ancestors) = weights(case.model, case.stage, case.precision, case.trained)?;
         Ok(Self {
             case,
             weights,

@@ -107,6 +107,15 @@ pub(super) fn padded(batch: &Batch, more: usize) -> Result<Batch> {
     })
 }
 
+/// What is trained.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Adapted {
+    /// The factors of an adapter with this dropout.
+    Lora { dropout: f32 },
+    /// All parameters.
+    Full,
+}
+
 /// The models before a stage.
 #[derive(Debug)]
 pub(super) struct Ancestors {
@@ -131,28 +140,28 @@ pub(super) fn weights(
     model: &dyn Model,
     stage: Stage,
     precision: Precision,
-    dropout: Option<f32>,
+    trained: Adapted,
 ) -> Result<(Weights, Ancestors)> {
     let base = Weights::random(model, Seed::new(SEED).named("base"), precision, &Device::Cpu)?;
     if stage == Stage::Align {
-        let weights = moved(base.merged()?, dropout, "align")?;
+        let weights = adapted(base.merged()?, trained, "align")?;
         return Ok((weights, Ancestors { base, aligned: None }));
     }
-    let aligned = moved(base.merged()?, dropout, "align")?;
-    let weights = moved(aligned.merged()?, dropout, "fine_tune")?;
+    let aligned = adapted(base.merged()?, trained, "align")?;
+    let weights = adapted(aligned.merged()?, trained, "fine_tune")?;
     Ok((weights, Ancestors { base, aligned: Some(aligned.frozen()) }))
 }
 
-/// `weights` as if trained for a while: by an adapter of this dropout, or in full if there is none.
-fn moved(mut weights: Weights, dropout: Option<f32>, name: &str) -> Result<Weights> {
+/// `weights` as if trained for a while.
+pub(super) fn adapted(mut weights: Weights, trained: Adapted, name: &str) -> Result<Weights> {
     let seed = Seed::new(SEED).named(name);
-    match dropout {
-        Some(dropout) => {
+    match trained {
+        Adapted::Lora { dropout } => {
             weights
                 .train_lora(&LoraConfig { r: 4, alpha: 8., dropout, ..LoraConfig::default() }, seed.named("lora"))?;
             shift(&weights, 0.1, seed)?;
         }
-        None => {
+        Adapted::Full => {
             weights.train_full()?;
             shift(&weights, 0.02, seed)?;
         }

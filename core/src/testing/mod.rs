@@ -28,6 +28,17 @@
 //! | `accumulation` | every micro batch counts |
 //! | `one row`, `padding`, `one layer` | a batch of one row; padding that nothing sees; a model of one layer |
 //! | `full`, `bf16`, `q8_0` | training of all parameters; bases in fewer bits |
+//!
+//! | check of an architecture | what holds |
+//! |---|---|
+//! | `defaults`, `unknown setting` | as above |
+//! | `config.json` | the configuration that a model writes builds the same model |
+//! | `parameters`, `sites` | every one gets a gradient, and it is the slope of the loss |
+//! | `padding`, `causality` | padding changes nothing; a token changes no earlier state |
+//! | `decoding` | token by token with a cache, hidden states are those of one pass |
+//! | `adapter` | every factor gets a gradient; merged, the adapter computes the same |
+//! | `checkpointing` | running blocks again changes no bit |
+//! | `bf16`, `q8_0` | a base in fewer bits computes nearly the same |
 
 mod batches;
 mod case;

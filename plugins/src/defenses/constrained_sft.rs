@@ -147,6 +147,10 @@ impl AlignmentDefense for ConstrainedSft {
         Ok(update.with("mean_weight", Scalar::of(&weight)?))
     }
 
+    fn loss_is_objective(&self) -> bool {
+        self.beta == 0.
+    }
+
     fn state(&self) -> State {
         self.kept.state()
     }

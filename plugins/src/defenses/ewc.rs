@@ -214,6 +214,10 @@ impl AlignmentDefense for Ewc {
         Ok(Update::new(grads, plain.loss.plus(&penalty)?).with("task_loss", plain.loss).with("penalty", penalty))
     }
 
+    fn loss_is_objective(&self) -> bool {
+        !self.stale_gradient
+    }
+
     fn state(&self) -> State {
         self.kept.state()
     }

@@ -235,6 +235,10 @@ impl AlignmentDefense for Ldifs {
         self.clipped(update, cx.clock())
     }
 
+    fn loss_is_objective(&self) -> bool {
+        self.inner_clip.is_none()
+    }
+
     fn state(&self) -> State {
         self.kept.state()
     }

@@ -13,6 +13,7 @@ use titer_core::{
 };
 
 use super::check_strength;
+use super::likelihood::wide;
 
 inventory::submit! {
     DefenseEntry {
@@ -226,9 +227,10 @@ impl AlignmentDefense for RepNoise {
         };
         let mut noise = None;
         for site in &mlps {
-            let z = cx.noise(site, observed[site].dims())?.broadcast_mul(&answers)?.flatten_from(1)?;
-            let x = observed[site].to_dtype(DType::F32)?.broadcast_mul(&answers)?.flatten_from(1)?;
-            let distance = discrepancy(&x, &z)?;
+            let x = wide(&observed[site])?;
+            let (z, answers) = (cx.noise(site, x.dims())?.to_dtype(x.dtype())?, answers.to_dtype(x.dtype())?);
+            let of_answers = |x: &Tensor| x.broadcast_mul(&answers)?.flatten_from(1);
+            let distance = discrepancy(&of_answers(&x)?, &of_answers(&z)?)?;
             noise = Some(match noise {
                 Some(sum) => (sum + distance)?,
                 None => distance,
@@ -238,5 +240,10 @@ impl AlignmentDefense for RepNoise {
         let loss = ((&safe + (&noise * self.beta)?)? - (ascent.log()? * self.alpha)?)?;
         let update = Update::new(cx.backward_loss(&loss)?, Scalar::of(&loss)?);
         Ok(update.with("safe_loss", Scalar::of(&safe)?).with("harmful_loss", Scalar::of(&ascent)?))
+    }
+
+    fn loss_is_objective(&self) -> bool {
+        // The widths of the kernels follow the weights and count as constants.
+        self.beta == 0.
     }
 }

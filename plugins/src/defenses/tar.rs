@@ -1,6 +1,6 @@
 //! TAR: alignment that survives simulated attacks (Tamirisa et al.; ICLR 2025).
 
-use candle_core::{D, DType, Tensor};
+use candle_core::{D, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -13,6 +13,7 @@ use titer_core::{
 };
 
 use super::check_strength;
+use super::likelihood::{log_softmax, wide};
 
 inventory::submit! {
     DefenseEntry {
@@ -148,10 +149,10 @@ impl Tar {
         let (mask, tokens) = (batch.tokens.mask()?, batch.tokens.lengths.iter().sum::<usize>() as f64);
         let mut drift = Vec::with_capacity(now.len());
         for (site, state) in &now {
-            let gap = (state - before[site].detach())?.to_dtype(DType::F32)?;
+            let gap = wide(&(state - before[site].detach())?)?;
             // Not at zero, where the norm has no gradient.
             let norms = (gap.sqr()?.sum_keepdim(D::Minus1)? + 1e-12)?.sqrt()?;
-            drift.push((norms.broadcast_mul(&mask)?.sum_all()? / tokens)?);
+            drift.push((norms.broadcast_mul(&mask.to_dtype(norms.dtype())?)?.sum_all()? / tokens)?);
         }
         let drift = Tensor::stack(&drift, 0)?.mean_all()?;
         let loss = (cx.cross_entropy(&hidden, batch)? + (&drift * self.settings.retain)?)?;
@@ -164,7 +165,7 @@ impl Tar {
 fn entropy(cx: &mut StepCx, batch: &Batch) -> Result<Tensor> {
     let (hidden, _) = cx.hidden(&batch.tokens, Sites::none())?;
     let logits = cx.logits(&hidden.flatten(0, 1)?.index_select(&batch.positions, 0)?)?;
-    let log_chances = candle_nn::ops::log_softmax(&logits.to_dtype(DType::F32)?, 1)?;
+    let log_chances = log_softmax(&logits, 1)?;
     Ok((log_chances.exp()? * log_chances)?.sum(1)?.mean_all()?.neg()?)
 }
 
