@@ -1,37 +1,111 @@
-//! Compiles the device kernels to PTX, if the `cuda` feature is on.
+//! Says what the core is built with, and compiles the device kernels to PTX if the `cuda` feature is on.
 
 use std::env::var_os;
-use std::path::PathBuf;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
+use std::{fs, io};
 
-const SOURCE: &str = "src/ops/cuda/kernels.cu";
+const KERNELS: &str = "src/ops/cuda/kernels.cu";
+const LOCK: &str = "../Cargo.lock";
 
 fn main() {
-    println!("cargo::rerun-if-changed={SOURCE}");
+    println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=src");
     for variable in ["NVCC", "CUDA_COMPUTE_CAP"] {
         println!("cargo::rerun-if-env-changed={variable}");
     }
-    if var_os("CARGO_FEATURE_CUDA").is_none() {
-        return;
+    fingerprint();
+    if var_os("CARGO_FEATURE_CUDA").is_some() {
+        compile_kernels();
     }
-    let ptx = PathBuf::from(var_os("OUT_DIR").unwrap_or_default()).join("kernels.ptx");
-    let setting = |name: &str, default: &str| {
-        var_os(name).map_or_else(|| default.to_owned(), |value| value.to_string_lossy().into_owned())
-    };
+}
+
+/// What a shared library must have in common with the runner that loads it: see `src/plugin.rs`.
+fn fingerprint() {
+    let flags = variable("CARGO_ENCODED_RUSTFLAGS").replace('\x1f', " ");
+    for (name, value) in [
+        ("CANDLE", candle()),
+        ("RUSTC", rustc()),
+        ("TARGET", variable("TARGET")),
+        ("PROFILE", profile()),
+        ("OPT", variable("OPT_LEVEL")),
+        ("FEATURES", variable("CARGO_CFG_FEATURE")),
+        ("RUSTFLAGS", flags),
+        ("CORE_SRC", sources().unwrap_or_else(|error| fail(&format!("cannot read the sources: {error}")))),
+    ] {
+        // A record separates its fields by `;`, and says something in each.
+        let value = value.replace(';', ",");
+        println!("cargo::rustc-env=TITER_{name}={}", if value.is_empty() { "none" } else { &value });
+    }
+}
+
+/// The version of candle that the workspace is locked to.
+fn candle() -> String {
+    let Ok(lock) = fs::read_to_string(LOCK) else { return "unlocked".into() };
+    println!("cargo::rerun-if-changed={LOCK}");
+    let found = lock.split_once("name = \"candle-core\"\nversion = \"").and_then(|(_, rest)| rest.split('"').next());
+    found.unwrap_or("unlocked").to_owned()
+}
+
+/// The compiler's version and commit.
+fn rustc() -> String {
+    let output = Command::new(variable("RUSTC")).arg("-vV").output();
+    let text = output.map_or_else(|error| fail(&error.to_string()), |output| output.stdout);
+    let text = String::from_utf8_lossy(&text);
+    let line = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)).unwrap_or("unknown");
+    format!("{} ({})", line("release: "), line("commit-hash: "))
+}
+
+/// The profile's folder, `<target>/<profile>/build/<package>/out`: its name, where cargo's own variable knows only two.
+fn profile() -> String {
+    let out = PathBuf::from(variable("OUT_DIR"));
+    out.ancestors().nth(3).and_then(Path::file_name).unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// A hash of all sources, with their paths.
+fn sources() -> io::Result<String> {
+    let mut files = Vec::new();
+    list(Path::new("src"), &mut files)?;
+    files.sort();
+    let mut hasher = DefaultHasher::new();
+    for file in files {
+        (fs::read(&file)?, file).hash(&mut hasher);
+    }
+    Ok(format!("{:016x}", hasher.finish()))
+}
+
+fn list(folder: &Path, files: &mut Vec<PathBuf>) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.is_dir() { list(&path, files)? } else { files.push(path) }
+    }
+    Ok(())
+}
+
+fn compile_kernels() {
+    let ptx = PathBuf::from(variable("OUT_DIR")).join("kernels.ptx");
+    let setting =
+        |name: &str, default: &str| Some(variable(name)).filter(|set| !set.is_empty()).unwrap_or(default.into());
     let compiler = setting("NVCC", "nvcc");
     let architecture = format!("-arch=compute_{}", setting("CUDA_COMPUTE_CAP", "80"));
     let run = Command::new(&compiler)
         .args(["--ptx", "-O3", "-std=c++17", &architecture, "-o"])
         .arg(&ptx)
-        .arg(SOURCE)
+        .arg(KERNELS)
         .status();
     match run {
         Ok(status) if status.success() => {}
-        Ok(status) => fail(&format!("{compiler} ended with {status} on {SOURCE}")),
+        Ok(status) => fail(&format!("{compiler} ended with {status} on {KERNELS}")),
         Err(error) => {
             fail(&format!("cannot start {compiler}: {error}; install the CUDA toolkit, or set NVCC to its nvcc"));
         }
     }
+}
+
+/// An environment variable; empty if it is not set.
+fn variable(name: &str) -> String {
+    var_os(name).unwrap_or_default().to_string_lossy().into_owned()
 }
 
 fn fail(message: &str) -> ! {

@@ -5,7 +5,7 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`defense`] [`model`] [`task`] [`judge`] | one trait each, and the entry that registers it |
-//! | [`registry`] [`settings`] | looking plugins up by name; typed settings |
+//! | [`registry`] [`settings`] [`plugin`] | looking plugins up by name; typed settings; plugin crates from elsewhere |
 //! | [`step`] [`sites`] [`grads`] [`scalar`] | the verbs of a defense, activation points, gradient arithmetic |
 //! | [`weights`] [`matrix`] [`checkpoint`] | parameters, LoRA, snapshots; how a base is stored; tensor files |
 //! | [`layers`] [`ops`] [`tape`] | what models are built of; differentiable operators; the backward pass |
@@ -47,6 +47,7 @@ pub mod matrix;
 pub mod model;
 pub mod ops;
 pub mod optim;
+pub mod plugin;
 pub mod registry;
 pub mod report;
 pub mod rng;

@@ -27,6 +27,10 @@ pub trait Entry: inventory::Collect + 'static {
     fn resolve(&self, given: &Settings) -> Result<Value> {
         self.settings().resolve(given)
     }
+    /// The crate it comes from, as in Rust paths; its settings are of a type of that crate.
+    fn crate_name(&self) -> &'static str {
+        self.settings().crate_name()
+    }
 }
 
 /// All entries of one kind, sorted by name.
@@ -38,6 +42,7 @@ pub fn all<E: Entry>() -> Result<Vec<&'static E>> {
     entries.sort_by_key(|entry| entry.name());
     match entries.windows(2).find(|pair| pair[0].name() == pair[1].name()) {
         Some(pair) => Err(Error::config(format!("two {}s are registered as `{}`", E::KIND, pair[0].name()))
+            .at("crates", pair.iter().map(|entry| entry.crate_name()).collect::<Vec<_>>().join(", "))
             .help("rename one of them, or load only one of the two plugins")),
         None => Ok(entries),
     }

@@ -72,6 +72,7 @@ pub struct SettingsType {
     /// The defaults, as JSON.
     pub defaults: fn() -> Value,
     resolve: fn(&Settings) -> Result<Value>,
+    type_name: fn() -> &'static str,
 }
 
 impl SettingsType {
@@ -84,7 +85,13 @@ impl SettingsType {
                 let typed: T = settings.parse()?;
                 Ok(serde_json::to_value(typed).expect("settings serialise"))
             },
+            type_name: || std::any::type_name::<T>(),
         }
+    }
+
+    /// The crate that defines the type, as in Rust paths: the plugin's own.
+    pub fn crate_name(&self) -> &'static str {
+        (self.type_name)().split("::").next().unwrap_or_default()
     }
 
     /// `settings` with every default filled in.
