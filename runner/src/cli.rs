@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::io::Write;
+use std::panic::catch_unwind;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -9,6 +10,8 @@ use tracing_subscriber::EnvFilter;
 
 use crate::commands::{self, Done};
 use crate::diagnostics::Problems;
+use crate::executor::panicked;
+use crate::plugins::{self, PluginFile};
 
 /// Compares defenses against harmful fine-tuning of language models, head to head.
 #[derive(Debug, Parser)]
@@ -20,6 +23,10 @@ pub struct Cli {
     /// Says more; repeat it for even more.
     #[arg(short, long, action = clap::ArgAction::Count, global = true)]
     pub verbose: u8,
+    /// Loads a plugin from a shared library and thereby runs its code; may be repeated. With a BLAKE3 hash, only if the
+    /// file has it.
+    #[arg(long = "plugin", value_name = "PATH[=BLAKE3]", global = true)]
+    pub plugins: Vec<PluginFile>,
 }
 
 /// The commands.
@@ -47,11 +54,15 @@ pub enum Command {
     Schema,
     /// Checks the machine: cores, memory, device, stage store.
     Doctor(commands::doctor::Args),
+    /// Makes, builds and checks plugins outside of Titer.
+    Plugin(commands::plugin::Args),
 }
 
 /// Runs the command of this process's arguments.
 pub fn main() -> ExitCode {
-    match run(std::env::args_os()) {
+    // A plugin may panic where no stage runs, as when it is built.
+    let result = catch_unwind(|| run(std::env::args_os()));
+    match result.unwrap_or_else(|panic| Err(panicked("command", panic.as_ref()).into())) {
         Ok(done) => {
             // A reader that has gone away, as in `titer list | head`, is no error of ours.
             let _ = std::io::stdout().write_all(done.text.as_bytes());
@@ -71,6 +82,7 @@ pub fn main() -> ExitCode {
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Result<Done, Problems> {
     let cli = Cli::parse_from(arguments);
     log_to_stderr(cli.verbose);
+    cli.plugins.iter().try_for_each(plugins::load)?;
     match &cli.command {
         Command::Run(args) => commands::run::run(args),
         Command::Plan(args) => commands::plan::run(args),
@@ -83,6 +95,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Result<Done, Proble
         Command::Bench(args) => commands::bench::run(args),
         Command::Schema => commands::schema(),
         Command::Doctor(args) => commands::doctor::run(args),
+        Command::Plugin(args) => commands::plugin::run(args),
     }
 }
 

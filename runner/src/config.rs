@@ -19,6 +19,7 @@ use titer_core::weights::LoraConfig;
 
 use crate::diagnostics::Problems;
 use crate::plan::Plan;
+use crate::plugins::{self, PluginFile};
 use crate::stages::Stages;
 
 pub use source::Source;
@@ -43,6 +44,9 @@ pub struct Config {
     /// rounded to bf16.
     #[serde(default = "f32")]
     pub dtype: String,
+    /// Plugins from shared libraries.
+    #[serde(default, skip_serializing_if = "PluginsConfig::is_empty")]
+    pub plugins: PluginsConfig,
     /// Seconds of training between two checkpoints, at which an interrupted stage resumes. Results do not depend on it.
     #[serde(default = "default_checkpoint_seconds")]
     pub checkpoint_seconds: f64,
@@ -66,6 +70,35 @@ pub struct Config {
     pub evaluate: EvaluateConfig,
     /// The rows of the table.
     pub methods: Vec<MethodConfig>,
+}
+
+/// Plugins from shared libraries.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct PluginsConfig {
+    /// The files, loaded before any name is looked up. Loading a file runs its code.
+    pub paths: Vec<PluginRef>,
+}
+
+impl PluginsConfig {
+    fn is_empty(&self) -> bool {
+        self.paths.is_empty()
+    }
+}
+
+/// A shared library by its path, or a table with its hash: `{ path = "…", blake3 = "…" }`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum PluginRef {
+    /// Whatever is in the file.
+    Path(PathBuf),
+    /// Only a file with this hash.
+    Pinned {
+        /// The file.
+        path: PathBuf,
+        /// The BLAKE3 hash of its bytes, in hexadecimal.
+        blake3: String,
+    },
 }
 
 /// The base model: a checkpoint folder (`path`) or one pretrained here (`pretrain`).
@@ -434,6 +467,23 @@ pub struct Loaded {
 }
 
 impl Loaded {
+    /// Loads the plugins that the configuration names, which runs their code.
+    ///
+    /// # Errors
+    /// One does not fit this runner, or is not what its hash says.
+    pub fn load_plugins(&self) -> Result<(), Problems> {
+        for (index, plugin) in self.config.plugins.paths.iter().enumerate() {
+            let (path, blake3) = match plugin {
+                PluginRef::Path(path) => (path, None),
+                PluginRef::Pinned { path, blake3 } => (path, Some(blake3.clone())),
+            };
+            let file = PluginFile { path: self.source.folder().join(path), blake3 };
+            let located = |error| self.source.locate(&format!("plugins.paths.{index}"), error);
+            plugins::load(&file).map_err(located)?;
+        }
+        Ok(())
+    }
+
     /// What runs the stages of `plan`, which this configuration gave, on `device`.
     pub fn stages(&self, plan: &Plan, device: Device) -> Stages {
         // Sub-zero or absurd values mean "at every step" and "never".

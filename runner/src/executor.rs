@@ -328,7 +328,7 @@ impl<'a> Execution<'a> {
         while let Some(stage) = self.next() {
             let started = Instant::now();
             let result = catch_unwind(AssertUnwindSafe(|| pool.install(|| self.run(stage))))
-                .unwrap_or_else(|panic| Err(panicked(panic.as_ref())));
+                .unwrap_or_else(|panic| Err(panicked("stage", panic.as_ref())));
             self.settle(stage, result, started);
             self.changed.notify_all();
         }
@@ -405,9 +405,10 @@ impl<'a> Execution<'a> {
     }
 }
 
-fn panicked(panic: &(dyn std::any::Any + Send)) -> Error {
+/// The error that stands for a panic of the stage or the command.
+pub(crate) fn panicked(what: &str, panic: &(dyn std::any::Any + Send)) -> Error {
     let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
-    Error::run(format!("the stage panicked: {}", text.unwrap_or("no message")))
+    Error::run(format!("the {what} panicked: {}", text.unwrap_or("no message")))
         .help("this is a defect of Titer or of a plugin; please report it with the configuration")
 }
 

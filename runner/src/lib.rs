@@ -14,7 +14,8 @@
 //! | [`reporters`] [`compare`] | its renderings; runs side by side |
 //! | [`cli`] [`commands`] [`progress`] [`diagnostics`] | the command line and what it shows |
 //! | [`memory`] [`environment`] [`mod@bench`] | what the process uses; how fast it is |
-//! | [`driver`] | asks the CUDA driver for its version; the crate's only `unsafe` |
+//! | [`plugins`] `dynamic` | plugin crates from elsewhere; how a shared library is examined and loaded |
+//! | [`driver`] | asks the CUDA driver for its version; with `dynamic` the crate's only `unsafe` |
 
 #![warn(missing_docs)]
 
@@ -26,11 +27,14 @@ pub mod compare;
 pub mod config;
 pub mod diagnostics;
 pub mod driver;
+#[cfg(feature = "dynamic")]
+mod dynamic;
 pub mod environment;
 pub mod executor;
 pub mod memory;
 pub mod plan;
 pub mod planner;
+pub mod plugins;
 pub mod progress;
 pub mod reporters;
 pub mod resolve;
@@ -42,5 +46,20 @@ pub mod store;
 mod testing;
 pub mod train_loop;
 
+/// Tensors of a few megabytes come and go with every operator. The system's allocator gives each back to the kernel and
+/// faults its pages in again, which costs a training step a fifth of its time.
+///
+/// With the feature `dynamic` the standard library is shared, and Rust then has only one allocator, the system's: a
+/// second one in the program would free what it did not allocate. There the build script puts the same allocator in the
+/// place of the system's.
+#[cfg(not(feature = "dynamic"))]
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+#[cfg(feature = "dynamic")]
+use mimalloc as _;
+
 // Without a reference to the crate its plugins would not be linked and the registry would be silently empty.
 use titer_plugins as _;
+// Likewise the shared core: with it among the dependencies, the linker takes the core from nowhere else.
+#[cfg(feature = "dynamic")]
+use titer_facade as _;

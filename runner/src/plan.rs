@@ -63,6 +63,9 @@ pub struct PluginSpec {
     pub settings: Value,
     /// The plugin's version.
     pub version: u32,
+    /// What identifies a plugin from elsewhere: see [`crate::plugins::identity`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub plugin: Option<String>,
 }
 
 /// Rows from a task.
@@ -160,6 +163,9 @@ pub struct LoadSpec {
     pub model: String,
     /// The model's version.
     pub version: u32,
+    /// What identifies a model from elsewhere: see [`crate::plugins::identity`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub plugin: Option<String>,
     /// The folder. It is not part of the key; its content is.
     #[serde(skip)]
     pub path: std::path::PathBuf,

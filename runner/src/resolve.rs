@@ -26,6 +26,7 @@ use crate::diagnostics::Problems;
 use crate::plan::{
     AdapterSpec, EncodingSpec, LoadSpec, OptimSpec, PluginSpec, PretrainSpec, RowsSpec, Steps, StreamSpec,
 };
+use crate::plugins::identity;
 
 /// What rows are for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -308,7 +309,8 @@ impl Resolver<'_> {
         let entry = self.take(name_key, find::<E>(name))?;
         let settings = entry.resolve(&Settings::from(settings.clone()));
         let settings = self.take(key, settings.map_err(|error| explained(name, error)))?;
-        Some((entry, PluginSpec { name: name.to_owned(), settings, version: entry.version() }))
+        let plugin = self.take(name_key, identity(entry))?;
+        Some((entry, PluginSpec { name: name.to_owned(), settings, version: entry.version(), plugin }))
     }
 
     /// Builds a task, which checks that its files are there, and hashes them.
@@ -392,7 +394,8 @@ impl Resolver<'_> {
                 let settings = self.take("base.shape", entry?.settings.resolve(&Settings::from(base.shape.clone())))?;
                 let (data, task) = rows?;
                 let model = self.take("base.shape", build_model(entry?, &settings, task.as_ref()))?;
-                let model_spec = PluginSpec { name: base.model.clone(), settings, version: entry?.version };
+                let plugin = self.take("base.model", identity(entry?))?;
+                let model_spec = PluginSpec { name: base.model.clone(), settings, version: entry?.version, plugin };
                 let optim = optim?;
                 let spec = |&seed: &u64| {
                     Base::Pretrain(PretrainSpec {
@@ -425,8 +428,9 @@ impl Resolver<'_> {
         let model = self.take("base.path", (entry.from_config)(&config, &folder))?;
         let content = self.content(&files);
         let content = self.take("base.path", content)?;
+        let plugin = self.take("base.model", identity(entry))?;
         let (model_name, version, dtype) = (entry.name.to_owned(), entry.version, dtype.to_owned());
-        Some((LoadSpec { model: model_name, version, path: folder, content, dtype }, model))
+        Some((LoadSpec { model: model_name, version, plugin, path: folder, content, dtype }, model))
     }
 
     fn lora_targets(&mut self, lora: &LoraConfig, model: &dyn Model) {

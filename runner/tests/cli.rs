@@ -57,6 +57,33 @@ fn a_wrong_configuration_is_code_2_and_shows_every_mistake() {
 }
 
 #[test]
+fn a_plugin_crate_is_made_under_a_name_that_is_free() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("noise").display().to_string();
+    titer(&["plugin", "new", "defense", "gradient-noise", "--path", &path]).success();
+    let lib = std::fs::read_to_string(folder.path().join("noise/src/lib.rs")).expect("a crate");
+    assert!(lib.contains("titer_core::plugin!();") && lib.contains("struct GradientNoise"));
+    for name in ["vaccine", "Noise", "gradient-noise"] {
+        let output = titer(&["plugin", "new", "defense", name, "--path", &path]).code(2).get_output().clone();
+        assert!(text(&output.stderr).contains("help: "), "{}", text(&output.stderr));
+    }
+}
+
+#[cfg(not(feature = "dynamic"))]
+#[test]
+fn a_runner_that_loads_nothing_says_how_to_build_one_that_does() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let plugin = write(folder.path(), "a.so", "");
+    let config = write(folder.path(), "a.toml", "[plugins]\npaths = [\"a.so\"]\n");
+    for arguments in [&["list", "--plugin", &plugin][..], &["plugin", "build", "."], &["plugin", "check", &plugin]] {
+        let output = titer(arguments).code(2).get_output().clone();
+        assert!(text(&output.stderr).contains("cargo build --release --features dynamic"), "{arguments:?}");
+    }
+    // The rest of the configuration is missing, and nothing is loaded for the sake of a wrong one.
+    titer(&["plan", &config]).code(2);
+}
+
+#[test]
 fn wrong_usage_is_code_2_and_a_missing_file_code_3() {
     titer(&["frobnicate"]).code(2);
     titer(&["run", "a.toml", "--jobs", "0"]).code(2);

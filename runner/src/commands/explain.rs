@@ -8,6 +8,7 @@ use titer_core::{DefenseEntry, Error, JudgeEntry, ModelEntry, SettingsType, Task
 
 use super::Done;
 use crate::diagnostics::Problems;
+use crate::plugins::origin;
 
 /// The arguments.
 #[derive(Debug, Clone, clap::Args)]
@@ -26,7 +27,7 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
     for entry in all::<DefenseEntry>()? {
         names.push(entry.name);
         if entry.name == args.name {
-            text += &defense(entry);
+            text += &defense(entry)?;
         }
     }
     others::<ModelEntry>(&args.name, &mut names, &mut text)?;
@@ -46,13 +47,16 @@ fn others<E: Entry>(name: &str, names: &mut Vec<&'static str>, text: &mut String
         names.push(entry.name());
         if entry.name() == name {
             let _ = writeln!(text, "{} ({}, version {})\n{}", name, E::KIND, entry.version(), entry.summary());
+            if let Some(origin) = origin(entry)? {
+                let _ = writeln!(text, "from {origin}");
+            }
             *text += &settings(entry.settings());
         }
     }
     Ok(())
 }
 
-fn defense(entry: &DefenseEntry) -> String {
+fn defense(entry: &DefenseEntry) -> Result<String, Error> {
     let mut text = format!("{} (defense, version {})\n{}\n\n", entry.name, entry.version, entry.summary);
     let stages: Vec<_> = entry.stages.iter().map(|stage| stage.name()).collect();
     let list = |items: &[&str]| if items.is_empty() { "none".to_owned() } else { items.join(", ") };
@@ -68,6 +72,7 @@ fn defense(entry: &DefenseEntry) -> String {
         ("privilege", format!("{answers}; needs: {}", entry.privilege.needs)),
         ("neutral", entry.neutral.map_or_else(|| "no such settings".into(), |neutral| neutral().to_string())),
         ("notes", entry.notes.to_owned()),
+        ("from", origin(entry)?.map_or_else(String::new, |origin| origin.to_string())),
     ] {
         if !value.is_empty() {
             let _ = writeln!(text, "  {what:<10} {}", value.replace('\n', "\n             "));
@@ -79,7 +84,7 @@ fn defense(entry: &DefenseEntry) -> String {
             let _ = writeln!(text, "  {:<28} {}", format!("{} = {}", quirk.setting, (quirk.published)()), quirk.what);
         }
     }
-    text + &settings(&entry.settings)
+    Ok(text + &settings(&entry.settings))
 }
 
 /// A line per setting: name, default, meaning.

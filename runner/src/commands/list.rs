@@ -6,6 +6,7 @@ use titer_core::{DefenseEntry, JudgeEntry, ModelEntry, Result, TaskEntry};
 
 use super::{Done, pretty};
 use crate::diagnostics::Problems;
+use crate::plugins::origin;
 
 /// The arguments.
 #[derive(Debug, Clone, clap::Args)]
@@ -53,20 +54,23 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
     }
     let text = |plugin: &Value, key: &str| plugin[key].as_str().unwrap_or_default().to_owned();
     let width = plugins.iter().map(|plugin| text(plugin, "name").len()).max().unwrap_or(0);
-    let line =
-        |plugin| format!("{:<8} {:<width$}  {}\n", text(plugin, "kind"), text(plugin, "name"), text(plugin, "summary"));
+    let line = |plugin: &Value| {
+        let from = plugin["from"]["plugin"].as_str().map_or_else(String::new, |from| format!("  [{from}]"));
+        format!("{:<8} {:<width$}  {}{from}\n", text(plugin, "kind"), text(plugin, "name"), text(plugin, "summary"))
+    };
     Ok(plugins.iter().map(line).collect::<String>().into())
 }
 
 fn described<E: Entry>() -> Result<Vec<Value>> {
-    let described = |entry: &&E| {
-        json!({
+    let described = |entry: &E| {
+        Ok(json!({
             "kind": E::KIND,
             "name": entry.name(),
             "summary": entry.summary(),
             "version": entry.version(),
             "settings": (entry.settings().defaults)(),
-        })
+            "from": origin(entry)?,
+        }))
     };
-    Ok(all::<E>()?.iter().map(described).collect())
+    all::<E>()?.into_iter().map(described).collect()
 }

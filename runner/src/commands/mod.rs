@@ -17,6 +17,7 @@ pub mod explain;
 pub mod generate;
 pub mod list;
 pub mod plan;
+pub mod plugin;
 pub mod pretrain;
 pub mod report;
 pub mod run;
@@ -58,6 +59,7 @@ impl ConfigArgs {
         let mut overrides = self.overrides.clone();
         overrides.extend(device.map(|device| format!("device={device:?}")));
         let loaded = Config::load(&self.config, &overrides)?;
+        loaded.load_plugins()?;
         let plan = planner::plan(&resolve::resolve(&loaded)?);
         Ok((loaded, plan, open_store(self.store.as_ref())?))
     }

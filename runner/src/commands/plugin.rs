@@ -1,0 +1,39 @@
+//! `titer plugin`: plugins outside of Titer.
+
+use super::Done;
+use crate::diagnostics::Problems;
+
+pub mod build;
+pub mod check;
+pub mod new;
+
+/// The arguments.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Args {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What can be done with a plugin.
+#[derive(Debug, Clone, clap::Subcommand)]
+pub enum Command {
+    /// Makes a crate with a small plugin that works, to be changed.
+    New(new::Args),
+    /// Compiles a plugin crate into a shared library that fits this runner.
+    Build(build::Args),
+    /// Goes through what every plugin owes.
+    Check(check::Args),
+}
+
+/// Makes, builds or checks a plugin.
+///
+/// # Errors
+/// What could not be done.
+pub fn run(args: &Args) -> Result<Done, Problems> {
+    match &args.command {
+        Command::New(args) => new::run(args),
+        Command::Build(args) => build::run(args),
+        Command::Check(args) => check::run(args),
+    }
+}
