@@ -1,0 +1,7 @@
+//! Titer with the stranger linked in.
+
+use stranger as _;
+
+fn main() -> std::process::ExitCode {
+    titer::cli::main()
+}
