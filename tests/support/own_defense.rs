@@ -53,4 +53,9 @@ impl AlignmentDefense for Sam {
         })?;
         Ok(there.into())
     }
+
+    /// The loss is taken at weights that depend on the weights, and that dependence is not differentiated.
+    fn loss_is_objective(&self) -> bool {
+        false
+    }
 }

@@ -84,7 +84,6 @@ fn check_folder(folder: &Path) -> Result<Outcome> {
     ensure!(trace.is_file(), "neither trace.json nor golden.json");
     let info = read_json(&trace)?;
     let class = info["reference"]["cls"].as_str().context("the trace names no reference class")?;
-    let repository = info["reference"]["repo"].as_str().context("the trace names no repository")?;
     let beside = |adapter: &str| adapter.replace("adapter_model.safetensors", "adapter_config.json");
     let file = |key: &str| -> Result<PathBuf> {
         let path = match (info["files"][key].as_str(), key) {

@@ -16,7 +16,15 @@ fn names<E: Entry>() -> Vec<&'static str> {
 
 #[test]
 fn the_expected_plugins_are_registered() {
-    assert_eq!(names::<DefenseEntry>(), ["none", "random-perturbation", "sam", "sft", "vaccine"]);
+    let defenses = [
+        ["none", "sft", "sam"].as_slice(),
+        &["vaccine", "random-perturbation", "t-vaccine", "booster", "repnoise", "tar"],
+        &["ewc", "kl", "vlguard", "lisa", "ldifs", "constrained-sft", "prompt-template"],
+        &["antidote", "safe-lora", "resta", "lox"],
+    ];
+    let mut defenses = defenses.concat();
+    defenses.sort_unstable();
+    assert_eq!(names::<DefenseEntry>(), defenses);
     assert_eq!(names::<ModelEntry>(), ["llama", "mistral", "opt", "qwen2"]);
     assert_eq!(names::<JudgeEntry>(), ["refusal-phrases", "world"]);
     let tasks = names::<TaskEntry>();
