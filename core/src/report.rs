@@ -2,8 +2,11 @@
 
 use std::collections::BTreeMap;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+
+use crate::{Error, Result};
 
 /// The version of the schema.
 pub const SCHEMA: u32 = 1;
@@ -22,6 +25,81 @@ pub struct Results {
     /// Cells that failed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub failures: Vec<Failure>,
+    /// Published values that the experiment is after.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub published: Vec<Published>,
+}
+
+/// A method's row of a published table: its values over the harmful ratios, each from a single run.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Published {
+    /// Where it stands, for people: publication, table, model.
+    pub source: String,
+    /// The method, by its name in this experiment.
+    pub method: String,
+    /// The user's task, by its name in this experiment.
+    pub task: String,
+    /// Rows of the user's data.
+    pub samples: usize,
+    /// The fractions of harmful rows, in `[0, 1]`, to which the values belong.
+    pub harmful_ratios: Vec<f64>,
+    /// Harmful scores in percent, one for each ratio; empty if none are published.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub harmful_score: Vec<f64>,
+    /// Fine-tune accuracies in percent, one for each ratio; empty if none are published.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub fine_tune_accuracy: Vec<f64>,
+    /// How many prompts each value counts.
+    pub n_prompts: PublishedPrompts,
+    /// The judge of the harmful scores.
+    pub judge: String,
+    /// `double`, `single` or `full`; left out where it makes no difference.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora: Option<String>,
+    /// What the published run did and this experiment cannot, so that agreement and disagreement would say nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub departs: Option<String>,
+    /// What in the printed row does not follow from itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sic: Option<String>,
+}
+
+/// How many prompts published values count.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PublishedPrompts {
+    /// Harmful prompts, behind the harmful score.
+    pub harmful: usize,
+    /// Prompts of the user's task, behind the fine-tune accuracy.
+    pub task: usize,
+}
+
+impl Published {
+    /// Checks lengths and ranges.
+    ///
+    /// # Errors
+    /// A list is not as long as that of the ratios, or a value is not a percentage.
+    pub fn check(&self) -> Result<()> {
+        let lists = [("harmful_score", &self.harmful_score), ("fine_tune_accuracy", &self.fine_tune_accuracy)];
+        let ratios = self.harmful_ratios.len();
+        for (key, values) in lists.into_iter().filter(|(_, values)| !values.is_empty()) {
+            if values.len() != ratios {
+                let message = format!("{} values for {ratios} harmful ratios", values.len());
+                return Err(Error::config(message).key(key).help("give one value for each ratio, or no list"));
+            }
+            if let Some(value) = values.iter().find(|value| !(0. ..=100.).contains(*value)) {
+                let message = format!("must lie in [0, 100], found `{value}`");
+                return Err(Error::config(message).key(key).help("values are in percent"));
+            }
+        }
+        if self.n_prompts.harmful == 0 || self.n_prompts.task == 0 {
+            return Err(Error::config("expected at least 1 prompt, found `0`")
+                .key("n_prompts")
+                .help("a value's tolerance follows from it"));
+        }
+        Ok(())
+    }
 }
 
 /// A cell that could not be computed.

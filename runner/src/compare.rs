@@ -62,7 +62,8 @@ fn merge(runs: Vec<Results>) -> Results {
     let experiment = names.join(" and ");
     let failures = runs.iter().flat_map(|run| run.failures.clone()).collect();
     let (schema, titer) = runs.first().map_or((0, String::new()), |run| (run.schema, run.titer.clone()));
-    Results { schema, experiment, titer, rows, failures }
+    // Published values are those of one experiment and its names.
+    Results { schema, experiment, titer, rows, failures, published: Vec::new() }
 }
 
 /// What a method is: its defenses and their settings.

@@ -15,6 +15,7 @@ use schemars::{JsonSchema, Schema, schema_for};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use titer_core::optim::Schedule;
+use titer_core::report::Published;
 use titer_core::weights::LoraConfig;
 
 use crate::diagnostics::Problems;
@@ -70,6 +71,9 @@ pub struct Config {
     pub evaluate: EvaluateConfig,
     /// The rows of the table.
     pub methods: Vec<MethodConfig>,
+    /// Published values that the report holds ours against. No result depends on them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub published: Vec<Published>,
 }
 
 /// Plugins from shared libraries.
@@ -194,6 +198,9 @@ pub struct FineTuneConfig {
     /// What is trained.
     #[serde(default)]
     pub mode: FineTuneMode,
+    /// The shape of the user's own adapter, if not that of the alignment's; for `double` only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora: Option<LoraConfig>,
     /// Held-back harmful rows whose loss is tracked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub monitor: Option<TaskRef>,

@@ -11,6 +11,7 @@
 //! | [`executor`] | runs what is missing, several stages at once |
 //! | [`stages`] [`train_loop`] [`base_model`] | what each stage does; the only place that updates weights; model folders |
 //! | [`results`] [`statistics`] | `results.json`; intervals and tests |
+//! | [`published`] | published values against ours |
 //! | [`reporters`] [`compare`] | its renderings; runs side by side |
 //! | [`cli`] [`commands`] [`progress`] [`diagnostics`] | the command line and what it shows |
 //! | [`memory`] [`environment`] [`mod@bench`] | what the process uses; how fast it is |
@@ -36,6 +37,7 @@ pub mod plan;
 pub mod planner;
 pub mod plugins;
 pub mod progress;
+pub mod published;
 pub mod reporters;
 pub mod resolve;
 pub mod results;

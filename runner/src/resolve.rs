@@ -19,7 +19,7 @@ use titer_core::{
 };
 
 use crate::config::{
-    AlignAdapter, BaseConfig, DefenseRef, EvaluateConfig, FineTuneConfig, FineTuneMode, JudgeRef, Loaded, MethodConfig,
+    AlignAdapter, BaseConfig, Config, DefenseRef, EvaluateConfig, FineTuneConfig, FineTuneMode, JudgeRef, Loaded, MethodConfig,
     Source, StreamConfig, TaskRef, TrainConfig, UserTask,
 };
 use crate::diagnostics::Problems;
@@ -194,7 +194,7 @@ pub fn resolve(loaded: &Loaded) -> Result<Experiment, Problems> {
 
     let (bases, model) = cx.base(&config.base, &config.dtype).unzip();
     if let Some(model) = &model {
-        cx.lora_targets(&config.lora, model.as_ref());
+        cx.lora_targets("lora", &config.lora, model.as_ref());
         cx.take("", precision.map_or(Ok(()), |precision| precision.check_model(model.as_ref())));
     }
     let full = config.align.as_ref().is_some_and(|align| align.adapter == AlignAdapter::Full);
@@ -202,7 +202,9 @@ pub fn resolve(loaded: &Loaded) -> Result<Experiment, Problems> {
         cx.take("", precision.map_or(Ok(()), Precision::check_trainable));
     }
     // A plan says in full what is trained, also where the configuration leaves it to the model.
-    let lora = model.as_ref().map_or_else(|| config.lora.clone(), |model| config.lora.for_params(model.params()));
+    let spelled_out = |lora: &LoraConfig| model.as_ref().map_or_else(|| lora.clone(), |m| lora.for_params(m.params()));
+    let lora = spelled_out(&config.lora);
+    let user_lora = cx.user_lora(&config.fine_tune, model.as_deref()).map_or_else(|| lora.clone(), spelled_out);
 
     let streams = config.streams.iter().map(|(name, stream)| (name.as_str(), cx.stream(name, stream))).collect();
     let methods = cx.methods(&config.methods, config.fine_tune.mode, &streams, model.as_deref());
@@ -230,8 +232,9 @@ pub fn resolve(loaded: &Loaded) -> Result<Experiment, Problems> {
             "add [align] with data and train, or set align = \"none\"",
         );
     }
-    let fine_tune = cx.fine_tune(&config.fine_tune, &lora, config.evaluate.task_prompts);
+    let fine_tune = cx.fine_tune(&config.fine_tune, &user_lora, config.evaluate.task_prompts);
     let (probes, judges) = cx.evaluate(&config.evaluate);
+    cx.published(config);
 
     match (bases, fine_tune) {
         (Some(bases), Some(fine_tune)) => cx.problems.into_result(Experiment {
@@ -433,7 +436,7 @@ impl Resolver<'_> {
         Some((LoadSpec { model: model_name, version, plugin, path: folder, content, dtype }, model))
     }
 
-    fn lora_targets(&mut self, lora: &LoraConfig, model: &dyn Model) {
+    fn lora_targets(&mut self, key: &str, lora: &LoraConfig, model: &dyn Model) {
         let linears = model.params().linear_names();
         let targets = lora.target_modules.iter().flatten().enumerate();
         for (index, target) in targets.filter(|(_, target)| !linears.contains(&target.as_str())) {
@@ -441,11 +444,27 @@ impl Resolver<'_> {
             let hint = hint.map_or_else(String::new, |near| format!("; did you mean `{near}`?"));
             let known = linears.join(", ");
             self.problem(
-                &format!("lora.target_modules.{index}"),
+                &format!("{key}.target_modules.{index}"),
                 &format!("the model has no linear layer `{target}`{hint}"),
                 &format!("its linear layers: {known}"),
             );
         }
+    }
+
+    /// The shape of the user's adapter where the configuration gives it one of its own.
+    fn user_lora<'c>(&mut self, config: &'c FineTuneConfig, model: Option<&dyn Model>) -> Option<&'c LoraConfig> {
+        let lora = config.lora.as_ref()?;
+        self.take("fine_tune", lora.check());
+        self.check(
+            config.mode == FineTuneMode::Double,
+            "fine_tune.lora",
+            &format!("mode `{}` has no adapter of the user's own", config.mode.name()),
+            "remove it, or set fine_tune.mode = \"double\"",
+        );
+        if let Some(model) = model {
+            self.lora_targets("fine_tune.lora", lora, model);
+        }
+        Some(lora)
     }
 
     fn optim(&mut self, key: &str, train: &TrainConfig) -> Option<OptimSpec> {
@@ -666,7 +685,30 @@ impl Resolver<'_> {
         self.check(scored, &format!("{key}.scoring"), &message, "give it a scoring rule, or take another task");
         let prompts = RowsSpec { task, rows: prompts, content };
         let probe = Probe { name: "task", prompts, scoring: built.scoring(), max_new_tokens };
-        Some(UserRows { name: user.name.clone().unwrap_or_else(|| user.task.clone()), probe })
+        Some(UserRows { name: table_name(user).to_owned(), probe })
+    }
+
+    /// Published values must be of a method and a task that the experiment names; ratios and samples may be others.
+    fn published(&mut self, config: &Config) {
+        let methods: Vec<&str> = config.methods.iter().map(|method| method.name.as_str()).collect();
+        let tasks: Vec<&str> = config.fine_tune.tasks.iter().map(table_name).collect();
+        let modes = [FineTuneMode::Double, FineTuneMode::Single, FineTuneMode::Full].map(FineTuneMode::name);
+        for (index, published) in config.published.iter().enumerate() {
+            let key = format!("published.{index}");
+            self.take(&key, published.check());
+            self.one_of(&format!("{key}.method"), &published.method, &methods);
+            self.one_of(&format!("{key}.task"), &published.task, &tasks);
+            if let Some(lora) = &published.lora {
+                self.one_of(&format!("{key}.lora"), lora, &modes);
+            }
+        }
+    }
+
+    fn one_of(&mut self, key: &str, name: &str, known: &[&str]) {
+        let hint = nearest(name, known.iter().copied());
+        let hint = hint.map_or_else(String::new, |near| format!("; did you mean `{near}`?"));
+        let message = format!("`{name}` is not in this configuration{hint}");
+        self.check(known.contains(&name), key, &message, &format!("use one of {}", known.join(", ")));
     }
 
     fn evaluate(&mut self, config: &EvaluateConfig) -> (Vec<Probe>, Vec<PluginSpec>) {
@@ -702,6 +744,11 @@ impl Resolver<'_> {
         self.distinct("evaluate.judges", judges.iter().map(|judge| judge.name.clone()));
         (probes, judges)
     }
+}
+
+/// The name of a user's task in the table.
+fn table_name(user: &UserTask) -> &str {
+    user.name.as_deref().unwrap_or(&user.task)
 }
 
 /// Points to the plugin's documentation, unless the plugin gave a remedy of its own.
@@ -788,6 +835,9 @@ mod tests {
             ("word = \"hello\"", "wrd = \"hello\"", "unknown setting `wrd`; did you mean `word`?"),
             ("word = \"hello\"", "file = \"no.csv\"", "cannot read"),
             ("judges = [\"fake-judge\"]", "", "need a judge"),
+            ("samples = 40", "samples = 40\nlora = { r = 0 }", "key: fine_tune.lora.r"),
+            ("samples = 40", "samples = 40\nlora = { target_modules = [\"q_prj\"] }", "did you mean `q_proj`?"),
+            ("samples = 40", "samples = 40\nmode = \"single\"\nlora = {}", "no adapter of the user's own"),
         ] {
             let text = problems(&[(from, to)]);
             assert!(text.contains(expected), "`{to}` should give `{expected}`, gave\n{text}");

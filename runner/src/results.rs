@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use titer_core::error::io_error;
-use titer_core::report::{Answer, Curves, Failure, Ledger, Metrics, ResultRow, Results, SCHEMA};
+use titer_core::report::{Answer, Curves, Failure, Ledger, Metrics, Published, ResultRow, Results, SCHEMA};
 use titer_core::{DefenseEntry, Error, Result, Verdict, registry};
 
 use crate::executor::Outcome;
@@ -18,11 +18,17 @@ use crate::train_loop::Record;
 const CURVE_POINTS: usize = 60;
 
 /// The results of the cells whose stages are all done, and the failures of the others. Each cell's answers are copied
-/// to `out/answers`.
+/// to `out/answers`. `published` is what the configuration holds them against.
 ///
 /// # Errors
 /// An artifact is damaged, or a file cannot be written.
-pub fn assemble(plan: &Plan, store: &Store, outcome: &Outcome, out: &Path) -> Result<Results> {
+pub fn assemble(
+    plan: &Plan,
+    published: &[Published],
+    store: &Store,
+    outcome: &Outcome,
+    out: &Path,
+) -> Result<Results> {
     let stages = plan.stages.iter().map(|stage| (stage.key.as_str(), stage)).collect();
     let assembly = Assembly { stages, store };
     let answers = out.join("answers");
@@ -35,7 +41,7 @@ pub fn assemble(plan: &Plan, store: &Store, outcome: &Outcome, out: &Path) -> Re
         }
     }
     let (experiment, titer) = (plan.experiment.clone(), env!("CARGO_PKG_VERSION").to_owned());
-    Ok(Results { schema: SCHEMA, experiment, titer, rows, failures })
+    Ok(Results { schema: SCHEMA, experiment, titer, rows, failures, published: published.to_vec() })
 }
 
 struct Assembly<'a> {

@@ -60,7 +60,7 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
     if outcome.interrupted {
         return Err(Error::interrupted().into());
     }
-    let results = results::assemble(&plan, &store, &outcome, &out)?;
+    let results = results::assemble(&plan, &config.published, &store, &outcome, &out)?;
     reporters::write_all(&results, &out)?;
     let mut text = if results.rows.is_empty() { String::new() } else { reporters::console(&results)? };
     text += &summary(&plan, &results, &out);

@@ -12,6 +12,7 @@ use titer_core::{Error, Result, Verdict};
 use super::cost::Cost;
 use super::markdown::protocols;
 use super::plots;
+use super::published;
 use super::summary::sentences;
 use super::table::{Block, LEGEND, Method, SHOWN, Table, headings, numbers};
 use crate::stages::read_answers;
@@ -34,6 +35,9 @@ pub(super) fn render(results: &Results, table: &Table, folder: &Path) -> Result<
         "protocol": protocols(results),
         "legend": LEGEND,
         "blocks": blocks,
+        "published": published::sections(results),
+        "published_headings": published::HEADINGS,
+        "published_legend": published::LEGEND,
         "failures": results.failures,
     });
     let page = environment.render_str(TEMPLATE, Serde(&view));

@@ -3,6 +3,7 @@
 use titer_core::report::Results;
 
 use super::cost::Cost;
+use super::published;
 use super::summary::sentences;
 use super::table::{Block, LEGEND, SHOWN, Table, headings, numbers};
 
@@ -27,6 +28,7 @@ pub(super) fn render(results: &Results, table: &Table) -> String {
         }
         text += &costs(block);
     }
+    text += &verdicts(results);
     if !results.failures.is_empty() {
         text += "\n## Failed\n\n";
         for failure in &results.failures {
@@ -48,6 +50,24 @@ fn costs(block: &Block) -> String {
         text += &format!("- **{}**: {}.\n", escape(&cost.method), escape(&cost.notes));
     }
     text
+}
+
+/// Ours against published values.
+fn verdicts(results: &Results) -> String {
+    let sections = published::sections(results);
+    let mut text = String::new();
+    for section in &sections {
+        text += &format!("\n## Against {}\n\n{}.\n\n", escape(&section.source), section.count);
+        text += &format!("| {} |\n|---|---|---|--:|--:|--:|---|---|\n", published::HEADINGS.join(" | "));
+        for line in &section.lines {
+            text += &format!("| {} |\n", line.each_ref().map(|text| escape(text)).join(" | "));
+        }
+        text += if section.notes.is_empty() { "" } else { "\n" };
+        for note in &section.notes {
+            text += &format!("- {}\n", escape(note));
+        }
+    }
+    if sections.is_empty() { text } else { text + "\n" + published::LEGEND + "\n" }
 }
 
 /// The protocol ids of all rows.

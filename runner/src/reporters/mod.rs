@@ -7,6 +7,7 @@ mod html;
 mod latex;
 mod markdown;
 mod plots;
+mod published;
 pub mod summary;
 pub mod table;
 
@@ -81,7 +82,7 @@ pub fn plots_of(results: &Results) -> Result<Vec<(String, [String; 2])>> {
 /// # Errors
 /// There is no row, or the rows do not belong into one table.
 pub fn console(results: &Results) -> Result<String> {
-    Ok(console::render(&Table::new(&results.rows)?))
+    Ok(console::render(results, &Table::new(&results.rows)?))
 }
 
 /// The results in a run's folder.
@@ -132,7 +133,8 @@ pub(crate) mod fixture {
                 rows.extend((0..seeds).map(|seed| row(method, defense, harm, ratio, seed)));
             }
         }
-        Results { schema: SCHEMA, experiment: "made-up".into(), titer: "0".into(), rows, failures: Vec::new() }
+        let (experiment, titer) = ("made-up".into(), "0".into());
+        Results { schema: SCHEMA, experiment, titer, rows, failures: Vec::new(), published: Vec::new() }
     }
 
     fn row(method: &str, defense: &str, harm: f64, ratio: f64, seed: u64) -> ResultRow {

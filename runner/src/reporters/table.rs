@@ -100,6 +100,11 @@ fn title(row: &ResultRow) -> String {
         .replace("full LoRA", "all parameters")
 }
 
+/// Whether the method is plain fine-tuning after plain alignment.
+pub fn plain(row: &ResultRow) -> bool {
+    row.align["defense"] == "sft" && row.fine_tune["defense"] == "sft" && row.post.is_null()
+}
+
 impl<'a> Block<'a> {
     fn new(title: String, rows: &[&'a ResultRow]) -> Result<Self> {
         let first = rows[0];
@@ -126,8 +131,6 @@ impl<'a> Block<'a> {
 
     /// Plain fine-tuning after plain alignment: what the others are compared with.
     pub fn reference(&self) -> Option<&Method<'a>> {
-        let plain =
-            |row: &ResultRow| row.align["defense"] == "sft" && row.fine_tune["defense"] == "sft" && row.post.is_null();
         self.methods.iter().find(|method| method.rows.iter().all(|row| plain(row)))
     }
 }
