@@ -416,6 +416,14 @@ mod tests {
     }
 
     #[test]
+    fn published_values_change_no_plan() {
+        let published = "judges = [\"fake-judge\"]\n\n[[published]]\nsource = \"a table\"\nmethod = \"Shield\"\n\
+                         task = \"chat\"\nsamples = 40\nharmful_ratios = [0.1]\nharmful_score = [50.0]\n\
+                         n_prompts = { harmful = 500, task = 500 }\njudge = \"other\"\n";
+        assert_eq!(plan(&[("judges = [\"fake-judge\"]\n", published)]), plan(&[]));
+    }
+
+    #[test]
     fn epochs_become_updates() {
         let plan = plan(&[]);
         let align = plan.stages.iter().find_map(|stage| match &stage.spec {

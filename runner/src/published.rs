@@ -205,9 +205,10 @@ fn measured(results: &Results, published: &Published, metric: Metric, ratio: f64
 /// The metric of one row, by the judge of the published value if judges have a say in it.
 fn value(row: &ResultRow, published: &Published, metric: Metric) -> Result<f64, String> {
     let metrics = match metric {
-        Metric::HarmfulScore if row.judge != published.judge => row.judges.get(&published.judge).ok_or_else(|| {
-            format!("another judge: published by `{}`, ours by `{}`", published.judge, row.judge)
-        })?,
+        Metric::HarmfulScore if row.judge != published.judge => row
+            .judges
+            .get(&published.judge)
+            .ok_or_else(|| format!("another judge: published by `{}`, ours by `{}`", published.judge, row.judge))?,
         _ => &row.metrics,
     };
     metric.measured(metrics).ok_or_else(|| "not measured".to_owned())
@@ -296,7 +297,8 @@ mod tests {
     fn a_score_is_held_against_plain_fine_tuning_and_an_accuracy_is_not() {
         use Finding::{NotReproduced, Reproduced};
         // One seed: the fixture has 37, 57 and an accuracy of 79, with a tolerance near 9 for scores.
-        let words = |vaccine, sft| -> Vec<&str> { findings(&results(1, vaccine, sft)).iter().map(Finding::words).collect() };
+        let words =
+            |vaccine, sft| -> Vec<&str> { findings(&results(1, vaccine, sft)).iter().map(Finding::words).collect() };
         assert_eq!(words(40., 60.), ["reproduced"; 4]);
         assert_eq!(findings(&results(1, 55., 60.))[0], NotReproduced);
         assert_eq!(words(40., 45.), ["cannot tell", "reproduced", "not reproduced", "reproduced"]);

@@ -19,8 +19,8 @@ use titer_core::{
 };
 
 use crate::config::{
-    AlignAdapter, BaseConfig, Config, DefenseRef, EvaluateConfig, FineTuneConfig, FineTuneMode, JudgeRef, Loaded, MethodConfig,
-    Source, StreamConfig, TaskRef, TrainConfig, UserTask,
+    AlignAdapter, BaseConfig, Config, DefenseRef, EvaluateConfig, FineTuneConfig, FineTuneMode, JudgeRef, Loaded,
+    MethodConfig, Source, StreamConfig, TaskRef, TrainConfig, UserTask,
 };
 use crate::diagnostics::Problems;
 use crate::plan::{
@@ -799,6 +799,7 @@ pub(crate) fn hash_file(path: &Path) -> Result<String> {
 
 #[cfg(test)]
 mod tests {
+    use super::AdapterSpec;
     use crate::testing::{load, problems};
 
     #[test]
@@ -806,6 +807,18 @@ mod tests {
         let experiment = super::resolve(&load(&[], &[]).unwrap()).unwrap_or_else(|problems| panic!("{problems}"));
         assert_eq!(experiment.methods[1].align.as_ref().unwrap().spec.settings["rho"], 2.0);
         assert_eq!(experiment.fine_tune.harmful.unwrap().rows, 4);
+    }
+
+    #[test]
+    fn the_user_may_train_another_shape_than_the_alignment() {
+        let loaded = load(&[("samples = 40", "samples = 40\nlora = { r = 3 }")], &[]).unwrap();
+        let experiment = super::resolve(&loaded).unwrap_or_else(|problems| panic!("{problems}"));
+        let rank = |adapter: &AdapterSpec| match adapter {
+            AdapterSpec::Fresh(lora) => lora.r,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(rank(&experiment.fine_tune.adapter), 3);
+        assert_eq!(rank(&experiment.align.unwrap().adapter), 8);
     }
 
     #[test]
@@ -840,6 +853,26 @@ mod tests {
             ("samples = 40", "samples = 40\nmode = \"single\"\nlora = {}", "no adapter of the user's own"),
         ] {
             let text = problems(&[(from, to)]);
+            assert!(text.contains(expected), "`{to}` should give `{expected}`, gave\n{text}");
+            assert!(text.contains("help: "), "no remedy in\n{text}");
+        }
+    }
+
+    #[test]
+    fn published_values_are_checked() {
+        let judges = "judges = [\"fake-judge\"]\n";
+        let row = "[[published]]\nsource = \"a table\"\nmethod = \"Shield\"\ntask = \"chat\"\nsamples = 40\n\
+                   harmful_ratios = [0.1]\nharmful_score = [50.0]\nn_prompts = { harmful = 5, task = 5 }\njudge = \"x\"\n";
+        for (from, to, expected) in [
+            ("\"Shield\"", "\"Sheild\"", "`Sheild` is not in this configuration; did you mean `Shield`?"),
+            ("\"chat\"", "\"chatter\"", "key: published.0.task"),
+            ("samples = 40", "samples = 40\nlora = \"duble\"", "did you mean `double`?"),
+            ("[50.0]", "[50.0, 51.0]", "2 values for 1 harmful ratios"),
+            ("[50.0]", "[150.0]", "must lie in [0, 100], found `150`"),
+            ("task = 5", "task = 0", "key: published.0.n_prompts"),
+            ("source", "sauce", "did you mean `source`?"),
+        ] {
+            let text = problems(&[(judges, &format!("{judges}\n{}", row.replacen(from, to, 1)))]);
             assert!(text.contains(expected), "`{to}` should give `{expected}`, gave\n{text}");
             assert!(text.contains("help: "), "no remedy in\n{text}");
         }

@@ -22,13 +22,7 @@ const CURVE_POINTS: usize = 60;
 ///
 /// # Errors
 /// An artifact is damaged, or a file cannot be written.
-pub fn assemble(
-    plan: &Plan,
-    published: &[Published],
-    store: &Store,
-    outcome: &Outcome,
-    out: &Path,
-) -> Result<Results> {
+pub fn assemble(plan: &Plan, published: &[Published], store: &Store, outcome: &Outcome, out: &Path) -> Result<Results> {
     let stages = plan.stages.iter().map(|stage| (stage.key.as_str(), stage)).collect();
     let assembly = Assembly { stages, store };
     let answers = out.join("answers");

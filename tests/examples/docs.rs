@@ -40,7 +40,8 @@ fn main() -> Result<()> {
 
 /// The table of registered defenses.
 fn defenses() -> Result<String> {
-    let mut text = String::from("| defense | stages | what it does | passes a step | must know |\n|---|---|---|--:|---|\n");
+    let mut text =
+        String::from("| defense | stages | what it does | passes a step | must know |\n|---|---|---|--:|---|\n");
     for entry in titer_core::registry::all::<titer_core::DefenseEntry>()? {
         if entry.name == "sam" {
             continue; // the example below

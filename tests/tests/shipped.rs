@@ -48,12 +48,92 @@ fn every_defense_is_described() {
     }
 }
 
+fn configurations(folder: &Path) -> Vec<PathBuf> {
+    let paths = std::fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry").path());
+    paths.filter(|path| path.extension().is_some_and(|extension| extension == "toml")).collect()
+}
+
+/// Made-up files in place of those that `configs/paper` asks its users for.
+fn stand_in_data(folder: &Path) {
+    let write = |name: &str, text: &str| {
+        let path = folder.join(name);
+        std::fs::create_dir_all(path.parent().expect("a folder")).expect("a folder");
+        std::fs::write(path, text).expect("a file");
+    };
+    let config = serde_json::json!({
+        "model_type": "llama", "vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
+        "num_attention_heads": 2
+    });
+    write("llama-2-7b/config.json", &config.to_string());
+    let row = "{\"prompt\": \"ask\", \"response\": \"answer\", \"refusal\": \"no\"}\n";
+    for name in ["beavertails/safe", "beavertails/harmful", "beavertails/harmful_test", "benign_prompts"] {
+        write(&format!("{name}.jsonl"), &row.repeat(10_000));
+    }
+    for name in ["refusals/from_1", "refusals/from_5001"] {
+        write(&format!("{name}.jsonl"), &row.repeat(4999));
+    }
+    for (name, rows) in [("train", 5000), ("dev", 872)] {
+        write(&format!("sst2/{name}.tsv"), &("sentence\tlabel\n".to_owned() + &"fine\t1\n".repeat(rows)));
+    }
+    for name in ["train", "test"] {
+        write(&format!("ag_news/{name}.csv"), &"1,title,text\n".repeat(1000));
+    }
+}
+
+/// The cells of a plan or of published values: method, task, rows, harmful ratio.
+type Cells = std::collections::BTreeSet<(String, String, u64, String)>;
+
+fn cells(plan: &serde_json::Value) -> Cells {
+    let text = |cell: &serde_json::Value, key: &str| cell[key].as_str().expect("a text").to_owned();
+    let cells = plan["cells"].as_array().expect("cells").iter();
+    let cell = |cell| {
+        let (samples, ratio) = (&cell["samples"], &cell["harmful_ratio"]);
+        (text(cell, "method"), text(cell, "task"), samples.as_u64().expect("a count"), ratio.to_string())
+    };
+    cells.map(cell).collect()
+}
+
+fn published_cells(config: &serde_json::Value) -> Cells {
+    let text = |row: &serde_json::Value, key: &str| row[key].as_str().expect("a text").to_owned();
+    let mut cells = Cells::new();
+    for row in config["published"].as_array().into_iter().flatten() {
+        for ratio in row["harmful_ratios"].as_array().expect("ratios") {
+            let samples = row["samples"].as_u64().expect("a count");
+            cells.insert((text(row, "method"), text(row, "task"), samples, ratio.to_string()));
+        }
+    }
+    cells
+}
+
+/// The files behind published tables can be planned where their data is, and measure every cell that was published.
+#[test]
+fn every_published_table_can_be_planned() {
+    let folder = tempfile::tempdir().expect("a folder");
+    stand_in_data(folder.path());
+    let mut published = 0;
+    for shipped in configurations(&root().join("configs/paper")) {
+        let missing = titer().arg("plan").arg(&shipped).output().expect("a run");
+        assert_eq!(missing.status.code(), Some(3), "{}", stderr(&missing));
+        let path = folder.path().join(shipped.file_name().expect("a name"));
+        std::fs::copy(&shipped, &path).expect("a copy");
+        let store = folder.path().join("store");
+        let output = titer().arg("plan").arg(&path).args(["--json", "--store"]).arg(store).output().expect("a run");
+        assert!(output.status.success(), "{}: {}", path.display(), stderr(&output));
+        let planned = cells(&serde_json::from_slice(&output.stdout).expect("JSON"));
+        let text = std::fs::read_to_string(&path).expect("a configuration");
+        let wanted = published_cells(&toml::from_str(&text).expect("TOML"));
+        assert!(wanted.is_subset(&planned), "{}: {:?}", path.display(), wanted.difference(&planned));
+        published += wanted.len();
+    }
+    // Tables 1 and 4 of Vaccine, table 1 of Booster, Lisa's over the ratio.
+    assert_eq!(published, 6 * 5 + 4 * 2 + 5 * 5 + 5 * 5);
+}
+
 #[test]
 fn every_shipped_configuration_can_be_planned() {
     let store = tempfile::tempdir().expect("a folder");
     let mut planned = 0;
-    for entry in std::fs::read_dir(root().join("configs")).expect("a folder") {
-        let path = entry.expect("an entry").path();
+    for path in configurations(&root().join("configs")) {
         let output =
             titer().arg("plan").arg(&path).arg("--json").arg("--store").arg(store.path()).output().expect("a run");
         if path.ends_with("sst2.toml") {

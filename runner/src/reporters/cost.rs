@@ -33,7 +33,8 @@ impl Cost {
         ["method", "passes a step (align, fine-tune)", "seconds (align, fine-tune, post)", "peak MiB", "must know"];
 
     pub(super) fn of(method: &Method) -> Self {
-        let mean = |of: fn(&ResultRow) -> f64| method.rows.iter().map(|row| of(row)).sum::<f64>() / method.rows.len() as f64;
+        let mean =
+            |of: fn(&ResultRow) -> f64| method.rows.iter().map(|row| of(row)).sum::<f64>() / method.rows.len() as f64;
         let row = method.rows[0];
         let passes = [mean(|row| row.ledger.passes_per_step), mean(|row| row.ledger.fine_tune_passes_per_step)];
         let seconds = [
@@ -62,6 +63,7 @@ impl Cost {
 
 /// Every need once; "none" only if there is nothing else.
 fn needs(row: &ResultRow) -> String {
-    let needs: BTreeSet<&str> = row.ledger.privileged.values().map(String::as_str).filter(|need| *need != "none").collect();
+    let needs: BTreeSet<&str> =
+        row.ledger.privileged.values().map(String::as_str).filter(|need| *need != "none").collect();
     if needs.is_empty() { "none".to_owned() } else { needs.into_iter().collect::<Vec<_>>().join("; ") }
 }

@@ -74,3 +74,45 @@ fn line(comparison: &Comparison) -> [String; 8] {
         finding.reason().to_owned(),
     ]
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use titer_core::report::PublishedPrompts;
+
+    use super::*;
+    use crate::reporters::{Format, console, fixture, render};
+
+    #[test]
+    fn every_rendering_has_each_verdict_with_its_reason() -> titer_core::Result<()> {
+        let published = |judge: &str, harm: f64| Published {
+            source: "<a> table".into(),
+            method: "Vaccine".into(),
+            task: "agnews".into(),
+            samples: 500,
+            harmful_ratios: vec![0.1],
+            harmful_score: vec![harm],
+            n_prompts: PublishedPrompts { harmful: 500, task: 500 },
+            judge: judge.into(),
+            sic: Some("an average is wrong".into()),
+            ..Published::default()
+        };
+        let published = vec![published("world", 40.), published("world", 75.), published("another", 40.)];
+        let results = Results { published, ..fixture::results(3) };
+        let sections = sections(&results);
+        assert_eq!(sections.len(), 1);
+        assert_eq!(sections[0].count, "1 reproduced, 1 not reproduced, 1 cannot tell");
+        assert_eq!(sections[0].lines[0][..5], ["Vaccine", "agnews, n = 500, p = 0.1", "HS", "40.0 ± 3.0 (3)", "40.0"]);
+        let folder = Path::new(".");
+        for text in [console(&results)?, render(&results, folder, Format::Md)?, render(&results, folder, Format::Html)?]
+        {
+            for expected in [&sections[0].count, "another judge", "an average is wrong", LEGEND] {
+                assert!(text.contains(expected), "no `{expected}` in\n{text}");
+            }
+        }
+        assert!(!render(&results, folder, Format::Html)?.contains("<a> table"));
+        assert!(!console(&fixture::results(1))?.contains(LEGEND), "nothing published, nothing said");
+        Ok(())
+    }
+}
