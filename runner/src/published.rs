@@ -256,7 +256,7 @@ mod tests {
     }
 
     fn reason(change: impl FnOnce(&mut Results)) -> String {
-        let mut results = results(3, 40., 60.);
+        let mut results = results(1, 40., 60.);
         change(&mut results);
         findings(&results)[0].reason().to_owned()
     }
@@ -315,8 +315,8 @@ mod tests {
         assert!(reason(|results| results.published[0].departs = Some("batches of 5".into())).contains("batches of 5"));
         assert!(
             reason(|results| {
-                let last = results.rows.last_mut().expect("a row");
-                last.learning_rate = 1e-3;
+                let last = results.rows.last().expect("a row").clone();
+                results.rows.push(ResultRow { seed: last.seed + 1, learning_rate: 1e-3, ..last });
             })
             .contains("several settings")
         );

@@ -1,6 +1,8 @@
 //! Every registered defense on every registered architecture, and every architecture by itself; and defenses that are
 //! broken on purpose, each caught by the check that is meant for it.
 
+#![allow(clippy::print_stdout, reason = "a test shows its table")]
+
 use anyhow::Result;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

@@ -277,7 +277,7 @@ impl<'a> Replay<'a> {
             compare(&mut worst, "grad", &grads, &theirs, self.tolerance(), &format!("step {step}"))?;
             for (name, theirs) in theirs.iter() {
                 let tiny = flat(theirs)?.into_iter().enumerate().filter(|(_, g)| *g != 0. && g.abs() <= VANISHING);
-                vanishing.entry(name.to_owned()).or_insert_with(Vec::new).extend(tiny.map(|(at, _)| at));
+                vanishing.entry(name.to_owned()).or_default().extend(tiny.map(|(at, _)| at));
             }
             adamw.step(&self.weights, &grads, &Scalar::from(1.), rate)?;
             fed.step(&self.shadow, &theirs, &Scalar::from(1.), rate)?;

@@ -11,7 +11,7 @@ use titer_core::data::{Batch, Example, Stream, harmful_count, mixture};
 use titer_core::optim::Schedule;
 use titer_core::rng::{Seed, permutation};
 use titer_core::step::{Clock, Orphan, StepCx, Streams};
-use titer_core::{DefenseEntry, Forward, Grads, Row, Sites, Stage, Weights, registry};
+use titer_core::{DefenseEntry, Forward, Grads, Row, Sites, Weights, registry};
 use titer_plugins::defenses::random_perturbation::{Measure, RandomPerturbation};
 use titer_plugins::defenses::vaccine::{Norm, Vaccine};
 use titer_tests::{adapt, all_tiny, batch, build, context, defense, difference, step, tiny, values, variants};

@@ -242,11 +242,11 @@ impl<'a> Run<'a> {
     /// The whole stage, from its begin to its end.
     pub(super) fn whole(mut self) -> Result<Self> {
         self.begin()?;
-        self.to_the_end()
+        self.finished()
     }
 
     /// The rest of the stage.
-    pub(super) fn to_the_end(mut self) -> Result<Self> {
+    pub(super) fn finished(mut self) -> Result<Self> {
         self.train_to(self.case.total)?;
         self.finish()?;
         Ok(self)

@@ -2,13 +2,13 @@
 
 use serde_json::{Value, json};
 
-use super::Outcome;
 use super::case::table;
+use super::{Listed, Outcome};
 use crate::defense::DefenseEntry;
 use crate::{Entry, Result, Settings};
 
 /// The checks of a defense that need no model.
-pub(super) const CHECKS: &[(&str, fn(&DefenseEntry) -> Result<Outcome>)] =
+pub(super) const CHECKS: &[Listed<DefenseEntry>] =
     &[("defaults", defaults), ("unknown setting", unknown_setting), ("published form", published_form)];
 
 /// A setting that no plugin has.

@@ -117,6 +117,9 @@ impl fmt::Display for Check {
     }
 }
 
+/// A check, and the name it goes by.
+type Listed<T> = (&'static str, fn(&T) -> Result<Outcome>);
+
 /// A check of a defense at one stage, and the name it goes by.
 type CaseCheck = (&'static str, fn(&Case) -> Result<Outcome>);
 
@@ -179,11 +182,7 @@ pub fn check_model(entry: &ModelEntry) -> Vec<Check> {
     checks
 }
 
-fn listed<T: ?Sized>(
-    list: &[(&'static str, fn(&T) -> Result<Outcome>)],
-    subject: &T,
-    stage: Option<Stage>,
-) -> Vec<Check> {
+fn listed<T: ?Sized>(list: &[Listed<T>], subject: &T, stage: Option<Stage>) -> Vec<Check> {
     list.iter().map(|(name, check)| Check { name, stage, outcome: check(subject).into() }).collect()
 }
 

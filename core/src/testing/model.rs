@@ -6,11 +6,11 @@ use std::path::Path;
 use candle_core::quantized::GgmlDType;
 use candle_core::{D, DType, Device, IndexOp, Tensor};
 
-use super::Outcome;
 use super::case::seed;
 use super::entries::survives;
 use super::fixture::{Adapted, SEED, adapted, normal, padded, sizes, stream};
 use super::numbers::{distance, values};
+use super::{Listed, Outcome};
 use crate::cache::Cache;
 use crate::data::{Batch, Tokens};
 use crate::model::{Forward, Model, ModelEntry};
@@ -19,11 +19,14 @@ use crate::step::{Clock, StepCx, Streams, label_loss};
 use crate::{Error, Grads, Pass, Precision, Result, Sites, Weights};
 
 /// The checks of an entry.
-pub(super) const ENTRY_CHECKS: &[(&str, fn(&ModelEntry) -> Result<Outcome>)] =
+pub(super) const ENTRY_CHECKS: &[Listed<ModelEntry>] =
     &[("defaults", defaults), ("unknown setting", super::entries::unknown_setting), ("config.json", config_json)];
 
+/// A check of a model, and the name it goes by.
+type ModelCheck = (&'static str, fn(&dyn Model) -> Result<Outcome>);
+
 /// The checks of a small model.
-pub(super) const CHECKS: &[(&str, fn(&dyn Model) -> Result<Outcome>)] = &[
+pub(super) const CHECKS: &[ModelCheck] = &[
     ("parameters", parameters),
     ("sites", sites),
     ("padding", padding),

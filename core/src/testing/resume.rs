@@ -13,7 +13,7 @@ pub(super) fn resume(case: &Case) -> Result<Outcome> {
             let mut first = case.run()?;
             first.begin()?;
             first.train_to(stop)?;
-            let resumed = first.resumed()?.to_the_end()?;
+            let resumed = first.resumed()?.finished()?;
             if let Some(difference) = whole.difference(&resumed)? {
                 return Ok(Outcome::Failed(format!("resumed after step {stop}, {difference}")));
             }

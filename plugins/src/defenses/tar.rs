@@ -93,7 +93,7 @@ impl TarSettings {
                 .key("test_every")
                 .help("let it lie between 1 and `inner_steps`"));
         }
-        if self.inner_learning_rates.is_empty() || self.inner_learning_rates.iter().any(|rate| !(*rate > 0.)) {
+        if self.inner_learning_rates.is_empty() || !self.inner_learning_rates.iter().all(|rate| *rate > 0.) {
             let message = "`inner_learning_rates` must hold at least one rate, all above 0";
             return Err(Error::config(message).key("inner_learning_rates").help("4e-5 is one of the paper's"));
         }

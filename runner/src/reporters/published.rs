@@ -99,11 +99,11 @@ mod tests {
             ..Published::default()
         };
         let published = vec![published("world", 40.), published("world", 75.), published("another", 40.)];
-        let results = Results { published, ..fixture::results(3) };
+        let results = Results { published, ..fixture::results(1) };
         let sections = sections(&results);
         assert_eq!(sections.len(), 1);
         assert_eq!(sections[0].count, "1 reproduced, 1 not reproduced, 1 cannot tell");
-        assert_eq!(sections[0].lines[0][..5], ["Vaccine", "agnews, n = 500, p = 0.1", "HS", "40.0 ± 3.0 (3)", "40.0"]);
+        assert_eq!(sections[0].lines[0][..5], ["Vaccine", "agnews, n = 500, p = 0.1", "HS", "37.0 (1)", "40.0"]);
         let folder = Path::new(".");
         for text in [console(&results)?, render(&results, folder, Format::Md)?, render(&results, folder, Format::Html)?]
         {

@@ -77,6 +77,11 @@ impl AlignmentDefense for MyPlugin {
         }
         Ok(update.with("sigma", sigma))
     }
+
+    /// The loss that is logged knows nothing of the noise.
+    fn loss_is_objective(&self) -> bool {
+        false
+    }
 }
 
 #[cfg(test)]

@@ -60,6 +60,11 @@ impl AlignmentDefense for GradientCentralization {
         }
         Ok(update)
     }
+
+    /// What is left of the gradient is not that of the loss.
+    fn loss_is_objective(&self) -> bool {
+        false
+    }
 }
 
 /// Runs when the file is loaded, before anything in it is called.

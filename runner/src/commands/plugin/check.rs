@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 use titer_core::registry::{Entry, all};
-use titer_core::{DefenseEntry, Error, JudgeEntry, ModelEntry, Result, Settings, TaskEntry};
+use titer_core::{DefenseEntry, Error, JudgeEntry, ModelEntry, Result, Settings, TaskEntry, testing};
 
 use super::super::Done;
 use super::build;
@@ -44,7 +44,29 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
     checks.extend(of::<ModelEntry>(&entries, |entry, settings| (entry.build)(settings).map(drop))?);
     checks.extend(of::<TaskEntry>(&entries, |entry, settings| (entry.build)(settings, Path::new(".")).map(drop))?);
     checks.extend(of::<JudgeEntry>(&entries, |entry, settings| (entry.build)(settings).map(drop))?);
-    Ok(table(&checks))
+    Ok(table(&checks, &conformance(&entries)?))
+}
+
+/// The laws, for every defense on every architecture and for every architecture by itself: what each is, and the checks.
+fn conformance(entries: &BTreeSet<Registered>) -> Result<Vec<(String, Vec<testing::Check>)>> {
+    let mut found = Vec::new();
+    for architecture in all::<ModelEntry>()? {
+        // An architecture that cannot be built says so in its own checks.
+        if let Ok(world) = testing::World::small(architecture) {
+            for defense in all::<DefenseEntry>()?.into_iter().filter(|entry| among(entries, *entry)) {
+                let subject = format!("{} on {}", defense.name, architecture.name);
+                found.push((subject, testing::check_defense(defense, &world)));
+            }
+        }
+        if among(entries, architecture) {
+            found.push((architecture.name.to_owned(), testing::check_model(architecture)));
+        }
+    }
+    Ok(found)
+}
+
+fn among<E: Entry>(entries: &BTreeSet<Registered>, entry: &E) -> bool {
+    entries.contains(&(E::KIND, entry.name(), entry.crate_name()))
 }
 
 /// The entries to check: those of the file, or of all plugins in the process.
@@ -64,8 +86,7 @@ const UNKNOWN: &str = "no_plugin_has_this_setting";
 /// The checks of every entry of one kind.
 fn of<E: Entry>(entries: &BTreeSet<Registered>, build: fn(&E, &Settings) -> Result<()>) -> Result<Vec<Check>> {
     let mut checks = Vec::new();
-    let chosen = |entry: &&E| entries.contains(&(E::KIND, entry.name(), entry.crate_name()));
-    for entry in all::<E>()?.into_iter().filter(chosen) {
+    for entry in all::<E>()?.into_iter().filter(|entry| among(entries, *entry)) {
         let mut check = |what, outcome| checks.push(Check { kind: E::KIND, plugin: entry.name(), what, outcome });
         check("is described", described(entry));
         check("its default settings load", defaults(entry).and_then(|settings| entry.resolve(&settings)).map(drop));
@@ -116,8 +137,8 @@ fn refuses<E: Entry>(entry: &E, build: fn(&E, &Settings) -> Result<()>) -> Resul
     }
 }
 
-/// The checks in a table; exit code 1 if one failed.
-fn table(checks: &[Check]) -> Done {
+/// The checks in a table, and below it the laws; exit code 1 if one failed.
+fn table(checks: &[Check], laws: &[(String, Vec<testing::Check>)]) -> Done {
     let width = checks.iter().map(|check| check.plugin.len()).max().unwrap_or(0);
     let mut text = String::new();
     for Check { kind, plugin, what, outcome } in checks {
@@ -127,7 +148,16 @@ fn table(checks: &[Check]) -> Done {
             let _ = writeln!(text, "        {}", error.to_string().replace('\n', "\n        "));
         }
     }
-    let failed = checks.iter().filter(|check| check.outcome.is_err()).count();
-    let _ = writeln!(text, "{} of {} checks passed", checks.len() - failed, checks.len());
+    for (subject, checks) in laws {
+        let _ = writeln!(text, "\n{subject}");
+        for check in checks {
+            let _ = writeln!(text, "{check}");
+        }
+    }
+    let laws: Vec<&testing::Check> = laws.iter().flat_map(|(_, checks)| checks).collect();
+    let failed = checks.iter().filter(|check| check.outcome.is_err()).count()
+        + laws.iter().filter(|check| check.outcome.failed()).count();
+    let all = checks.len() + laws.len();
+    let _ = writeln!(text, "{} of {all} checks passed", all - failed);
     Done { text, code: u8::from(failed > 0) }
 }
