@@ -5,7 +5,7 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`defense`] [`model`] [`task`] [`judge`] | one trait each, and the entry that registers it |
-//! | [`registry`] [`settings`] [`plugin`] | looking plugins up by name; typed settings; plugin crates from elsewhere |
+//! | [`registry`] [`settings`] [`plugin`](mod@plugin) | looking plugins up by name; typed settings; plugin crates from elsewhere |
 //! | [`step`] [`sites`] [`grads`] [`scalar`] | the verbs of a defense, activation points, gradient arithmetic |
 //! | [`weights`] [`matrix`] [`checkpoint`] | parameters, LoRA, snapshots; how a base is stored; tensor files |
 //! | [`layers`] [`ops`] [`tape`] | what models are built of; differentiable operators; the backward pass |

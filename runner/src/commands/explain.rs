@@ -97,7 +97,20 @@ fn settings(settings: &SettingsType) -> String {
     for (name, property) in properties {
         let meaning = property.get("description").and_then(Value::as_str).unwrap_or("").replace('\n', " ");
         let default = defaults.get(name).map_or_else(String::new, Value::to_string);
-        let _ = writeln!(text, "  {:<28} {meaning}", format!("{name} = {default}"));
+        let choices = choices(&schema, property);
+        let choices = if choices.is_empty() { choices } else { format!(" One of {choices}.") };
+        let _ = writeln!(text, "  {:<28} {meaning}{choices}", format!("{name} = {default}"));
     }
     text
+}
+
+/// The words that a setting may be, if it is one of a few.
+fn choices(schema: &Value, property: &Value) -> String {
+    let name = property["$ref"].as_str().and_then(|path| path.rsplit('/').next()).unwrap_or_default();
+    let definition = &schema["$defs"][name];
+    let words = definition["enum"].as_array().into_iter().flatten();
+    let described = definition["oneOf"].as_array().into_iter().flatten();
+    let described =
+        described.flat_map(|one| one.get("const").into_iter().chain(one["enum"].as_array().into_iter().flatten()));
+    words.chain(described).map(Value::to_string).collect::<Vec<_>>().join(", ")
 }

@@ -197,7 +197,7 @@ type Chart<'a, 'b> = ChartContext<'a, SVGBackend<'b>, Cartesian2d<RangedCoordf64
 /// The marker of a method: its shape goes with its colour.
 fn mark(chart: &mut Chart, at: (f64, f64), index: usize, colour: RGBColor) -> DrawResult {
     let style = colour.filled();
-    match index % 4 {
+    match shape(index) {
         0 => chart.draw_series([Circle::new(at, 4, style)])?,
         1 => chart.draw_series([EmptyElement::at(at) + Rectangle::new([(-4, -4), (4, 4)], style)])?,
         2 => chart.draw_series([TriangleMarker::new(at, 6, style)])?,
@@ -212,5 +212,11 @@ pub(super) fn legend<'a>(block: &'a Block) -> Vec<(&'a str, String, usize)> {
         let RGBColor(r, g, b) = COLOURS[index % COLOURS.len()];
         format!("rgb({r},{g},{b})")
     };
-    block.methods.iter().enumerate().map(|(index, method)| (method.name, colour(index), index % 4)).collect()
+    block.methods.iter().enumerate().map(|(index, method)| (method.name, colour(index), shape(index))).collect()
+}
+
+/// Which of the four shapes marks method `index`: the neighbours differ, and no pair of colour and shape comes back within
+/// 32 methods.
+fn shape(index: usize) -> usize {
+    (index + index / COLOURS.len()) % 4
 }
