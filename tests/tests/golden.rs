@@ -210,7 +210,8 @@ fn counterpart(info: &Value, class: &str, repository: &str) -> Result<(&'static 
 
 /// The stream that a recorded batch comes from, by its key in the trace.
 fn stream_of(key: &str) -> Option<&'static str> {
-    match key {
+    // Micro batches may be numbered.
+    match key.trim_end_matches(|c: char| c.is_ascii_digit() || c == '_') {
         "harmful" | "dangerous" => Some("harmful"),
         "alignment" | "fisher" => Some("safe"),
         _ => None,
@@ -338,8 +339,10 @@ impl<'a> Replay<'a> {
 
     /// The gradients of one optimiser step, compared on the way, and the number of its micro batches.
     fn step(&mut self, step: usize, record: &Value, clip: Option<f64>, worst: &mut Worst) -> Result<(Grads, usize)> {
-        let offered = ["inputs", "offered"].into_iter().find_map(|key| record["batches"].get(key));
-        let inputs = names(offered.context("the step names no batch")?)?;
+        let batches = record["batches"].as_object().context("the step names no batches")?;
+        let offered = batches.iter().filter(|(key, _)| key.starts_with("inputs") || *key == "offered");
+        let inputs = offered.map(|(_, value)| names(value)).collect::<Result<Vec<_>>>()?.concat();
+        ensure!(!inputs.is_empty(), "the step names no batch");
         let (micros, share) = (inputs.len(), 1. / inputs.len() as f64);
         let mut sum = Grads::default();
         for (micro, name) in inputs.iter().enumerate() {
