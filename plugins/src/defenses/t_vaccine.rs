@@ -1,6 +1,6 @@
 //! T-Vaccine: Vaccine on the layers that matter to harmful data (Liu, Lin, Huang, Mo, Mu, Shen; 2024).
 
-use candle_core::{DType, Tensor};
+use candle_core::DType;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -8,8 +8,8 @@ use titer_core::data::Batch;
 use titer_core::model::sites_of_kind;
 use titer_core::weights::layer_of;
 use titer_core::{
-    AlignmentDefense, DefenseEntry, Error, Grads, Privilege, Quirk, Result, SettingsType, Sites, Stage, State, StepCx,
-    Update, inventory, no_conflict,
+    AlignmentDefense, DefenseEntry, Error, Privilege, Quirk, Result, SettingsType, Sites, Stage, State, StepCx, Update,
+    inventory, no_conflict,
 };
 
 use super::vaccine::Vaccine;
@@ -117,7 +117,7 @@ impl TVaccine {
         let harmful = cx.next("harmful")?;
         let sites = sites_of_kind(cx.model(), "attn_out")?;
         let found = cx.site_gradients(&harmful, Sites::none().probe(sites.clone()))?.site_grads;
-        let norm = |site: &String| found.get(site).map_or(Ok(0.), |g| Grads::norm(&one(site, g))?.value());
+        let norm = |site: &String| found.clone().restrict(|name| name == site).norm()?.value();
         let norms = sites.iter().map(norm).collect::<Result<Vec<f64>>>()?;
         let total: f64 = norms.iter().sum();
         self.probabilities = norms.iter().map(|norm| norm / total).collect();
@@ -145,11 +145,6 @@ impl TVaccine {
         let idle = parameter.contains(".self_attn.") && !self.active.contains(&layer);
         !below && !idle
     }
-}
-
-/// One tensor as a set of them.
-fn one(name: &str, tensor: &Tensor) -> Grads {
-    Grads::from_iter([(name.to_owned(), tensor.clone())])
 }
 
 impl AlignmentDefense for TVaccine {

@@ -13,7 +13,8 @@ use titer_core::{
 };
 
 use super::check_strength;
-use super::likelihood::{log_softmax, wide};
+use super::kept::Kept;
+use super::likelihood::{label_rows, log_softmax, wide};
 
 inventory::submit! {
     DefenseEntry {
@@ -46,7 +47,7 @@ inventory::submit! {
         build: |settings| {
             let settings: TarSettings = settings.parse()?;
             settings.check()?;
-            Ok(Box::new(Tar { settings, start: Grads::default() }))
+            Ok(Box::new(Tar { settings, kept: Kept::default() }))
         },
     }
 }
@@ -105,8 +106,8 @@ impl TarSettings {
 #[derive(Debug)]
 pub struct Tar {
     settings: TarSettings,
-    /// The trained parameters before alignment.
-    start: Grads,
+    /// `start`: the trained parameters before alignment.
+    kept: Kept,
 }
 
 impl Tar {
@@ -143,7 +144,7 @@ impl Tar {
         }
         let sites = || sites_of_kind(cx.model(), "block_out");
         let (now, before) = (Sites::none().observe(sites()?), Sites::none().observe(sites()?));
-        let start = cx.weights().at(&self.start);
+        let start = cx.weights().at(self.kept.get("start")?);
         let (_, before) = cx.hidden_with(&start, &batch.tokens, before)?;
         let (hidden, now) = cx.hidden(&batch.tokens, now)?;
         let (mask, tokens) = (batch.tokens.mask()?, batch.tokens.lengths.iter().sum::<usize>() as f64);
@@ -164,14 +165,14 @@ impl Tar {
 /// The mean entropy, in nats, of the predictions at the labels of `batch`.
 fn entropy(cx: &mut StepCx, batch: &Batch) -> Result<Tensor> {
     let (hidden, _) = cx.hidden(&batch.tokens, Sites::none())?;
-    let logits = cx.logits(&hidden.flatten(0, 1)?.index_select(&batch.positions, 0)?)?;
+    let logits = cx.logits(&label_rows(&hidden, batch)?)?;
     let log_chances = log_softmax(&logits, 1)?;
     Ok((log_chances.exp()? * log_chances)?.sum(1)?.mean_all()?.neg()?)
 }
 
 impl AlignmentDefense for Tar {
     fn begin(&mut self, cx: &mut StageCx) -> Result<()> {
-        self.start = cx.weights.snapshot()?;
+        self.kept.keep("start", cx.weights.snapshot()?);
         Ok(())
     }
 
@@ -187,11 +188,10 @@ impl AlignmentDefense for Tar {
     }
 
     fn state(&self) -> State {
-        State { tensors: self.start.iter().map(|(name, t)| (name.to_owned(), t.clone())).collect(), ..State::default() }
+        self.kept.state()
     }
 
     fn load_state(&mut self, state: State) -> Result<()> {
-        self.start = state.tensors.into_iter().collect();
-        Ok(())
+        self.kept.load(state)
     }
 }
