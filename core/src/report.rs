@@ -1,4 +1,4 @@
-//! The result of an experiment: `results.json`, version 1.
+//! The result of an experiment: `results.json`, version 2. Version 1 can still be read.
 
 use std::collections::BTreeMap;
 
@@ -9,17 +9,26 @@ use serde_json::Value;
 use crate::{Error, Result};
 
 /// The version of the schema.
-pub const SCHEMA: u32 = 1;
+pub const SCHEMA: u32 = 2;
 
 /// The content of `results.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Results {
-    /// Always [`SCHEMA`].
+    /// [`SCHEMA`], or 1 in a file that an older version wrote.
     pub schema: u32,
     /// The experiment's name.
     pub experiment: String,
     /// The version of Titer that wrote it.
     pub titer: String,
+    /// Where the numbers come from. Empty in version 1.
+    #[serde(default)]
+    pub provenance: Provenance,
+    /// The protocols of the rows by their id: how each number was measured. Empty in version 1.
+    #[serde(default)]
+    pub protocols: BTreeMap<String, Value>,
+    /// The settings of the rows by their id: what was attacked, and how. Empty in version 1.
+    #[serde(default)]
+    pub settings: BTreeMap<String, Value>,
     /// One row per method × setting × seed × task.
     pub rows: Vec<ResultRow>,
     /// Cells that failed.
@@ -28,6 +37,50 @@ pub struct Results {
     /// Published values that the experiment is after.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub published: Vec<Published>,
+}
+
+/// Where the numbers of a run come from.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Provenance {
+    /// The commit that Titer was built from; absent if it was not built from a checkout.
+    pub commit: Option<String>,
+    /// Plugin crates from elsewhere: name, version, and the BLAKE3 hash of the file with their code.
+    pub plugins: Vec<PluginOrigin>,
+    /// The configuration with every layer applied and every default filled in.
+    pub config: Value,
+    /// Every file that was read, with the hash of its content.
+    pub inputs: Vec<Input>,
+    /// The processor's name.
+    pub processor: String,
+    /// The device: `cpu`, `cuda:0`.
+    pub device: String,
+    /// The arithmetic: see [`crate::arithmetic`].
+    pub arithmetic: String,
+    /// When the run began, in UTC (RFC 3339). Stages from the store are older.
+    pub started: String,
+    /// When it ended.
+    pub finished: String,
+}
+
+/// A plugin crate from elsewhere.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct PluginOrigin {
+    /// Name and version of the crate.
+    pub plugin: String,
+    /// The shared library, or absent if the crate is linked into the runner.
+    pub file: Option<String>,
+    /// The hash of the shared library or of the runner, in hexadecimal.
+    pub blake3: String,
+}
+
+/// A file that a run read.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Input {
+    /// Its path, as the configuration leads to it.
+    pub path: String,
+    /// The hash of its bytes, in hexadecimal.
+    pub blake3: String,
 }
 
 /// A method's row of a published table: its values over the harmful ratios, each from a single run.
@@ -138,8 +191,21 @@ pub struct ResultRow {
     pub seed: u64,
     /// `double`, `single` or `full`.
     pub lora: String,
-    /// The protocol id: rows of different ids do not compare.
+    /// The id of the protocol, how the row was measured: rows of different ids do not compare.
     pub protocol: String,
+    /// The id of the setting, what was attacked and how: rows of different ids stand in tables of their own. Empty in
+    /// version 1.
+    #[serde(default)]
+    pub setting: String,
+    /// The place in the table: method with its defenses, task, ratio, samples, rate, seeds.
+    #[serde(default)]
+    pub coordinates: Value,
+    /// The hash of protocol, setting and coordinates together. Empty in version 1.
+    #[serde(default)]
+    pub id: String,
+    /// The keys of the stages that the row was made by, by what they are.
+    #[serde(default)]
+    pub artifacts: BTreeMap<String, String>,
     /// What a reader must know about the combination of defenses.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,

@@ -30,7 +30,7 @@ pub trait Task: Debug + Send + Sync {
         None
     }
 
-    /// The scoring rule in words; part of the protocol id.
+    /// The scoring rule in words, for people.
     fn scoring(&self) -> &'static str {
         "none"
     }
@@ -44,8 +44,9 @@ pub trait Task: Debug + Send + Sync {
         None
     }
 
-    /// The files the rows come from, whose content is part of every cache key. Empty for generated data, which the
-    /// settings and the plugin's version identify.
+    /// The files the rows come from, in a fixed order. Their content is part of every cache key, and stands for the
+    /// settings that are paths: mark those with `#[schemars(extend("format" = "path"))]`, or moving a file computes
+    /// everything again. Empty for generated data, which the settings and the plugin's version identify.
     fn files(&self) -> Vec<std::path::PathBuf> {
         Vec::new()
     }

@@ -40,9 +40,11 @@ pub enum Command {
     Report(commands::report::Args),
     /// Puts the results of several runs side by side.
     Compare(commands::compare::Args),
+    /// Shows what separates two cells: metrics, and every input that differs.
+    Diff(commands::diff::Args),
     /// Lists the plugins.
     List(commands::list::Args),
-    /// Explains a plugin: what it does, where it was published, its settings.
+    /// Explains a plugin, or where a number comes from: `explain NAME` or `explain RUN CELL`.
     Explain(commands::explain::Args),
     /// Pretrains the base models of an experiment and nothing else.
     Pretrain(commands::pretrain::Args),
@@ -88,6 +90,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Result<Done, Proble
         Command::Plan(args) => commands::plan::run(args),
         Command::Report(args) => commands::report::run(args),
         Command::Compare(args) => commands::compare::run(args),
+        Command::Diff(args) => commands::diff::run(args),
         Command::List(args) => commands::list::run(args),
         Command::Explain(args) => commands::explain::run(args),
         Command::Pretrain(args) => commands::pretrain::run(args),

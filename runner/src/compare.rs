@@ -1,22 +1,24 @@
 //! Runs side by side.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
+use serde_json::Value;
 use titer_core::Result;
-use titer_core::report::{ResultRow, Results};
+use titer_core::report::{Provenance, ResultRow, Results, SCHEMA};
 
 use crate::reporters::{self, table::Table};
 use crate::statistics::{Summary, sign_flip};
 
-/// The runs in the folders as one table, with paired tests of each method against plain fine-tuning. A method that
-/// several runs have is shown once for each, with the run's name.
+/// The runs in the folders as one table, with paired tests of each method against plain fine-tuning. Runs that are parts
+/// of one experiment (other seeds, other methods) merge. A method name that means different things in two runs is shown
+/// once for each, with the run's name.
 ///
 /// # Errors
 /// A folder holds no results, or their protocols differ.
 pub fn compare(folders: &[PathBuf]) -> Result<String> {
-    let runs = folders.iter().map(|folder| reporters::load(folder)).collect::<Result<Vec<_>>>()?;
-    let merged = merge(runs);
-    let table = Table::new(&merged.rows)?;
+    let merged = merged(folders)?;
+    let table = Table::new(&merged)?;
     let mut text = reporters::console(&merged)?;
     for block in &table.blocks {
         let Some(reference) = block.reference() else { continue };
@@ -40,44 +42,69 @@ pub fn compare(folders: &[PathBuf]) -> Result<String> {
     Ok(text)
 }
 
-/// All rows as those of one experiment.
-fn merge(runs: Vec<Results>) -> Results {
-    // The same name for other settings would mix two methods.
-    let ambiguous = |row: &ResultRow| {
-        let others = runs.iter().flat_map(|results| &results.rows).filter(|other| other.method == row.method);
-        others.map(settings).any(|other| other != settings(row))
-    };
-    let mut rows: Vec<ResultRow> = Vec::new();
-    for run in &runs {
+/// The rows of all runs in the folders.
+///
+/// # Errors
+/// A folder holds no results.
+pub fn merged(folders: &[PathBuf]) -> Result<Results> {
+    let runs = folders.iter().map(|folder| reporters::load(folder)).collect::<Result<Vec<_>>>()?;
+    Ok(merge(&names(folders, &runs).into_iter().zip(runs).collect::<Vec<_>>()))
+}
+
+/// All rows as those of one experiment. No row is dropped: those of one identity that come from the same artifacts count
+/// once, and everything else is shown.
+fn merge(runs: &[(String, Results)]) -> Results {
+    let mut kept: Vec<(&str, &ResultRow)> = Vec::new();
+    for (name, run) in runs {
         for row in &run.rows {
-            let name = if ambiguous(row) { format!("{} ({})", row.method, run.experiment) } else { row.method.clone() };
-            let row = ResultRow { method: name, ..row.clone() };
-            // The same cell in two runs comes from one artifact and counts once.
-            if !rows.iter().any(|known| known.method == row.method && same_cell(known, &row)) {
-                rows.push(row);
+            if !kept.iter().any(|(_, known)| known.id == row.id && known.artifacts == row.artifacts) {
+                kept.push((name, row));
             }
         }
     }
-    let names: Vec<&str> = runs.iter().map(|run| run.experiment.as_str()).collect();
-    let experiment = names.join(" and ");
-    let failures = runs.iter().flat_map(|run| run.failures.clone()).collect();
-    let (schema, titer) = runs.first().map_or((0, String::new()), |run| (run.schema, run.titer.clone()));
-    // Published values are those of one experiment and its names.
-    Results { schema, experiment, titer, rows, failures, published: Vec::new() }
-}
-
-/// What a method is: its defenses and their settings.
-fn settings(row: &ResultRow) -> [&serde_json::Value; 3] {
-    [&row.align, &row.fine_tune, &row.post]
-}
-
-/// Whether two rows are the same measurement of the same settings.
-fn same_cell(a: &ResultRow, b: &ResultRow) -> bool {
-    let key = |row: &ResultRow| {
-        let numbers = (row.base_seed, row.seed, row.samples, row.harmful_ratio.to_bits(), row.learning_rate.to_bits());
-        (row.protocol.clone(), row.model.clone(), row.task.clone(), row.lora.clone(), numbers)
+    // One name for two methods would mix them, and so would two measurements of one cell.
+    let mixes = |a: &ResultRow, b: &ResultRow| a.method == b.method && (definition(a) != definition(b) || a.id == b.id);
+    let ambiguous: BTreeSet<&str> = kept
+        .iter()
+        .enumerate()
+        .flat_map(|(at, (_, row))| kept[at + 1..].iter().filter(move |(_, other)| mixes(row, other)))
+        .map(|(_, row)| row.method.as_str())
+        .collect();
+    let rows = kept.iter().map(|&(run, row)| {
+        let method = &row.method;
+        let method = if ambiguous.contains(method.as_str()) { format!("{method} ({run})") } else { method.clone() };
+        ResultRow { method, ..row.clone() }
+    });
+    let first = runs.first().map(|(_, run)| run.clone());
+    let all = |manifests: fn(&Results) -> &BTreeMap<String, Value>| {
+        runs.iter().flat_map(|(_, run)| manifests(run).clone()).collect::<BTreeMap<_, _>>()
     };
-    settings(a) == settings(b) && key(a) == key(b)
+    Results {
+        schema: SCHEMA,
+        experiment: runs.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(" and "),
+        titer: first.map_or_else(String::new, |run| run.titer),
+        provenance: Provenance::default(),
+        protocols: all(|run| &run.protocols),
+        settings: all(|run| &run.settings),
+        rows: rows.collect(),
+        failures: runs.iter().flat_map(|(_, run)| run.failures.clone()).collect(),
+        // Published values are those of one experiment and its names.
+        published: Vec::new(),
+    }
+}
+
+/// What a method is: its defenses, their settings, and the data they draw from.
+fn definition(row: &ResultRow) -> [&Value; 4] {
+    [&row.align, &row.fine_tune, &row.post, &row.coordinates["defenses"]]
+}
+
+/// A name for each run: the experiment's, with the folder where two runs are of one experiment.
+fn names(folders: &[PathBuf], runs: &[Results]) -> Vec<String> {
+    let name = |(folder, run): (&PathBuf, &Results)| {
+        let alone = runs.iter().filter(|other| other.experiment == run.experiment).count() == 1;
+        if alone { run.experiment.clone() } else { format!("{} in {}", run.experiment, folder.display()) }
+    };
+    folders.iter().zip(runs).map(name).collect()
 }
 
 #[cfg(test)]
@@ -85,20 +112,61 @@ mod tests {
     use super::*;
     use crate::reporters::fixture;
 
-    #[test]
-    fn equal_cells_count_once_and_equal_names_for_other_settings_are_told_apart() {
-        let (first, mut second) = (fixture::results(2), fixture::results(3));
-        let merged = merge(vec![first.clone(), second.clone()]);
-        assert_eq!(merged.rows.len(), second.rows.len(), "the third seed is new, the others are not");
-        assert!(merged.rows.iter().all(|row| !row.method.contains('(')));
+    fn merged(runs: &[&Results]) -> Results {
+        let runs: Vec<(String, Results)> =
+            runs.iter().enumerate().map(|(at, &run)| (format!("run {at}"), run.clone())).collect();
+        merge(&runs)
+    }
 
-        second.experiment = "other".into();
+    fn methods(results: &Results) -> BTreeSet<&str> {
+        results.rows.iter().map(|row| row.method.as_str()).collect()
+    }
+
+    #[test]
+    fn a_row_that_two_runs_have_counts_once_and_other_seeds_merge() {
+        let (first, second) = (fixture::results(2), fixture::results(3));
+        let both = merged(&[&first, &second]);
+        assert_eq!(both.rows.len(), second.rows.len(), "the third seed is new, the others are not");
+        assert_eq!(methods(&both), methods(&first));
+    }
+
+    #[test]
+    fn one_name_for_two_methods_is_told_apart() {
+        let (first, mut second) = (fixture::results(2), fixture::results(2));
         for row in second.rows.iter_mut().filter(|row| row.method == "Vaccine") {
             row.align["rho"] = 9.into();
+            row.id += "-rho-9";
         }
-        let merged = merge(vec![first, second]);
-        let names: std::collections::BTreeSet<&str> = merged.rows.iter().map(|row| row.method.as_str()).collect();
-        assert!(names.contains("Vaccine (other)") && names.contains("Vaccine (made-up)"), "{names:?}");
+        let both = merged(&[&first, &second]);
+        let names = methods(&both);
+        assert!(names.contains("Vaccine (run 0)") && names.contains("Vaccine (run 1)"), "{names:?}");
         assert!(names.contains("SFT"));
+    }
+
+    /// As when code changed without a new version, or a device rounds in another way each time.
+    #[test]
+    fn two_measurements_of_one_cell_are_both_shown() {
+        let (first, mut second) = (fixture::results(1), fixture::results(1));
+        second.rows[0].artifacts.insert("fine_tune".into(), "other".into());
+        let both = merged(&[&first, &second]);
+        assert_eq!(both.rows.len(), first.rows.len() + 1);
+        let method = &first.rows[0].method;
+        assert!(methods(&both).contains(format!("{method} (run 1)").as_str()), "{:?}", methods(&both));
+    }
+
+    #[test]
+    fn the_order_of_the_runs_decides_no_number() {
+        let (first, mut second) = (fixture::results(2), fixture::results(2));
+        for row in &mut second.rows {
+            row.setting = "other".into();
+            row.id += "-other";
+            row.metrics.harmful_score = Some(1.);
+        }
+        let numbers = |results: &Results| -> BTreeSet<String> {
+            results.rows.iter().map(|row| format!("{} {:?}", row.id, row.metrics)).collect()
+        };
+        let (ab, ba) = (merged(&[&first, &second]), merged(&[&second, &first]));
+        assert_eq!(numbers(&ab), numbers(&ba));
+        assert_eq!(ab.rows.len(), 2 * first.rows.len());
     }
 }

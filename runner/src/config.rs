@@ -92,7 +92,7 @@ impl PluginsConfig {
 
 /// A shared library by its path, or a table with its hash: `{ path = "…", blake3 = "…" }`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(untagged)]
+#[serde(untagged, deny_unknown_fields)]
 pub enum PluginRef {
     /// Whatever is in the file.
     Path(PathBuf),

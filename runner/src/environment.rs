@@ -1,4 +1,5 @@
-//! What libraries read from the environment: the number of threads, and when memory goes back to the system.
+//! What libraries read from the environment: the number of threads, and when memory goes back to the system. And what
+//! processor this is.
 
 use std::process::Command;
 
@@ -29,4 +30,12 @@ pub fn fix(threads: usize) {
         let error = std::os::unix::process::CommandExt::exec(&mut again);
         tracing::debug!(%error, "the number of threads could not be fixed");
     }
+}
+
+/// The processor's name, where the system tells; else its architecture.
+pub fn processor() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let line = text.lines().find(|line| line.starts_with("model name"));
+    let name = line.and_then(|line| line.split_once(':')).map(|(_, name)| name.trim().to_owned());
+    name.unwrap_or_else(|| std::env::consts::ARCH.to_owned())
 }

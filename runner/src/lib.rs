@@ -7,10 +7,11 @@
 //! | [`config`] | what the user writes, its layers, and the place of every mistake |
 //! | [`resolve`] | names looked up, defaults filled in, data hashed: all mistakes at once |
 //! | [`planner`] [`plan`] | which stages for which cells; a pure function |
+//! | [`identity`] | what enters the key of a stage and the identity of a row, field by field |
 //! | [`store`] | finished stages by key: atomic, locked, verified |
 //! | [`executor`] | runs what is missing, several stages at once |
 //! | [`stages`] [`train_loop`] [`base_model`] | what each stage does; the only place that updates weights; model folders |
-//! | [`results`] [`statistics`] | `results.json`; intervals and tests |
+//! | [`results`] [`provenance`] [`statistics`] | `results.json`; where it comes from; intervals and tests |
 //! | [`published`] | published values against ours |
 //! | [`reporters`] [`compare`] | its renderings; runs side by side |
 //! | [`cli`] [`commands`] [`progress`] [`diagnostics`] | the command line and what it shows |
@@ -32,11 +33,13 @@ pub mod driver;
 mod dynamic;
 pub mod environment;
 pub mod executor;
+pub mod identity;
 pub mod memory;
 pub mod plan;
 pub mod planner;
 pub mod plugins;
 pub mod progress;
+pub mod provenance;
 pub mod published;
 pub mod reporters;
 pub mod resolve;

@@ -3,12 +3,15 @@
 //! A plan is a pure function of configuration, registry and data files: no device, no weights. Each stage has a key,
 //! the hash of everything that can change its result; two cells that share a prefix share its stages.
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
 use serde_json::Value;
 use titer_core::optim::Schedule;
+use titer_core::report::Input;
 use titer_core::weights::LoraConfig;
 
-/// A stage's identity: the hash of its specification, its parent's key, plugin versions and data content.
+/// A stage's identity: the hash of its [manifest](PlannedStage::manifest).
 pub type Key = String;
 
 /// The whole plan.
@@ -16,6 +19,14 @@ pub type Key = String;
 pub struct Plan {
     /// The experiment's name.
     pub experiment: String,
+    /// What decides the rounding: see [`titer_core::arithmetic`].
+    pub arithmetic: String,
+    /// Every file that was read, with its hash.
+    pub inputs: Vec<Input>,
+    /// The protocols of the cells by their id.
+    pub protocols: BTreeMap<String, Value>,
+    /// The settings of the cells by their id.
+    pub settings: BTreeMap<String, Value>,
     /// Every stage once, parents first.
     pub stages: Vec<PlannedStage>,
     /// The cells of the table.
@@ -33,6 +44,8 @@ pub struct PlannedStage {
     pub parent: Option<Key>,
     /// What to do.
     pub spec: StageSpec,
+    /// Every input that the key is the hash of: see [`crate::identity`].
+    pub manifest: Value,
 }
 
 /// What a stage does.
@@ -125,7 +138,6 @@ pub struct OptimSpec {
     /// Global gradient norm to clip to; `None` for no clipping.
     pub clip: Option<f64>,
     /// Whether blocks are run again in the backward pass. No part of a stage's identity: the numbers are the same.
-    #[serde(skip)]
     pub checkpointing: bool,
 }
 
@@ -167,7 +179,6 @@ pub struct LoadSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub plugin: Option<String>,
     /// The folder. It is not part of the key; its content is.
-    #[serde(skip)]
     pub path: std::path::PathBuf,
     /// The hash of the folder's model files.
     pub content: String,
@@ -248,7 +259,6 @@ pub struct AnswerSpec {
     /// Greedy decoding, at most this many tokens.
     pub max_new_tokens: usize,
     /// Prompts per batch. Not part of the key: answers do not depend on it.
-    #[serde(skip)]
     pub batch_size: usize,
 }
 
@@ -290,8 +300,14 @@ pub struct Cell {
     pub seed: u64,
     /// `double`, `single` or `full`.
     pub lora: String,
-    /// The protocol id.
+    /// The id of the protocol: how it is measured.
     pub protocol: String,
+    /// The id of the setting: what is attacked, and how.
+    pub setting: String,
+    /// Method, task, ratio, samples, rate and seeds.
+    pub coordinates: Value,
+    /// The hash of protocol, setting and coordinates.
+    pub id: String,
     /// What a reader must know about the combination of defenses.
     pub notes: Vec<String>,
     /// The base stage.

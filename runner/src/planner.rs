@@ -3,23 +3,26 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use serde::Serialize;
 use serde_json::{Value, json};
 use titer_core::Stage;
 use titer_core::data::harmful_count;
 
+use crate::identity;
 use crate::plan::{
     AnswerSpec, Cell, JudgeSpec, Key, MixSpec, OptimSpec, Plan, PlannedStage, PluginSpec, PostSpec, RowsSpec,
     StageSpec, Steps, TrainSpec,
 };
 use crate::resolve::{Base, Defense, Experiment, Method, Probe, UserRows};
 
-/// Changes when stages of the same specification would write other artifacts than before.
-const FORMAT: u32 = 1;
-
 /// The plan of an experiment.
 pub fn plan(experiment: &Experiment) -> Plan {
-    let mut planner = Planner { experiment, stages: Vec::new(), index: BTreeMap::new() };
+    let mut planner = Planner {
+        experiment,
+        stages: Vec::new(),
+        index: BTreeMap::new(),
+        protocols: BTreeMap::new(),
+        settings: BTreeMap::new(),
+    };
     let mut cells = Vec::new();
     for method in &experiment.methods {
         for task in &experiment.fine_tune.tasks {
@@ -35,7 +38,15 @@ pub fn plan(experiment: &Experiment) -> Plan {
             }
         }
     }
-    Plan { experiment: experiment.name.clone(), stages: planner.stages, cells }
+    Plan {
+        experiment: experiment.name.clone(),
+        arithmetic: experiment.arithmetic.clone(),
+        inputs: experiment.inputs.clone(),
+        protocols: planner.protocols,
+        settings: planner.settings,
+        stages: planner.stages,
+        cells,
+    }
 }
 
 /// What the user does in one cell.
@@ -51,6 +62,8 @@ struct Planner<'a> {
     stages: Vec<PlannedStage>,
     /// Where each stage already stands in the list.
     index: BTreeMap<Key, usize>,
+    protocols: BTreeMap<String, Value>,
+    settings: BTreeMap<String, Value>,
 }
 
 /// Judge stages: `(probe, judge, key)`.
@@ -87,6 +100,18 @@ impl Planner<'_> {
         let template = method.serving_template(template);
         let judgements = self.judgements(attack.task, last, &template, &whose(&setting));
 
+        let protocol = noted(&mut self.protocols, identity::protocol(self.experiment, attack.task));
+        let setting = noted(&mut self.settings, identity::setting(self.experiment, attack.task, base));
+        let coordinates = json!({
+            "method": method.name,
+            "defenses": identity::method(method),
+            "task": attack.task.name,
+            "harmful_ratio": attack.ratio,
+            "samples": attack.samples,
+            "learning_rate": attack.learning_rate,
+            "seed": seed,
+            "base_seed": base_seed,
+        });
         Cell {
             method: method.name.clone(),
             align: method.align.as_ref().map_or_else(|| json!({ "defense": "none" }), |align| described(&align.spec)),
@@ -100,7 +125,10 @@ impl Planner<'_> {
             learning_rate: attack.learning_rate,
             seed,
             lora: self.experiment.fine_tune.mode.name().to_owned(),
-            protocol: protocol(self.experiment, attack.task),
+            id: identity::digest(&json!([protocol, setting, coordinates])),
+            protocol,
+            setting,
+            coordinates,
             notes: method.notes.clone(),
             base_key,
             align_key,
@@ -206,10 +234,11 @@ impl Planner<'_> {
 
     /// Adds a stage once and returns its key.
     fn add(&mut self, parent: Option<&Key>, spec: StageSpec, label: String) -> Key {
-        let key = digest(&(FORMAT, parent, &spec));
+        let manifest = identity::of_stage(&spec, parent, &self.experiment.arithmetic);
+        let key = identity::digest(&manifest);
         if !self.index.contains_key(&key) {
             self.index.insert(key.clone(), self.stages.len());
-            self.stages.push(PlannedStage { key: key.clone(), label, parent: parent.cloned(), spec });
+            self.stages.push(PlannedStage { key: key.clone(), label, parent: parent.cloned(), spec, manifest });
         }
         key
     }
@@ -229,39 +258,11 @@ fn described(spec: &PluginSpec) -> Value {
     shown
 }
 
-/// The identity of a measurement: two numbers compare only if they were taken in the same way. What a row states
-/// itself (method, ratio, samples, learning rate, model) is not part of it.
-fn protocol(experiment: &Experiment, task: &UserRows) -> String {
-    let probe = |probe: &Probe| json!([probe.name, probe.prompts, probe.scoring, probe.max_new_tokens]);
-    let attack = OptimSpec { learning_rate: 0., ..experiment.fine_tune.optim.clone() };
-    let bases: Vec<Option<u64>> = experiment
-        .bases
-        .iter()
-        .map(|base| match base {
-            Base::Load(_) => None,
-            Base::Pretrain(spec) => Some(spec.seed),
-        })
-        .collect();
-    digest(&json!({
-        "format": FORMAT,
-        "probes": experiment.probes.iter().chain([&task.probe]).map(probe).collect::<Vec<_>>(),
-        "judge": experiment.judges.first(),
-        "encoding": experiment.encoding,
-        "decoding": "greedy",
-        "attack": attack,
-        "harmful": experiment.fine_tune.harmful.as_ref().map(|rows| (&rows.task, &rows.content)),
-        "adapter": experiment.fine_tune.adapter,
-        "seeds": experiment.seeds,
-        "bases": bases,
-    }))
-}
-
-/// The hash of a value's canonical JSON (keys sorted), 128 bits in hexadecimal.
-fn digest(value: &impl Serialize) -> String {
-    let canonical = serde_json::to_value(value).expect("plans serialise").to_string();
-    let mut hex = blake3::hash(canonical.as_bytes()).to_hex().to_string();
-    hex.truncate(32);
-    hex
+/// Keeps a manifest under its hash, which is returned.
+fn noted(manifests: &mut BTreeMap<String, Value>, manifest: Value) -> String {
+    let id = identity::digest(&manifest);
+    manifests.insert(id.clone(), manifest);
+    id
 }
 
 /// How much work a stage is: tokens or examples through the model, in forward passes of one example. Only for
@@ -411,7 +412,7 @@ mod tests {
         assert_eq!(protocol("rho = 2.0", "rho = 3.0"), before);
         assert_eq!(protocol("[0.0, 0.1]", "[0.0, 0.2]"), before);
         assert_ne!(protocol("task_prompts = 5", "task_prompts = 6"), before);
-        assert_ne!(protocol("seeds = [0, 1]\n\n[lora]", "seeds = [0]\n\n[lora]"), before);
+        assert_eq!(protocol("seeds = [0, 1]\n\n[lora]", "seeds = [0]\n\n[lora]"), before, "seeds are coordinates");
         assert_ne!(protocol("experiment = \"demo\"", "experiment = \"demo\"\nencoding.template = \"chat\""), before);
     }
 

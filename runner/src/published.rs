@@ -191,7 +191,7 @@ fn measured(results: &Results, published: &Published, metric: Metric, ratio: f64
     if let Some(lora) = published.lora.as_ref().filter(|lora| **lora != first.lora) {
         return Err(format!("published with {lora} LoRA, run with {}", first.lora));
     }
-    let setting = |row: &ResultRow| (row.protocol.clone(), row.model.clone(), row.learning_rate.to_bits());
+    let setting = |row: &ResultRow| (row.protocol.clone(), row.setting.clone(), row.learning_rate.to_bits());
     if rows.iter().any(|row| setting(row) != setting(first)) {
         return Err("results of several settings have this cell".into());
     }

@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 use titer_core::error::io_error;
 use titer_core::model::sites_of_kind;
 use titer_core::registry::{Entry, find, nearest};
+use titer_core::report::Input;
 use titer_core::rng::Seed;
 use titer_core::text::Template;
 use titer_core::weights::LoraConfig;
@@ -23,6 +24,7 @@ use crate::config::{
     MethodConfig, Source, StreamConfig, TaskRef, TrainConfig, UserTask,
 };
 use crate::diagnostics::Problems;
+use crate::identity::of_rows;
 use crate::plan::{
     AdapterSpec, EncodingSpec, LoadSpec, OptimSpec, PluginSpec, PretrainSpec, RowsSpec, Steps, StreamSpec,
 };
@@ -67,6 +69,10 @@ pub struct Experiment {
     pub judges: Vec<PluginSpec>,
     /// Prompts per batch of generation.
     pub batch_size: usize,
+    /// What decides the rounding: see [`titer_core::arithmetic`].
+    pub arithmetic: String,
+    /// Every file that was read, with its hash.
+    pub inputs: Vec<Input>,
 }
 
 /// A base model.
@@ -129,8 +135,8 @@ pub struct Probe {
     pub name: &'static str,
     /// The prompts.
     pub prompts: RowsSpec,
-    /// The task's scoring rule, in words.
-    pub scoring: &'static str,
+    /// The hash of the prompts themselves.
+    pub prompts_content: String,
     /// Longest answer.
     pub max_new_tokens: usize,
 }
@@ -217,7 +223,7 @@ pub fn resolve(loaded: &Loaded) -> Result<Experiment, Problems> {
             .iter()
             .enumerate()
             .filter_map(|(index, rows)| cx.rows(&format!("align.data.{index}"), rows, Use::Train))
-            .map(|(rows, _)| rows)
+            .map(|drawn| drawn.spec)
             .collect();
         let adapter = match align.adapter {
             AlignAdapter::Lora => AdapterSpec::Fresh(lora.clone()),
@@ -236,6 +242,9 @@ pub fn resolve(loaded: &Loaded) -> Result<Experiment, Problems> {
     let (probes, judges) = cx.evaluate(&config.evaluate);
     cx.published(config);
 
+    let arithmetic = "portable/1".to_owned();
+    let inputs = cx.hashes.iter().map(|(path, hash)| Input { path: path.display().to_string(), blake3: hash.clone() });
+    let inputs = inputs.collect();
     match (bases, fine_tune) {
         (Some(bases), Some(fine_tune)) => cx.problems.into_result(Experiment {
             name: config.experiment.clone(),
@@ -249,10 +258,19 @@ pub fn resolve(loaded: &Loaded) -> Result<Experiment, Problems> {
             probes,
             judges,
             batch_size: config.evaluate.batch_size,
+            arithmetic,
+            inputs,
         }),
         // A missing part has left its reason behind.
         _ => Err(cx.problems),
     }
+}
+
+/// Rows of a task, drawn once.
+struct Drawn {
+    spec: RowsSpec,
+    rows: Vec<Row>,
+    task: Box<dyn Task>,
 }
 
 struct Resolver<'a> {
@@ -332,7 +350,7 @@ impl Resolver<'_> {
 
     /// Rows to train on (`Use::Train`) or to ask (`Use::Test`). They are drawn once, so that missing or malformed data
     /// is known before any work is done.
-    fn rows(&mut self, key: &str, rows: &TaskRef, purpose: Use) -> Option<(RowsSpec, Box<dyn Task>)> {
+    fn rows(&mut self, key: &str, rows: &TaskRef, purpose: Use) -> Option<Drawn> {
         let built = self.task(key, &rows.task, &rows.settings);
         let count = rows
             .rows
@@ -340,8 +358,8 @@ impl Resolver<'_> {
         let count = self.take(key, count)?;
         self.positive(&format!("{key}.rows"), count);
         let (task, content, built) = built?;
-        self.drawn(key, built.as_ref(), count, purpose)?;
-        Some((RowsSpec { task, rows: count, content }, built))
+        let drawn = self.drawn(key, built.as_ref(), count, purpose)?;
+        Some(Drawn { spec: RowsSpec { task, rows: count, content }, rows: drawn, task: built })
     }
 
     fn stream(&mut self, name: &str, stream: &StreamConfig) -> Option<StreamSpec> {
@@ -349,7 +367,7 @@ impl Resolver<'_> {
         if let Some(size) = stream.batch_size {
             self.positive(&format!("{key}.batch_size"), size);
         }
-        let (rows, _) = self.rows(&key, &stream.rows, Use::Train)?;
+        let rows = self.rows(&key, &stream.rows, Use::Train)?.spec;
         Some(StreamSpec { name: name.to_owned(), rows, batch_size: stream.batch_size })
     }
 
@@ -395,7 +413,7 @@ impl Resolver<'_> {
                 let rows = self.rows("base.pretrain.data", &pretrain.data, Use::Train);
                 let optim = self.optim("base.pretrain.train", &pretrain.train);
                 let settings = self.take("base.shape", entry?.settings.resolve(&Settings::from(base.shape.clone())))?;
-                let (data, task) = rows?;
+                let Drawn { spec: data, task, .. } = rows?;
                 let model = self.take("base.shape", build_model(entry?, &settings, task.as_ref()))?;
                 let plugin = self.take("base.model", identity(entry?))?;
                 let model_spec = PluginSpec { name: base.model.clone(), settings, version: entry?.version, plugin };
@@ -647,7 +665,7 @@ impl Resolver<'_> {
             learning_rates: rates,
             mode: config.mode,
             adapter,
-            monitor: monitor.map(|(rows, _)| rows),
+            monitor: monitor.map(|drawn| drawn.spec),
             optim,
         })
     }
@@ -684,7 +702,7 @@ impl Resolver<'_> {
         let message = format!("`{}` does not score answers, so there would be no fine-tune accuracy", user.task);
         self.check(scored, &format!("{key}.scoring"), &message, "give it a scoring rule, or take another task");
         let prompts = RowsSpec { task, rows: prompts, content };
-        let probe = Probe { name: "task", prompts, scoring: built.scoring(), max_new_tokens };
+        let probe = Probe { name: "task", prompts, prompts_content: of_rows(&asked), max_new_tokens };
         Some(UserRows { name: table_name(user).to_owned(), probe })
     }
 
@@ -717,10 +735,10 @@ impl Resolver<'_> {
         let mut probes = Vec::new();
         for (name, rows) in [("harmful", &config.harmful), ("benign", &config.benign)] {
             let rows = rows.as_ref().and_then(|rows| self.rows(&format!("evaluate.{name}"), rows, Use::Test));
-            probes.extend(rows.map(|(prompts, task)| Probe {
+            probes.extend(rows.map(|Drawn { spec: prompts, rows, task }| Probe {
                 name,
                 prompts,
-                scoring: task.scoring(),
+                prompts_content: of_rows(&rows),
                 max_new_tokens: config.max_new_tokens.unwrap_or_else(|| task.max_new_tokens()),
             }));
         }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use titer_core::error::io_error;
-use titer_core::report::{Answer, Curves, Failure, Ledger, Metrics, Published, ResultRow, Results, SCHEMA};
+use titer_core::report::{Answer, Curves, Failure, Ledger, Metrics, Provenance, Published, ResultRow, Results, SCHEMA};
 use titer_core::{DefenseEntry, Error, Result, Verdict, registry};
 
 use crate::executor::Outcome;
@@ -18,11 +18,18 @@ use crate::train_loop::Record;
 const CURVE_POINTS: usize = 60;
 
 /// The results of the cells whose stages are all done, and the failures of the others. Each cell's answers are copied
-/// to `out/answers`. `published` is what the configuration holds them against.
+/// to `out/answers`. `published` is what the configuration holds them against; `provenance` says how they were made.
 ///
 /// # Errors
 /// An artifact is damaged, or a file cannot be written.
-pub fn assemble(plan: &Plan, published: &[Published], store: &Store, outcome: &Outcome, out: &Path) -> Result<Results> {
+pub fn assemble(
+    plan: &Plan,
+    published: &[Published],
+    provenance: Provenance,
+    store: &Store,
+    outcome: &Outcome,
+    out: &Path,
+) -> Result<Results> {
     let stages = plan.stages.iter().map(|stage| (stage.key.as_str(), stage)).collect();
     let assembly = Assembly { stages, store };
     let answers = out.join("answers");
@@ -34,8 +41,17 @@ pub fn assemble(plan: &Plan, published: &[Published], store: &Store, outcome: &O
             Some((_, error)) => failures.push(Failure { cell: cell.label(), error: error.to_string() }),
         }
     }
-    let (experiment, titer) = (plan.experiment.clone(), env!("CARGO_PKG_VERSION").to_owned());
-    Ok(Results { schema: SCHEMA, experiment, titer, rows, failures, published: published.to_vec() })
+    Ok(Results {
+        schema: SCHEMA,
+        experiment: plan.experiment.clone(),
+        titer: env!("CARGO_PKG_VERSION").to_owned(),
+        provenance,
+        protocols: plan.protocols.clone(),
+        settings: plan.settings.clone(),
+        rows,
+        failures,
+        published: published.to_vec(),
+    })
 }
 
 struct Assembly<'a> {
@@ -99,6 +115,10 @@ impl Assembly<'_> {
             seed: cell.seed,
             lora: cell.lora.clone(),
             protocol: cell.protocol.clone(),
+            setting: cell.setting.clone(),
+            coordinates: cell.coordinates.clone(),
+            id: cell.id.clone(),
+            artifacts: artifacts(cell),
             notes: cell.notes.clone(),
             intervals: intervals(&metrics, &n),
             judges: by_judge.collect(),
@@ -203,6 +223,25 @@ impl Probe {
         }
         write_file(path, text.as_bytes())
     }
+}
+
+/// The keys of a cell's stages, by what they are: `align`, `judge harmful by world`, `judge task aligned`.
+fn artifacts(cell: &Cell) -> BTreeMap<String, String> {
+    let trained = [
+        ("base", Some(&cell.base_key)),
+        ("align", cell.align_key.as_ref()),
+        ("fine_tune", Some(&cell.fine_tune_key)),
+        ("post", cell.post_key.as_ref()),
+    ];
+    let mut keys: BTreeMap<String, String> =
+        trained.into_iter().filter_map(|(what, key)| Some((what.to_owned(), key?.clone()))).collect();
+    for (model, judgements) in [("", &cell.judgements), (" aligned", &cell.aligned_judgements)] {
+        for (probe, judge, key) in judgements {
+            let by = if judge.is_empty() { String::new() } else { format!(" by {judge}") };
+            keys.insert(format!("judge {probe}{model}{by}"), key.clone());
+        }
+    }
+    keys
 }
 
 /// The judges of a cell in the order of the configuration; the first is the headline.

@@ -93,6 +93,7 @@ pub(crate) fn problems(replacements: &[(&str, &str)]) -> String {
 #[serde(default, deny_unknown_fields)]
 struct RowsSettings {
     word: String,
+    #[schemars(extend("format" = "path"))]
     file: Option<PathBuf>,
 }
 

@@ -90,6 +90,8 @@ pub fn small(folder: &Path, changes: &[(&str, &str)]) -> PathBuf {
 pub fn results(out: &Path) -> Value {
     let text = std::fs::read_to_string(out.join("results.json")).expect("results");
     let mut value: Value = serde_json::from_str(&text).expect("JSON");
+    let provenance = value["provenance"].as_object_mut().expect("a table");
+    provenance.retain(|key, _| !["started", "finished"].contains(&key.as_str()));
     for row in value["rows"].as_array_mut().expect("rows") {
         let ledger = row["ledger"].as_object_mut().expect("a ledger");
         ledger.retain(|key, _| !key.ends_with("_seconds") && key != "peak_bytes");

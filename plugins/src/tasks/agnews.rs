@@ -27,6 +27,7 @@ inventory::submit! {
 #[serde(default)]
 pub struct AgNews {
     /// The folder of `train.csv` and `test.csv` (class 1 to 4, title, description; no header).
+    #[schemars(extend("format" = "path"))]
     pub path: PathBuf,
 }
 

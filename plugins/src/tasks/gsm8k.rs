@@ -28,6 +28,7 @@ inventory::submit! {
 #[serde(default)]
 pub struct Gsm8k {
     /// The folder of `train.jsonl` and `test.jsonl` (`question`, and `answer` with the result after `####`).
+    #[schemars(extend("format" = "path"))]
     pub path: PathBuf,
 }
 

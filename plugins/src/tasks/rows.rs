@@ -33,8 +33,10 @@ inventory::submit! {
 #[serde(default)]
 pub struct Rows {
     /// The file of training rows.
+    #[schemars(extend("format" = "path"))]
     pub train: Option<PathBuf>,
     /// The file of test rows.
+    #[schemars(extend("format" = "path"))]
     pub test: Option<PathBuf>,
     /// Which columns hold what.
     pub columns: Columns,

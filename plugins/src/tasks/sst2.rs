@@ -27,6 +27,7 @@ inventory::submit! {
 #[serde(default)]
 pub struct Sst2 {
     /// The folder of `train.tsv` and `dev.tsv` (sentence, tab, 0 or 1; a header line is recognised).
+    #[schemars(extend("format" = "path"))]
     pub path: PathBuf,
 }
 

@@ -1,27 +1,33 @@
 //! `titer explain`.
 
 use std::fmt::Write;
+use std::path::Path;
 
 use serde_json::Value;
 use titer_core::registry::{Entry, all, nearest};
 use titer_core::{DefenseEntry, Error, JudgeEntry, ModelEntry, SettingsType, TaskEntry};
 
-use super::Done;
+use super::{Done, cell};
 use crate::diagnostics::Problems;
 use crate::plugins::origin;
 
 /// The arguments.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
-    /// The name of a defense, model, task or judge.
+    /// The name of a defense, model, task or judge; or the folder of a run.
     pub name: String,
+    /// A cell of the run: the first digits of its id, or parts of its label as in `Vaccine, p=0.1, seed=0`.
+    pub cell: Option<String>,
 }
 
-/// Explains every plugin of that name.
+/// Explains every plugin of that name, or everything that is known about where a cell's numbers come from.
 ///
 /// # Errors
 /// There is none; the error names the nearest.
 pub fn run(args: &Args) -> Result<Done, Problems> {
+    if let Some(cell) = &args.cell {
+        return Ok(cell::find(Path::new(&args.name), cell)?.explained().into());
+    }
     let mut names = Vec::new();
     let mut text = String::new();
     for entry in all::<DefenseEntry>()? {

@@ -11,7 +11,9 @@ use crate::store::Store;
 use crate::{planner, resolve};
 
 pub mod bench;
+pub mod cell;
 pub mod compare;
+pub mod diff;
 pub mod doctor;
 pub mod explain;
 pub mod generate;

@@ -4,16 +4,16 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 use titer_core::Error;
-use titer_core::device::{parse_device, parse_dtype};
+use titer_core::device::{device_name, parse_device, parse_dtype};
 use titer_core::error::io_error;
-use titer_core::report::Results;
+use titer_core::report::{Provenance, Results};
 
 use super::{ConfigArgs, Done};
 use crate::diagnostics::Problems;
 use crate::executor::{Interrupt, Jobs, execute};
 use crate::plan::{Plan, StageSpec};
 use crate::progress::{Fanout, Journal, for_stderr};
-use crate::{environment, reporters, results};
+use crate::{environment, provenance, reporters, results};
 
 /// The arguments.
 #[derive(Debug, Clone, clap::Args)]
@@ -47,10 +47,12 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
     let out = args.out.clone().unwrap_or_else(|| Path::new("runs").join(&config.experiment));
     std::fs::create_dir_all(&out).map_err(|error| io_error("make the results folder", &out, error))?;
 
+    let device_name = device_name(&device);
     // Stages on one GPU would only compete for its memory, and large models on the CPU for its caches.
     let alone = !device.is_cpu() || plan.stages.iter().any(|stage| matches!(stage.spec, StageSpec::Load(_)));
     let jobs = Jobs::new(args.jobs.map(usize::from).or(alone.then_some(1)));
     environment::fix(jobs.threads);
+    let started = provenance::now();
     let interrupt = Interrupt::default();
     interrupt.on_ctrl_c()?;
     let (journal, progress) = (Journal::open(&out)?, for_stderr());
@@ -60,7 +62,8 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
     if outcome.interrupted {
         return Err(Error::interrupted().into());
     }
-    let results = results::assemble(&plan, &config.published, &store, &outcome, &out)?;
+    let provenance = Provenance { started, ..provenance::of(&loaded, &plan, &device_name)? };
+    let results = results::assemble(&plan, &config.published, provenance, &store, &outcome, &out)?;
     reporters::write_all(&results, &out)?;
     let mut text = if results.rows.is_empty() { String::new() } else { reporters::console(&results)? };
     text += &summary(&plan, &results, &out);

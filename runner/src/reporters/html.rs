@@ -152,7 +152,7 @@ mod tests {
         };
         let line = serde_json::to_string(&answer).expect("JSON");
         std::fs::write(folder.path().join("a.jsonl"), line + "\n").expect("a file");
-        let page = render(&results, &Table::new(&results.rows)?, folder.path())?;
+        let page = render(&results, &Table::new(&results)?, folder.path())?;
         assert!(!page.contains("<script>alert") && !page.contains("<img src=x"), "unescaped text");
         assert!(page.contains("&lt;script&gt;alert(3)"), "the answer is shown");
         assert_eq!(page.matches("<figure>").count(), 6);

@@ -102,7 +102,7 @@ mod tests {
         for row in results.rows.iter_mut().filter(|row| row.method == "SFT") {
             row.method = "a|b\n<script>".into();
         }
-        let text = render(&results, &Table::new(&results.rows)?);
+        let text = render(&results, &Table::new(&results)?);
         assert!(text.contains("**a\\|b \\<script>**"), "{text}");
         Ok(())
     }

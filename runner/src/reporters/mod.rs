@@ -13,10 +13,12 @@ pub mod table;
 
 use std::path::Path;
 
+use serde_json::json;
 use titer_core::error::io_error;
-use titer_core::report::{Results, SCHEMA};
+use titer_core::report::{ResultRow, Results, SCHEMA};
 use titer_core::{Error, Result};
 
+use crate::identity::digest;
 use crate::store::write_file;
 use table::Table;
 
@@ -58,9 +60,9 @@ pub fn render(results: &Results, folder: &Path, format: Format) -> Result<String
             .map(|text| text + "\n")
             .map_err(|error| Error::run("results do not serialise").source(error)),
         Format::Csv => csv::render(results),
-        Format::Md => Ok(markdown::render(results, &Table::new(&results.rows)?)),
-        Format::Html => html::render(results, &Table::new(&results.rows)?, folder),
-        Format::Latex => Ok(latex::render(&Table::new(&results.rows)?)),
+        Format::Md => Ok(markdown::render(results, &Table::new(results)?)),
+        Format::Html => html::render(results, &Table::new(results)?, folder),
+        Format::Latex => Ok(latex::render(&Table::new(results)?)),
     }
 }
 
@@ -69,7 +71,7 @@ pub fn render(results: &Results, folder: &Path, format: Format) -> Result<String
 /// # Errors
 /// There is no row, or the rows do not belong into one table.
 pub fn plots_of(results: &Results) -> Result<Vec<(String, [String; 2])>> {
-    let table = Table::new(&results.rows)?;
+    let table = Table::new(results)?;
     let of = |block: &table::Block| -> Result<(String, [String; 2])> {
         let plot = |metric, label| plots::over_ratio(block, metric, label, true);
         Ok((block.title.clone(), [plot("harmful_score", "HS, %")?, plot("fine_tune_accuracy", "FA, %")?]))
@@ -82,7 +84,7 @@ pub fn plots_of(results: &Results) -> Result<Vec<(String, [String; 2])>> {
 /// # Errors
 /// There is no row, or the rows do not belong into one table.
 pub fn console(results: &Results) -> Result<String> {
-    Ok(console::render(results, &Table::new(&results.rows)?))
+    Ok(console::render(results, &Table::new(results)?))
 }
 
 /// The results in a run's folder.
@@ -101,18 +103,41 @@ pub fn load(folder: &Path) -> Result<Results> {
             .help("run `titer run` again: nothing is computed twice")
     })?;
     let schema = &value["schema"];
-    if *schema != SCHEMA {
-        return Err(Error::data(format!("results.json has schema `{schema}`, this version of Titer reads {SCHEMA}"))
-            .file(&path)
-            .key("schema")
-            .help("run `titer run` again with this version"));
+    if *schema != SCHEMA && *schema != 1 {
+        return Err(Error::data(format!(
+            "results.json has schema `{schema}`, this version of Titer reads 1 and {SCHEMA}"
+        ))
+        .file(&path)
+        .key("schema")
+        .help("run `titer run` again with this version"));
     }
-    serde_json::from_value(value).map_err(|error| {
+    let mut results: Results = serde_json::from_value(value).map_err(|error| {
         Error::data("results.json is damaged")
             .file(&path)
             .source(error)
             .help("run `titer run` again: nothing is computed twice")
-    })
+    })?;
+    if results.schema == 1 {
+        results.rows.iter_mut().for_each(identify);
+    }
+    Ok(results)
+}
+
+/// Gives a row of schema 1 what it says of its identity. Its setting stays unknown.
+fn identify(row: &mut ResultRow) {
+    row.coordinates = json!({
+        "method": row.method,
+        "defenses": { "align": row.align, "fine_tune": row.fine_tune, "post": row.post },
+        "task": row.task,
+        "harmful_ratio": row.harmful_ratio,
+        "samples": row.samples,
+        "learning_rate": row.learning_rate,
+        "seed": row.seed,
+        "base_seed": row.base_seed,
+    });
+    row.id = digest(&json!(["schema 1", row.protocol, row.model, row.lora, row.coordinates]));
+    // It names no artifact: what was measured stands for it.
+    row.artifacts.insert("measured".into(), digest(&json!([row.metrics, row.curves])));
 }
 
 #[cfg(test)]
@@ -122,7 +147,7 @@ pub(crate) mod fixture {
     use std::collections::BTreeMap;
 
     use serde_json::{Value, json};
-    use titer_core::report::{Curves, Ledger, Metrics, ResultRow, Results, SCHEMA};
+    use titer_core::report::{Curves, Ledger, Metrics, Provenance, ResultRow, Results, SCHEMA};
 
     /// Three methods, two ratios, `seeds` seeds.
     pub(crate) fn results(seeds: u64) -> Results {
@@ -133,8 +158,17 @@ pub(crate) mod fixture {
                 rows.extend((0..seeds).map(|seed| row(method, defense, harm, ratio, seed)));
             }
         }
-        let (experiment, titer) = ("made-up".into(), "0".into());
-        Results { schema: SCHEMA, experiment, titer, rows, failures: Vec::new(), published: Vec::new() }
+        Results {
+            schema: SCHEMA,
+            experiment: "made-up".into(),
+            titer: "0".into(),
+            provenance: Provenance::default(),
+            protocols: BTreeMap::new(),
+            settings: BTreeMap::new(),
+            rows,
+            failures: Vec::new(),
+            published: Vec::new(),
+        }
     }
 
     fn row(method: &str, defense: &str, harm: f64, ratio: f64, seed: u64) -> ResultRow {
@@ -155,6 +189,10 @@ pub(crate) mod fixture {
             seed,
             lora: "double".into(),
             protocol: "abc".into(),
+            setting: "def".into(),
+            coordinates: json!({ "method": method }),
+            id: format!("{method}-{ratio}-{seed}"),
+            artifacts: BTreeMap::from([("fine_tune".to_owned(), format!("{method}-{ratio}-{seed}"))]),
             notes: Vec::new(),
             judge: "world".into(),
             metrics: Metrics {

@@ -78,7 +78,7 @@ mod tests {
     use crate::reporters::table::Table;
 
     fn of(results: &titer_core::report::Results, method: &str) -> String {
-        let table = Table::new(&results.rows).expect("a table");
+        let table = Table::new(results).expect("a table");
         let found = sentences(&table.blocks[0]).into_iter().find(|(name, _)| *name == method);
         found.expect("the method").1
     }

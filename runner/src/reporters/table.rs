@@ -1,10 +1,12 @@
 //! Result rows as tables: one block per task and setting, methods down, harmful ratios across.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use titer_core::report::{Metrics, ResultRow};
+use serde_json::Value;
+use titer_core::report::{Metrics, ResultRow, Results};
 use titer_core::{Error, Result};
 
+use crate::identity;
 use crate::statistics::Summary;
 
 /// The metrics of a table, always together: name, name before the attack, short form, whether higher is better.
@@ -70,27 +72,101 @@ pub struct Method<'a> {
 }
 
 impl<'a> Table<'a> {
-    /// Sorts rows into blocks.
+    /// Sorts rows into blocks. Rows of different settings stand in blocks of their own, named by what differs.
     ///
     /// # Errors
-    /// There is no row, or a block would mix protocols (law 7).
-    pub fn new(rows: &'a [ResultRow]) -> Result<Self> {
-        if rows.is_empty() {
+    /// There is no row, or a table would mix protocols (law 7).
+    pub fn new(results: &'a Results) -> Result<Self> {
+        if results.rows.is_empty() {
             return Err(
                 Error::data("there is no result to show").help("every cell failed; see `failures` in results.json")
             );
         }
-        let mut blocks: Vec<(String, Vec<&ResultRow>)> = Vec::new();
-        for row in rows {
+        // In the order of the rows: by title, and under each title by setting.
+        let mut titles: Vec<(String, Vec<Group>)> = Vec::new();
+        for row in &results.rows {
             let title = title(row);
-            match blocks.iter_mut().find(|(known, _)| *known == title) {
-                Some((_, rows)) => rows.push(row),
-                None => blocks.push((title, vec![row])),
+            let at = titles.iter().position(|(known, _)| *known == title).unwrap_or_else(|| {
+                titles.push((title, Vec::new()));
+                titles.len() - 1
+            });
+            let groups = &mut titles[at].1;
+            match groups.iter_mut().find(|group| group.setting == row.setting) {
+                Some(group) => group.rows.push(row),
+                None => groups.push(Group { setting: &row.setting, rows: vec![row] }),
             }
         }
-        let blocks = blocks.into_iter().map(|(title, rows)| Block::new(title, &rows)).collect::<Result<_>>()?;
+        let mut blocks = Vec::new();
+        for (title, groups) in titles {
+            one_protocol(results, &title, &groups)?;
+            let labels = labels(results, &groups);
+            for (group, label) in groups.into_iter().zip(labels) {
+                blocks.push(Block::new(format!("{title}{label}"), &group.rows));
+            }
+        }
         Ok(Self { blocks })
     }
+}
+
+/// The rows under one title that share a setting.
+struct Group<'a> {
+    setting: &'a str,
+    rows: Vec<&'a ResultRow>,
+}
+
+/// How many differing keys a message or a title names.
+const NAMED: usize = 8;
+
+/// Refuses rows that were measured in different ways.
+fn one_protocol(results: &Results, title: &str, groups: &[Group]) -> Result<()> {
+    let mut rows = groups.iter().flat_map(|group| &group.rows);
+    let Some(first) = rows.next() else { return Ok(()) };
+    let Some(other) = rows.find(|row| row.protocol != first.protocol) else { return Ok(()) };
+    let name = |row: &ResultRow| format!("`{}` (`{}`, seed {})", row.protocol, row.method, row.seed);
+    let manifest = |row: &ResultRow| results.protocols.get(&row.protocol);
+    let differing = match (manifest(first), manifest(other)) {
+        (Some(ours), Some(theirs)) => list(&identity::differences(ours, theirs)),
+        _ => "one of them was written by an older version of Titer, which did not say what its protocol was".to_owned(),
+    };
+    let message = format!("{title} mixes the protocols {} and {}: {differing}", name(first), name(other));
+    Err(Error::data(message).key("protocol").help(
+        "numbers that were measured in different ways do not compare: measure all methods by the same `evaluate` \
+         and `encoding`",
+    ))
+}
+
+/// `probes.harmful.rows is 50 and 100; …`
+fn list(differences: &[(String, Value, Value)]) -> String {
+    let shown = differences.iter().take(NAMED).map(|(key, ours, theirs)| format!("{key} is {ours} and {theirs}"));
+    let mut text = shown.collect::<Vec<_>>().join("; ");
+    if differences.len() > NAMED {
+        text += &format!("; and {} more keys differ", differences.len() - NAMED);
+    }
+    text
+}
+
+/// What tells the settings under one title apart; nothing where there is only one.
+fn labels(results: &Results, groups: &[Group]) -> Vec<String> {
+    let manifests: Vec<Option<&Value>> = groups.iter().map(|group| results.settings.get(group.setting)).collect();
+    let mut keys = BTreeSet::new();
+    for manifest in manifests.iter().flatten() {
+        let first = manifests.iter().flatten().next().unwrap_or(manifest);
+        keys.extend(identity::differences(first, manifest).into_iter().map(|(key, ..)| key));
+    }
+    let label = |(group, manifest): (&Group, Option<&Value>)| {
+        let values = keys.iter().take(NAMED).filter_map(|key| {
+            let pointer = format!("/{}", key.replace('.', "/"));
+            Some(format!("{key} = {}", manifest?.pointer(&pointer).unwrap_or(&Value::Null)))
+        });
+        let values: Vec<String> = values.collect();
+        match (groups.len(), group.setting) {
+            (1, _) => String::new(),
+            (_, "") => " · setting unknown (schema 1)".to_owned(),
+            (_, setting) if values.is_empty() => format!(" · setting {setting}"),
+            _ => format!(" · {}", values.join(", ")),
+        }
+    };
+    groups.iter().zip(manifests).map(label).collect()
 }
 
 /// What the rows of a block share.
@@ -106,16 +182,7 @@ pub fn plain(row: &ResultRow) -> bool {
 }
 
 impl<'a> Block<'a> {
-    fn new(title: String, rows: &[&'a ResultRow]) -> Result<Self> {
-        let first = rows[0];
-        if let Some(other) = rows.iter().find(|row| row.protocol != first.protocol) {
-            let name = |row: &ResultRow| format!("`{}` (`{}`, seed {})", row.protocol, row.method, row.seed);
-            return Err(Error::data(format!("{title} mixes the protocols {} and {}", name(first), name(other)))
-                .key("protocol")
-                .help(
-                    "numbers taken under different protocols do not compare: run all methods from one configuration",
-                ));
-        }
+    fn new(title: String, rows: &[&'a ResultRow]) -> Self {
         let mut ratios: Vec<f64> = rows.iter().map(|row| row.harmful_ratio).collect();
         ratios.sort_by(f64::total_cmp);
         ratios.dedup();
@@ -126,7 +193,7 @@ impl<'a> Block<'a> {
                 None => methods.push(Method { name: &row.method, rows: vec![row] }),
             }
         }
-        Ok(Self { title, ratios, methods })
+        Self { title, ratios, methods }
     }
 
     /// Plain fine-tuning after plain alignment: what the others are compared with.
@@ -194,7 +261,7 @@ mod tests {
     #[test]
     fn rows_become_methods_and_ratios() -> Result<()> {
         let results = fixture::results(3);
-        let table = Table::new(&results.rows)?;
+        let table = Table::new(&results)?;
         let [block] = table.blocks.as_slice() else { panic!("one block") };
         assert_eq!(block.ratios, [0., 0.1]);
         assert_eq!(block.methods.iter().map(|method| method.name).collect::<Vec<_>>(), ["None", "SFT", "Vaccine"]);
@@ -209,15 +276,39 @@ mod tests {
     fn protocols_are_not_mixed() {
         let mut results = fixture::results(1);
         results.rows[3].protocol = "other".into();
-        let error = Table::new(&results.rows).expect_err("two protocols");
-        assert!(error.to_string().contains("`abc`") && error.to_string().contains("`other`"), "{error}");
+        let error = Table::new(&results).expect_err("two protocols").to_string();
+        assert!(error.contains("`abc`") && error.contains("`other`"), "{error}");
+        // Where both say what they are, the keys that differ are named with both values.
+        let manifest =
+            |rows: u32| serde_json::json!({ "template": "alpaca", "probes": { "harmful": { "rows": rows } } });
+        results.protocols = [("abc".into(), manifest(50)), ("other".into(), manifest(30))].into();
+        let error = Table::new(&results).expect_err("two protocols").to_string();
+        assert!(error.contains("probes.harmful.rows is 50 and 30"), "{error}");
+        assert!(!error.contains("template"), "{error}");
+    }
+
+    #[test]
+    fn settings_have_blocks_of_their_own_named_by_what_differs() -> Result<()> {
+        let mut results = fixture::results(2);
+        let manifest = |steps: u32| serde_json::json!({ "base": { "train": { "steps": steps } }, "align": null });
+        results.settings = [("one".into(), manifest(10)), ("two".into(), manifest(20))].into();
+        for row in &mut results.rows {
+            row.setting = if row.seed == 0 { "one" } else { "two" }.into();
+        }
+        let table = Table::new(&results)?;
+        let titles: Vec<&str> = table.blocks.iter().map(|block| block.title.as_str()).collect();
+        assert!(titles[0].ends_with(" · base.train.steps = 10"), "{titles:?}");
+        assert!(titles[1].ends_with(" · base.train.steps = 20"), "{titles:?}");
+        let rows: usize = table.blocks.iter().flat_map(|block| &block.methods).map(|method| method.rows.len()).sum();
+        assert_eq!(rows, results.rows.len());
+        Ok(())
     }
 
     #[test]
     fn what_was_not_measured_is_a_dash() -> Result<()> {
         let mut results = fixture::results(1);
         results.rows[0].metrics.harmful_score = None;
-        let table = Table::new(&results.rows)?;
+        let table = Table::new(&results)?;
         assert_eq!(number(table.blocks[0].methods[0].summary(0., "harmful_score")), "–");
         assert_eq!(number(table.blocks[0].methods[1].summary(0., "harmful_score")), "2.0");
         Ok(())

@@ -40,6 +40,8 @@ pub use judge::{JudgeRecord, read_answers};
 
 /// Stored numbers of a stage, in every artifact.
 pub const RECORD: &str = "record.json";
+/// Every input of the stage, which its key is the hash of; in every artifact, for people.
+const IDENTITY: &str = "identity.json";
 /// Stored answers, one JSON object a line.
 pub const ANSWERS: &str = "answers.jsonl";
 
@@ -90,6 +92,7 @@ impl Stages {
     /// The stage failed or was interrupted.
     pub fn run(&self, stage: &PlannedStage, io: &mut StageIo) -> Result<()> {
         let parent = || stage.parent.as_deref().ok_or_else(|| Error::run("the stage has no parent"));
+        write_json(&io.output.join(IDENTITY), &stage.manifest)?;
         match &stage.spec {
             StageSpec::Pretrain(spec) => pretrain::run(self, spec, io),
             StageSpec::Load(spec) => load::run(self, spec, io),

@@ -1,0 +1,189 @@
+//! Cells of a run by what the user calls them, and their provenance as text.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+use titer_core::report::{METRICS, ResultRow, Results};
+use titer_core::{Error, Result};
+
+use crate::identity::differences;
+use crate::reporters;
+
+/// Digits of an id that are shown, and the fewest that name a cell.
+const SHOWN_DIGITS: usize = 8;
+const FEWEST_DIGITS: usize = 4;
+/// How many cells an error lists.
+const LISTED: usize = 12;
+
+/// A row, the run it is of, and that run's folder.
+#[derive(Debug)]
+pub struct Found {
+    folder: PathBuf,
+    results: Results,
+    row: ResultRow,
+}
+
+/// The one cell of the run in `folder` that `words` name: the first digits of its id, or parts of its label, as in
+/// `Vaccine, p=0.1, seed=0`.
+///
+/// # Errors
+/// The folder holds no results, or `words` name no cell or several.
+pub fn find(folder: &Path, words: &str) -> Result<Found> {
+    let results = reporters::load(folder)?;
+    let by_id = |row: &&ResultRow| words.len() >= FEWEST_DIGITS && row.id.starts_with(words);
+    let mut rows: Vec<&ResultRow> = results.rows.iter().filter(by_id).collect();
+    if rows.is_empty() {
+        let wanted: Vec<String> = words.split(',').map(term).collect();
+        rows = results.rows.iter().filter(|row| wanted.iter().all(|term| terms(row).contains(term))).collect();
+    }
+    match rows.as_slice() {
+        [row] => {
+            let row = (*row).clone();
+            Ok(Found { folder: folder.to_owned(), results, row })
+        }
+        several => {
+            let (found, candidates) = match several.len() {
+                0 => ("no cell".to_owned(), results.rows.iter().collect()),
+                n => (format!("{n} cells"), several.to_vec()),
+            };
+            let shown = candidates.iter().take(LISTED).map(|row| format!("{}  {}", id(row), label(row)));
+            let mut list = shown.collect::<Vec<_>>().join("\n");
+            if candidates.len() > LISTED {
+                list += &format!("\nand {} more", candidates.len() - LISTED);
+            }
+            Err(Error::config(format!("`{words}` names {found} of this run")).file(folder.join("results.json")).help(
+                format!("give the id of one cell, or parts of its label as in `Vaccine, p=0.1, seed=0`:\n{list}"),
+            ))
+        }
+    }
+}
+
+/// A row in words, as [`crate::plan::Cell::label`].
+fn label(row: &ResultRow) -> String {
+    terms_of(row).join(", ")
+}
+
+fn terms_of(row: &ResultRow) -> Vec<String> {
+    let ResultRow { method, task, harmful_ratio, samples, learning_rate, seed, .. } = row;
+    let mut terms = vec![
+        method.clone(),
+        task.clone(),
+        format!("p={harmful_ratio}"),
+        format!("n={samples}"),
+        format!("lr={learning_rate}"),
+    ];
+    terms.extend(row.base_seed.map(|base| format!("base {base}")));
+    terms.push(format!("seed {seed}"));
+    terms
+}
+
+/// A part of a label so that `seed 0`, `seed=0` and `Seed = 0` are one.
+fn term(text: &str) -> String {
+    text.to_lowercase().replace('=', " ").split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+fn terms(row: &ResultRow) -> Vec<String> {
+    terms_of(row).iter().map(|text| term(text)).collect()
+}
+
+fn id(row: &ResultRow) -> &str {
+    row.id.get(..SHOWN_DIGITS).unwrap_or(&row.id)
+}
+
+impl Found {
+    /// The parts of the row's provenance, in the order of reading. A part that is not known is null.
+    fn parts(&self) -> [(&'static str, Value); 5] {
+        let Self { results, row, .. } = self;
+        let manifest = |of: &BTreeMap<String, Value>, id: &str| of.get(id).cloned().unwrap_or_default();
+        let made = &results.provenance;
+        let made = json!({
+            "titer": results.titer,
+            "commit": made.commit,
+            "plugins": made.plugins,
+            "processor": made.processor,
+            "device": made.device,
+            "arithmetic": made.arithmetic,
+            "started": made.started,
+            "finished": made.finished,
+            "inputs": made.inputs,
+        });
+        [
+            ("coordinates", row.coordinates.clone()),
+            ("setting", manifest(&results.settings, &row.setting)),
+            ("protocol", manifest(&results.protocols, &row.protocol)),
+            ("artifacts", json!(row.artifacts)),
+            ("run", made),
+        ]
+    }
+
+    fn title(&self) -> String {
+        format!("{}  {}  ({})", id(&self.row), label(&self.row), self.folder.display())
+    }
+
+    /// Everything that is known about where the row comes from.
+    pub fn explained(&self) -> String {
+        let mut text = self.title() + "\n\n";
+        for (name, short, _) in METRICS {
+            if let Some(value) = self.row.metrics.get(name) {
+                let interval = self.row.intervals.get(name);
+                let interval = interval.map_or_else(String::new, |[low, high]| format!("  [{low:.1}, {high:.1}]"));
+                let _ = writeln!(text, "  {short:<18} {value:>5.1}{interval}");
+            }
+        }
+        for (part, manifest) in self.parts() {
+            let id = match part {
+                "setting" => format!(" {}", self.row.setting),
+                "protocol" => format!(" {}", self.row.protocol),
+                "coordinates" => format!(" {}", self.row.id),
+                _ => String::new(),
+            };
+            let _ = writeln!(text, "\n{part}{id}");
+            let leaves = leaves("", &manifest);
+            let unknown = "  not known: the run was made by an older version of Titer\n";
+            text += if leaves.is_empty() { unknown } else { &leaves };
+        }
+        text
+    }
+
+    /// What separates the two numbers: the metrics, then every key that differs.
+    pub fn against(&self, other: &Self) -> String {
+        let mut text = format!("a  {}\nb  {}\n\n", self.title(), other.title());
+        for (name, short, _) in METRICS {
+            if let (Some(a), Some(b)) = (self.row.metrics.get(name), other.row.metrics.get(name)) {
+                let _ = writeln!(text, "  {short:<18} a {a:>5.1}  b {b:>5.1}  b − a {:>+6.1}", b - a);
+            }
+        }
+        for ((part, ours), (_, theirs)) in self.parts().iter().zip(&other.parts()) {
+            let found = differences(ours, theirs);
+            if ours.is_null() || theirs.is_null() {
+                let _ = writeln!(text, "\n{part}: not known, since a run was made by an older version of Titer");
+            } else if found.is_empty() {
+                let _ = writeln!(text, "\n{part}: the same");
+            } else {
+                let _ = writeln!(text, "\n{part}");
+                for (key, a, b) in found {
+                    let _ = writeln!(text, "  {key}\n    a {a}\n    b {b}");
+                }
+            }
+        }
+        if self.row.protocol != other.row.protocol {
+            text += "\nThe protocols differ: the two numbers do not compare.\n";
+        }
+        text
+    }
+}
+
+/// A line for each leaf of a manifest.
+fn leaves(path: &str, value: &Value) -> String {
+    let below = |name: &str| if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") };
+    match value {
+        Value::Object(map) if !map.is_empty() => map.iter().map(|(name, value)| leaves(&below(name), value)).collect(),
+        Value::Array(list) if list.iter().any(|item| item.is_object() || item.is_array()) => {
+            list.iter().enumerate().map(|(at, value)| leaves(&below(&at.to_string()), value)).collect()
+        }
+        Value::Null if path.is_empty() => String::new(),
+        leaf => format!("  {path:<44} {leaf}\n"),
+    }
+}
