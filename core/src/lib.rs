@@ -22,13 +22,16 @@
 //! 3. A neutral defense equals plain fine-tuning bit for bit; an active one differs from it.
 //! 4. A declared objective's gradient equals finite differences; Vaccine's perturbation has global norm `rho`.
 //! 5. Every trainable parameter receives a gradient, or the model says which do not and why.
-//! 6. An artifact exists only after its commit record. Keys cover configuration, data content, parent and plugin
-//!    version, so a wrong hit is impossible and an unchanged stage never runs twice.
-//! 7. Every number carries its protocol id; a table refuses to mix ids.
+//! 6. An artifact exists only after its commit record. Its key is written out field by field: configuration, data by
+//!    content, parent, plugin versions, arithmetic. So a wrong hit is impossible and an unchanged stage never runs twice.
+//! 7. Every number carries protocol, setting and coordinates, each as a readable manifest with a hash. A table refuses to
+//!    mix protocols, keeps settings apart and drops no row.
 //! 8. Nothing outside [`device`] and the kernels knows CUDA; nothing outside the plugin loader and the kernels is
 //!    `unsafe`.
 //! 9. Bad input ends in an error that names the file, the key and the nearest valid value; never a panic, never lost
 //!    work.
+//! 10. What differs stays different: every key of the configuration changes the key of a stage or the identity of a row,
+//!     or is listed as irrelevant with its reason.
 
 #![warn(missing_docs)]
 

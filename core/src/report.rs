@@ -29,6 +29,10 @@ pub struct Results {
     /// The settings of the rows by their id: what was attacked, and how. Empty in version 1.
     #[serde(default)]
     pub settings: BTreeMap<String, Value>,
+    /// The hash of every row's identity and metrics. Two runs of one configuration have the same one if every number is
+    /// the same to the last bit. Empty in version 1.
+    #[serde(default)]
+    pub metrics_hash: String,
     /// One row per method × setting × seed × task.
     pub rows: Vec<ResultRow>,
     /// Cells that failed.

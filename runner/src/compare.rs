@@ -86,6 +86,7 @@ fn merge(runs: &[(String, Results)]) -> Results {
         provenance: Provenance::default(),
         protocols: all(|run| &run.protocols),
         settings: all(|run| &run.settings),
+        metrics_hash: String::new(),
         rows: rows.collect(),
         failures: runs.iter().flat_map(|(_, run)| run.failures.clone()).collect(),
         // Published values are those of one experiment and its names.

@@ -3,11 +3,13 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use serde_json::{Value, json};
 use titer_core::error::io_error;
 use titer_core::report::{Answer, Curves, Failure, Ledger, Metrics, Provenance, Published, ResultRow, Results, SCHEMA};
 use titer_core::{DefenseEntry, Error, Result, Verdict, registry};
 
 use crate::executor::Outcome;
+use crate::identity::digest;
 use crate::plan::{Cell, Key, Plan, PlannedStage, StageSpec};
 use crate::stages::{ANSWERS, AnswerRecord, JudgeRecord, RECORD, read_answers, read_json};
 use crate::statistics::wilson;
@@ -48,10 +50,18 @@ pub fn assemble(
         provenance,
         protocols: plan.protocols.clone(),
         settings: plan.settings.clone(),
+        metrics_hash: metrics_hash(&rows),
         rows,
         failures,
         published: published.to_vec(),
     })
+}
+
+/// The hash of identity and metrics of all rows, whatever their order.
+pub fn metrics_hash(rows: &[ResultRow]) -> String {
+    let measured: BTreeMap<&str, Value> =
+        rows.iter().map(|row| (row.id.as_str(), json!([row.metrics, row.judges, row.n]))).collect();
+    digest(&json!(measured))
 }
 
 struct Assembly<'a> {

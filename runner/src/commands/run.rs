@@ -73,10 +73,11 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
 /// What is where, and what failed.
 fn summary(plan: &Plan, results: &Results, out: &Path) -> String {
     let mut text = format!(
-        "\n{} of {} cells, report in {}\n",
+        "\n{} of {} cells, report in {}\nmetrics hash {}\n",
         results.rows.len(),
         plan.cells.len(),
-        out.join("report.html").display()
+        out.join("report.html").display(),
+        results.metrics_hash
     );
     for failure in &results.failures {
         let _ = writeln!(text, "failed: {}\n  {}", failure.cell, failure.error.replace('\n', "\n  "));

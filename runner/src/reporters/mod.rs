@@ -165,6 +165,7 @@ pub(crate) mod fixture {
             provenance: Provenance::default(),
             protocols: BTreeMap::new(),
             settings: BTreeMap::new(),
+            metrics_hash: String::new(),
             rows,
             failures: Vec::new(),
             published: Vec::new(),
