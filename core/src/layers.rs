@@ -62,7 +62,9 @@ impl Linear {
         let name = &pass.weights.param(self.weight).name;
         let Some((adapter, _)) = pass.weights.adapter(self.weight) else { return squares.note(name.clone(), x) };
         let [a, b] = factor_names(module_of(name));
-        squares.note(b, &x.broadcast_matmul(&adapter.a.to_dtype(x.dtype())?.t()?)?)?;
+        let (batch, length, width) = x.dims3()?;
+        let products = ops::Gemm::NT.product(&x.reshape((batch * length, width))?, &adapter.a.to_dtype(x.dtype())?)?;
+        squares.note(b, &products.reshape((batch, length, ()))?)?;
         squares.note(a, x)
     }
 }

@@ -11,6 +11,7 @@
 //! | [`layers`] [`ops`] [`tape`] | what models are built of; differentiable operators; the backward pass |
 //! | [`text`] [`data`] [`rng`] | templates and tokenizers; streams and mixtures; named generators |
 //! | [`optim`] [`generate`] [`cache`] | AdamW and schedules; batched greedy decoding |
+//! | [`arithmetic`] | what decides the rounding of a result |
 //! | [`device`] [`event`] [`report`] [`error`] | device parsing; progress; `results.json`; errors |
 //! | `testing` | with the feature of that name: what every defense and every model is checked for |
 //!
@@ -35,6 +36,7 @@
 
 #![warn(missing_docs)]
 
+pub mod arithmetic;
 pub mod cache;
 pub mod checkpoint;
 pub mod data;

@@ -263,7 +263,7 @@ impl Matrix {
     pub(crate) fn plus(&self, scale: f64, b: &Tensor, a: &Tensor) -> Result<Self> {
         match self {
             Self::Dense(tensor) => {
-                let delta = (b.matmul(a)? * scale)?;
+                let delta = Gemm::NN.times(scale).product(b, a)?;
                 Ok(Self::Dense((tensor.to_dtype(delta.dtype())? + delta)?.to_dtype(tensor.dtype())?))
             }
             Self::Packed(packed) => {

@@ -39,7 +39,7 @@ impl Schedule {
         match self {
             Schedule::Constant | Schedule::ConstantWithWarmup => 1.,
             Schedule::Linear => (1. - progress).max(0.),
-            Schedule::Cosine => (0.5 * (1. + (PI * progress).cos())).max(0.),
+            Schedule::Cosine => (0.5 * (1. + libm::cos(PI * progress))).max(0.),
         }
     }
 }

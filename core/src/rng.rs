@@ -5,9 +5,9 @@
 //! resume: the generator of step `k` is derived anew from the same seed and name.
 
 use candle_core::{Device, Tensor};
-use rand::SeedableRng;
+use rand::distr::{Distribution, Uniform};
 use rand::seq::SliceRandom;
-use rand_distr::{Distribution, StandardNormal, Uniform};
+use rand::{RngExt, SeedableRng};
 
 use crate::Result;
 
@@ -56,8 +56,21 @@ pub fn permutation(n: usize, generator: &mut Generator) -> Vec<usize> {
 /// A tensor of independent standard normal values (f32), drawn on the host so that every device sees the same ones.
 pub fn randn(shape: &[usize], generator: &mut Generator, device: &Device) -> Result<Tensor> {
     let count = shape.iter().product();
-    let values: Vec<f32> = StandardNormal.sample_iter(generator).take(count).collect();
+    let mut values = Vec::with_capacity(count + 1);
+    while values.len() < count {
+        values.extend(normal_pair(generator));
+    }
+    values.truncate(count);
     Ok(Tensor::from_vec(values, shape, device)?)
+}
+
+/// Two independent standard normal values (Box and Muller 1958). The usual samplers take logarithms of the C library,
+/// whose bits depend on the processor.
+fn normal_pair(generator: &mut Generator) -> [f32; 2] {
+    // In (0, 1], since there is no logarithm of zero.
+    let [u, v]: [f64; 2] = generator.random();
+    let (radius, angle) = ((-2. * libm::log(1. - u)).sqrt(), std::f64::consts::TAU * v);
+    [(radius * libm::cos(angle)) as f32, (radius * libm::sin(angle)) as f32]
 }
 
 /// A tensor of independent uniform values in `[-bound, bound)` (f32).
@@ -82,6 +95,19 @@ pub fn dropout_mask(shape: &[usize], p: f32, generator: &mut Generator, device: 
 mod tests {
     use super::*;
     use rand::Rng;
+
+    #[test]
+    fn normal_values_have_the_moments_of_their_distribution() -> Result<()> {
+        let values = randn(&[100_001], &mut Seed::new(1).generator(), &Device::Cpu)?.to_vec1::<f32>()?;
+        let moment = |power: i32| values.iter().map(|&x| f64::from(x).powi(power)).sum::<f64>() / values.len() as f64;
+        for (power, expected) in [(1, 0.), (2, 1.), (3, 0.), (4, 3.)] {
+            assert!((moment(power) - expected).abs() < 0.05, "moment {power} is {}", moment(power));
+        }
+        let pairs = values.as_chunks::<2>().0;
+        let product = pairs.iter().map(|[a, b]| f64::from(a * b)).sum::<f64>() / pairs.len() as f64;
+        assert!(product.abs() < 0.02, "the values of a pair correlate: {product}");
+        Ok(())
+    }
 
     #[test]
     fn names_give_independent_repeatable_streams() {

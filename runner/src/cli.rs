@@ -6,6 +6,8 @@ use std::panic::catch_unwind;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use titer_core::Error;
+use titer_core::arithmetic::{self, Level};
 use tracing_subscriber::EnvFilter;
 
 use crate::commands::{self, Done};
@@ -84,6 +86,9 @@ pub fn main() -> ExitCode {
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Result<Done, Problems> {
     let cli = Cli::parse_from(arguments);
     log_to_stderr(cli.verbose);
+    if let Some(name) = std::env::var_os("TITER_SIMD") {
+        arithmetic::limit(vectors(&name.to_string_lossy())?);
+    }
     cli.plugins.iter().try_for_each(plugins::load)?;
     match &cli.command {
         Command::Run(args) => commands::run::run(args),
@@ -100,6 +105,12 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Result<Done, Proble
         Command::Doctor(args) => commands::doctor::run(args),
         Command::Plugin(args) => commands::plugin::run(args),
     }
+}
+
+/// `TITER_SIMD` keeps the kernels from vectors wider than it says, to check that results do not depend on them.
+fn vectors(name: &str) -> Result<Level, Problems> {
+    let unknown = || Error::config(format!("`{name}` names no vectors")).at("from", "environment variable TITER_SIMD");
+    Ok(Level::parse(name).ok_or_else(|| unknown().help("use scalar, 128, 256 or 512, or unset it"))?)
 }
 
 /// `TITER_LOG` takes filters such as `titer=debug`; `-v` raises the level of Titer's own crates.

@@ -14,6 +14,7 @@ use candle_core::Device;
 use schemars::{JsonSchema, Schema, schema_for};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use titer_core::arithmetic::Arithmetic;
 use titer_core::optim::Schedule;
 use titer_core::report::Published;
 use titer_core::weights::LoraConfig;
@@ -45,6 +46,11 @@ pub struct Config {
     /// rounded to bf16.
     #[serde(default = "f32")]
     pub dtype: String,
+    /// How the CPU rounds. `portable` gives the same bits on every processor and for every number of threads. `native`
+    /// may use the tile unit (AMX) and blocks tuned to the caches; its results are of another setting than portable ones.
+    /// Without effect on CUDA devices.
+    #[serde(default)]
+    pub arithmetic: Arithmetic,
     /// Plugins from shared libraries.
     #[serde(default, skip_serializing_if = "PluginsConfig::is_empty")]
     pub plugins: PluginsConfig,

@@ -7,6 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
+use titer_core::arithmetic;
+use titer_core::device::parse_device;
 use titer_core::error::io_error;
 use titer_core::model::sites_of_kind;
 use titer_core::registry::{Entry, find, nearest};
@@ -15,8 +17,8 @@ use titer_core::rng::Seed;
 use titer_core::text::Template;
 use titer_core::weights::LoraConfig;
 use titer_core::{
-    AlignmentDefense, Conflict, DefenseEntry, Error, JudgeEntry, Model, ModelEntry, Precision, Result, Row, Settings,
-    Stack, Stage, Task, TaskEntry,
+    AlignmentDefense, Conflict, DefenseEntry, Error, JudgeEntry, Kind, Model, ModelEntry, Precision, Result, Row,
+    Settings, Stack, Stage, Task, TaskEntry,
 };
 
 use crate::config::{
@@ -242,7 +244,7 @@ pub fn resolve(loaded: &Loaded) -> Result<Experiment, Problems> {
     let (probes, judges) = cx.evaluate(&config.evaluate);
     cx.published(config);
 
-    let arithmetic = "portable/1".to_owned();
+    let arithmetic = cx.arithmetic(config);
     let inputs = cx.hashes.iter().map(|(path, hash)| Input { path: path.display().to_string(), blake3: hash.clone() });
     let inputs = inputs.collect();
     match (bases, fine_tune) {
@@ -377,6 +379,18 @@ impl Resolver<'_> {
             Use::Test => task.test(count),
         };
         self.take(key, rows)
+    }
+
+    /// What decides the rounding. A device that cannot be opened here has keys of its own: its numbers are not ours.
+    fn arithmetic(&mut self, config: &Config) -> String {
+        match parse_device(&config.device) {
+            Ok(device) => arithmetic::identity(config.arithmetic, &device),
+            Err(error) if error.kind() == Kind::Device => format!("{} (not opened)", config.device),
+            Err(error) => {
+                self.take::<()>("", Err(error));
+                String::new()
+            }
+        }
     }
 
     fn content(&mut self, files: &[PathBuf]) -> Result<String> {

@@ -100,7 +100,7 @@ fn table() -> Vec<(String, String, Reach, Part)> {
         ("experiment", "experiment=other", Nothing(SHOWN), Part::None),
         ("seeds", "seeds=[7]", Align, Coordinates),
         ("device", "device=cpu", Nothing("what it changes is the arithmetic, which is part of every key"), Part::None),
-        //        ("arithmetic", "arithmetic=native", Base, Setting),
+        ("arithmetic", "arithmetic=native", Base, Setting),
         ("dtype", "dtype=bf16", Base, Setting),
         ("plugins.paths", "", Nothing("the hash of a plugin's code is part of each key it enters"), Part::None),
         ("plugins.paths.path", "", Nothing("as above"), Part::None),

@@ -292,7 +292,7 @@ impl<T: Real> Head<'_, T> {
                         }
                         if let Some(sums) = sums {
                             // SAFETY: the caller's.
-                            unsafe { *sums.add(q) = max * scale + sum.ln() };
+                            unsafe { *sums.add(q) = max * scale + sum.portable_ln() };
                         }
                     }
                 },

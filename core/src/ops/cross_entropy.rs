@@ -8,7 +8,7 @@ use candle_core::{DType, Tensor};
 use super::gemm::{Matrix, multiply, threads};
 use super::host::{Real, Shared, by_dtype, read, rows, tensor};
 use super::product::chunks;
-use super::{Gemm, math};
+use super::{Gemm, log_softmax, math};
 use crate::matrix::Matrix as Stored;
 use crate::tape::{Tape, Traced};
 use crate::{Error, Result};
@@ -58,7 +58,8 @@ pub fn cross_entropy(tape: &mut Tape, logits: &Traced, targets: &Tensor) -> Resu
     let targets = targets.clone();
     check_targets(&targets, logits.tensor().dims2()?.1)?;
     tape.composed(&[logits], |inputs| {
-        candle_nn::loss::cross_entropy(&inputs[0].to_dtype(wide(inputs[0].dtype()))?, &targets)
+        let logits = inputs[0].to_dtype(wide(inputs[0].dtype()))?;
+        candle_nn::loss::nll(&log_softmax(&logits, 1).map_err(candle_core::Error::wrap)?, &targets)
     })
 }
 
@@ -188,7 +189,7 @@ fn softmax_gradient<T: Real>(logits: &mut [T], label: usize, scale: T) -> T {
         *z *= factor;
     }
     logits[label] -= scale;
-    max + sum.ln() - correct
+    max + sum.portable_ln() - correct
 }
 
 #[cfg(test)]

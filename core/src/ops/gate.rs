@@ -82,8 +82,8 @@ impl Activation {
                 (half * z * (T::one() + tanh), half * (T::one() + tanh) + half * z * slope)
             }
             Activation::Gelu => {
-                let erf = T::of(candle_core::cpu::erf::erf_f64(z.to_f64() * std::f64::consts::FRAC_1_SQRT_2));
-                let density = (-half * z * z).exp() * T::of(1. / (2. * std::f64::consts::PI).sqrt());
+                let erf = T::of(libm::erf(z.to_f64() * std::f64::consts::FRAC_1_SQRT_2));
+                let density = (-half * z * z).fast_exp() * T::of(1. / (2. * std::f64::consts::PI).sqrt());
                 let mass = half * (T::one() + erf);
                 (z * mass, mass + z * density)
             }

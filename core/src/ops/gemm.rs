@@ -3,7 +3,9 @@
 use candle_core::{DType, Tensor};
 
 use super::host::{Real, by_dtype, read, tensor, write};
+use super::portable;
 use crate::Result;
+use crate::arithmetic::{Arithmetic, chosen};
 
 /// `alpha · op(A) op(B)`, where `op` transposes the operands that `transpose` marks. Both are contiguous matrices of
 /// one element type.
@@ -174,6 +176,10 @@ pub(super) unsafe fn multiply<T: Real>(
     // SAFETY: as this function's.
     if unsafe { T::multiply_specially(c, accumulate, alpha, a, b, threads) } {
         return;
+    }
+    if chosen() == Arithmetic::Portable {
+        // SAFETY: as this function's.
+        return unsafe { portable::multiply(c, accumulate, alpha, a, b, threads) };
     }
     let parallelism = if threads > 1 { gemm::Parallelism::Rayon(threads) } else { gemm::Parallelism::None };
     let stride = |stride: usize| stride.cast_signed();

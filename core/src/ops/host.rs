@@ -6,20 +6,28 @@ use candle_core::{CpuStorage, InplaceOp1, Layout, Storage, Tensor, WithDType};
 use rayon::prelude::*;
 
 use super::gemm::Matrix;
+use super::portable::Lanes;
+pub(super) use super::simd::simd;
 use super::{CandleResult, math};
 use crate::Result;
+use crate::arithmetic::{Arithmetic, chosen};
 
 /// Real numbers that the host kernels compute with.
 pub(super) trait Real:
-    WithDType + num_traits::Float + std::iter::Sum + std::ops::AddAssign + std::ops::MulAssign + Send + Sync
+    WithDType + Lanes + std::iter::Sum + std::ops::AddAssign + std::ops::MulAssign + Send + Sync
 {
     /// The number nearest to `value`.
     fn of(value: f64) -> Self {
         <Self as WithDType>::from_f64(value)
     }
 
-    /// `eˣ`, fast where that costs no more than rounding.
+    /// `eˣ`, fast where that costs no more than rounding; the same bits on every processor.
     fn fast_exp(self) -> Self;
+
+    /// `ln x`, the same bits on every processor, unlike the C library's.
+    fn portable_ln(self) -> Self {
+        Self::of(libm::log(self.to_f64()))
+    }
 
     /// The elements of a storage of this type.
     fn elements(storage: &mut CpuStorage) -> Option<&mut [Self]>;
@@ -66,7 +74,7 @@ impl Real for f32 {
                 return true;
             }
             #[cfg(target_arch = "x86_64")]
-            if super::amx::suits(&c, &a, &b) {
+            if chosen() == Arithmetic::Native && super::amx::suits(&c, &a, &b) {
                 super::amx::multiply(c, accumulate, alpha, a, b, threads);
                 return true;
             }
@@ -78,7 +86,7 @@ impl Real for f32 {
 impl Real for f64 {
     #[inline(always)]
     fn fast_exp(self) -> Self {
-        self.exp()
+        libm::exp(self)
     }
 
     fn elements(storage: &mut CpuStorage) -> Option<&mut [Self]> {
@@ -137,16 +145,6 @@ pub(super) fn write<T: Real>(tensor: &Tensor, f: impl FnOnce(&mut [T])) -> Resul
 /// A host tensor of `values`.
 pub(super) fn tensor<T: Real>(values: Vec<T>, shape: &[usize]) -> Result<Tensor> {
     Ok(Tensor::from_vec(values, shape, &candle_core::Device::Cpu)?)
-}
-
-/// Runs `work` compiled for the widest vectors of this processor. Rust never contracts `a·b + c`, so what it computes
-/// does not depend on the choice.
-///
-/// The closure, and every closure that it calls, has to be `#[inline(always)]`: code that stays a function of its own is
-/// compiled for the processor that all others are.
-#[inline(always)]
-pub(super) fn simd<R>(work: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(work)
 }
 
 /// Elements that one thread takes at a time. The split never depends on the number of threads, so that sums over the

@@ -29,6 +29,7 @@ mod cross_entropy;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod elementwise;
+mod expression;
 mod fused;
 mod gate;
 mod gemm;
@@ -36,8 +37,10 @@ mod host;
 mod linear;
 mod math;
 mod norm;
+mod portable;
 mod product;
 mod rope;
+mod simd;
 mod skinny;
 
 use candle_core::Tensor;
@@ -47,12 +50,15 @@ pub use attention::{Attention, Visibility};
 pub use cross_entropy::{cross_entropy, head_cross_entropy};
 pub use elementwise::{add, embed, select_rows};
 pub(crate) use elementwise::{add_assign, cache_write, multiply, norm, sum};
+pub use expression::{exp, ln, log_softmax, matmul};
 pub use fused::fused;
 pub use gate::{Activation, swiglu};
 pub use gemm::Gemm;
 pub use linear::{LowRank, linear};
 pub use norm::{layer_norm, rms_norm};
 pub use rope::{Rope, Rotation, check_positions, rotate};
+
+pub(crate) use simd::instructions;
 
 type CandleResult<T> = candle_core::Result<T>;
 

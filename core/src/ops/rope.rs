@@ -20,15 +20,15 @@ impl Rope {
         let angles = || (0..positions).flat_map(|at| inverse_frequencies.iter().map(move |f| at as f32 * f));
         Self {
             half: inverse_frequencies.len(),
-            cos: angles().map(f32::cos).collect(),
-            sin: angles().map(f32::sin).collect(),
+            cos: angles().map(|angle| libm::cos(f64::from(angle)) as f32).collect(),
+            sin: angles().map(|angle| libm::sin(f64::from(angle)) as f32).collect(),
         }
     }
 
     /// The standard inverse frequencies `1 / θ^(2i/d)` of a head of `width` dimensions. The division in this order, in
     /// f32, is what makes a forward pass equal to the checkpoints' own to the last bit.
     pub fn frequencies(width: usize, theta: f64) -> Vec<f32> {
-        (0..width).step_by(2).map(|i| 1f32 / (theta as f32).powf(i as f32 / width as f32)).collect()
+        (0..width).step_by(2).map(|i| 1f32 / power(theta as f32, i as f32 / width as f32)).collect()
     }
 
     /// The longest sequence the table covers.
@@ -48,6 +48,11 @@ impl Rope {
         };
         Ok(Rotation { cos: pick(&self.cos)?, sin: pick(&self.sin)? })
     }
+}
+
+/// `base` to the power `exponent`, rounded once from double precision: the same bits on every processor.
+fn power(base: f32, exponent: f32) -> f32 {
+    libm::pow(f64::from(base), f64::from(exponent)) as f32
 }
 
 /// Fails if one of `positions` lies beyond the `limit` that the model has.

@@ -1,13 +1,17 @@
 //! Products of f32 matrices with one small dimension: the two factors of an adapter, and decoding, where a batch has as
 //! many rows as answers are under way. A general product spends its time on packing such operands; these read each number
 //! of the large operand once, where it lies.
+//!
+//! Every sum has one order, whatever the width of the vectors and the number of threads: over [`LANES`] lanes where the
+//! summed dimension lies along the vectors, and by one chain of fused multiply-adds where it does not.
 
 #![allow(unsafe_code, reason = "products take pointers")]
 
-use pulp::{Arch, Simd, WithSimd};
+use pulp::{Simd, WithSimd};
 
 use super::gemm::Matrix;
 use super::host::{Shared, tasks};
+use super::simd::dispatch;
 
 /// A dimension up to this size is small.
 const SMALL: usize = 16;
@@ -16,6 +20,8 @@ const LARGE: usize = 64;
 /// Rows of the large and of the small operand whose products are summed at a time. The small one is read again for each
 /// block, the large one only once.
 const BLOCK: [usize; 2] = [4, 4];
+/// Partial sums of one element that run beside each other. Part of the arithmetic: another number gives other bits.
+const LANES: usize = 16;
 /// Large rows that one task takes.
 const SHARE: usize = 64;
 /// Vectors of a row of `C` that stay in registers while it is combined.
@@ -80,7 +86,7 @@ impl Target {
     unsafe fn put(&self, row: usize, column: usize, sum: f32) {
         let at = self.data.at(row * self.strides[0] + column * self.strides[1]);
         // SAFETY: the caller's.
-        unsafe { *at = if self.accumulate { *at + self.alpha * sum } else { self.alpha * sum } };
+        unsafe { *at = if self.accumulate { self.alpha.mul_add(sum, *at) } else { self.alpha * sum } };
     }
 }
 
@@ -146,7 +152,7 @@ unsafe fn dots(c: Target, a: Rows, b: Rows) {
                 let next = a.data.at((row + BLOCK[0] + column / BLOCK[1] % BLOCK[0]) * a.stride);
                 // SAFETY: whole rows; every task writes its own rows of `C`.
                 unsafe {
-                    let sums = Arch::new().dispatch(Dots { a: block(&a, row), b: block(&b, column), next });
+                    let sums = dispatch(Dots { a: block(&a, row), b: block(&b, column), next });
                     for (i, sums) in sums.iter().enumerate().take(a.count - row) {
                         for (j, &sum) in sums.iter().enumerate().take(b.count - column) {
                             c.put(row + i, column + j, sum);
@@ -180,28 +186,46 @@ impl WithSimd for Dots<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> Self::Output {
-        // Loops instead of `map`, which is a call for arrays of this length.
-        let mut a: [&[S::f32s]; BLOCK[0]] = [&[]; BLOCK[0]];
-        let mut b: [&[S::f32s]; BLOCK[1]] = [&[]; BLOCK[1]];
-        let count = self.a[0].len() / S::F32_LANES;
-        for (vectors, row) in a.iter_mut().chain(&mut b).zip(self.a.into_iter().chain(self.b)) {
-            *vectors = &S::as_simd_f32s(row).0[..count];
-        }
-        let mut sums = [[simd.splat_f32s(0.); BLOCK[1]]; BLOCK[0]];
-        for at in 0..count {
-            prefetch(self.next.wrapping_add(at * S::F32_LANES));
+        let width = self.a[0].len();
+        let whole = width - width % LANES;
+        let mut lanes = [[[0.; LANES]; BLOCK[1]]; BLOCK[0]];
+        // As many lanes at once as a vector has; all blocks of rows fit into the registers.
+        for part in (0..LANES).step_by(S::F32_LANES) {
+            let mut sums = [[simd.splat_f32s(0.); BLOCK[1]]; BLOCK[0]];
+            for at in (part..whole).step_by(LANES) {
+                prefetch(self.next.wrapping_add(at));
+                let mut b = [simd.splat_f32s(0.); BLOCK[1]];
+                for (vector, row) in b.iter_mut().zip(self.b) {
+                    *vector = S::as_simd_f32s(&row[at..at + S::F32_LANES]).0[0];
+                }
+                for i in 0..BLOCK[0] {
+                    let a = S::as_simd_f32s(&self.a[i][at..at + S::F32_LANES]).0[0];
+                    for j in 0..BLOCK[1] {
+                        sums[i][j] = simd.mul_add_f32s(a, b[j], sums[i][j]);
+                    }
+                }
+            }
             for i in 0..BLOCK[0] {
                 for j in 0..BLOCK[1] {
-                    sums[i][j] = simd.mul_add_f32s(a[i][at], b[j][at], sums[i][j]);
+                    S::as_mut_simd_f32s(&mut lanes[i][j][part..part + S::F32_LANES]).0[0] = sums[i][j];
                 }
             }
         }
-        let done = count * S::F32_LANES;
         let mut result = [[0.; BLOCK[1]]; BLOCK[0]];
         for i in 0..BLOCK[0] {
             for j in 0..BLOCK[1] {
-                let rest: f32 = self.a[i][done..].iter().zip(&self.b[j][done..]).map(|(a, b)| a * b).sum();
-                result[i][j] = simd.reduce_sum_f32s(sums[i][j]) + rest;
+                let lanes = &mut lanes[i][j];
+                for (lane, at) in (whole..width).enumerate() {
+                    lanes[lane] = self.a[i][at].mul_add(self.b[j][at], lanes[lane]);
+                }
+                let mut half = LANES / 2;
+                while half > 0 {
+                    for lane in 0..half {
+                        lanes[lane] += lanes[lane + half];
+                    }
+                    half /= 2;
+                }
+                result[i][j] = lanes[0];
             }
         }
         result
@@ -234,7 +258,7 @@ unsafe fn combine(c: Target, a: Rows, b: Rows) {
                 if !c.accumulate {
                     out.fill(0.);
                 }
-                Arch::new().dispatch(Combine { out, factors: a.part(row, 0, a.width), alpha: c.alpha, b });
+                dispatch(Combine { out, factors: a.part(row, 0, a.width), alpha: c.alpha, b });
             }
         }
     });
@@ -278,7 +302,7 @@ impl WithSimd for Combine<'_> {
                 *sum = simd.mul_add_f32s(wide, b, *sum);
             }
             for (sum, b) in rest.iter_mut().zip(&b[done..]) {
-                *sum += factor * alpha * b;
+                *sum = (factor * alpha).mul_add(*b, *sum);
             }
         }
     }
@@ -295,13 +319,7 @@ unsafe fn gather(c: Target, a: Rows, b: Rows) {
         for row in (0..a.width).step_by(GATHERED[0]) {
             let height = GATHERED[0].min(a.width - row);
             let mut sums = [[0.; WIDTH]; GATHERED[0]];
-            Arch::new().dispatch(Gather {
-                a,
-                b,
-                rows: row..row + height,
-                columns: first..first + width,
-                sums: &mut sums,
-            });
+            dispatch(Gather { a, b, rows: row..row + height, columns: first..first + width, sums: &mut sums });
             for (i, sums) in sums.iter().enumerate().take(height) {
                 for (j, &sum) in sums.iter().enumerate().take(width) {
                     // SAFETY: every task writes its own columns of `C`.
@@ -355,7 +373,7 @@ impl<const W: usize> WithSimd for Gather<'_, W> {
                 unsafe { (a.part(at, rows.start, height), b.part(at, columns.start + whole, width - whole)) };
             for (out, factor) in out.iter_mut().zip(factors) {
                 for (out, value) in out[whole..].iter_mut().zip(values) {
-                    *out += factor * value;
+                    *out = factor.mul_add(*value, *out);
                 }
             }
         }

@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use nalgebra::DMatrix;
+use titer_core::ops::Gemm;
 use titer_core::step::Ancestry;
 use titer_core::weights::Adapter;
 use titer_core::{Conflict, Error, Matrix, Result, Stack, StageCx, Weights};
@@ -51,7 +52,7 @@ impl MatrixUpdate {
     /// A tensor operation failed.
     pub fn product(&self, x: &Tensor, y: &Tensor) -> Result<f64> {
         let terms = match &self.a {
-            Some(a) => (x.t()?.matmul(y)? * a.matmul(&a.t()?)?)?,
+            Some(a) => (Gemm::TN.product(x, y)? * Gemm::NT.product(a, a)?)?,
             None => (x * y)?,
         };
         Ok(terms.sum_all()?.to_scalar()?)

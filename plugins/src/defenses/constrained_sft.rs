@@ -14,7 +14,7 @@ use serde_json::json;
 use titer_core::data::Batch;
 use titer_core::{
     AlignmentDefense, DefenseEntry, Privilege, Quirk, Result, Scalar, SettingsType, Sites, Stage, StageCx, State,
-    StepCx, Update, Weights, inventory, no_conflict,
+    StepCx, Update, Weights, inventory, no_conflict, ops,
 };
 
 use super::check_strength;
@@ -111,7 +111,7 @@ impl ConstrainedSft {
     fn label_weights(&self, now: &Tensor, start: &Tensor, batch: &Batch) -> Result<Tensor> {
         let betas = self.betas(batch)?.to_dtype(now.dtype())?;
         // 1 − σ(x) = 1 / (1 + eˣ)
-        let odds = (betas * (now.detach() - start)?)?.exp()?;
+        let odds = ops::exp(&(betas * (now.detach() - start)?)?)?;
         Ok(((odds + 1.)?.recip()? * 2.)?.maximum(self.floor)?)
     }
 }

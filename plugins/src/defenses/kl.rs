@@ -12,7 +12,7 @@ use serde_json::json;
 use titer_core::data::Batch;
 use titer_core::{
     AlignmentDefense, DefenseEntry, Privilege, Quirk, Result, Scalar, SettingsType, Sites, Stage, StageCx, State,
-    StepCx, Update, Weights, inventory, no_conflict,
+    StepCx, Update, Weights, inventory, no_conflict, ops,
 };
 
 use super::check_strength;
@@ -95,7 +95,7 @@ impl Kl {
 
 /// `Σ p (log p − log q) / n` of log-probabilities of equal shape, `n` being their first dimension.
 fn divergence(log_p: &Tensor, log_q: &Tensor) -> Result<Tensor> {
-    let sum = (log_p.exp()? * (log_p - log_q)?)?.sum_all()?;
+    let sum = (ops::exp(log_p)? * (log_p - log_q)?)?.sum_all()?;
     Ok((sum / log_p.dim(0)? as f64)?)
 }
 

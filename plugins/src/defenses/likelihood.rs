@@ -1,8 +1,8 @@
 //! Log-probabilities as candle expressions, for losses of a defense's own.
 
 use candle_core::{DType, Tensor};
-use titer_core::Result;
 use titer_core::data::Batch;
+use titer_core::{Result, ops};
 
 /// The hidden states that predict a label, `[labels, width]`, out of `[batch, length, width]`.
 ///
@@ -25,5 +25,5 @@ pub(super) fn wide(x: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// A tensor operation failed.
 pub(super) fn log_softmax(x: &Tensor, dim: usize) -> Result<Tensor> {
-    Ok(candle_nn::ops::log_softmax(&wide(x)?, dim)?)
+    ops::log_softmax(&wide(x)?, dim)
 }

@@ -9,7 +9,7 @@ use titer_core::data::{Batch, Tokens};
 use titer_core::model::sites_of_kind;
 use titer_core::{
     AlignmentDefense, DefenseEntry, Privilege, Quirk, Result, Scalar, SettingsType, Sites, Stage, StepCx, Update,
-    inventory, no_conflict,
+    inventory, no_conflict, ops,
 };
 
 use super::check_strength;
@@ -167,7 +167,7 @@ fn masked_cross_entropy(cx: &mut StepCx, hidden: &Tensor, ids: &Tensor, mask: &T
     let count = labels.len();
     let (at, labels) =
         (Tensor::from_vec(at, count, logits.device())?, Tensor::from_vec(labels, (count, 1), logits.device())?);
-    let chances = candle_nn::ops::log_softmax(&logits.index_select(&at, 0)?, 1)?;
+    let chances = ops::log_softmax(&logits.index_select(&at, 0)?, 1)?;
     Ok(chances.gather(&labels, 1)?.mean_all()?.neg()?)
 }
 
@@ -186,11 +186,11 @@ fn discrepancy(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     let n = x.dim(0)?;
     let all = Tensor::cat(&[x, y], 0)?;
     let squares = all.sqr()?.sum_keepdim(1)?;
-    let products = (all.matmul(&all.t()?)? * 2.)?;
+    let products = (ops::matmul(&all, &all.t()?)? * 2.)?;
     let distances = squares.broadcast_add(&squares.t()?)?.sub(&products)?;
     let pairs = (4 * n * n - 2 * n) as f64;
     let width = (distances.detach().sum_all()? / (4. * pairs))?;
-    let kernel = |power: i32| Ok(distances.broadcast_div(&(&width * 2f64.powi(power))?)?.neg()?.exp()?);
+    let kernel = |power: i32| ops::exp(&distances.broadcast_div(&(&width * 2f64.powi(power))?)?.neg()?);
     let kernels = (0..5).map(kernel).collect::<Result<Vec<Tensor>>>()?;
     let kernel = Tensor::stack(&kernels, 0)?.sum(0)?;
     let block = |row: usize, column: usize| kernel.narrow(0, row * n, n)?.narrow(1, column * n, n)?.mean_all();

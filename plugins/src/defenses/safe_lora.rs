@@ -8,6 +8,7 @@ use candle_core::Tensor;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use titer_core::ops::Gemm;
 use titer_core::weights::factor_names;
 use titer_core::{
     AlignmentDefense, Conflict, DefenseEntry, Error, Privilege, Quirk, Result, SettingsType, Stack, Stage, StageCx,
@@ -124,7 +125,7 @@ impl SafeLora {
             Projection::Approximate => Ok((alignment.outer(x)? / alignment.norm()?)?),
             Projection::Orthogonal => {
                 let u = alignment.left_singular_vectors(None)?;
-                Ok(u.matmul(&u.t()?.matmul(x)?)?)
+                Gemm::NN.product(&u, &Gemm::TN.product(&u, x)?)
             }
         }
     }

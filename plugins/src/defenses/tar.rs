@@ -9,7 +9,7 @@ use titer_core::model::sites_of_kind;
 use titer_core::optim::{AdamW, AdamWConfig};
 use titer_core::{
     AlignmentDefense, DefenseEntry, Error, Grads, Privilege, Result, Scalar, SettingsType, Sites, Stage, StageCx,
-    State, StepCx, Update, inventory, no_conflict,
+    State, StepCx, Update, inventory, no_conflict, ops,
 };
 
 use super::check_strength;
@@ -128,7 +128,7 @@ impl Tar {
                     let held_out = attacked.next("harmful")?;
                     let entropy = entropy(attacked, &held_out)?;
                     let grads = attacked.backward_loss(&entropy.neg()?)?;
-                    let weight = (gamma * (step as f64 - inner_steps as f64)).exp();
+                    let weight = libm::exp(gamma * (step as f64 - inner_steps as f64));
                     sum = sum.add_scaled(weight, &grads)?;
                     last = Scalar::of(&entropy)?;
                 }
@@ -167,7 +167,7 @@ fn entropy(cx: &mut StepCx, batch: &Batch) -> Result<Tensor> {
     let (hidden, _) = cx.hidden(&batch.tokens, Sites::none())?;
     let logits = cx.logits(&label_rows(&hidden, batch)?)?;
     let log_chances = log_softmax(&logits, 1)?;
-    Ok((log_chances.exp()? * log_chances)?.sum(1)?.mean_all()?.neg()?)
+    Ok((ops::exp(&log_chances)? * log_chances)?.sum(1)?.mean_all()?.neg()?)
 }
 
 impl AlignmentDefense for Tar {

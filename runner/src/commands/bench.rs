@@ -1,6 +1,7 @@
 //! `titer bench`.
 
 use serde_json::Value;
+use titer_core::arithmetic::{self, Arithmetic};
 use titer_core::device::parse_device;
 use titer_core::{Error, Settings};
 
@@ -70,6 +71,9 @@ pub struct On {
     /// auto, cpu, cuda or cuda:N.
     #[arg(long, default_value = "cpu")]
     pub device: String,
+    /// How the CPU rounds: `portable` or `native`.
+    #[arg(long, default_value = "portable", value_parser = parse_arithmetic)]
+    pub arithmetic: Arithmetic,
     /// Threads of the host [default: all cores].
     #[arg(long)]
     pub threads: Option<usize>,
@@ -82,6 +86,12 @@ pub struct On {
     /// For programs: one line of JSON.
     #[arg(long)]
     pub json: bool,
+}
+
+fn parse_arithmetic(name: &str) -> Result<Arithmetic, String> {
+    let known = [Arithmetic::Portable, Arithmetic::Native];
+    let found = known.into_iter().find(|arithmetic| arithmetic.name() == name);
+    found.ok_or_else(|| "use portable or native".to_owned())
 }
 
 impl On {
@@ -107,6 +117,7 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
     let cores = || std::thread::available_parallelism().map_or(1, usize::from);
     environment::fix(on.threads.unwrap_or_else(cores));
     let device = parse_device(&on.device)?;
+    arithmetic::choose(on.arithmetic);
     // On a thread of the pool, as the stages of a run are: from outside, every parallel loop would be a switch of threads.
     let measured = rayon::scope(|_| match &args.what {
         What::Step { method, settings, checkpointing, .. } => {

@@ -3,6 +3,7 @@
 use std::fmt::Write;
 use std::path::PathBuf;
 
+use titer_core::arithmetic::{self, Arithmetic};
 use titer_core::device::{device_name, parse_device};
 use titer_core::registry::all;
 use titer_core::{DefenseEntry, JudgeEntry, ModelEntry, Result, TaskEntry};
@@ -39,6 +40,7 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
         (false, None) => "not built in; no driver is installed".into(),
     };
     let cores = std::thread::available_parallelism().map_or_else(|_| "unknown".into(), |cores| cores.to_string());
+    let identity = |arithmetic| arithmetic::identity(arithmetic, &candle_core::Device::Cpu);
     let plugins = format!(
         "{} defenses, {} models, {} tasks, {} judges",
         all::<DefenseEntry>()?.len(),
@@ -53,6 +55,7 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
         ("memory", memory().unwrap_or_else(|| "unknown".into())),
         ("cuda", cuda),
         ("device auto", device_name(&parse_device("auto")?)),
+        ("arithmetic", format!("{}; {}", identity(Arithmetic::Portable), identity(Arithmetic::Native))),
         ("plugins", plugins),
         ("store", store),
     ];

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use titer_core::Error;
+use titer_core::{Error, arithmetic};
 
 use crate::config::{Config, Loaded};
 use crate::diagnostics::Problems;
@@ -62,6 +62,7 @@ impl ConfigArgs {
         overrides.extend(device.map(|device| format!("device={device:?}")));
         let loaded = Config::load(&self.config, &overrides)?;
         loaded.load_plugins()?;
+        arithmetic::choose(loaded.config.arithmetic);
         let plan = planner::plan(&resolve::resolve(&loaded)?);
         Ok((loaded, plan, open_store(self.store.as_ref())?))
     }

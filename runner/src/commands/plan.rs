@@ -93,6 +93,7 @@ fn as_text(plan: &Plan, store: &Store) -> String {
         }
         None => text += "time left: unknown until a stage of each kind is cached\n",
     }
+    let _ = writeln!(text, "arithmetic: {}", plan.arithmetic);
     let _ = writeln!(text, "store: {}", store.root().display());
     text
 }

@@ -13,7 +13,7 @@ use toml::de::{DeTable, DeValue};
 /// The prefix of environment variables that override a key; `__` stands for the dot between tables.
 const PREFIX: &str = "TITER_";
 /// The variables of that prefix that are no configuration keys.
-const RESERVED: [&str; 4] = ["TITER_CACHE_DIR", "TITER_LOG", "TITER_GOLDEN", "TITER_DATA"];
+const RESERVED: [&str; 5] = ["TITER_CACHE_DIR", "TITER_LOG", "TITER_GOLDEN", "TITER_DATA", "TITER_SIMD"];
 
 /// The merged values of file, environment and command line, with the place each one came from.
 #[derive(Debug, Clone)]
