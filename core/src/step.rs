@@ -458,7 +458,7 @@ impl<'a> StepCx<'a> {
                 self.open.push(pass);
                 continue;
             }
-            let mut found = run_back(self.model, self.weights, pass.tape, &pass.blocks, seeds)?;
+            let mut found = run_back(self.model, pass.tape, &pass.blocks, seeds)?;
             if let Some(input) = pass.input
                 && let Some(gradient) = found.take(&input)
             {
@@ -493,14 +493,15 @@ impl<'a> StepCx<'a> {
         Ok(squares.sums.into_iter().collect())
     }
 
-    /// Runs `work` with weights that it may move; afterwards they are as before, bit for bit, also after an error or
-    /// a panic.
+    /// Runs `work` with weights that it may move; afterwards they are as before, bit for bit, also after an error.
     ///
     /// # Errors
-    /// What `work` returned.
+    /// What `work` returned, or the weights could not be restored.
     pub fn scratch<T>(&mut self, work: impl FnOnce(&mut Scratch<'_, 'a>) -> Result<T>) -> Result<T> {
         let mut scratch = Scratch { before: self.weights.snapshot()?, cx: self };
-        work(&mut scratch)
+        let result = work(&mut scratch);
+        scratch.restore()?;
+        result
     }
 
     /// A pass of this step over `weights`. All passes of a step see one dropout mask: a perturbation is found and
@@ -528,7 +529,7 @@ impl<'a> StepCx<'a> {
         }
         let observed = sites.observed().iter().map(|(name, value)| (name.clone(), value.tensor().clone())).collect();
         let one = loss.tensor().ones_like()?;
-        let found = run_back(self.model, weights, tape, &blocks, vec![(loss, one)])?;
+        let found = run_back(self.model, tape, &blocks, vec![(loss, one)])?;
         let (grads, site_grads) = named(weights, found);
         Ok(Pass { loss: value, grads, site_grads, observed })
     }
@@ -544,12 +545,11 @@ fn gradient(stores: &[GradStore], var: &Var) -> Result<Option<Tensor>> {
 /// The backward pass of one forward pass.
 fn run_back(
     model: &dyn Model,
-    weights: &Weights,
     tape: Tape,
     blocks: &BlockContext,
     seeds: Vec<(Traced, Tensor)>,
 ) -> Result<Gradients> {
-    tape.backward_with(seeds, &mut |replay, gradient| blocks.replay(model, weights, replay, gradient))
+    tape.backward_with(seeds, &mut |replay, gradient| blocks.replay(model, replay, gradient))
 }
 
 /// The gradients by the names of the trained parameters, and those of the sites.
@@ -574,6 +574,16 @@ impl Scratch<'_, '_> {
     pub fn shift(&mut self, direction: &Grads, scale: f64) -> Result<()> {
         self.cx.weights.shift(direction, scale)
     }
+
+    /// Puts the weights back. Training must not go on from moved ones, so a failure here outweighs all others.
+    fn restore(&self) -> Result<()> {
+        self.cx.weights.set(&self.before).map_err(|error| {
+            Error::run("the weights could not be put back after a scratch pass")
+                .at("step", self.cx.clock.step.to_string())
+                .source(error)
+                .help("start the stage anew; its last checkpoint is sound")
+        })
+    }
 }
 
 impl<'a> Deref for Scratch<'_, 'a> {
@@ -587,15 +597,6 @@ impl<'a> Deref for Scratch<'_, 'a> {
 impl<'a> DerefMut for Scratch<'_, 'a> {
     fn deref_mut(&mut self) -> &mut StepCx<'a> {
         self.cx
-    }
-}
-
-impl Drop for Scratch<'_, '_> {
-    fn drop(&mut self) {
-        // The snapshot has the names and shapes of the very weights it goes back to.
-        if let Err(error) = self.cx.weights.set(&self.before) {
-            tracing::error!(%error, "scratch weights could not be restored");
-        }
     }
 }
 
@@ -624,5 +625,74 @@ fn loss_of_hidden(model: &dyn Model, hidden: &Traced, batch: &Batch, pass: &mut 
             let logits = model.logits(&rows, pass)?;
             ops::cross_entropy(&mut pass.tape, &logits, &batch.targets)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::DType;
+
+    use super::*;
+    use crate::model::ModelSpec;
+    use crate::weights::{Init, ParamList};
+
+    /// One parameter and no computation.
+    #[derive(Debug)]
+    struct Parameter(ParamList, ModelSpec);
+
+    impl Parameter {
+        fn new() -> Self {
+            let mut params = ParamList::default();
+            params.tensor("w", &[2], Init::Ones);
+            let (vocab_size, hidden_size, layers, kv_heads, head_dim, max_positions) = (1, 1, 0, 1, 1, 1);
+            Self(params, ModelSpec { vocab_size, hidden_size, layers, kv_heads, head_dim, max_positions })
+        }
+    }
+
+    impl Model for Parameter {
+        fn spec(&self) -> &ModelSpec {
+            &self.1
+        }
+        fn params(&self) -> &ParamList {
+            &self.0
+        }
+        fn config(&self) -> serde_json::Value {
+            serde_json::Value::Null
+        }
+        fn sites(&self) -> Vec<String> {
+            Vec::new()
+        }
+        fn embed(&self, _: &Tokens, _: &mut Forward) -> Result<Traced> {
+            Err(Error::run("it computes nothing"))
+        }
+        fn block(&self, _: usize, x: &Traced, _: &mut Forward) -> Result<Traced> {
+            Ok(x.clone())
+        }
+        fn finish(&self, x: &Traced, _: &mut Forward) -> Result<Traced> {
+            Ok(x.clone())
+        }
+        fn logits(&self, x: &Traced, _: &mut Forward) -> Result<Traced> {
+            Ok(x.clone())
+        }
+    }
+
+    #[test]
+    fn a_step_fails_if_the_weights_cannot_be_put_back() -> Result<()> {
+        let (model, mut streams) = (Parameter::new(), Streams::default());
+        let mut weights = Weights::random(&model, Seed::new(0), DType::F32, &Device::Cpu)?;
+        weights.train_full()?;
+        let mut cx = StepCx::new(&model, &weights, &mut streams, Seed::new(0), Clock::at(3, 9));
+        let moved = cx.weights().snapshot()?;
+        for outcome in [Ok(1), Err(Error::run("the work failed"))] {
+            let result = cx.scratch(|scratch| {
+                scratch.shift(&moved, 1.)?;
+                // A snapshot that does not fit stands for a device that fails.
+                scratch.before = Grads::from_iter([("w".to_owned(), Tensor::zeros(3, DType::F32, &Device::Cpu)?)]);
+                outcome
+            });
+            let error = result.expect_err("the weights stay moved").to_string();
+            assert!(error.contains("could not be put back") && error.contains("step: 3"), "{error}");
+        }
+        Ok(())
     }
 }
