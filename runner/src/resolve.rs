@@ -14,13 +14,13 @@ use titer_core::rng::Seed;
 use titer_core::text::Template;
 use titer_core::weights::LoraConfig;
 use titer_core::{
-    AlignmentDefense, Conflict, DefenseEntry, Error, JudgeEntry, Model, ModelEntry, Precision, Result, Row, Settings,
-    Stack, Stage, Task, TaskEntry,
+    AlignmentDefense, Conflict, DefenseEntry, Error, JudgeEntry, Limits, Model, ModelEntry, Precision, Result, Row,
+    Settings, Stack, Stage, Task, TaskEntry,
 };
 
 use crate::config::{
     AlignAdapter, BaseConfig, Config, DefenseRef, EvaluateConfig, FineTuneConfig, FineTuneMode, JudgeRef, Loaded,
-    MethodConfig, Source, StreamConfig, TaskRef, TrainConfig, UserTask,
+    Source, StreamConfig, TaskRef, TrainConfig, UserTask,
 };
 use crate::diagnostics::Problems;
 use crate::plan::{
@@ -171,6 +171,8 @@ pub struct Defense {
     pub streams: Vec<StreamSpec>,
     /// Passes per step with these settings.
     pub passes: f64,
+    /// What it does not go with in training, with these settings.
+    pub limits: Limits,
 }
 
 /// Looks everything up.
@@ -207,7 +209,7 @@ pub fn resolve(loaded: &Loaded) -> Result<Experiment, Problems> {
     let user_lora = cx.user_lora(&config.fine_tune, model.as_deref()).map_or_else(|| lora.clone(), spelled_out);
 
     let streams = config.streams.iter().map(|(name, stream)| (name.as_str(), cx.stream(name, stream))).collect();
-    let methods = cx.methods(&config.methods, config.fine_tune.mode, &streams, model.as_deref());
+    let methods = cx.methods(config, &streams, model.as_deref());
 
     let aligns = methods.iter().any(|method| method.align.is_some());
     let align = config.align.as_ref().and_then(|align| {
@@ -516,11 +518,11 @@ impl Resolver<'_> {
 
     fn methods(
         &mut self,
-        methods: &[MethodConfig],
-        mode: FineTuneMode,
+        config: &Config,
         streams: &BTreeMap<&str, Option<StreamSpec>>,
         model: Option<&dyn Model>,
     ) -> Vec<Method> {
+        let methods = &config.methods;
         self.check(!methods.is_empty(), "methods", "the list is empty: nothing would run", "add a [[methods]] table");
         self.distinct("methods", methods.iter().map(|method| method.name.clone()));
         let mut resolved = Vec::new();
@@ -535,7 +537,8 @@ impl Resolver<'_> {
             if let Some(fine_tune) = fine_tune {
                 let (name, align_steps, notes) = (method.name.clone(), method.align_steps, Vec::new());
                 let mut method = Method { name, align, align_steps, fine_tune, post, notes };
-                self.conflicts(&format!("methods.{index}"), mode, &mut method);
+                self.conflicts(&format!("methods.{index}"), config.fine_tune.mode, &mut method);
+                self.limits(&format!("methods.{index}"), config, &mut method);
                 resolved.push(method);
             }
         }
@@ -561,6 +564,30 @@ impl Resolver<'_> {
             }
         }
         method.notes = notes;
+    }
+
+    /// Holds the defenses of a method against how their stages train.
+    fn limits(&mut self, key: &str, config: &Config, method: &mut Method) {
+        let align = method.align.as_ref().zip(config.align.as_ref()).map(|(defense, align)| (defense, &align.train));
+        let stages = [(Stage::Align, align), (Stage::FineTune, Some((&method.fine_tune, &config.fine_tune.train)))];
+        let mut notes = Vec::new();
+        for (stage, defense, train) in stages.into_iter().filter_map(|(stage, found)| Some((stage, found?.0, found?.1)))
+        {
+            let (name, stage) = (&defense.spec.name, stage.name());
+            if let Some(why) = defense.limits.checkpointing.filter(|_| train.checkpointing) {
+                let message = format!("`{name}` cannot be trained with gradient checkpointing: {why}");
+                let help = format!("remove `checkpointing` from {stage}.train, or take another defense");
+                self.problem(&format!("{key}.{stage}"), &message, &help);
+            }
+            if let Some(why) = defense.limits.accumulation.filter(|_| train.accumulate > 1) {
+                let (count, size) = (train.accumulate, train.batch_size);
+                notes.push(format!(
+                    "`{name}` with {count} accumulated batches of {size} rows is not one batch of {}: {why}",
+                    count.saturating_mul(size)
+                ));
+            }
+        }
+        method.notes.extend(notes);
     }
 
     fn defense(
@@ -595,7 +622,7 @@ impl Resolver<'_> {
             }
         }
         let mut drawn = Vec::new();
-        for stream in entry.streams {
+        for stream in (entry.streams)(&spec.settings) {
             match streams.get(stream) {
                 Some(spec) => drawn.extend(spec.clone()),
                 None => self.problem(
@@ -605,7 +632,8 @@ impl Resolver<'_> {
                 ),
             }
         }
-        Some(Defense { passes: (entry.passes)(&spec.settings), spec, built: built?, streams: drawn })
+        let (passes, limits) = ((entry.passes)(&spec.settings), (entry.limits)(&spec.settings));
+        Some(Defense { passes, limits, spec, built: built?, streams: drawn })
     }
 
     fn fine_tune(&mut self, config: &FineTuneConfig, lora: &LoraConfig, prompts: usize) -> Option<FineTune> {

@@ -12,7 +12,7 @@ use titer_core::rng::Seed;
 use titer_core::weights::{Init, ParamList};
 use titer_core::{
     AlignmentDefense, DefenseEntry, Error, Forward, Judge, JudgeEntry, Model, ModelEntry, ModelSpec, Privilege, Result,
-    Row, Settings, SettingsType, Stage, Task, TaskEntry, Traced, Verdict, inventory, no_conflict,
+    Row, Settings, SettingsType, Stage, Task, TaskEntry, Traced, Verdict, inventory, no_conflict, no_limits,
 };
 
 use crate::config::{Config, Loaded, Source};
@@ -158,13 +158,14 @@ const PLAIN: DefenseEntry = DefenseEntry {
     paper: "",
     formula: "w ← w − η g",
     stages: &[Stage::Align, Stage::FineTune],
-    streams: &[],
+    streams: |_| &[],
     sites: &[],
     passes: |_| 1.,
     privilege: Privilege::NONE,
     notes: "",
     quirks: &[],
     conflicts: no_conflict,
+    limits: no_limits,
     settings: SettingsType::of::<NoSettings>(),
     neutral: None,
     version: 1,
@@ -178,7 +179,7 @@ inventory::submit! {
         name: "fake-shield",
         summary: "Perturbs.",
         stages: &[Stage::Align],
-        streams: &["harmful"],
+        streams: |_| &["harmful"],
         sites: &["attn_out"],
         passes: |_| 2.,
         settings: SettingsType::of::<ShieldSettings>(),

@@ -166,24 +166,19 @@ impl Training<'_> {
         Ok(record)
     }
 
-    /// The update of one step: that of its batch, or the mean over its micro batches, each weighed by its labels, so
-    /// that accumulation gives the gradient of the joint batch whatever the defense does inside a step.
+    /// The update of one step: that of its batch, or the mean over its micro batches.
     fn update(&mut self, step: usize, total: usize, record: &mut Record) -> Result<Update> {
         let device = self.weights.device().clone();
         let batches: Vec<Batch> =
             (0..self.optim.accumulate).map(|_| self.data.next_batch(&device)).collect::<Result<_>>()?;
-        let labels: usize = batches.iter().map(Batch::labels).sum();
-        let mut sum: Option<Update> = None;
-        for (micro, batch) in batches.iter().enumerate() {
+        Update::over(&batches, |micro| {
             let clock = Clock { step, total, micro, micros: batches.len() };
             let cx = StepCx::new(self.model, self.weights, &mut self.streams, self.seed, clock);
-            let mut cx = cx.with_checkpointing(self.optim.checkpointing);
-            let update = self.defense.step(&mut cx, batch)?;
+            let mut cx = cx.with_checkpointing(self.optim.checkpointing).with_micro_batches(&batches);
+            let update = self.defense.step(&mut cx, &batches[micro])?;
             record.passes += cx.passes();
-            let share = batch.labels() as f64 / labels as f64;
-            sum = Some(Update::accumulate(sum, update, share)?);
-        }
-        sum.ok_or_else(|| Error::config("`accumulate` must be at least 1").key("accumulate"))
+            Ok(update)
+        })
     }
 
     /// Law 1, checked where it costs nothing: a defense that moves the weights itself is caught at once.

@@ -25,7 +25,8 @@
 //! | `failure` | so does a step in which a pass fails, and the failure is not hidden |
 //! | `gradient` | the gradients are the slope of the logged loss, where that is the objective |
 //! | `resume` | stopped and resumed, the stage ends in the same bits |
-//! | `accumulation` | every micro batch counts |
+//! | `accumulation` | every micro batch counts, and accumulated batches are one large batch, unless the entry says why not |
+//! | `checkpointing` | gradient checkpointing changes no bit, unless the entry says why the two do not go together |
 //! | `one row`, `padding`, `one layer` | a batch of one row; padding that nothing sees; a model of one layer |
 //! | `full`, `bf16`, `q8_0` | training of all parameters; bases in fewer bits |
 //!
@@ -134,6 +135,7 @@ const TRAINING: &[CaseCheck] = &[
     ("gradient", objective::gradient),
     ("resume", resume::resume),
     ("accumulation", batches::accumulation),
+    ("checkpointing", laws::checkpointing),
     ("one row", batches::one_row),
     ("padding", batches::padding),
     ("one layer", batches::one_layer),

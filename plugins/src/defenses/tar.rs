@@ -3,13 +3,13 @@
 use candle_core::{D, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 use titer_core::data::Batch;
 use titer_core::model::sites_of_kind;
 use titer_core::optim::{AdamW, AdamWConfig};
 use titer_core::{
-    AlignmentDefense, DefenseEntry, Error, Grads, Privilege, Result, Scalar, SettingsType, Sites, Stage, StageCx,
-    State, StepCx, Update, inventory, no_conflict,
+    AlignmentDefense, DefenseEntry, Error, Grads, Limits, Privilege, Result, Scalar, SettingsType, Sites, Stage,
+    StageCx, State, StepCx, Update, inventory, no_conflict,
 };
 
 use super::check_strength;
@@ -24,7 +24,7 @@ inventory::submit! {
         formula: "w_0 = w, w_{i+1} = AdamW(w_i, ∇h(w_i)),   g = λ Σ_{i ∈ tested} e^{γ (i − K)} ∇(−H(w_i)) + ∇f(w) \
                   + μ ∇ mean ‖s(w) − s(w_start)‖,   H the entropy on harmful answers, s the hidden states",
         stages: &[Stage::Align],
-        streams: &["harmful"],
+        streams: |_| &["harmful"],
         sites: &["block_out"],
         passes: |settings| {
             let count = |key: &str| settings[key].as_u64().unwrap_or(1).max(1) as f64;
@@ -41,6 +41,7 @@ inventory::submit! {
                 where no optimiser looks: numbers of that port are plain fine-tuning.",
         quirks: &[],
         conflicts: no_conflict,
+        limits,
         settings: SettingsType::of::<TarSettings>(),
         neutral: Some(|| json!({ "lambda": 0.0, "retain": 0.0, "inner_steps": 2, "test_every": 1 })),
         version: 1,
@@ -49,6 +50,13 @@ inventory::submit! {
             settings.check()?;
             Ok(Box::new(Tar { settings, kept: Kept::default() }))
         },
+    }
+}
+
+fn limits(settings: &Value) -> Limits {
+    Limits {
+        checkpointing: (settings["retain"] != 0.).then_some("its loss reads activations inside the blocks"),
+        accumulation: (settings["lambda"] != 0.).then_some("each micro batch simulates an attack of its own"),
     }
 }
 
@@ -156,7 +164,8 @@ impl Tar {
             drift.push((norms.broadcast_mul(&mask.to_dtype(norms.dtype())?)?.sum_all()? / tokens)?);
         }
         let drift = Tensor::stack(&drift, 0)?.mean_all()?;
-        let loss = (cx.cross_entropy(&hidden, batch)? + (&drift * self.settings.retain)?)?;
+        let retain = self.settings.retain * cx.token_weight();
+        let loss = (cx.cross_entropy(&hidden, batch)? + (&drift * retain)?)?;
         let update = Update::new(cx.backward_loss(&loss)?, Scalar::of(&loss)?);
         Ok(update.with("drift", Scalar::of(&drift)?))
     }

@@ -60,16 +60,20 @@ fn defense(entry: &DefenseEntry) -> Result<String, Error> {
     let mut text = format!("{} (defense, version {})\n{}\n\n", entry.name, entry.version, entry.summary);
     let stages: Vec<_> = entry.stages.iter().map(|stage| stage.name()).collect();
     let list = |items: &[&str]| if items.is_empty() { "none".to_owned() } else { items.join(", ") };
-    let passes = (entry.passes)(&(entry.settings.defaults)());
+    let defaults = (entry.settings.defaults)();
+    let (passes, limits) = ((entry.passes)(&defaults), (entry.limits)(&defaults));
+    let refused = |why: Option<&str>, of: &str| why.map_or_else(String::new, |why| format!("{of}: {why}"));
     let answers = if entry.privilege.harmful_answers { "sees harmful answers" } else { "sees no harmful answers" };
     for (what, value) in [
         ("paper", entry.paper.to_owned()),
         ("update", entry.formula.to_owned()),
         ("stages", stages.join(", ")),
-        ("streams", list(entry.streams)),
+        ("streams", list((entry.streams)(&defaults))),
         ("sites", list(entry.sites)),
         ("passes", format!("{passes} per step at the default settings")),
         ("privilege", format!("{answers}; needs: {}", entry.privilege.needs)),
+        ("limits", refused(limits.checkpointing, "no gradient checkpointing")),
+        ("", refused(limits.accumulation, "accumulated batches are not one large batch")),
         ("neutral", entry.neutral.map_or_else(|| "no such settings".into(), |neutral| neutral().to_string())),
         ("notes", entry.notes.to_owned()),
         ("from", origin(entry)?.map_or_else(String::new, |origin| origin.to_string())),
