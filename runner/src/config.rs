@@ -338,8 +338,9 @@ pub enum JudgeRef {
 pub struct MethodConfig {
     /// The name in the table.
     pub name: String,
-    /// The alignment defense; `none` or absent for an attack straight on the base model.
+    /// The alignment defense: `sft` for plain alignment, `none` for an attack straight on the base model. Required.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(required)]
     pub align: Option<DefenseRef>,
     /// Updates of alignment, instead of those of `align.train`: for controls of equal compute.
     #[serde(default, skip_serializing_if = "Option::is_none")]

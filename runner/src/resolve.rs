@@ -527,6 +527,13 @@ impl Resolver<'_> {
         self.distinct("methods", methods.iter().map(|method| method.name.clone()));
         let mut resolved = Vec::new();
         for (index, method) in methods.iter().enumerate() {
+            // Without alignment the harmful score is that of the base: nobody should get that by saying nothing.
+            self.check(
+                method.align.is_some(),
+                &format!("methods.{index}.align"),
+                &format!("`{}` has no `align`: the method says nothing of an alignment", method.name),
+                "set align = \"sft\" for plain alignment, or align = \"none\" for an attack straight on the base model",
+            );
             let mut defense = |stage: Stage, given: Option<&DefenseRef>| {
                 self.defense(&format!("methods.{index}.{}", stage.name()), stage, given, streams, model)
             };
@@ -872,6 +879,8 @@ mod tests {
             (train, &train.replace("epochs = 2, ", ""), "either `steps` or `epochs`; neither is given"),
             (train, &train.replace("size = 4", "size = 0"), "expected at least 1, found `0`"),
             (train, &train.replace("1e-3", "1e-3, warmup = 2"), "key: align.train.warmup"),
+            (train, &train.replace("1e-3", "1e-3, checkpointing = true"), "gradient checkpointing: it looks inside"),
+            ("align = \"none\"\n", "", "the method says nothing of an alignment"),
             ("rows = 100", "word = \"x\"", "the number of rows is missing"),
             ("word = \"hello\"", "wrd = \"hello\"", "unknown setting `wrd`; did you mean `word`?"),
             ("word = \"hello\"", "file = \"no.csv\"", "cannot read"),
@@ -884,6 +893,19 @@ mod tests {
             assert!(text.contains(expected), "`{to}` should give `{expected}`, gave\n{text}");
             assert!(text.contains("help: "), "no remedy in\n{text}");
         }
+    }
+
+    #[test]
+    fn what_accumulation_makes_of_a_defense_is_noted() {
+        let notes = |changes: &[(&str, &str)]| {
+            let experiment =
+                super::resolve(&load(changes, &[]).unwrap()).unwrap_or_else(|problems| panic!("{problems}"));
+            experiment.methods.into_iter().map(|method| method.notes).collect::<Vec<_>>()
+        };
+        assert!(notes(&[]).concat().is_empty());
+        let noted = notes(&[("epochs = 2, batch_size = 4", "epochs = 2, accumulate = 3, batch_size = 4")]);
+        let expected = "`fake-shield` with 3 accumulated batches of 4 rows is not one batch of 12: it sees batches";
+        assert_eq!(noted, [vec![], vec![expected.to_owned()]]);
     }
 
     #[test]

@@ -33,7 +33,7 @@ inventory::submit! {
         limits,
         settings: SettingsType::of::<Booster>(),
         neutral: Some(|| serde_json::json!({ "lambda": 0.0 })),
-        version: 1,
+        version: 2,
         build: |settings| {
             let booster: Booster = settings.parse()?;
             check_strength("lambda", booster.lambda)?;

@@ -41,7 +41,7 @@ inventory::submit! {
         limits,
         settings: SettingsType::of::<Kl>(),
         neutral: Some(|| json!({ "lambda": 0.0 })),
-        version: 1,
+        version: 2,
         build: |settings| {
             let kl: Kl = settings.parse()?;
             check_strength("lambda", kl.lambda)?;

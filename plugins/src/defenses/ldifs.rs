@@ -76,7 +76,7 @@ inventory::submit! {
         limits,
         settings: SettingsType::of::<Ldifs>(),
         neutral: Some(|| json!({ "rho": 0.0 })),
-        version: 1,
+        version: 2,
         build: |settings| {
             let ldifs: Ldifs = settings.parse()?;
             ldifs.check()?;

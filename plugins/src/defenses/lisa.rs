@@ -45,7 +45,7 @@ inventory::submit! {
         limits,
         settings: SettingsType::of::<Lisa>(),
         neutral: Some(|| json!({ "align_steps": 0, "rho": 0.0 })),
-        version: 1,
+        version: 2,
         build: |settings| {
             let lisa: Lisa = settings.parse()?;
             lisa.check()?;

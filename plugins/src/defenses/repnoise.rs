@@ -56,7 +56,7 @@ inventory::submit! {
         limits,
         settings: SettingsType::of::<RepNoise>(),
         neutral: Some(|| json!({ "alpha": 0.0, "beta": 0.0 })),
-        version: 1,
+        version: 2,
         build: |settings| {
             let repnoise: RepNoise = settings.parse()?;
             check_strength("alpha", repnoise.alpha)?;

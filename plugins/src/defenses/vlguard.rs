@@ -40,7 +40,7 @@ inventory::submit! {
         limits: no_limits,
         settings: SettingsType::of::<Vlguard>(),
         neutral: Some(|| json!({ "algorithm": "weighted", "lambda": 0.0 })),
-        version: 1,
+        version: 2,
         build: |settings| {
             let vlguard: Vlguard = settings.parse()?;
             check_strength("lambda", vlguard.lambda)?;
