@@ -527,18 +527,11 @@ impl Resolver<'_> {
         self.distinct("methods", methods.iter().map(|method| method.name.clone()));
         let mut resolved = Vec::new();
         for (index, method) in methods.iter().enumerate() {
-            // Without alignment the harmful score is that of the base: nobody should get that by saying nothing.
-            self.check(
-                method.align.is_some(),
-                &format!("methods.{index}.align"),
-                &format!("`{}` has no `align`: the method says nothing of an alignment", method.name),
-                "set align = \"sft\" for plain alignment, or align = \"none\" for an attack straight on the base model",
-            );
             let mut defense = |stage: Stage, given: Option<&DefenseRef>| {
                 self.defense(&format!("methods.{index}.{}", stage.name()), stage, given, streams, model)
             };
             let plain = DefenseRef::Name(PLAIN.into());
-            let align = defense(Stage::Align, method.align.as_ref());
+            let align = defense(Stage::Align, Some(&method.align));
             let fine_tune = defense(Stage::FineTune, Some(method.fine_tune.as_ref().unwrap_or(&plain)));
             let post = defense(Stage::Post, method.post.as_ref());
             if let Some(fine_tune) = fine_tune {
@@ -880,7 +873,11 @@ mod tests {
             (train, &train.replace("size = 4", "size = 0"), "expected at least 1, found `0`"),
             (train, &train.replace("1e-3", "1e-3, warmup = 2"), "key: align.train.warmup"),
             (train, &train.replace("1e-3", "1e-3, checkpointing = true"), "gradient checkpointing: it looks inside"),
-            ("align = \"none\"\n", "", "the method says nothing of an alignment"),
+            (
+                "align = \"none\"\n",
+                "",
+                "lacks the key `align`: `align = \"sft\"` for plain alignment, `align = \"none\"` for none",
+            ),
             ("rows = 100", "word = \"x\"", "the number of rows is missing"),
             ("word = \"hello\"", "wrd = \"hello\"", "unknown setting `wrd`; did you mean `word`?"),
             ("word = \"hello\"", "file = \"no.csv\"", "cannot read"),

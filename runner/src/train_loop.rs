@@ -15,7 +15,7 @@ use titer_core::step::{Ancestry, Clock, StepCx, Streams, label_loss};
 use titer_core::{AlignmentDefense, Error, Grads, Model, Result, Scalar, StageCx, State, Update, Weights};
 
 use crate::memory::peak_bytes;
-use crate::plan::{OptimSpec, Steps};
+use crate::plan::OptimSpec;
 
 /// How often the loss on held-back rows is measured, over the whole stage.
 const MONITOR_POINTS: usize = 12;
@@ -98,10 +98,7 @@ struct Position {
 impl Training<'_> {
     /// Updates in all.
     pub fn total(&self) -> usize {
-        match self.optim.steps {
-            Steps::Steps(steps) => steps,
-            Steps::Epochs(epochs) => (epochs * self.data.batches_per_epoch()).div_ceil(self.optim.accumulate),
-        }
+        self.optim.updates(self.data.batches_per_epoch())
     }
 
     /// Trains to the end, or to the user's wish to stop, which leaves a checkpoint.
