@@ -607,7 +607,7 @@ impl<'a> StepCx<'a> {
         {
             return Err(Error::run(format!("the loss is not finite: {value}"))
                 .at("step", self.clock.step.to_string())
-                .help("lower the learning rate or the perturbation"));
+                .help(Error::DIVERGED));
         }
         let observed = sites.observed().iter().map(|(name, value)| (name.clone(), value.tensor().clone())).collect();
         let one = loss.tensor().ones_like()?;

@@ -21,7 +21,7 @@ const CURVE_POINTS: usize = 60;
 /// to `out/answers`. `published` is what the configuration holds them against.
 ///
 /// # Errors
-/// An artifact is damaged, or a file cannot be written.
+/// The folder of answers cannot be made.
 pub fn assemble(plan: &Plan, published: &[Published], store: &Store, outcome: &Outcome, out: &Path) -> Result<Results> {
     let stages = plan.stages.iter().map(|stage| (stage.key.as_str(), stage)).collect();
     let assembly = Assembly { stages, store };
@@ -30,7 +30,11 @@ pub fn assemble(plan: &Plan, published: &[Published], store: &Store, outcome: &O
     let (mut rows, mut failures) = (Vec::new(), Vec::new());
     for cell in &plan.cells {
         match outcome.failure(cell) {
-            None => rows.push(assembly.row(cell, out)?),
+            // A cell whose artifacts cannot be read fails alone.
+            None => match assembly.row(cell, out) {
+                Ok(row) => rows.push(row),
+                Err(error) => failures.push(Failure { cell: cell.label(), error: error.to_string() }),
+            },
             Some((_, error)) => failures.push(Failure { cell: cell.label(), error: error.to_string() }),
         }
     }

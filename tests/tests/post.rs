@@ -554,7 +554,7 @@ fn the_runner_serves_what_a_post_defense_left() -> Result<()> {
 #[test]
 fn what_needs_an_alignment_is_refused_without_one() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let config = experiment(folder.path(), &[("align = \"sft\"\n", "")]);
+    let config = experiment(folder.path(), &[("align = \"sft\"\n", "align = \"none\"\n")]);
     let output = titer().arg("plan").arg(&config).arg("--store").arg(folder.path().join("store")).output()?;
     assert!(!output.status.success());
     for name in ["safe-lora", "resta", "lox"] {

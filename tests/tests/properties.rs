@@ -396,7 +396,7 @@ impl Watch for Quiet {
     fn started(&mut self, _total: usize, resumed: usize) {
         self.done = resumed;
     }
-    fn step(&mut self, step: usize, _loss: f64) {
+    fn step(&mut self, step: usize, _loss: Option<f64>) {
         self.done = step;
     }
     fn answered(&mut self, _done: usize) {}
