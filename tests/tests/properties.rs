@@ -11,7 +11,7 @@ use titer_core::data::{Batch, Example, Stream, harmful_count, mixture};
 use titer_core::optim::Schedule;
 use titer_core::rng::{Seed, permutation};
 use titer_core::step::{Clock, Orphan, StepCx, Streams};
-use titer_core::{DefenseEntry, Forward, Grads, Row, Sites, Weights, registry};
+use titer_core::{DefenseEntry, Forward, Grads, Row, Sites, StageCx, Weights, registry};
 use titer_plugins::defenses::random_perturbation::{Measure, RandomPerturbation};
 use titer_plugins::defenses::vaccine::{Norm, Vaccine};
 use titer_tests::{adapt, all_tiny, batch, build, context, defense, difference, step, tiny, values, variants};
@@ -218,6 +218,31 @@ fn vaccine_perturbs_every_tau_steps_only() -> Result<()> {
     Ok(())
 }
 
+/// Simulated attacks train on one stream and are tested on another.
+#[test]
+fn tar_tests_its_attacks_on_rows_that_they_did_not_see() -> Result<()> {
+    let (model, mut weights) = tiny(DType::F32, 0.)?;
+    let mut streams = Streams::default();
+    for (seed, stream) in (30..).zip(["harmful", "harmful_held_out"]) {
+        streams.insert(stream, rows(&optim(), seed)?);
+    }
+    let mut tar = defense("tar", serde_json::json!({ "inner_steps": 6, "test_every": 2 }))?;
+    let (seed, clock, ancestry) = (Seed::new(4), Clock::at(0, 10), &Orphan);
+    tar.begin(&mut StageCx {
+        model: model.as_ref(),
+        weights: &mut weights,
+        streams: &mut streams,
+        seed,
+        clock,
+        ancestry,
+    })?;
+    let user = batch(23, &[7, 4], &mut Seed::new(5).generator())?;
+    tar.step(&mut StepCx::new(model.as_ref(), &weights, &mut streams, seed, clock), &user)?;
+    let drawn: Vec<(String, usize)> = streams.drawn().into_iter().collect();
+    assert_eq!(drawn, [("harmful".to_owned(), 6), ("harmful_held_out".to_owned(), 3)]);
+    Ok(())
+}
+
 /// Accumulated batches train as one batch of all their rows, whatever the lengths of the rows: the stage's own and those
 /// of a stream.
 #[test]
@@ -240,7 +265,7 @@ fn accumulation_equals_the_joint_batch() -> Result<()> {
             let (bucket, steps, clip) = (1, Steps::Steps(4), Some(1.));
             let optim = OptimSpec { batch_size, accumulate, bucket, steps, clip, ..optim() };
             let mut streams = Streams::default();
-            for (seed, stream) in (30..).zip(["safe", "harmful", "held_out"]) {
+            for (seed, stream) in (30..).zip(["safe", "harmful", "harmful_held_out"]) {
                 streams.insert(stream, rows(&optim, seed)?);
             }
             let mut defense = defense(name, json(given)?)?;
