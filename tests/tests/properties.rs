@@ -218,29 +218,32 @@ fn vaccine_perturbs_every_tau_steps_only() -> Result<()> {
     Ok(())
 }
 
-/// Simulated attacks train on one stream and are tested on another.
+/// Simulated attacks train on one stream and are tested on another, at rates that fit what is trained.
 #[test]
 fn tar_tests_its_attacks_on_rows_that_they_did_not_see() -> Result<()> {
-    let (model, mut weights) = tiny(DType::F32, 0.)?;
+    let (model, weights) = tiny(DType::F32, 0.)?;
+    let mut full = weights.merged()?;
+    full.train_full()?;
+    for (mut weights, rates) in [(weights, [2e-5, 2e-4, 4e-4]), (full, [2e-6, 2e-5, 4e-5])] {
+        let (rate, drawn) = attacked(model.as_ref(), &mut weights)?;
+        assert!(rates.contains(&rate), "{rate} is none of {rates:?}");
+        assert_eq!(drawn, [("harmful".to_owned(), 6), ("harmful_held_out".to_owned(), 3)]);
+    }
+    Ok(())
+}
+
+/// The rate of the first attack that TAR simulates, and the batches that it draws.
+fn attacked(model: &dyn titer_core::Model, weights: &mut Weights) -> Result<(f64, Vec<(String, usize)>)> {
     let mut streams = Streams::default();
     for (seed, stream) in (30..).zip(["harmful", "harmful_held_out"]) {
         streams.insert(stream, rows(&optim(), seed)?);
     }
     let mut tar = defense("tar", serde_json::json!({ "inner_steps": 6, "test_every": 2 }))?;
     let (seed, clock, ancestry) = (Seed::new(4), Clock::at(0, 10), &Orphan);
-    tar.begin(&mut StageCx {
-        model: model.as_ref(),
-        weights: &mut weights,
-        streams: &mut streams,
-        seed,
-        clock,
-        ancestry,
-    })?;
+    tar.begin(&mut StageCx { model, weights, streams: &mut streams, seed, clock, ancestry })?;
     let user = batch(23, &[7, 4], &mut Seed::new(5).generator())?;
-    tar.step(&mut StepCx::new(model.as_ref(), &weights, &mut streams, seed, clock), &user)?;
-    let drawn: Vec<(String, usize)> = streams.drawn().into_iter().collect();
-    assert_eq!(drawn, [("harmful".to_owned(), 6), ("harmful_held_out".to_owned(), 3)]);
-    Ok(())
+    let update = tar.step(&mut StepCx::new(model, weights, &mut streams, seed, clock), &user)?;
+    Ok((update.scalars["attack_rate"].value()?, streams.drawn().into_iter().collect()))
 }
 
 /// Accumulated batches train as one batch of all their rows, whatever the lengths of the rows: the stage's own and those

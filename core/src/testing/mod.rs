@@ -207,3 +207,24 @@ fn at_stage(case: &Case, list: &[CaseCheck]) -> Vec<Check> {
     }
     checks
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    /// The table in the documentation of this module names every check, and no other.
+    #[test]
+    fn the_tables_are_those_of_the_checks() {
+        let first = |line: &'static str| line.strip_prefix("//! |").and_then(|line| line.split('|').next());
+        let cells = include_str!("mod.rs").lines().filter_map(first);
+        let told: BTreeSet<&str> = cells.flat_map(|cell| cell.split('`').skip(1).step_by(2)).collect();
+        let of_cases = TRAINING.iter().chain(POST).map(|(name, _)| *name);
+        let of_entries = entries::CHECKS.iter().map(|(name, _)| *name);
+        let of_models = model::CHECKS.iter().map(|(name, _)| *name);
+        let of_model_entries = model::ENTRY_CHECKS.iter().map(|(name, _)| *name);
+        let made = of_cases.chain(of_entries).chain(of_models).chain(of_model_entries).chain(["runs"]);
+        assert_eq!(told, made.collect());
+    }
+}

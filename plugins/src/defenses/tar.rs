@@ -37,9 +37,9 @@ inventory::submit! {
         },
         notes: "First order, as published. Its authors start from a randomly mapped model, train every parameter and \
                 draw among several kinds of adversary; here the adversary is AdamW on the stream `harmful`, at a rate \
-                drawn anew for each step, and is tested on the \
-                stream `harmful_held_out`. Its rates under LoRA are ours. A port of it that other papers compare with writes its gradients to a place \
-                where no optimiser looks: numbers of that port are plain fine-tuning.",
+                drawn anew for each step, and is tested on the stream `harmful_held_out`. Its rates on an adapter are \
+                ours. A port of it that other papers compare with writes its gradients to a place where no optimiser \
+                looks: numbers of that port are plain fine-tuning.",
         quirks: &[Quirk {
             setting: "inner_learning_rates",
             published: || json!(FULL_RATES),
@@ -135,9 +135,19 @@ pub struct Tar {
     kept: Kept,
 }
 
+/// What one simulated attack gave.
+struct Attack {
+    /// Its learning rate.
+    rate: f64,
+    /// The weighted gradients of the tests along it.
+    resistance: Grads,
+    /// The entropy at its end.
+    entropy: Scalar,
+}
+
 impl Tar {
-    /// The weighted gradients of the tests along one simulated attack, and the entropy at its end.
-    fn resist(&self, cx: &mut StepCx) -> Result<(Grads, Scalar)> {
+    /// Simulates an attack.
+    fn resist(&self, cx: &mut StepCx) -> Result<Attack> {
         let TarSettings { inner_steps, test_every, gamma, .. } = self.settings;
         let rates = self.settings.rates(cx.weights().lora().is_some());
         let drawn = cx.noise("rate", &[rates.len()])?.to_vec1::<f32>()?;
@@ -158,7 +168,7 @@ impl Tar {
                     last = Scalar::of(&entropy)?;
                 }
             }
-            Ok((sum, last))
+            Ok(Attack { rate, resistance: sum, entropy: last })
         })
     }
 
@@ -203,10 +213,10 @@ impl AlignmentDefense for Tar {
     }
 
     fn step(&mut self, cx: &mut StepCx, batch: &Batch) -> Result<Update> {
-        let (resistance, entropy) = self.resist(cx)?;
+        let Attack { rate, resistance, entropy } = self.resist(cx)?;
         let kept = self.keep(cx, batch)?;
         let update = Update { grads: kept.grads.add_scaled(self.settings.lambda, &resistance)?, ..kept };
-        Ok(update.with("entropy_attacked", entropy))
+        Ok(update.with("entropy_attacked", entropy).with("attack_rate", rate))
     }
 
     fn loss_is_objective(&self) -> bool {

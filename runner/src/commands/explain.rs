@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use serde_json::Value;
 use titer_core::registry::{Entry, all, nearest};
-use titer_core::{DefenseEntry, Error, JudgeEntry, ModelEntry, SettingsType, TaskEntry};
+use titer_core::{DefenseEntry, Error, JudgeEntry, Limits, ModelEntry, SettingsType, TaskEntry};
 
 use super::Done;
 use crate::diagnostics::Problems;
@@ -62,7 +62,7 @@ fn defense(entry: &DefenseEntry) -> Result<String, Error> {
     let list = |items: &[&str]| if items.is_empty() { "none".to_owned() } else { items.join(", ") };
     let defaults = (entry.settings.defaults)();
     let (passes, limits) = ((entry.passes)(&defaults), (entry.limits)(&defaults));
-    let refused = |why: Option<&str>, of: &str| why.map_or_else(String::new, |why| format!("{of}: {why}"));
+    let limits = limits_in_words(limits);
     let answers = if entry.privilege.harmful_answers { "sees harmful answers" } else { "sees no harmful answers" };
     for (what, value) in [
         ("paper", entry.paper.to_owned()),
@@ -72,8 +72,7 @@ fn defense(entry: &DefenseEntry) -> Result<String, Error> {
         ("sites", list(entry.sites)),
         ("passes", format!("{passes} per step at the default settings")),
         ("privilege", format!("{answers}; needs: {}", entry.privilege.needs)),
-        ("limits", refused(limits.checkpointing, "no gradient checkpointing")),
-        ("", refused(limits.accumulation, "accumulated batches are not one large batch")),
+        ("limits", limits),
         ("neutral", entry.neutral.map_or_else(|| "no such settings".into(), |neutral| neutral().to_string())),
         ("notes", entry.notes.to_owned()),
         ("from", origin(entry)?.map_or_else(String::new, |origin| origin.to_string())),
@@ -89,6 +88,15 @@ fn defense(entry: &DefenseEntry) -> Result<String, Error> {
         }
     }
     Ok(text + &settings(&entry.settings))
+}
+
+/// What a defense does not go with in training, a line each.
+fn limits_in_words(limits: Limits) -> String {
+    let lines = [
+        limits.checkpointing.map(|why| format!("no gradient checkpointing: {why}")),
+        limits.accumulation.map(|why| format!("accumulated batches are not one large batch: {why}")),
+    ];
+    lines.into_iter().flatten().collect::<Vec<_>>().join("\n")
 }
 
 /// A line per setting: name, default, meaning.
