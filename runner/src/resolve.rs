@@ -17,13 +17,13 @@ use titer_core::rng::Seed;
 use titer_core::text::Template;
 use titer_core::weights::LoraConfig;
 use titer_core::{
-    AlignmentDefense, Conflict, DefenseEntry, Error, JudgeEntry, Kind, Model, ModelEntry, Precision, Result, Row,
-    Settings, Stack, Stage, Task, TaskEntry,
+    AlignmentDefense, Conflict, DefenseEntry, Error, JudgeEntry, Kind, Limits, Model, ModelEntry, Precision, Result,
+    Row, Settings, Stack, Stage, Task, TaskEntry,
 };
 
 use crate::config::{
     AlignAdapter, BaseConfig, Config, DefenseRef, EvaluateConfig, FineTuneConfig, FineTuneMode, JudgeRef, Loaded,
-    MethodConfig, Source, StreamConfig, TaskRef, TrainConfig, UserTask,
+    Source, StreamConfig, TaskRef, TrainConfig, UserTask,
 };
 use crate::diagnostics::Problems;
 use crate::identity::of_rows;
@@ -179,6 +179,8 @@ pub struct Defense {
     pub streams: Vec<StreamSpec>,
     /// Passes per step with these settings.
     pub passes: f64,
+    /// What it does not go with in training, with these settings.
+    pub limits: Limits,
 }
 
 /// Looks everything up.
@@ -215,7 +217,7 @@ pub fn resolve(loaded: &Loaded) -> Result<Experiment, Problems> {
     let user_lora = cx.user_lora(&config.fine_tune, model.as_deref()).map_or_else(|| lora.clone(), spelled_out);
 
     let streams = config.streams.iter().map(|(name, stream)| (name.as_str(), cx.stream(name, stream))).collect();
-    let methods = cx.methods(&config.methods, config.fine_tune.mode, &streams, model.as_deref());
+    let methods = cx.methods(config, &streams, model.as_deref());
 
     let aligns = methods.iter().any(|method| method.align.is_some());
     let align = config.align.as_ref().and_then(|align| {
@@ -548,11 +550,11 @@ impl Resolver<'_> {
 
     fn methods(
         &mut self,
-        methods: &[MethodConfig],
-        mode: FineTuneMode,
+        config: &Config,
         streams: &BTreeMap<&str, Option<StreamSpec>>,
         model: Option<&dyn Model>,
     ) -> Vec<Method> {
+        let methods = &config.methods;
         self.check(!methods.is_empty(), "methods", "the list is empty: nothing would run", "add a [[methods]] table");
         self.distinct("methods", methods.iter().map(|method| method.name.clone()));
         let mut resolved = Vec::new();
@@ -561,13 +563,14 @@ impl Resolver<'_> {
                 self.defense(&format!("methods.{index}.{}", stage.name()), stage, given, streams, model)
             };
             let plain = DefenseRef::Name(PLAIN.into());
-            let align = defense(Stage::Align, method.align.as_ref());
+            let align = defense(Stage::Align, Some(&method.align));
             let fine_tune = defense(Stage::FineTune, Some(method.fine_tune.as_ref().unwrap_or(&plain)));
             let post = defense(Stage::Post, method.post.as_ref());
             if let Some(fine_tune) = fine_tune {
                 let (name, align_steps, notes) = (method.name.clone(), method.align_steps, Vec::new());
                 let mut method = Method { name, align, align_steps, fine_tune, post, notes };
-                self.conflicts(&format!("methods.{index}"), mode, &mut method);
+                self.conflicts(&format!("methods.{index}"), config.fine_tune.mode, &mut method);
+                self.limits(&format!("methods.{index}"), config, &mut method);
                 resolved.push(method);
             }
         }
@@ -593,6 +596,30 @@ impl Resolver<'_> {
             }
         }
         method.notes = notes;
+    }
+
+    /// Holds the defenses of a method against how their stages train.
+    fn limits(&mut self, key: &str, config: &Config, method: &mut Method) {
+        let align = method.align.as_ref().zip(config.align.as_ref()).map(|(defense, align)| (defense, &align.train));
+        let stages = [(Stage::Align, align), (Stage::FineTune, Some((&method.fine_tune, &config.fine_tune.train)))];
+        let mut notes = Vec::new();
+        for (stage, defense, train) in stages.into_iter().filter_map(|(stage, found)| Some((stage, found?.0, found?.1)))
+        {
+            let (name, stage) = (&defense.spec.name, stage.name());
+            if let Some(why) = defense.limits.checkpointing.filter(|_| train.checkpointing) {
+                let message = format!("`{name}` cannot be trained with gradient checkpointing: {why}");
+                let help = format!("remove `checkpointing` from {stage}.train, or take another defense");
+                self.problem(&format!("{key}.{stage}"), &message, &help);
+            }
+            if let Some(why) = defense.limits.accumulation.filter(|_| train.accumulate > 1) {
+                let (count, size) = (train.accumulate, train.batch_size);
+                notes.push(format!(
+                    "`{name}` with {count} accumulated batches of {size} rows is not one batch of {}: {why}",
+                    count.saturating_mul(size)
+                ));
+            }
+        }
+        method.notes.extend(notes);
     }
 
     fn defense(
@@ -627,7 +654,7 @@ impl Resolver<'_> {
             }
         }
         let mut drawn = Vec::new();
-        for stream in entry.streams {
+        for stream in (entry.streams)(&spec.settings) {
             match streams.get(stream) {
                 Some(spec) => drawn.extend(spec.clone()),
                 None => self.problem(
@@ -637,7 +664,8 @@ impl Resolver<'_> {
                 ),
             }
         }
-        Some(Defense { passes: (entry.passes)(&spec.settings), spec, built: built?, streams: drawn })
+        let (passes, limits) = ((entry.passes)(&spec.settings), (entry.limits)(&spec.settings));
+        Some(Defense { passes, limits, spec, built: built?, streams: drawn })
     }
 
     fn fine_tune(&mut self, config: &FineTuneConfig, lora: &LoraConfig, prompts: usize) -> Option<FineTune> {
@@ -876,6 +904,12 @@ mod tests {
             (train, &train.replace("epochs = 2, ", ""), "either `steps` or `epochs`; neither is given"),
             (train, &train.replace("size = 4", "size = 0"), "expected at least 1, found `0`"),
             (train, &train.replace("1e-3", "1e-3, warmup = 2"), "key: align.train.warmup"),
+            (train, &train.replace("1e-3", "1e-3, checkpointing = true"), "gradient checkpointing: it looks inside"),
+            (
+                "align = \"none\"\n",
+                "",
+                "lacks the key `align`: `align = \"sft\"` for plain alignment, `align = \"none\"` for none",
+            ),
             ("rows = 100", "word = \"x\"", "the number of rows is missing"),
             ("word = \"hello\"", "wrd = \"hello\"", "unknown setting `wrd`; did you mean `word`?"),
             ("word = \"hello\"", "file = \"no.csv\"", "cannot read"),
@@ -888,6 +922,19 @@ mod tests {
             assert!(text.contains(expected), "`{to}` should give `{expected}`, gave\n{text}");
             assert!(text.contains("help: "), "no remedy in\n{text}");
         }
+    }
+
+    #[test]
+    fn what_accumulation_makes_of_a_defense_is_noted() {
+        let notes = |changes: &[(&str, &str)]| {
+            let experiment =
+                super::resolve(&load(changes, &[]).unwrap()).unwrap_or_else(|problems| panic!("{problems}"));
+            experiment.methods.into_iter().map(|method| method.notes).collect::<Vec<_>>()
+        };
+        assert!(notes(&[]).concat().is_empty());
+        let noted = notes(&[("epochs = 2, batch_size = 4", "epochs = 2, accumulate = 3, batch_size = 4")]);
+        let expected = "`fake-shield` with 3 accumulated batches of 4 rows is not one batch of 12: it sees batches";
+        assert_eq!(noted, [vec![], vec![expected.to_owned()]]);
     }
 
     #[test]

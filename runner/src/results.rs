@@ -23,7 +23,7 @@ const CURVE_POINTS: usize = 60;
 /// to `out/answers`. `published` is what the configuration holds them against; `provenance` says how they were made.
 ///
 /// # Errors
-/// An artifact is damaged, or a file cannot be written.
+/// The folder of answers cannot be made.
 pub fn assemble(
     plan: &Plan,
     published: &[Published],
@@ -39,7 +39,11 @@ pub fn assemble(
     let (mut rows, mut failures) = (Vec::new(), Vec::new());
     for cell in &plan.cells {
         match outcome.failure(cell) {
-            None => rows.push(assembly.row(cell, out)?),
+            // A cell whose artifacts cannot be read fails alone.
+            None => match assembly.row(cell, out) {
+                Ok(row) => rows.push(row),
+                Err(error) => failures.push(Failure { cell: cell.label(), error: error.to_string() }),
+            },
             Some((_, error)) => failures.push(Failure { cell: cell.label(), error: error.to_string() }),
         }
     }

@@ -116,3 +116,44 @@ fn two_runs_on_one_store_share_the_work() {
         assert_eq!(results(&folder.path().join(out)), results(&expected.path().join("out")), "one job or many");
     }
 }
+
+/// What does not stay finite, be it only after the last update or after fine-tuning, fails its cells and no others, and
+/// nothing of it is stored.
+#[test]
+fn numbers_that_are_not_finite_fail_their_own_cells() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let methods = "[[methods]]\nname = \"RESTA\"\nalign = \"sft\"\npost = { defense = \"resta\", gamma = 1e38 }\n\n";
+    for monitor in ["monitor = { task = \"world-harmful\", rows = 4 }\n", ""] {
+        let config = small(
+            folder.path(),
+            &[
+                ("harmful_ratios = [0.0, 0.2]", "harmful_ratios = [0.2]\nlearning_rates = [1e-3, 1e20]"),
+                ("monitor = { task = \"world-harmful\", rows = 4 }\n", monitor),
+                ("train = { steps = 8, batch_size = 4", "train = { steps = 1, batch_size = 4"),
+                ("[[methods]]\nname = \"Vaccine\"", &format!("{methods}[[methods]]\nname = \"Vaccine\"")),
+            ],
+        );
+        let output = run(folder.path(), &config).output().expect("a run");
+        assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+        let results = results(&folder.path().join("out"));
+        let rows = results["rows"].as_array().expect("rows");
+        let good: Vec<(&str, f64)> =
+            rows.iter().filter_map(|row| Some((row["method"].as_str()?, row["learning_rate"].as_f64()?))).collect();
+        assert_eq!(good, [("SFT", 1e-3), ("Vaccine", 1e-3)], "{results:#}");
+        let failures = results["failures"].as_array().expect("failures");
+        let why = |cell: &str| {
+            let found =
+                failures.iter().find(|failure| failure["cell"].as_str().is_some_and(|name| name.starts_with(cell)));
+            found.and_then(|failure| failure["error"].as_str()).unwrap_or_default().to_owned()
+        };
+        assert_eq!(failures.len(), 4, "{failures:#?}");
+        for part in ["not finite", "step: 1", "learning rate: 100000000000000000000", "help: lower the learning rate"] {
+            assert!(why("SFT").contains(part), "{}", why("SFT"));
+        }
+        assert!(why("RESTA, agnews, p=0.2, n=20, lr=0.001").contains("finite"), "{failures:#?}");
+        for path in stored_files(folder.path()).iter().filter(|path| path.ends_with("record.json")) {
+            let text = std::fs::read_to_string(path).expect("a record");
+            assert!(!text.contains("null"), "{}: {text}", path.display());
+        }
+    }
+}

@@ -3,10 +3,10 @@
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
-use titer_core::Error;
 use titer_core::device::{device_name, parse_device, parse_dtype};
 use titer_core::error::io_error;
 use titer_core::report::{Provenance, Results};
+use titer_core::{Error, Kind};
 
 use super::{ConfigArgs, Done};
 use crate::diagnostics::Problems;
@@ -67,7 +67,11 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
     reporters::write_all(&results, &out)?;
     let mut text = if results.rows.is_empty() { String::new() } else { reporters::console(&results)? };
     text += &summary(&plan, &results, &out);
-    Ok(Done { text, code: outcome.exit_code(!results.rows.is_empty()) })
+    let code = match outcome.exit_code(!results.rows.is_empty()) {
+        0 if !results.failures.is_empty() => Kind::Run.exit_code(),
+        code => code,
+    };
+    Ok(Done { text, code })
 }
 
 /// What is where, and what failed.

@@ -59,8 +59,10 @@ pub(super) fn run(stages: &Stages, spec: &TrainSpec, parent: &str, io: &mut Stag
     write_json(&io.output.join(RECORD), &record)
 }
 
-/// Stores what was trained: the adapter in PEFT's layout, or all weights.
+/// Stores what was trained: the adapter in PEFT's layout, or all weights. Weights that are not finite, or that the model
+/// computes nothing finite with, are never stored.
 pub(super) fn save(base: &crate::base_model::BaseModel, io: &StageIo) -> Result<()> {
+    base.check_sound()?;
     let Some(config) = base.weights.lora() else {
         return base.weights.save(&io.output.join("model.safetensors"));
     };
