@@ -25,8 +25,8 @@
 //! 6. An artifact exists only after its commit record. Keys cover configuration, data content, parent and plugin
 //!    version, so a wrong hit is impossible and an unchanged stage never runs twice.
 //! 7. Every number carries its protocol id; a table refuses to mix ids.
-//! 8. Nothing outside [`device`] and the kernels knows CUDA; nothing outside the plugin loader and the kernels is
-//!    `unsafe`.
+//! 8. Nothing outside [`device`] and the kernels knows CUDA; nothing outside the plugin loader, the allocator
+//!    that counts and the kernels is `unsafe`.
 //! 9. Bad input ends in an error that names the file, the key and the nearest valid value; never a panic, never lost
 //!    work.
 

@@ -5,39 +5,17 @@ use std::path::PathBuf;
 use titer_core::Result;
 use titer_core::report::{ResultRow, Results};
 
-use crate::reporters::{self, table::Table};
-use crate::statistics::{Summary, sign_flip};
+use crate::reporters;
 
-/// The runs in the folders as one table, with paired tests of each method against plain fine-tuning. A method that
-/// several runs have is shown once for each, with the run's name.
+/// The runs in the folders as one table, with the same tests as the report of one run. A method that several runs have
+/// is shown once for each, with the run's name.
 ///
 /// # Errors
 /// A folder holds no results, or their protocols differ.
 pub fn compare(folders: &[PathBuf]) -> Result<String> {
     let runs = folders.iter().map(|folder| reporters::load(folder)).collect::<Result<Vec<_>>>()?;
     let merged = merge(runs);
-    let table = Table::new(&merged.rows)?;
-    let mut text = reporters::console(&merged)?;
-    for block in &table.blocks {
-        let Some(reference) = block.reference() else { continue };
-        text += &format!("\n{}: differences to {}, paired by seed\n", block.title, reference.name);
-        for method in block.methods.iter().filter(|method| method.name != reference.name) {
-            for &ratio in &block.ratios {
-                let paired = |metric| method.paired(reference, ratio, metric);
-                let (harm, accuracy) = (paired("harmful_score"), paired("fine_tune_accuracy"));
-                let shown = |values: &[f64]| reporters::table::number(Summary::of(values));
-                text += &format!(
-                    "  {:32} p = {ratio:<5} HS {:>14}  FA {:>14}  n = {}, sign-flip p = {:.3}\n",
-                    method.name,
-                    shown(&harm),
-                    shown(&accuracy),
-                    harm.len(),
-                    sign_flip(&harm)
-                );
-            }
-        }
-    }
-    Ok(text)
+    reporters::console(&merged)
 }
 
 /// All rows as those of one experiment.

@@ -12,6 +12,7 @@ use std::time::Instant;
 use titer_core::event::{Event, Sink};
 use titer_core::{Error, Kind, Result};
 
+use crate::memory::Meter;
 use crate::plan::{Cell, Key, Plan, PlannedStage};
 use crate::planner::work;
 use crate::store::{Artifact, Partials, Store, Turn};
@@ -173,9 +174,13 @@ pub fn execute(
         stages: plan.stages.len(),
         cached: cached.len(),
     });
+    let pool = |meter: &'static Meter| {
+        let threads = rayon::ThreadPoolBuilder::new().num_threads(jobs.threads).stack_size(STACK_BYTES);
+        Ok((threads.start_handler(move |_| meter.attach()).build()?, meter))
+    };
     let pools = (0..jobs.count)
-        .map(|_| rayon::ThreadPoolBuilder::new().num_threads(jobs.threads).stack_size(STACK_BYTES).build())
-        .collect::<std::result::Result<Vec<_>, _>>()
+        .map(|_| pool(Meter::leak()))
+        .collect::<std::result::Result<Vec<_>, rayon::ThreadPoolBuildError>>()
         .map_err(|error| Error::run("cannot start the worker threads").source(error))?;
     let execution = Execution {
         store,
@@ -187,8 +192,8 @@ pub fn execute(
         changed: Condvar::new(),
     };
     std::thread::scope(|scope| {
-        for pool in &pools {
-            scope.spawn(|| execution.work(pool));
+        for (pool, meter) in &pools {
+            scope.spawn(|| execution.work(pool, meter));
         }
     });
     let mut outcome = execution.board.into_inner().unwrap_or_else(PoisonError::into_inner).outcome;
@@ -324,9 +329,10 @@ impl<'a> Execution<'a> {
     }
 
     /// The life of one worker: take the most urgent ready stage, run it, say how it went.
-    fn work(&self, pool: &rayon::ThreadPool) {
+    fn work(&self, pool: &rayon::ThreadPool, meter: &Meter) {
         while let Some(stage) = self.next() {
             let started = Instant::now();
+            meter.begin();
             let result = catch_unwind(AssertUnwindSafe(|| pool.install(|| self.run(stage))))
                 .unwrap_or_else(|panic| Err(panicked("stage", panic.as_ref())));
             self.settle(stage, result, started);

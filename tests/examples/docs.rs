@@ -1,6 +1,8 @@
 //! Writes the measured figures into README.md and docs/measurements, from the folders of finished runs:
 //!
 //!     cargo run --release -p titer-tests --example docs -- runs/quickstart runs/world-bench
+//!
+//! The quickstart must have been run with an empty store: its figures are those of a whole run.
 
 use std::path::{Path, PathBuf};
 
@@ -17,25 +19,38 @@ fn main() -> Result<()> {
     for folder in folders {
         let results = reporters::load(&folder)?;
         let name = results.experiment.clone();
+        let timing = Timing::read(&folder)?;
         let table = reporters::render(&results, &folder, Format::Md)?;
-        let page = format!("{table}\n{}", machine(&results, &folder)?);
-        // A page averages over bases; of the choice of a base, only the rows tell.
-        if name != "quickstart-bases" {
-            std::fs::write(measurements.join(format!("{name}.md")), &page)?;
-        }
+        let mut page = format!("{table}\n{}\n", timing.words(&results));
         std::fs::write(measurements.join(format!("{name}.csv")), reporters::render(&results, &folder, Format::Csv)?)?;
         if name == "quickstart" {
+            timing.ensure_cold(&folder)?;
             let plots = reporters::plots_of(&results)?;
             let (_, [harm, accuracy]) = plots.first().context("a plot")?;
             std::fs::write(measurements.join("quickstart-hs.svg"), harm)?;
             std::fs::write(measurements.join("quickstart-fa.svg"), accuracy)?;
-            let (_, body) = page.split_once('\n').context("a title")?;
-            let body = body.replace("\n## ", "\n### ");
-            insert(&root.join("README.md"), "quickstart", &body)?;
+            let plots = [("Harmful score", "hs"), ("Fine-tune accuracy", "fa")]
+                .map(|(what, file)| format!("![{what} over the harmful ratio](quickstart-{file}.svg)"));
+            page += &format!("\n{}\n", plots.join("\n"));
+            insert(&root.join("README.md"), "quickstart", &headline(&results, &timing)?)?;
+        }
+        // A page averages over bases; of the choice of a base, only the rows tell.
+        if name != "quickstart-bases" {
+            std::fs::write(measurements.join(format!("{name}.md")), &page)?;
         }
     }
     let list = defenses()?;
     insert(&root.join("README.md"), "defenses", &list)
+}
+
+/// One table and one plot; all else is on the page.
+fn headline(results: &Results, timing: &Timing) -> Result<String> {
+    Ok(format!(
+        "{}\n![Harmful score over the harmful ratio](docs/measurements/quickstart-hs.svg)\n\n{} \
+         [Every metric, its spread, and what the differences say](docs/measurements/quickstart.md).",
+        reporters::headline(results)?,
+        timing.words(results)
+    ))
 }
 
 /// The table of registered defenses.
@@ -54,24 +69,48 @@ fn defenses() -> Result<String> {
     Ok(text)
 }
 
-/// How long the last run of this folder took, and its memory.
-fn machine(results: &Results, folder: &Path) -> Result<String> {
-    let events = std::fs::read_to_string(folder.join("events.jsonl"))?;
-    let finished = events.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-    let longest = finished
-        .filter(|event| event["event"] == "run_finished")
-        .max_by_key(|event| event["ran"].as_u64())
-        .context("no finished run in events.jsonl")?;
-    let peak = results.rows.iter().map(|row| row.ledger.peak_bytes).max().unwrap_or(0);
-    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    Ok(format!(
-        "Measured on {cores} CPU cores: {} stages in {:.0} s (of {} cells; the others came from the store), peak memory \
-         {:.0} MiB.\n",
-        longest["ran"],
-        longest["seconds"].as_f64().unwrap_or(0.),
-        results.rows.len(),
-        peak as f64 / f64::from(1 << 20),
-    ))
+/// How long the last run of a folder took.
+struct Timing {
+    ran: u64,
+    cached: u64,
+    seconds: f64,
+}
+
+impl Timing {
+    fn read(folder: &Path) -> Result<Self> {
+        let events = std::fs::read_to_string(folder.join("events.jsonl"))?;
+        let events = events.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+        let last = events.filter(|event| event["event"] == "run_finished").last();
+        let last = last.context("no finished run in events.jsonl")?;
+        let number = |key: &str| last[key].as_u64().with_context(|| format!("`{key}` is missing in events.jsonl"));
+        Ok(Self { ran: number("ran")?, cached: number("cached")?, seconds: last["seconds"].as_f64().unwrap_or(0.) })
+    }
+
+    /// Figures for the README are those of a run that computed everything.
+    fn ensure_cold(&self, folder: &Path) -> Result<()> {
+        ensure!(
+            self.cached == 0,
+            "{} of {} stages of the last run in {} came from the store, so its time is not that of the whole: run it again \
+             with an empty store (`--store DIR`)",
+            self.cached,
+            self.ran + self.cached,
+            folder.display()
+        );
+        Ok(())
+    }
+
+    fn words(&self, results: &Results) -> String {
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let cold = match self.cached {
+            0 => "all of them computed in this run".to_owned(),
+            cached => format!("{cached} more came from the store, so this is not the time of the whole"),
+        };
+        let peak = results.rows.iter().filter_map(|row| row.ledger.peak_bytes).max();
+        let peak = peak.map_or_else(String::new, |peak| {
+            format!("; at most {:.0} MiB held by a stage of training", peak as f64 / f64::from(1 << 20))
+        });
+        format!("Measured on {cores} CPU cores: {} stages in {:.0} s ({cold}){peak}.", self.ran, self.seconds)
+    }
 }
 
 /// Replaces what stands between the markers of `name`.

@@ -3,6 +3,8 @@
 mod console;
 mod cost;
 mod csv;
+pub mod differences;
+mod headline;
 mod html;
 mod latex;
 mod markdown;
@@ -17,6 +19,7 @@ use titer_core::error::io_error;
 use titer_core::report::{Results, SCHEMA};
 use titer_core::{Error, Result};
 
+use crate::names::visible;
 use crate::store::write_file;
 use table::Table;
 
@@ -40,9 +43,13 @@ pub enum Format {
 /// # Errors
 /// The rows do not belong into one table, or a file cannot be written.
 pub fn write_all(results: &Results, folder: &Path) -> Result<()> {
-    let files = [("results.json", Format::Json), ("results.csv", Format::Csv)];
-    let tables = [("report.md", Format::Md), ("report.html", Format::Html)];
-    for (name, format) in files.into_iter().chain(tables.into_iter().filter(|_| !results.rows.is_empty())) {
+    let files = [
+        ("results.json", Format::Json),
+        ("results.csv", Format::Csv),
+        ("report.md", Format::Md),
+        ("report.html", Format::Html),
+    ];
+    for (name, format) in files {
         write_file(&folder.join(name), render(results, folder, format)?.as_bytes())?;
     }
     Ok(())
@@ -53,15 +60,46 @@ pub fn write_all(results: &Results, folder: &Path) -> Result<()> {
 /// # Errors
 /// There is no row, or the rows do not belong into one table.
 pub fn render(results: &Results, folder: &Path, format: Format) -> Result<String> {
+    let readable = &readable(results);
     match format {
         Format::Json => serde_json::to_string_pretty(results)
             .map(|text| text + "\n")
             .map_err(|error| Error::run("results do not serialise").source(error)),
-        Format::Csv => csv::render(results),
-        Format::Md => Ok(markdown::render(results, &Table::new(&results.rows)?)),
-        Format::Html => html::render(results, &Table::new(&results.rows)?, folder),
-        Format::Latex => Ok(latex::render(&Table::new(&results.rows)?)),
+        Format::Csv => csv::render(readable),
+        Format::Md => Ok(markdown::render(readable, &Table::or_failures(readable)?)),
+        Format::Html => html::render(readable, &Table::or_failures(readable)?, folder),
+        Format::Latex => Ok(latex::render(&Table::new(&readable.rows)?)),
     }
+}
+
+/// The results with every text as it is shown: names may come from a file that no one has checked.
+fn readable(results: &Results) -> Results {
+    let mut results = results.clone();
+    let mut show = |text: &mut String| *text = visible(text);
+    show(&mut results.experiment);
+    for row in &mut results.rows {
+        [&mut row.method, &mut row.task, &mut row.model, &mut row.lora, &mut row.protocol]
+            .into_iter()
+            .for_each(&mut show);
+        row.notes.iter_mut().chain(row.ledger.privileged.values_mut()).for_each(&mut show);
+    }
+    for failure in &mut results.failures {
+        [&mut failure.cell, &mut failure.error].into_iter().for_each(&mut show);
+    }
+    for published in &mut results.published {
+        [&mut published.source, &mut published.method, &mut published.task].into_iter().for_each(&mut show);
+        published.departs.iter_mut().chain(&mut published.sic).for_each(&mut show);
+    }
+    results
+}
+
+/// The table of the papers in Markdown, with what it says about its numbers: for a page of one's own.
+///
+/// # Errors
+/// There is no row, or the rows do not belong into one table.
+pub fn headline(results: &Results) -> Result<String> {
+    let readable = &readable(results);
+    Ok(markdown::headlines(&Table::new(&readable.rows)?))
 }
 
 /// HS and FA over the harmful ratio as SVG, of each task and setting: the title and the two plots.
@@ -69,6 +107,7 @@ pub fn render(results: &Results, folder: &Path, format: Format) -> Result<String
 /// # Errors
 /// There is no row, or the rows do not belong into one table.
 pub fn plots_of(results: &Results) -> Result<Vec<(String, [String; 2])>> {
+    let results = &readable(results);
     let table = Table::new(&results.rows)?;
     let of = |block: &table::Block| -> Result<(String, [String; 2])> {
         let plot = |metric, label| plots::over_ratio(block, metric, label, true);
@@ -82,7 +121,8 @@ pub fn plots_of(results: &Results) -> Result<Vec<(String, [String; 2])>> {
 /// # Errors
 /// There is no row, or the rows do not belong into one table.
 pub fn console(results: &Results) -> Result<String> {
-    Ok(console::render(results, &Table::new(&results.rows)?))
+    let readable = &readable(results);
+    Ok(console::render(readable, &Table::new(&readable.rows)?))
 }
 
 /// The results in a run's folder.
@@ -126,7 +166,7 @@ pub(crate) mod fixture {
 
     /// Three methods, two ratios, `seeds` seeds.
     pub(crate) fn results(seeds: u64) -> Results {
-        let methods = [("None", "none", 100.), ("SFT", "sft", 60.), ("Vaccine", "vaccine", 40.)];
+        let methods = [("Unaligned", "none", 100.), ("SFT", "sft", 60.), ("Vaccine", "vaccine", 40.)];
         let mut rows = Vec::new();
         for (method, defense, harm) in methods {
             for ratio in [0., 0.1] {
@@ -139,7 +179,7 @@ pub(crate) mod fixture {
 
     fn row(method: &str, defense: &str, harm: f64, ratio: f64, seed: u64) -> ResultRow {
         let noise = seed as f64 - 1.;
-        let aligned = if method == "None" { 100. } else { 2. };
+        let aligned = if method == "Unaligned" { 100. } else { 2. };
         let attacked = if ratio == 0. { aligned } else { (harm + 3. * noise).min(100.) };
         ResultRow {
             method: method.into(),
@@ -173,6 +213,7 @@ pub(crate) mod fixture {
             },
             judges: BTreeMap::new(),
             n: BTreeMap::from([("harmful".into(), 150), ("task".into(), 200)]),
+            outcomes: BTreeMap::new(),
             intervals: BTreeMap::new(),
             ledger: Ledger { align_seconds: 3., fine_tune_seconds: 2., passes_per_step: 1., ..Ledger::default() },
             curves: Curves {
