@@ -79,7 +79,8 @@ fn costs(block: &Block) -> String {
     for cost in &costs {
         text += &format!("| {} |\n", cost.cells().map(escape).join(" | "));
     }
-    text += &format!("\n{PEAK_NOTE}\n\n");
+    text += &format!("\n{PEAK_NOTE}\n");
+    text += if costs.iter().all(|cost| cost.notes.is_empty()) { "" } else { "\n" };
     for cost in costs.iter().filter(|cost| !cost.notes.is_empty()) {
         text += &format!("- **{}**: {}.\n", escape(&cost.method), escape(&cost.notes));
     }
