@@ -51,18 +51,24 @@ fn hidden(c: char) -> bool {
 
 /// Text in which what cannot be seen is spelled out, so that it acts on no terminal and no table: `\n`, `\u{202e}`.
 pub fn visible(text: &str) -> String {
-    visible_but(text, &[])
+    spelled_out(text, hidden, |c| c.escape_default().to_string())
 }
 
 /// Likewise, but line ends stay.
 pub fn visible_lines(text: &str) -> String {
-    visible_but(text, &['\n'])
+    spelled_out(text, |c| c != '\n' && hidden(c), |c| c.escape_default().to_string())
 }
 
-fn visible_but(text: &str, kept: &[char]) -> String {
+/// JSON in which what cannot be seen is spelled out as JSON does: `\u202e`.
+pub fn visible_json(json: &str) -> String {
+    let escape = |c: char| c.encode_utf16(&mut [0; 2]).iter().map(|unit| format!("\\u{unit:04x}")).collect();
+    spelled_out(json, hidden, escape)
+}
+
+fn spelled_out(text: &str, hidden: impl Fn(char) -> bool, escape: impl Fn(char) -> String) -> String {
     let mut shown = String::with_capacity(text.len());
     for c in text.chars() {
-        if hidden(c) && !kept.contains(&c) { shown.extend(c.escape_default()) } else { shown.push(c) }
+        if hidden(c) { shown += &escape(c) } else { shown.push(c) }
     }
     shown
 }
@@ -90,6 +96,7 @@ mod tests {
     fn what_cannot_be_seen_is_spelled_out() {
         assert_eq!(visible("a\n\u{1b}[1m\u{202e}ü"), "a\\n\\u{1b}[1m\\u{202e}ü");
         assert_eq!(visible_lines("a\n\tb"), "a\n\\tb");
+        assert_eq!(visible_json("\"\u{7f}\u{e0001}\""), "\"\\u007f\\udb40\\udc01\"");
     }
 
     proptest! {

@@ -9,7 +9,8 @@
 //! - *Test.* The p value is the larger of two. The first is that of the sign-flip test over units: exact, whatever the
 //!   distribution, as long as a difference is as likely as its opposite. It cannot be below `2 / 2^units`. The second is
 //!   that of a t test whose variance is the sum of the variance over units and that over prompts (Clark's min F′), with
-//!   `units − 1` degrees of freedom. Since every unit is asked the same prompts, the first test alone would mistake what
+//!   `units − 1` degrees of freedom. That over prompts is of the differences on each prompt, with half a prompt more in each
+//!   cell of the fourfold table (Agresti and Min 2005). Since every unit is asked the same prompts, the first test alone would mistake what
 //!   is peculiar to these prompts for an effect.
 //! - *Interval.* What neither test excludes, at 95 %, or at the highest confidence that so few units can give.
 //! - *Families.* The p values of one table are corrected together, by Holm's method.

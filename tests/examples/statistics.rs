@@ -7,7 +7,7 @@ use std::path::Path;
 use titer_tests::simulation;
 
 /// Experiments for each figure.
-const COUNT: usize = 2000;
+const COUNT: usize = 1000;
 
 fn main() -> std::io::Result<()> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/measurements/statistics.md");

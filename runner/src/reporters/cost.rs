@@ -7,7 +7,7 @@ use serde::Serialize;
 use titer_core::report::{Ledger, ResultRow};
 
 use super::table::Method;
-use crate::names::visible;
+use crate::names::visible_json;
 
 /// What the peaks are, for the foot of a table.
 pub(super) const PEAK_NOTE: &str = "Peak memory is the heap that the stage itself asked for on the CPU, whatever ran \
@@ -71,7 +71,7 @@ impl Cost {
             peak: peaks.join(", "),
             needs: needs(row),
             notes: row.notes.join("; "),
-            settings: visible(
+            settings: visible_json(
                 &settings.map(|(stage, value)| format!("{stage} {value}")).collect::<Vec<_>>().join("; "),
             ),
         }

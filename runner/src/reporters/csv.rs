@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 use titer_core::report::{METRICS, Results};
 use titer_core::{Error, Result};
 
-use crate::names::MISSING;
+use crate::names::{MISSING, visible_json};
 
 /// The table, with a header line.
 pub(super) fn render(results: &Results) -> Result<String> {
@@ -53,7 +53,8 @@ pub(super) fn render(results: &Results) -> Result<String> {
 /// A defense with all its settings, as compact JSON.
 fn defense(described: &Value) -> String {
     // An empty cell would be a missing value.
-    text(&if described.is_null() { json!({ "defense": "none" }) } else { described.clone() }.to_string())
+    let described = if described.is_null() { &json!({ "defense": "none" }) } else { described };
+    text(&visible_json(&described.to_string()))
 }
 
 /// Text that no spreadsheet takes for a formula, also where it splits cells at other signs than commas, and no reader for

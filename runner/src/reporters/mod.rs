@@ -274,4 +274,68 @@ mod tests {
         insta::assert_snapshot!("csv", render(&fixture::results(1), folder, Format::Csv)?);
         Ok(())
     }
+
+    /// Results in which every text from elsewhere is `text`.
+    fn with_texts(text: &str) -> Results {
+        let mut results = fixture::results(1);
+        results.experiment = text.into();
+        for row in &mut results.rows {
+            row.task = text.into();
+            row.notes = vec![text.into()];
+            row.ledger.privileged.insert("align".into(), text.into());
+            row.align["note"] = text.into();
+            // The others keep their names: one name for all would be one method.
+            if row.method == "Vaccine" {
+                row.method = text.into();
+            }
+        }
+        results.failures = vec![titer_core::report::Failure { cell: text.into(), error: text.into() }];
+        results
+    }
+
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig::with_cases(64))]
+        #[test]
+        fn no_text_breaks_out_of_its_place(
+            text in "([\\x00-\\x1f\\x7f-\\x9f\u{200b}\u{202e}\u{2028}\u{feff}]|[|`<>\"'&*_#$%{}~^=+@;!\\[\\]\\\\-]|[a-zé無]){1,12}"
+        ) {
+            let (results, plain) = (with_texts(&text), with_texts("plain"));
+            let shown = |results: &Results, format| render(results, Path::new("."), format).expect("a rendering");
+
+            // No rendering has a character that cannot be seen. Settings in CSV are JSON, which escapes controls its own way.
+            let hidden = |c: char| c.is_control() && c != '\n' || "\u{200b}\u{202e}\u{2028}\u{feff}".contains(c);
+            let pages = [Format::Md, Format::Html, Format::Latex].map(|format| shown(&results, format));
+            for page in pages.into_iter().chain([console(&results).expect("a table")]) {
+                proptest::prop_assert!(!page.contains(hidden), "{:?}", page);
+            }
+            proptest::prop_assert!(!shown(&results, Format::Csv).contains(|c: char| c.is_control() && c != '\n'));
+
+            // Markdown: the same lines, each with the same cells.
+            let cells = |results| -> Vec<usize> {
+                let page = shown(results, Format::Md).replace("\\\\", "").replace("\\|", "");
+                page.lines().map(|line| line.matches('|').count()).collect()
+            };
+            proptest::prop_assert_eq!(cells(&results), cells(&plain));
+
+            // HTML: the same tags with the same attributes, but for code in texts.
+            let tags = |results| -> Vec<String> {
+                let page = shown(results, Format::Html);
+                let tags = page.split('<').skip(1).map(|tag| tag.split('>').next().unwrap_or_default().to_owned());
+                tags.filter(|tag| !tag.ends_with("code")).collect()
+            };
+            proptest::prop_assert_eq!(tags(&results), tags(&plain));
+
+            // LaTeX: balanced braces, and nothing active beyond our own.
+            let bare = |results| {
+                let page = shown(results, Format::Latex).replace("\\textbackslash{}", "");
+                "&%$#_{}".chars().fold(page, |page, special| page.replace(&format!("\\{special}"), ""))
+            };
+            let (found, expected) = (bare(&results), bare(&plain));
+            proptest::prop_assert_eq!(found.matches('{').count(), found.matches('}').count());
+            for special in "&$#_%~^`\"<>|".chars() {
+                let count = |page: &str| page.matches(special).count();
+                proptest::prop_assert_eq!(count(&found), count(&expected), "{} in {}", special, found);
+            }
+        }
+    }
 }
