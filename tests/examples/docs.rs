@@ -20,11 +20,13 @@ fn main() -> Result<()> {
         let results = reporters::load(&folder)?;
         let name = results.experiment.clone();
         let timing = Timing::read(&folder)?;
+        if name == "quickstart" {
+            timing.ensure_cold(&folder)?;
+        }
         let table = reporters::render(&results, &folder, Format::Md)?;
         let mut page = format!("{table}\n{}\n", timing.words(&results));
         std::fs::write(measurements.join(format!("{name}.csv")), reporters::render(&results, &folder, Format::Csv)?)?;
         if name == "quickstart" {
-            timing.ensure_cold(&folder)?;
             let plots = reporters::plots_of(&results)?;
             let (_, [harm, accuracy]) = plots.first().context("a plot")?;
             std::fs::write(measurements.join("quickstart-hs.svg"), harm)?;
@@ -121,4 +123,34 @@ fn insert(path: &Path, name: &str, body: &str) -> Result<()> {
     let (_, tail) = rest.split_once(&end).with_context(|| format!("{end} is missing"))?;
     std::fs::write(path, format!("{head}{begin}\n{}\n\n{end}{tail}", body.trim()))?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The timing of a folder with a first run that computed all, and a last one that took `cached` stages from the store.
+    fn timing(cached: u64) -> Result<(Timing, tempfile::TempDir)> {
+        let folder = tempfile::tempdir()?;
+        let event = |ran: u64, cached: u64| {
+            format!("{{\"event\":\"run_finished\",\"seconds\":68.4,\"ran\":{ran},\"cached\":{cached},\"failed\":0}}\n")
+        };
+        std::fs::write(folder.path().join("events.jsonl"), event(511, 0) + &event(511 - cached, cached))?;
+        Ok((Timing::read(folder.path())?, folder))
+    }
+
+    #[test]
+    fn a_partly_cached_run_is_called_so_and_is_not_for_the_readme() -> Result<()> {
+        let results: Results = serde_json::from_value(serde_json::json!({
+            "schema": titer_core::report::SCHEMA, "experiment": "quickstart", "titer": "0", "rows": []
+        }))?;
+        let (cold, folder) = timing(0)?;
+        cold.ensure_cold(folder.path())?;
+        assert!(cold.words(&results).contains("511 stages in 68 s (all of them computed in this run)"));
+        let (cached, folder) = timing(322)?;
+        let error = cached.ensure_cold(folder.path()).expect_err("a partly cached run").to_string();
+        assert!(error.contains("322 of 511 stages") && error.contains("empty store"), "{error}");
+        assert!(cached.words(&results).contains("189 stages in 68 s (322 more came from the store"));
+        Ok(())
+    }
 }

@@ -116,13 +116,12 @@ mod tests {
     }
 
     #[test]
-    fn defenses_stand_with_all_their_settings() -> Result<()> {
+    fn defenses_stand_with_all_their_settings() {
         let settings = json!({ "defense": "resta", "gamma": -0.5, "layers": ["a", "b"] });
         let row = read("SFT", settings.clone());
         assert_eq!(serde_json::from_str::<Value>(&row["post"]).expect("JSON"), settings);
         assert_eq!(row["align"], "{\"defense\":\"none\"}");
         assert_eq!(read("SFT", Value::Null)["post"], "{\"defense\":\"none\"}");
-        Ok(())
     }
 
     proptest! {
