@@ -81,8 +81,8 @@ struct Timing {
 impl Timing {
     fn read(folder: &Path) -> Result<Self> {
         let events = std::fs::read_to_string(folder.join("events.jsonl"))?;
-        let events = events.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-        let last = events.filter(|event| event["event"] == "run_finished").last();
+        let mut events = events.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+        let last = events.rfind(|event| event["event"] == "run_finished");
         let last = last.context("no finished run in events.jsonl")?;
         let number = |key: &str| last[key].as_u64().with_context(|| format!("`{key}` is missing in events.jsonl"));
         Ok(Self { ran: number("ran")?, cached: number("cached")?, seconds: last["seconds"].as_f64().unwrap_or(0.) })
