@@ -70,9 +70,8 @@ fn peaks(order: [&str; 2]) -> BTreeMap<String, f64> {
         format!("[[methods]]\n{}\n", table.expect("a method"))
     };
     let config = small(folder.path(), &[(methods, &order.map(method).concat())]);
-    // One stage after the other, on one thread: nothing is beside it, but much was before it.
-    let output = run(folder.path(), &config).args(["--jobs", "1"]).env("RAYON_NUM_THREADS", "1").output();
-    let output = output.expect("a process");
+    // By default a stage has one thread, with others beside it and before it.
+    let output = run(folder.path(), &config).output().expect("a process");
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
     let results = results(folder.path());
     let rows = results["rows"].as_array().expect("rows").iter();
