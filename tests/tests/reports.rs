@@ -69,7 +69,12 @@ fn peaks(order: [&str; 2]) -> BTreeMap<String, f64> {
         let table = methods.split("[[methods]]\n").find(|table| table.contains(&format!("{name:?}")));
         format!("[[methods]]\n{}\n", table.expect("a method"))
     };
-    let config = small(folder.path(), &[(methods, &order.map(method).concat())]);
+    let changes = [
+        (methods, &*order.map(method).concat()),
+        ("hidden_size = 16, intermediate_size = 24", "hidden_size = 96, intermediate_size = 256"),
+        ("train = { steps = 12, batch_size = 4", "train = { steps = 3, batch_size = 40"),
+    ];
+    let config = small(folder.path(), &changes);
     // By default a stage has one thread, with others beside it and before it.
     let output = run(folder.path(), &config).output().expect("a process");
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
@@ -83,10 +88,11 @@ fn peaks(order: [&str; 2]) -> BTreeMap<String, f64> {
 fn the_order_of_methods_does_not_move_their_memory() {
     let (one, other) = (peaks(["SFT", "Vaccine"]), peaks(["Vaccine", "SFT"]));
     assert_eq!(one.len(), 2);
+    // Buffers of libraries, of a MiB each, may or may not meet the peak.
+    let buffers = f64::from(2 << 20);
     for (method, peak) in &one {
-        let moved = (peak - other[method]).abs() / peak;
-        assert!(moved < 0.02, "{method}: {peak} bytes, or {} after the other", other[method]);
-        assert!(*peak < f64::from(16 << 20), "{method}: {peak} bytes are not those of a tiny model's stage");
+        assert!(*peak > 5. * buffers, "{method}: {peak} bytes");
+        assert!((peak - other[method]).abs() < buffers, "{method}: {peak} bytes, or {} after the other", other[method]);
     }
 }
 
