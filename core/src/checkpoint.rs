@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 
+use crate::bounds;
 use crate::error::io_error;
 use crate::registry::nearest;
 use crate::{Error, Result};
@@ -62,7 +63,9 @@ impl Checkpoint {
                 .help("the weights belong to another architecture, or the file is incomplete"));
         };
         let dtype = dtype(info.dtype).ok_or_else(|| {
-            Error::data(format!("tensor `{name}` has the unsupported type {:?}", info.dtype)).file(&self.path)
+            Error::data(format!("tensor `{name}` has the unsupported type {:?}", info.dtype))
+                .file(&self.path)
+                .help("convert the weights to float32, bfloat16 or float16")
         })?;
         let (path, file) = &mut self.files[*file];
         let (begin, end) = info.data_offsets;
@@ -74,7 +77,7 @@ impl Checkpoint {
     }
 
     fn add(&mut self, path: PathBuf) -> Result<()> {
-        let mut file = File::open(&path).map_err(|error| io_error("open the weights", &path, error))?;
+        let mut file = bounds::open("open the weights", &path)?;
         let damaged = |why: String| {
             Error::data(format!("`{}` is not a complete safetensors file: {why}", path.display()))
                 .file(&path)
@@ -86,6 +89,10 @@ impl Checkpoint {
         let header = u64::from_le_bytes(prefix);
         if header > size.saturating_sub(8) {
             return Err(damaged(format!("its header should have {header} bytes, the file has {size}")));
+        }
+        if header > bounds::HEADER_BYTES {
+            let most = bounds::HEADER_BYTES;
+            return Err(damaged(format!("its header should have {header} bytes, at most {most} are possible")));
         }
         let mut bytes = vec![0; header as usize];
         file.read_exact(&mut bytes).map_err(|error| io_error("read", &path, error))?;
@@ -109,12 +116,13 @@ fn model_files(folder: &Path) -> Result<Vec<PathBuf>> {
     if !index.is_file() {
         return Ok(vec![single]);
     }
-    let text = std::fs::read_to_string(&index).map_err(|error| io_error("read", &index, error))?;
-    let map: serde_json::Value = serde_json::from_str(&text)
-        .map_err(|error| Error::data("the shard index is not valid JSON").file(&index).source(error))?;
+    let again = "copy or download model.safetensors.index.json again";
+    let bytes = bounds::read_file("read the shard index", &index, bounds::JSON_BYTES)?;
+    let map: serde_json::Value = serde_json::from_slice(&bytes)
+        .map_err(|error| Error::data("the shard index is not valid JSON").file(&index).source(error).help(again))?;
     let shards = map["weight_map"].as_object().map(|map| map.values().filter_map(|v| v.as_str()));
     let mut shards: Vec<PathBuf> = shards
-        .ok_or_else(|| Error::data("the shard index has no `weight_map`").file(&index))?
+        .ok_or_else(|| Error::data("the shard index has no `weight_map`").file(&index).help(again))?
         .map(|name| folder.join(name))
         .collect();
     shards.sort();
@@ -141,6 +149,10 @@ fn dtype(dtype: Dtype) -> Option<DType> {
 /// The file cannot be written.
 pub fn write_tensors(path: &Path, tensors: impl IntoIterator<Item = (String, Tensor)>) -> Result<()> {
     let tensors: Vec<(String, Tensor)> = tensors.into_iter().collect();
-    safetensors::serialize_to_file(tensors.iter().map(|(name, tensor)| (name, tensor)), None, path)
-        .map_err(|error| Error::data(format!("cannot write `{}`", path.display())).file(path).source(error))
+    safetensors::serialize_to_file(tensors.iter().map(|(name, tensor)| (name, tensor)), None, path).map_err(|error| {
+        Error::data(format!("cannot write `{}`", path.display()))
+            .file(path)
+            .source(error)
+            .help("make room on the disk, check the permissions, and run the same command again")
+    })
 }

@@ -48,6 +48,14 @@ impl Settings {
                 .key(key.clone())
                 .help(format!("known settings: {keys}")));
         }
+        self.read()
+    }
+
+    /// Reads the settings as `T`, which need not know every key.
+    ///
+    /// # Errors
+    /// A value of the wrong type, named by key.
+    pub fn read<T: DeserializeOwned>(&self) -> Result<T> {
         // One key at a time would lose struct-wide validation; serde_json alone loses the key. Figment keeps both.
         let provider = figment::providers::Serialized::defaults(&self.0);
         figment::Figment::from(provider).extract().map_err(|error| {

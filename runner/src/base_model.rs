@@ -4,12 +4,13 @@ use std::path::Path;
 
 use candle_core::Device;
 use serde_json::{Value, json};
+use titer_core::bounds;
 use titer_core::checkpoint::Checkpoint;
 use titer_core::data::Batch;
 use titer_core::error::io_error;
 use titer_core::step::label_loss;
 use titer_core::text::Tokenizer;
-use titer_core::{Error, Model, ModelEntry, Precision, Result, Weights, registry};
+use titer_core::{Error, Kind, Model, ModelEntry, Precision, Result, Weights, registry};
 
 /// A model that can be run: architecture, weights and tokenizer.
 #[derive(Debug)]
@@ -31,7 +32,7 @@ impl BaseModel {
         let config = read_config(folder)?;
         let path = folder.join("config.json");
         let entry = model_entry(&config, name).map_err(|error| error.file(&path))?;
-        let model = (entry.from_config)(&config, &path)?;
+        let model = model_of(entry, &config, &path)?;
         let eos = special_token(folder, &config, "eos_token_id")?.ok_or_else(|| {
             Error::data("no `eos_token_id`: nothing would end an answer")
                 .file(&path)
@@ -103,13 +104,32 @@ impl BaseModel {
     }
 }
 
-fn read_config(folder: &Path) -> Result<Value> {
+/// The `config.json` of a model folder.
+///
+/// # Errors
+/// It is missing or malformed.
+pub(crate) fn read_config(folder: &Path) -> Result<Value> {
     let path = folder.join("config.json");
-    let text = std::fs::read_to_string(&path).map_err(|error| {
-        io_error("read the model's configuration", &path, error)
-            .help("a model folder needs config.json, model.safetensors and tokenizer.json")
+    let bytes = bounds::read_file("read the model's configuration", &path, bounds::CONFIG_BYTES)
+        .map_err(|error| error.help("a model folder needs config.json, model.safetensors and tokenizer.json"))?;
+    let value: Value = serde_json::from_str(bounds::text(&bytes, &path)?).map_err(|error| {
+        Error::data(format!("config.json is not valid JSON: {error}"))
+            .file(&path)
+            .at("line", error.line().to_string())
+            .help("correct the line, or copy or download the file again")
     })?;
-    serde_json::from_str(&text).map_err(|error| Error::data("config.json is not valid JSON").file(&path).source(error))
+    if value.is_object() {
+        return Ok(value);
+    }
+    Err(Error::data("config.json holds no table").file(&path).help("take config.json from the model's source again"))
+}
+
+/// The model that the `config.json` at `path` describes. What is wrong there is damaged data, whoever reads it.
+///
+/// # Errors
+/// A key is missing or wrong.
+pub(crate) fn model_of(entry: &ModelEntry, config: &Value, path: &Path) -> Result<Box<dyn Model>> {
+    (entry.from_config)(config, path).map_err(|error| error.of_kind(Kind::Data).file(path))
 }
 
 fn model_entry(config: &Value, name: Option<&str>) -> Result<&'static ModelEntry> {
@@ -142,6 +162,7 @@ fn special_token(folder: &Path, config: &Value, key: &str) -> Result<Option<u32>
         Some(id) => Ok(Some(id)),
         None => Err(Error::data(format!("`{key}` must be a token id, found `{value}`"))
             .file(folder.join("config.json"))
-            .key(key)),
+            .key(key)
+            .help("write the id of the token as a whole number")),
     }
 }

@@ -1,5 +1,6 @@
 //! Llama 1, 2 and 3 (Touvron et al. 2023; Grattafiori et al. 2024).
 
+use serde_json::{Value, json};
 use titer_core::{ModelEntry, SettingsType, inventory};
 
 use super::decoder::{Biases, Decoder, DecoderConfig, Family, decoder_keys};
@@ -29,6 +30,10 @@ decoder_keys! {
 impl DecoderConfig for LlamaConfig {
     const FAMILY: Family = Family { name: "Llama", model_type: "llama", architecture: "LlamaForCausalLM" };
 
+    fn left_out() -> Value {
+        json!({ "max_position_embeddings": 2048, "rms_norm_eps": 1e-6 })
+    }
+
     fn biases(&self) -> Biases {
         Biases { qkv: self.attention_bias, o: self.attention_bias, mlp: self.mlp_bias }
     }
@@ -40,7 +45,6 @@ impl DecoderConfig for LlamaConfig {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::{Value, json};
     use titer_core::Result;
 
     use super::*;
