@@ -15,6 +15,8 @@ pub const ROWS: usize = 1_000_000;
 pub const BATCH: usize = 65_536;
 /// Tokens of a row or of an answer.
 pub const TOKENS: usize = 1 << 20;
+/// Threads.
+pub const THREADS: usize = 1024;
 /// Updates of one stage, or passes over its data.
 pub const STEPS: usize = 100_000_000;
 /// Rank of an adapter.

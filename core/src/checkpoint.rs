@@ -77,7 +77,9 @@ impl Checkpoint {
     }
 
     fn add(&mut self, path: PathBuf) -> Result<()> {
-        let mut file = bounds::open("open the weights", &path)?;
+        let mut file = bounds::open("open the weights", &path).map_err(|error| {
+            error.help("a model folder needs model.safetensors, or the shards that its index lists")
+        })?;
         let damaged = |why: String| {
             Error::data(format!("`{}` is not a complete safetensors file: {why}", path.display()))
                 .file(&path)
@@ -114,6 +116,14 @@ fn model_files(folder: &Path) -> Result<Vec<PathBuf>> {
     let single = folder.join("model.safetensors");
     let index = folder.join("model.safetensors.index.json");
     if !index.is_file() {
+        let others = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
+        if let Some(name) = others.into_iter().find(|name| !single.exists() && folder.join(name).exists()) {
+            return Err(Error::data(format!(
+                "the folder has its weights in `{name}`, which can run code when it is read"
+            ))
+            .file(folder.join(name))
+            .help("save the model as safetensors, as with transformers' `save_pretrained`"));
+        }
         return Ok(vec![single]);
     }
     let again = "copy or download model.safetensors.index.json again";

@@ -110,6 +110,10 @@ impl BaseModel {
 /// It is missing or malformed.
 pub(crate) fn read_config(folder: &Path) -> Result<Value> {
     let path = folder.join("config.json");
+    if !path.exists() && folder.join("adapter_config.json").exists() {
+        let error = Error::data("the folder holds an adapter of PEFT, not a model").file(folder);
+        return Err(error.help("merge it into its base model first, as with PEFT's `merge_and_unload`"));
+    }
     let bytes = bounds::read_file("read the model's configuration", &path, bounds::CONFIG_BYTES)
         .map_err(|error| error.help("a model folder needs config.json, model.safetensors and tokenizer.json"))?;
     let value: Value = serde_json::from_str(bounds::text(&bytes, &path)?).map_err(|error| {
@@ -129,6 +133,13 @@ pub(crate) fn read_config(folder: &Path) -> Result<Value> {
 /// # Errors
 /// A key is missing or wrong.
 pub(crate) fn model_of(entry: &ModelEntry, config: &Value, path: &Path) -> Result<Box<dyn Model>> {
+    if let Some(quantized) = config.get("quantization_config").filter(|value| !value.is_null()) {
+        let method = quantized["quant_method"].as_str().unwrap_or("an unknown method");
+        return Err(Error::data(format!("the weights are quantized by {method}, which cannot be read"))
+            .file(path)
+            .key("quantization_config")
+            .help("take the checkpoint that is not quantized; `dtype` stores it in fewer bits"));
+    }
     (entry.from_config)(config, path).map_err(|error| error.of_kind(Kind::Data).file(path))
 }
 

@@ -824,7 +824,11 @@ impl Resolver<'_> {
                 JudgeRef::Name(name) => (name, key.clone(), &no_settings),
                 JudgeRef::Table { judge, settings } => (judge, format!("{key}.judge"), settings),
             };
-            judges.extend(self.plugin::<JudgeEntry>(&key, &name_key, name, settings).map(|(_, spec)| spec));
+            let Some((entry, spec)) = self.plugin::<JudgeEntry>(&key, &name_key, name, settings) else { continue };
+            // What building refuses is a setting out of range.
+            let built = (entry.build)(&Settings::from(settings.clone()));
+            self.take(&key, built.map_err(|error| explained(name, error)));
+            judges.push(spec);
         }
         let judged = config.harmful.is_some() || config.benign.is_some();
         self.check(
