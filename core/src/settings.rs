@@ -60,10 +60,33 @@ impl Settings {
         let provider = figment::providers::Serialized::defaults(&self.0);
         figment::Figment::from(provider).extract().map_err(|error| {
             let key = error.path.join(".");
-            let wrong = Error::config(error.kind.to_string());
+            let wrong = Error::config(in_words(&error.kind));
             if key.is_empty() { wrong } else { wrong.key(key) }
         })
     }
+}
+
+/// What was expected and found, without the names that Rust has for it.
+fn in_words(kind: &figment::error::Kind) -> String {
+    use figment::error::{Actual, Kind};
+    const SHOWN: usize = 60;
+    let (Kind::InvalidType(found, expected) | Kind::InvalidValue(found, expected)) = kind else {
+        return kind.to_string();
+    };
+    let expected = match expected.as_str() {
+        "usize" | "u64" | "u32" | "u16" | "u8" => "a whole number, at least 0",
+        "f64" | "f32" => "a number",
+        "bool" | "a boolean" => "true or false",
+        other => other,
+    };
+    let found = match found {
+        // Numbers that are not finite come as nothing, since JSON has no such.
+        Actual::Unit => "nothing, or a number that is not finite".to_owned(),
+        Actual::Float(number) => format!("`{number:e}`"),
+        other => other.to_string(),
+    };
+    let shown: String = found.chars().take(SHOWN).collect();
+    format!("expected {expected}, found {shown}{}", if shown.len() < found.len() { "…" } else { "" })
 }
 
 impl From<Map<String, Value>> for Settings {

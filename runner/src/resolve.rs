@@ -455,9 +455,12 @@ impl Resolver<'_> {
                 self.positive("base.pretrain.max_length", pretrain.max_length, bounds::TOKENS);
                 let rows = self.rows("base.pretrain.data", &pretrain.data, Use::Train);
                 let optim = self.optim("base.pretrain.train", &pretrain.train);
-                let settings = self.take("base.shape", entry?.settings.resolve(&Settings::from(base.shape.clone())))?;
+                let explain = |error| explained(&base.model, error);
+                let settings = entry?.settings.resolve(&Settings::from(base.shape.clone()));
+                let settings = self.take("base.shape", settings.map_err(explain))?;
                 let Drawn { spec: data, task, .. } = rows?;
-                let model = self.take("base.shape", build_model(entry?, &settings, task.as_ref()))?;
+                let model = build_model(entry?, &settings, task.as_ref()).map_err(explain);
+                let model = self.take("base.shape", model)?;
                 let plugin = self.take("base.model", identity(entry?))?;
                 let model_spec = PluginSpec { name: base.model.clone(), settings, version: entry?.version, plugin };
                 let optim = optim?;

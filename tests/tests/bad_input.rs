@@ -302,7 +302,7 @@ const DATA_FILES: [(&str, &[u8], &[&str]); 26] = [
     ("a.csv", b"instruction,output\n1,2,3\n", &["line: 2", "regular table"]),
     ("a.csv", b"output,output\n1,2\n", &["occurs twice"]),
     ("a.csv", b"question,output\n1,2\n", &["no column `instruction`", "question"]),
-    ("a.parquet", b"PAR1", &["parquet", ".jsonl"]),
+    ("a.parquet", b"PAR1", &["Parquet", "JSON lines"]),
     ("a", b"[]", &["extension", ".jsonl"]),
 ];
 
