@@ -102,7 +102,7 @@ pub fn open(action: &str, path: &Path) -> Result<File> {
 /// They are not UTF-8, or hold a NUL; the error says what the file is, if that can be told.
 pub fn text<'a>(bytes: &'a [u8], path: &Path) -> Result<&'a str> {
     if let Some((kind, remedy)) = kind_of(bytes) {
-        return Err(Error::data(format!("the file is {kind}, not text")).file(path).help(remedy));
+        return Err(Error::data(format!("the file is {kind}, not text in UTF-8")).file(path).help(remedy));
     }
     let line = |at: usize| (bytes[..at].split(|&byte| byte == b'\n').count()).to_string();
     let text = std::str::from_utf8(bytes).map_err(|error| {
@@ -118,6 +118,13 @@ pub fn text<'a>(bytes: &'a [u8], path: &Path) -> Result<&'a str> {
             .help("check that it is the right file"));
     }
     Ok(text.strip_prefix('\u{feff}').unwrap_or(text))
+}
+
+/// The beginning of `text`, for messages: the user knows the rest.
+pub fn shortened(text: &str) -> String {
+    const SHOWN: usize = 200;
+    let shown: String = text.chars().take(SHOWN).collect();
+    if shown.len() < text.len() { shown + "…" } else { shown }
 }
 
 /// What a file that is no text is, by its first bytes, and what to do with it.

@@ -8,6 +8,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
+use crate::bounds::shortened;
 use crate::registry::nearest;
 use crate::{Error, Result};
 
@@ -69,7 +70,6 @@ impl Settings {
 /// What was expected and found, without the names that Rust has for it.
 fn in_words(kind: &figment::error::Kind) -> String {
     use figment::error::{Actual, Kind};
-    const SHOWN: usize = 60;
     let (Kind::InvalidType(found, expected) | Kind::InvalidValue(found, expected)) = kind else {
         return kind.to_string();
     };
@@ -85,8 +85,7 @@ fn in_words(kind: &figment::error::Kind) -> String {
         Actual::Float(number) => format!("`{number:e}`"),
         other => other.to_string(),
     };
-    let shown: String = found.chars().take(SHOWN).collect();
-    format!("expected {expected}, found {shown}{}", if shown.len() < found.len() { "…" } else { "" })
+    format!("expected {expected}, found {}", shortened(&found))
 }
 
 impl From<Map<String, Value>> for Settings {

@@ -233,7 +233,7 @@ impl Tokenizer {
 
     /// The largest id plus one: what a model's embedding must hold.
     pub fn id_bound(&self) -> u32 {
-        self.inner.get_vocab(true).into_values().max().map_or(0, |id| id + 1)
+        self.inner.get_vocab(true).into_values().max().map_or(0, |id| id.saturating_add(1))
     }
 
     /// The id of a token.
@@ -252,7 +252,7 @@ impl Tokenizer {
     /// The tokenizer failed.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
         let encoding = parsed(|| self.inner.encode(text, special)).map_err(|why| {
-            Error::data(format!("cannot tokenise `{}`: {why}", shortened(text))).help(
+            Error::data(format!("cannot tokenise `{}`: {why}", bounds::shortened(text))).help(
                 "a word-level tokenizer knows the words of its own language only; else `tokenizer.json` is damaged",
             )
         })?;
@@ -274,13 +274,6 @@ impl Tokenizer {
 /// What the tokenizers library gives. It panics on some malformed files, which is an error like its others.
 fn parsed<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
     guarded(call)?.map_err(|error| error.to_string())
-}
-
-/// The beginning of a text, for messages.
-fn shortened(text: &str) -> String {
-    const SHOWN: usize = 200;
-    let shown: String = text.chars().take(SHOWN).collect();
-    if shown.len() < text.len() { shown + "…" } else { shown }
 }
 
 /// Text to tokens under one protocol: tokenizer, template and length limit.

@@ -170,9 +170,6 @@ fn json_lines(text: &str) -> Result<Vec<Record>> {
     lines.map(parse).collect()
 }
 
-/// How much of a wrong row a message shows.
-const SHOWN_BYTES: usize = 100;
-
 fn record(line: usize, row: Value) -> Result<Record> {
     let text = |value: Value| match value {
         Value::String(text) => Some(text),
@@ -183,14 +180,12 @@ fn record(line: usize, row: Value) -> Result<Record> {
         Value::Object(map) => map.into_iter().filter_map(|(key, value)| Some((key, text(value)?))).collect(),
         Value::String(text) => BTreeMap::from([("instruction".to_owned(), text)]),
         other => {
-            let mut shown = other.to_string();
-            if shown.len() > SHOWN_BYTES {
-                shown.truncate(shown.floor_char_boundary(SHOWN_BYTES));
-                shown += "…";
-            }
-            return Err(Error::data(format!("a row must be an object or a text, found `{shown}`"))
-                .at("line", line.to_string())
-                .help("write rows as {\"instruction\": \"…\", \"output\": \"…\"}"));
+            return Err(Error::data(format!(
+                "a row must be an object or a text, found `{}`",
+                bounds::shortened(&other.to_string())
+            ))
+            .at("line", line.to_string())
+            .help("write rows as {\"instruction\": \"…\", \"output\": \"…\"}"));
         }
     };
     Ok(Record { line, fields })

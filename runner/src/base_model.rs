@@ -43,7 +43,7 @@ impl BaseModel {
         let tokenizer_path = folder.join("tokenizer.json");
         let tokenizer = Tokenizer::from_file(&tokenizer_path, eos, pad)?;
         let vocabulary = model.spec().vocab_size;
-        let largest = tokenizer.id_bound().max(eos + 1).max(pad + 1) as usize;
+        let largest = tokenizer.id_bound().max(eos.saturating_add(1)).max(pad.saturating_add(1)) as usize;
         if largest > vocabulary {
             return Err(Error::data(format!(
                 "the tokenizer gives ids up to {}, but the model's vocabulary has {vocabulary} tokens",

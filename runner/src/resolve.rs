@@ -193,6 +193,9 @@ pub fn resolve(loaded: &Loaded) -> Result<Experiment, Problems> {
     let config = &loaded.config;
     let mut cx = Resolver { source: &loaded.source, problems: Problems::default(), hashes: BTreeMap::new() };
 
+    if !cx.cells(config) {
+        return Err(cx.problems);
+    }
     cx.check(!config.experiment.is_empty(), "experiment", "the name is empty", "name the experiment");
     cx.seeds("seeds", &config.seeds);
     cx.take("", config.lora.check());
@@ -247,7 +250,6 @@ pub fn resolve(loaded: &Loaded) -> Result<Experiment, Problems> {
     let fine_tune = cx.fine_tune(&config.fine_tune, &user_lora, config.evaluate.task_prompts);
     let (probes, judges) = cx.evaluate(&config.evaluate);
     cx.published(config);
-    cx.cells(config);
 
     let arithmetic = cx.arithmetic(config);
     let inputs = cx.hashes.iter().map(|(path, hash)| Input { path: path.display().to_string(), blake3: hash.clone() });
@@ -312,7 +314,7 @@ impl Resolver<'_> {
     }
 
     /// The product of everything that is swept over.
-    fn cells(&mut self, config: &Config) {
+    fn cells(&mut self, config: &Config) -> bool {
         let FineTuneConfig { tasks, samples, harmful_ratios, learning_rates, .. } = &config.fine_tune;
         let axes = [
             ("methods", config.methods.len()),
@@ -327,6 +329,7 @@ impl Resolver<'_> {
         let longest = axes.iter().max_by_key(|(_, length)| *length).map_or("methods", |(key, _)| key);
         let message = format!("the experiment has {cells} cells, at most {} are possible", bounds::CELLS);
         self.check(cells <= bounds::CELLS, longest, &message, "shorten this list, or split the experiment");
+        cells <= bounds::CELLS
     }
 
     fn fraction(&mut self, key: &str, number: f64, help: &str) {

@@ -333,6 +333,94 @@ fn data_files_that_are_something_else() {
     checks.finish();
 }
 
+#[test]
+fn folders_that_hold_no_run() {
+    let mut checks = Checks::default();
+    let contents: [(&[u8], &str); 7] = [
+        (b"", "damaged"),
+        (b"{\"schema\": 2, \"rows\": ", "damaged"),
+        (b"{\"schema\": 2}", "damaged"),
+        (b"{\"schema\": 2, \"rows\": 3}", "damaged"),
+        (b"[]", "schema"),
+        (b"{\"schema\": 99}", "schema `99`"),
+        (b"\x1f\x8b", "damaged"),
+    ];
+    let folder = tempfile::tempdir().expect("a folder");
+    let dir = folder.path();
+    let mut check_all = |what: &str, expected: &str| {
+        let expected = ["results.json", expected];
+        checks.check(what, titer().arg("report").arg(dir), 3, &expected);
+        checks.check(what, titer().arg("compare").args([dir, dir]), 3, &expected);
+        checks.check(what, titer().arg("explain").arg(dir).arg("SFT"), 3, &expected);
+        checks.check(what, titer().arg("diff").arg(dir).arg("SFT").arg(dir).arg("SFT"), 3, &expected);
+    };
+    for (content, expected) in contents {
+        std::fs::write(dir.join("results.json"), content).expect("a file");
+        check_all(&content.escape_ascii().to_string(), expected);
+    }
+    std::fs::remove_file(dir.join("results.json")).expect("gone");
+    check_all("nothing", "cannot read");
+    std::fs::create_dir(dir.join("results.json")).expect("a folder");
+    check_all("a folder", "is a folder");
+    checks.finish();
+}
+
+#[test]
+fn arguments_out_of_range() {
+    let mut checks = Checks::default();
+    let cases: [(&[&str], &[&str]); 12] = [
+        (&["generate", "--model", "m", "--prompt", "a", "--temperature", "nan"], &["--temperature", "[0, 1e6]"]),
+        (&["generate", "--model", "m", "--prompt", "a", "--top-p", "2"], &["--top-p", "(0, 1]"]),
+        (&["generate", "--model", "m", "--prompt", "a", "--max-new-tokens", "9999999999"], &["at most 1048576"]),
+        (&["generate", "--model", "m", "--prompt", "a", "--dtype", "f9"], &["f9", "bf16"]),
+        (&["generate", "--model", "m", "--prompt", "a", "--device", "x"], &["cuda:N"]),
+        (&["bench", "step", "--batch", "999999999999"], &["--batch", "at most 65536"]),
+        (&["bench", "step", "--length", "999999999999"], &["--length", "at most 1048576"]),
+        (&["bench", "step", "--layers", "999999"], &["--layers", "at most 4096"]),
+        (&["bench", "step", "--threads", "999999"], &["--threads", "at most 1024"]),
+        (&["bench", "generate", "--new", "999999999999"], &["--new", "at most 1048576"]),
+        (&["bench", "step", "--set", "x"], &["KEY=VALUE"]),
+        (&["report", "x", "--format", "xls"], &["xls", "latex"]),
+    ];
+    for (arguments, expected) in cases {
+        checks.check(&arguments.join(" "), titer().args(arguments), 2, expected);
+    }
+    checks.finish();
+}
+
+#[test]
+fn configurations_that_are_no_text_or_too_deep() {
+    let mut checks = Checks::default();
+    let folder = tempfile::tempdir().expect("a folder");
+    let small = std::fs::read(small(folder.path(), &[])).expect("bytes");
+    let twice = [b"experiment = \"a\"".as_slice(), &small].concat();
+    let many = (0..60_000).map(|n| format!("k{n} = 1\n")).collect::<String>().into_bytes();
+    let cases: [(&str, Vec<u8>, i32, &[&str]); 14] = [
+        ("nul.toml", [&small[..], b"\0"].concat(), 3, &["NUL"]),
+        ("wide.toml", [b"\xff\xfe".as_slice(), &small].concat(), 3, &["UTF-16", "iconv"]),
+        ("packed.toml", b"\x1f\x8b\x08".to_vec(), 3, &["gzip"]),
+        ("latin.toml", b"experiment = \"caf\xe9\"".to_vec(), 3, &["UTF-8", "latin.toml:1"]),
+        ("large.toml", vec![b'#'; 2 << 20], 3, &["1048576 bytes"]),
+        ("twice.toml", twice, 2, &["duplicate key"]),
+        ("many.toml", many, 2, &["unknown key `k0`", "known keys"]),
+        ("dots.toml", format!("{}b = 1", "a.".repeat(50_000)).into_bytes(), 2, &["recursion"]),
+        ("lists.toml", format!("a = {}", "[".repeat(50_000)).into_bytes(), 2, &["recurse"]),
+        ("tables.toml", format!("a = {}", "{a=".repeat(50_000)).into_bytes(), 2, &["recurse"]),
+        ("lists.yaml", format!("a: {}", "[".repeat(50_000)).into_bytes(), 2, &["not valid YAML"]),
+        ("items.yaml", format!("a:\n {}", "- ".repeat(50_000)).into_bytes(), 2, &["not valid YAML"]),
+        ("empty.yaml", Vec::new(), 2, &["table"]),
+        ("list.yaml", b"- 1".to_vec(), 2, &["table"]),
+    ];
+    for (name, content, code, expected) in cases {
+        let path = folder.path().join(name);
+        std::fs::write(&path, content).expect("a file");
+        let mut plan = titer();
+        plan.arg("plan").arg(path).arg("--store").arg(folder.path().join("store"));
+        checks.check(name, &mut plan, code, &[&[name], expected].concat());
+    }
+    checks.finish();
+}
+
 /// Values of a Llama `config.json` that no model can have.
 const MODEL_KEYS: [(&str, &str); 22] = [
     ("vocab_size", "0"),

@@ -48,7 +48,7 @@ mod tests {
     use titer_core::Result;
 
     use super::*;
-    use crate::models::decoder::check::{load, read};
+    use crate::models::decoder::check::{load, read, survives_writing};
 
     #[test]
     fn reads_the_spellings_of_all_library_versions() -> Result<()> {
@@ -67,6 +67,16 @@ mod tests {
         assert_eq!(old, newest);
         assert_eq!(load::<LlamaConfig>(json!({ "num_key_value_heads": null }))?.spec().kv_heads, 2);
         Ok(())
+    }
+
+    #[test]
+    fn keys_left_out_are_the_library_s() -> Result<()> {
+        for changes in [json!({}), json!({ "rms_norm_eps": null, "max_position_embeddings": null, "rope_theta": null })]
+        {
+            let keys = read::<LlamaConfig>(changes)?;
+            assert_eq!((keys.rms_norm_eps, keys.max_position_embeddings, keys.rope_theta), (1e-6, 2048, 1e4));
+        }
+        survives_writing(LlamaConfig { vocab_size: 5, ..LlamaConfig::default() })
     }
 
     #[test]

@@ -334,6 +334,12 @@ mod tests {
     }
 
     #[test]
+    fn positions_left_out_are_the_library_s() -> Result<()> {
+        assert_eq!(load(json!({ "max_position_embeddings": null }))?.spec().max_positions, 2048);
+        Ok(())
+    }
+
+    #[test]
     fn names_and_shapes_are_those_of_the_checkpoints() -> Result<()> {
         let names = |model: &Opt| model.params().iter().map(|param| param.name.clone()).collect::<Vec<_>>();
         let shape = |model: &Opt, name: &str| {

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use figment::Figment;
 use figment::providers::Serialized;
 use serde_json::{Map, Value};
-use titer_core::{Error, bounds};
+use titer_core::Error;
+use titer_core::bounds::{self, shortened};
 use toml::de::{DeTable, DeValue};
 
 /// The prefix of environment variables that override a key; `__` stands for the dot between tables.
@@ -16,8 +17,6 @@ const RESERVED: [&str; 5] = ["TITER_CACHE_DIR", "TITER_LOG", "TITER_GOLDEN", "TI
 
 /// The most parts that a key has from outside the file.
 const DEEPEST: usize = 16;
-/// How much of a wrong key a message shows.
-const SHOWN: usize = 80;
 
 /// The merged values of file, environment and command line, with the place each one came from.
 #[derive(Debug, Clone)]
@@ -117,7 +116,7 @@ impl Source {
         }
         let within = |set: &str| key == set || key.starts_with(&format!("{set}."));
         if let Some((_, origin)) = self.overrides.iter().rev().find(|(set, _)| within(set)) {
-            return located.at("from", origin.clone());
+            return located.at("from", shortened(origin));
         }
         let located = located.file(&self.path);
         match self.line(&key) {
@@ -141,8 +140,8 @@ impl Source {
     fn set(&mut self, key: &str, text: &str, origin: String) -> Result<(), Error> {
         let parts: Vec<&str> = key.split('.').collect();
         if parts.len() > DEEPEST || parts.contains(&"") {
-            return Err(Error::config(format!("`{}` is not a key", key.chars().take(SHOWN).collect::<String>()))
-                .at("from", origin.chars().take(SHOWN).collect::<String>())
+            return Err(Error::config(format!("`{}` is not a key", shortened(key)))
+                .at("from", shortened(&origin))
                 .help(format!("write names of tables and keys with dots between them, at most {DEEPEST} of them")));
         }
         let value = match toml::from_str::<toml::Table>(&format!("value = {text}")) {
@@ -151,13 +150,13 @@ impl Source {
         };
         let wrong = |message: String| {
             Error::config(message)
-                .at("from", origin.clone())
+                .at("from", shortened(&origin))
                 .help("write a value of the key's type; see `titer schema`")
         };
         let value = value.map_err(|error| wrong(error.to_string()))?;
         let (layer_key, layer) = self.layer(key, value).ok_or_else(|| {
             Error::config(format!("`{key}` leads through a value that is no table"))
-                .at("from", origin.clone())
+                .at("from", shortened(&origin))
                 .help("name a key of a table, or an index within a list, as in methods.0.name")
         })?;
         let merged = Figment::from(Serialized::defaults(&self.value)).merge(Serialized::default(&layer_key, layer));
@@ -204,7 +203,7 @@ fn step_into<'a>(value: &'a mut Value, part: &str) -> Option<&'a mut Value> {
 fn with_text(error: Error, text: &str) -> Error {
     let line = error.place("line").and_then(|line| line.parse::<usize>().ok());
     match line.and_then(|line| text.lines().nth(line.saturating_sub(1))) {
-        Some(text) => error.at("text", text.trim_end()),
+        Some(text) => error.at("text", shortened(text.trim_end())),
         None => error,
     }
 }
