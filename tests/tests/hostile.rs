@@ -316,16 +316,8 @@ fn run(cases: std::ops::Range<u64>) {
         }
     }
     assert!(wrong.is_empty(), "{} of the errors are wrong:\n{}", wrong.len(), wrong.join("\n"));
-    let peak = peak_bytes();
+    let peak = titer::memory::process_peak().unwrap_or(0);
     assert!(peak < MOST_BYTES, "the cases took {peak} bytes of memory");
-}
-
-/// The most memory that this process has ever held; 0 where the system does not tell.
-fn peak_bytes() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    let kilobytes = line.and_then(|rest| rest.trim().trim_end_matches(" kB").parse::<u64>().ok());
-    kilobytes.unwrap_or(0) * 1024
 }
 
 #[test]
