@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 
+use crate::bounds;
 use crate::error::io_error;
 use crate::registry::nearest;
 use crate::{Error, Result};
@@ -62,7 +63,9 @@ impl Checkpoint {
                 .help("the weights belong to another architecture, or the file is incomplete"));
         };
         let dtype = dtype(info.dtype).ok_or_else(|| {
-            Error::data(format!("tensor `{name}` has the unsupported type {:?}", info.dtype)).file(&self.path)
+            Error::data(format!("tensor `{name}` has the unsupported type {:?}", info.dtype))
+                .file(&self.path)
+                .help("convert the weights to float32, bfloat16 or float16")
         })?;
         let (path, file) = &mut self.files[*file];
         let (begin, end) = info.data_offsets;
@@ -74,7 +77,9 @@ impl Checkpoint {
     }
 
     fn add(&mut self, path: PathBuf) -> Result<()> {
-        let mut file = File::open(&path).map_err(|error| io_error("open the weights", &path, error))?;
+        let mut file = bounds::open("open the weights", &path).map_err(|error| {
+            error.help("a model folder needs model.safetensors, or the shards that its index lists")
+        })?;
         let damaged = |why: String| {
             Error::data(format!("`{}` is not a complete safetensors file: {why}", path.display()))
                 .file(&path)
@@ -86,6 +91,10 @@ impl Checkpoint {
         let header = u64::from_le_bytes(prefix);
         if header > size.saturating_sub(8) {
             return Err(damaged(format!("its header should have {header} bytes, the file has {size}")));
+        }
+        if header > bounds::HEADER_BYTES {
+            let most = bounds::HEADER_BYTES;
+            return Err(damaged(format!("its header should have {header} bytes, at most {most} are possible")));
         }
         let mut bytes = vec![0; header as usize];
         file.read_exact(&mut bytes).map_err(|error| io_error("read", &path, error))?;
@@ -107,14 +116,23 @@ fn model_files(folder: &Path) -> Result<Vec<PathBuf>> {
     let single = folder.join("model.safetensors");
     let index = folder.join("model.safetensors.index.json");
     if !index.is_file() {
+        let others = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
+        if let Some(name) = others.into_iter().find(|name| !single.exists() && folder.join(name).exists()) {
+            return Err(Error::data(format!(
+                "the folder has its weights in `{name}`, which can run code when it is read"
+            ))
+            .file(folder.join(name))
+            .help("save the model as safetensors, as with transformers' `save_pretrained`"));
+        }
         return Ok(vec![single]);
     }
-    let text = std::fs::read_to_string(&index).map_err(|error| io_error("read", &index, error))?;
-    let map: serde_json::Value = serde_json::from_str(&text)
-        .map_err(|error| Error::data("the shard index is not valid JSON").file(&index).source(error))?;
+    let again = "copy or download model.safetensors.index.json again";
+    let bytes = bounds::read_file("read the shard index", &index, bounds::JSON_BYTES)?;
+    let map: serde_json::Value = serde_json::from_slice(&bytes)
+        .map_err(|error| Error::data("the shard index is not valid JSON").file(&index).source(error).help(again))?;
     let shards = map["weight_map"].as_object().map(|map| map.values().filter_map(|v| v.as_str()));
     let mut shards: Vec<PathBuf> = shards
-        .ok_or_else(|| Error::data("the shard index has no `weight_map`").file(&index))?
+        .ok_or_else(|| Error::data("the shard index has no `weight_map`").file(&index).help(again))?
         .map(|name| folder.join(name))
         .collect();
     shards.sort();
@@ -141,6 +159,10 @@ fn dtype(dtype: Dtype) -> Option<DType> {
 /// The file cannot be written.
 pub fn write_tensors(path: &Path, tensors: impl IntoIterator<Item = (String, Tensor)>) -> Result<()> {
     let tensors: Vec<(String, Tensor)> = tensors.into_iter().collect();
-    safetensors::serialize_to_file(tensors.iter().map(|(name, tensor)| (name, tensor)), None, path)
-        .map_err(|error| Error::data(format!("cannot write `{}`", path.display())).file(path).source(error))
+    safetensors::serialize_to_file(tensors.iter().map(|(name, tensor)| (name, tensor)), None, path).map_err(|error| {
+        Error::data(format!("cannot write `{}`", path.display()))
+            .file(path)
+            .source(error)
+            .help("make room on the disk, check the permissions, and run the same command again")
+    })
 }

@@ -87,6 +87,13 @@ impl Error {
             .help("run the same command again: finished stages are kept and the rest resumes")
     }
 
+    /// The same error of another kind: what is wrong in a configuration is damaged data in a checkpoint.
+    #[must_use]
+    pub fn of_kind(mut self, kind: Kind) -> Self {
+        self.inner.kind = kind;
+        self
+    }
+
     /// Adds the file the error is about, unless one is already named (the innermost one is the precise one).
     #[must_use]
     pub fn file(self, path: impl AsRef<Path>) -> Self {
@@ -191,9 +198,20 @@ impl From<Error> for candle_core::Error {
 
 /// Turns an I/O error about `path` into an error that names it.
 pub fn io_error(action: &str, path: &Path, error: std::io::Error) -> Error {
-    let missing = error.kind() == std::io::ErrorKind::NotFound;
-    let wrapped = Error::data(format!("cannot {action} `{}`", path.display())).file(path).source(error);
-    if missing { wrapped.help("check the path; relative paths are taken from the working directory") } else { wrapped }
+    use std::io::ErrorKind;
+    let help = match error.kind() {
+        ErrorKind::NotFound => "check the path; relative paths are taken from the working directory",
+        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
+            "check the permissions of the file and its folder"
+        }
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "make room on the disk and run the same command again",
+        ErrorKind::IsADirectory => "give the path of a file, not of a folder",
+        ErrorKind::NotADirectory | ErrorKind::AlreadyExists => "a file stands where a folder is needed: check the path",
+        ErrorKind::InvalidFilename => "choose a shorter name without special characters",
+        ErrorKind::InvalidData => "the file must be text in UTF-8",
+        _ => "check the disk and run the same command again",
+    };
+    Error::data(format!("cannot {action} `{}`", path.display())).file(path).source(error).help(help)
 }
 
 #[cfg(test)]

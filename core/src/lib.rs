@@ -12,6 +12,7 @@
 //! | [`text`] [`data`] [`rng`] | templates and tokenizers; streams and mixtures; named generators |
 //! | [`optim`] [`generate`] [`cache`] | AdamW and schedules; batched greedy decoding |
 //! | [`arithmetic`] | what decides the rounding of a result |
+//! | [`bounds`] | upper limits of what a user may ask for; reading files within them |
 //! | [`device`] [`event`] [`report`] [`error`] | device parsing; progress; `results.json`; errors |
 //! | `testing` | with the feature of that name: what every defense and every model is checked for |
 //!
@@ -37,6 +38,7 @@
 #![warn(missing_docs)]
 
 pub mod arithmetic;
+pub mod bounds;
 pub mod cache;
 pub mod checkpoint;
 pub mod data;
@@ -46,6 +48,7 @@ pub mod error;
 pub mod event;
 pub mod generate;
 pub mod grads;
+mod guard;
 pub mod judge;
 pub mod layers;
 pub mod matrix;

@@ -139,9 +139,10 @@ impl AdamW {
     pub fn load_state(&mut self, tensors: BTreeMap<String, Tensor>, steps: &BTreeMap<String, i32>) -> Result<()> {
         self.moments.clear();
         for (name, tensor) in tensors {
-            let step = *steps
-                .get(&name)
-                .ok_or_else(|| Error::data(format!("the optimiser state lacks the step count of `{name}`")))?;
+            let step = *steps.get(&name).ok_or_else(|| {
+                Error::data(format!("the optimiser state lacks the step count of `{name}`"))
+                    .help("the checkpoint is damaged: run the same command again")
+            })?;
             self.moments.insert(name, Moments { tensor: tensor.copy()?, step });
         }
         Ok(())

@@ -8,6 +8,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
+use crate::bounds::shortened;
 use crate::registry::nearest;
 use crate::{Error, Result};
 
@@ -48,14 +49,43 @@ impl Settings {
                 .key(key.clone())
                 .help(format!("known settings: {keys}")));
         }
+        self.read()
+    }
+
+    /// Reads the settings as `T`, which need not know every key.
+    ///
+    /// # Errors
+    /// A value of the wrong type, named by key.
+    pub fn read<T: DeserializeOwned>(&self) -> Result<T> {
         // One key at a time would lose struct-wide validation; serde_json alone loses the key. Figment keeps both.
         let provider = figment::providers::Serialized::defaults(&self.0);
         figment::Figment::from(provider).extract().map_err(|error| {
             let key = error.path.join(".");
-            let wrong = Error::config(error.kind.to_string());
+            let wrong = Error::config(in_words(&error.kind));
             if key.is_empty() { wrong } else { wrong.key(key) }
         })
     }
+}
+
+/// What was expected and found, without the names that Rust has for it.
+fn in_words(kind: &figment::error::Kind) -> String {
+    use figment::error::{Actual, Kind};
+    let (Kind::InvalidType(found, expected) | Kind::InvalidValue(found, expected)) = kind else {
+        return kind.to_string();
+    };
+    let expected = match expected.as_str() {
+        "usize" | "u64" | "u32" | "u16" | "u8" => "a whole number, at least 0",
+        "f64" | "f32" => "a number",
+        "bool" | "a boolean" => "true or false",
+        other => other,
+    };
+    let found = match found {
+        // Numbers that are not finite come as nothing, since JSON has no such.
+        Actual::Unit => "nothing, or a number that is not finite".to_owned(),
+        Actual::Float(number) => format!("`{number:e}`"),
+        other => other.to_string(),
+    };
+    format!("expected {expected}, found {}", shortened(&found))
 }
 
 impl From<Map<String, Value>> for Settings {

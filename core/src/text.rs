@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use minijinja::machinery::{Token, tokenize};
+use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, context};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -10,8 +12,9 @@ use tokenizers::models::wordlevel::WordLevel;
 use tokenizers::pre_tokenizers::whitespace::WhitespaceSplit;
 use tokenizers::processors::template::TemplateProcessing;
 
+use crate::bounds::{self, read_file};
 use crate::data::Example;
-use crate::error::io_error;
+use crate::guard::guarded;
 use crate::{Error, Result};
 
 /// One row of a data set: an instruction, an optional input to it, and the answer to learn or to compare with.
@@ -81,15 +84,52 @@ impl Template {
         if row.instruction.is_empty() && row.input.is_none() {
             return Ok(String::new());
         }
+        self.check_size()?;
         let mut environment = Environment::empty();
         environment.set_undefined_behavior(minijinja::UndefinedBehavior::Strict);
+        environment.set_fuel(Some(bounds::TEMPLATE_FUEL));
         let input = row.input.as_deref().unwrap_or("");
         environment.render_str(self.text(), context! { instruction => &row.instruction, input }).map_err(|error| {
+            if error.kind() == minijinja::ErrorKind::OutOfFuel {
+                let message = format!("the prompt template takes more than {} steps", bounds::TEMPLATE_FUEL);
+                return Error::config(message)
+                    .key("template")
+                    .help("take out loops and repetitions; this is a limit of Titer");
+            }
             let names: Vec<&str> = TEMPLATES.iter().map(|(name, _)| *name).collect();
             Error::config(format!("the prompt template cannot be rendered: {error}"))
                 .key("template")
                 .help(format!("use one of {} or a Jinja text over `instruction` and `input`", names.join(", ")))
         })
+    }
+
+    /// Fails if the template is so large or so deep that parsing it could exhaust the stack.
+    fn check_size(&self) -> Result<()> {
+        let refuse = |what: &str, most: usize| {
+            Error::config(format!("the prompt template has {what}, at most {most} are possible"))
+                .key("template")
+                .help("write a shorter template; this is a limit of Titer")
+        };
+        if self.text().len() > bounds::TEMPLATE_BYTES {
+            return Err(refuse(&format!("{} bytes", self.text().len()), bounds::TEMPLATE_BYTES));
+        }
+        let (mut all, mut of_tag) = (0, 0);
+        // What is no token at all is left to the parser, which says why.
+        for (token, _) in tokenize(self.text(), false, SyntaxConfig::default()).map_while(Result::ok) {
+            match token {
+                Token::TemplateData(_) => continue,
+                Token::VariableStart | Token::BlockStart => of_tag = 0,
+                _ => of_tag += 1,
+            }
+            all += 1;
+            if of_tag > bounds::TAG_TOKENS {
+                return Err(refuse("a tag of too many words and signs", bounds::TAG_TOKENS));
+            }
+            if all > bounds::TEMPLATE_TOKENS {
+                return Err(refuse("too many words and signs in its tags", bounds::TEMPLATE_TOKENS));
+            }
+        }
+        Ok(())
     }
 
     /// Checks the template without a row.
@@ -158,9 +198,8 @@ impl Tokenizer {
     /// # Errors
     /// The file is missing or malformed.
     pub fn from_file(path: &Path, eos: u32, pad: u32) -> Result<Self> {
-        let bytes = std::fs::read(path).map_err(|error| {
-            io_error("read the tokenizer", path, error)
-                .help("the model folder needs a `tokenizer.json` (the fast tokenizer of Hugging Face)")
+        let bytes = read_file("read the tokenizer", path, bounds::JSON_BYTES).map_err(|error| {
+            error.help("the model folder needs a `tokenizer.json` (the fast tokenizer of Hugging Face)")
         })?;
         Self::from_bytes(&bytes, eos, pad).map_err(|error| error.file(path))
     }
@@ -170,8 +209,8 @@ impl Tokenizer {
     /// # Errors
     /// The bytes are malformed.
     pub fn from_bytes(bytes: &[u8], eos: u32, pad: u32) -> Result<Self> {
-        let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|error| {
-            Error::data(format!("the tokenizer cannot be read: {error}"))
+        let mut inner = parsed(|| tokenizers::Tokenizer::from_bytes(bytes)).map_err(|why| {
+            Error::data(format!("the tokenizer cannot be read: {why}"))
                 .help("it must be the `tokenizer.json` of Hugging Face's fast tokenizers")
         })?;
         inner.with_padding(None);
@@ -194,7 +233,7 @@ impl Tokenizer {
 
     /// The largest id plus one: what a model's embedding must hold.
     pub fn id_bound(&self) -> u32 {
-        self.inner.get_vocab(true).into_values().max().map_or(0, |id| id + 1)
+        self.inner.get_vocab(true).into_values().max().map_or(0, |id| id.saturating_add(1))
     }
 
     /// The id of a token.
@@ -212,9 +251,10 @@ impl Tokenizer {
     /// # Errors
     /// The tokenizer failed.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode(text, special).map_err(|error| {
-            Error::data(format!("cannot tokenise `{text}`: {error}"))
-                .help("a word-level tokenizer knows the words of its own language only")
+        let encoding = parsed(|| self.inner.encode(text, special)).map_err(|why| {
+            Error::data(format!("cannot tokenise `{}`: {why}", bounds::shortened(text))).help(
+                "a word-level tokenizer knows the words of its own language only; else `tokenizer.json` is damaged",
+            )
         })?;
         Ok(encoding.get_ids().to_vec())
     }
@@ -224,8 +264,16 @@ impl Tokenizer {
     /// # Errors
     /// The tokenizer failed.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.inner.decode(ids, true).map_err(|error| Error::run(format!("cannot decode tokens: {error}")))
+        parsed(|| self.inner.decode(ids, true)).map_err(|why| {
+            Error::data(format!("cannot decode tokens: {why}"))
+                .help("`tokenizer.json` is damaged: take it from the same model as the weights")
+        })
     }
+}
+
+/// What the tokenizers library gives. It panics on some malformed files, which is an error like its others.
+fn parsed<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
+    guarded(call)?.map_err(|error| error.to_string())
 }
 
 /// Text to tokens under one protocol: tokenizer, template and length limit.

@@ -8,6 +8,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::bounds::{self, at_most};
 use crate::checkpoint::{Checkpoint, write_tensors};
 use crate::grads::Grads;
 use crate::matrix::{Matrix, Precision};
@@ -88,7 +89,8 @@ impl ParamList {
 
     /// How many numbers there are in all.
     pub fn count(&self) -> usize {
-        self.0.iter().map(|param| param.shape.iter().product::<usize>()).sum()
+        let size = |param: &Param| param.shape.iter().fold(1usize, |product, &size| product.saturating_mul(size));
+        self.0.iter().map(size).fold(0, usize::saturating_add)
     }
 
     fn push(&mut self, param: Param) -> ParamId {
@@ -140,6 +142,11 @@ impl LoraConfig {
     pub fn check(&self) -> Result<()> {
         if self.r == 0 {
             return Err(Error::config("`r` must be at least 1, found `0`").key("lora.r").help("8 is customary"));
+        }
+        at_most("lora.r", self.r, bounds::RANK)?;
+        if !self.alpha.is_finite() {
+            let message = format!("`alpha` must be a finite number, found `{}`", self.alpha);
+            return Err(Error::config(message).key("lora.alpha").help("twice the rank is customary"));
         }
         if !(0. ..1.).contains(&self.dropout) {
             let message = format!("`dropout` must lie in [0, 1), found `{}`", self.dropout);
@@ -359,7 +366,8 @@ impl Weights {
                     return Ok(tensor);
                 }
                 Err(Error::data(format!("`{name}` has shape {:?}, expected {shape:?}", tensor.dims()))
-                    .file(checkpoint.path()))
+                    .file(checkpoint.path())
+                    .help("the adapter belongs to another model, or was trained with another rank"))
             };
             Ok(Adapter { a: read("lora_A", [config.r, input])?, b: read("lora_B", [output, config.r])? })
         })

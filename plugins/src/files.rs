@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
-use titer_core::error::io_error;
+use titer_core::bounds;
 use titer_core::registry::nearest;
 use titer_core::{Error, Result};
 
@@ -14,6 +14,12 @@ pub struct Record {
     /// The line it starts on, from 1; in a JSON array, its number.
     pub line: usize,
     fields: BTreeMap<String, String>,
+}
+
+impl Record {
+    fn bytes(&self) -> usize {
+        self.fields.values().map(String::len).sum()
+    }
 }
 
 /// A file read whole.
@@ -41,27 +47,32 @@ impl Table {
     /// # Errors
     /// The file is missing, of another kind, malformed or empty.
     pub fn read(path: &Path, header: Header) -> Result<Self> {
-        let bytes = std::fs::read(path).map_err(|error| {
-            io_error("read the data", path, error).help("check the path; relative paths start at the configuration")
-        })?;
-        let text = std::str::from_utf8(&bytes).map_err(|error| {
-            let line = bytes[..error.valid_up_to()].split(|&byte| byte == b'\n').count();
-            Error::data("the file is not valid UTF-8")
-                .file(path)
-                .at("line", line.to_string())
-                .help("convert it to UTF-8")
-        })?;
-        let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+        if path.is_dir() {
+            let message = format!("`{}` is a folder, not a file", path.display());
+            let inside = "give one of the data files in it; folders of Arrow files are not read";
+            return Err(Error::data(message).file(path).help(inside));
+        }
+        let bytes = bounds::read_file("read the data", path, bounds::DATA_BYTES)?;
+        let text = bounds::text(&bytes, path)?;
         let kind = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
         let records = match kind {
             "json" => json(text),
             "jsonl" => json_lines(text),
             "csv" => separated(text, b',', header),
             "tsv" => separated(text, b'\t', header),
+            "" => Err(Error::data("a data file without an extension cannot be read")
+                .help("name it .json, .jsonl, .csv or .tsv")),
             other => Err(Error::data(format!("data files of type `{other}` cannot be read"))
                 .help("use .json, .jsonl, .csv or .tsv")),
         };
         let records = records.map_err(|error| error.file(path))?;
+        if let Some(record) = records.iter().find(|record| record.bytes() > bounds::RECORD_BYTES) {
+            let message = format!("a record has more than {} bytes, which is a limit of Titer", bounds::RECORD_BYTES);
+            return Err(Error::data(message)
+                .file(path)
+                .at("line", record.line.to_string())
+                .help("check for a quote that is never closed, or leave the row out"));
+        }
         if records.is_empty() {
             return Err(Error::data("the file holds no row")
                 .file(path)
@@ -122,7 +133,12 @@ impl Table {
 
 fn json(text: &str) -> Result<Vec<Record>> {
     let broken = |error: &serde_json::Error| {
-        Error::data(format!("not valid JSON: {error}")).at("line", error.line().to_string())
+        let help = if error.to_string().starts_with("trailing characters") {
+            "give a file of JSON lines the extension .jsonl"
+        } else {
+            "correct the line; the file must be an array of objects, [{…}, {…}]"
+        };
+        Error::data(format!("not valid JSON: {error}")).at("line", error.line().to_string()).help(help)
     };
     let value: Value = serde_json::from_str(text).map_err(|error| broken(&error))?;
     let rows = match value {
@@ -145,8 +161,10 @@ fn json(text: &str) -> Result<Vec<Record>> {
 fn json_lines(text: &str) -> Result<Vec<Record>> {
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
     let parse = |(index, line): (usize, &str)| {
-        let row = serde_json::from_str(line)
-            .map_err(|error| Error::data(format!("not valid JSON: {error}")).at("line", (index + 1).to_string()))?;
+        let row = serde_json::from_str(line).map_err(|error| {
+            let error = Error::data(format!("not valid JSON: {error}")).at("line", (index + 1).to_string());
+            error.help("every line must be one JSON object; give an array over several lines the extension .json")
+        })?;
         record(index + 1, row)
     };
     lines.map(parse).collect()
@@ -162,9 +180,12 @@ fn record(line: usize, row: Value) -> Result<Record> {
         Value::Object(map) => map.into_iter().filter_map(|(key, value)| Some((key, text(value)?))).collect(),
         Value::String(text) => BTreeMap::from([("instruction".to_owned(), text)]),
         other => {
-            return Err(
-                Error::data(format!("a row must be an object or a text, found `{other}`")).at("line", line.to_string())
-            );
+            return Err(Error::data(format!(
+                "a row must be an object or a text, found `{}`",
+                bounds::shortened(&other.to_string())
+            ))
+            .at("line", line.to_string())
+            .help("write rows as {\"instruction\": \"…\", \"output\": \"…\"}"));
         }
     };
     Ok(Record { line, fields })
@@ -181,7 +202,9 @@ fn separated(text: &str, delimiter: u8, header: Header) -> Result<Vec<Record>> {
     for row in reader.records() {
         let row = row.map_err(|error| {
             let line = error.position().map_or(0, csv::Position::line);
-            Error::data(format!("not a regular table: {error}")).at("line", line.to_string())
+            Error::data(format!("not a regular table: {error}"))
+                .at("line", line.to_string())
+                .help("every row must have as many fields as the first; put fields with separators in quotes")
         })?;
         let Some(names) = &columns else {
             let named = match header {
@@ -193,7 +216,9 @@ fn separated(text: &str, delimiter: u8, header: Header) -> Result<Vec<Record>> {
             let numbers: Vec<String> = (0..row.len()).map(|index| index.to_string()).collect();
             if named {
                 if let Some(twice) = own.iter().enumerate().find(|(at, name)| own[..*at].contains(name)) {
-                    return Err(Error::data(format!("the column `{}` occurs twice", twice.1)).at("line", "1"));
+                    return Err(Error::data(format!("the column `{}` occurs twice", twice.1))
+                        .at("line", "1")
+                        .help("rename or remove one of the two"));
                 }
                 columns = Some(own);
             } else {

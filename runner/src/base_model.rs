@@ -4,12 +4,13 @@ use std::path::Path;
 
 use candle_core::Device;
 use serde_json::{Value, json};
+use titer_core::bounds;
 use titer_core::checkpoint::Checkpoint;
 use titer_core::data::Batch;
 use titer_core::error::io_error;
 use titer_core::step::label_loss;
 use titer_core::text::Tokenizer;
-use titer_core::{Error, Model, ModelEntry, Precision, Result, Weights, registry};
+use titer_core::{Error, Kind, Model, ModelEntry, Precision, Result, Weights, registry};
 
 /// A model that can be run: architecture, weights and tokenizer.
 #[derive(Debug)]
@@ -31,7 +32,7 @@ impl BaseModel {
         let config = read_config(folder)?;
         let path = folder.join("config.json");
         let entry = model_entry(&config, name).map_err(|error| error.file(&path))?;
-        let model = (entry.from_config)(&config, &path)?;
+        let model = model_of(entry, &config, &path)?;
         let eos = special_token(folder, &config, "eos_token_id")?.ok_or_else(|| {
             Error::data("no `eos_token_id`: nothing would end an answer")
                 .file(&path)
@@ -42,7 +43,7 @@ impl BaseModel {
         let tokenizer_path = folder.join("tokenizer.json");
         let tokenizer = Tokenizer::from_file(&tokenizer_path, eos, pad)?;
         let vocabulary = model.spec().vocab_size;
-        let largest = tokenizer.id_bound().max(eos + 1).max(pad + 1) as usize;
+        let largest = tokenizer.id_bound().max(eos.saturating_add(1)).max(pad.saturating_add(1)) as usize;
         if largest > vocabulary {
             return Err(Error::data(format!(
                 "the tokenizer gives ids up to {}, but the model's vocabulary has {vocabulary} tokens",
@@ -103,13 +104,43 @@ impl BaseModel {
     }
 }
 
-fn read_config(folder: &Path) -> Result<Value> {
+/// The `config.json` of a model folder.
+///
+/// # Errors
+/// It is missing or malformed.
+pub(crate) fn read_config(folder: &Path) -> Result<Value> {
     let path = folder.join("config.json");
-    let text = std::fs::read_to_string(&path).map_err(|error| {
-        io_error("read the model's configuration", &path, error)
-            .help("a model folder needs config.json, model.safetensors and tokenizer.json")
+    if !path.exists() && folder.join("adapter_config.json").exists() {
+        let error = Error::data("the folder holds an adapter of PEFT, not a model").file(folder);
+        return Err(error.help("merge it into its base model first, as with PEFT's `merge_and_unload`"));
+    }
+    let bytes = bounds::read_file("read the model's configuration", &path, bounds::CONFIG_BYTES)
+        .map_err(|error| error.help("a model folder needs config.json, model.safetensors and tokenizer.json"))?;
+    let value: Value = serde_json::from_str(bounds::text(&bytes, &path)?).map_err(|error| {
+        Error::data(format!("config.json is not valid JSON: {error}"))
+            .file(&path)
+            .at("line", error.line().to_string())
+            .help("correct the line, or copy or download the file again")
     })?;
-    serde_json::from_str(&text).map_err(|error| Error::data("config.json is not valid JSON").file(&path).source(error))
+    if value.is_object() {
+        return Ok(value);
+    }
+    Err(Error::data("config.json holds no table").file(&path).help("take config.json from the model's source again"))
+}
+
+/// The model that the `config.json` at `path` describes. What is wrong there is damaged data, whoever reads it.
+///
+/// # Errors
+/// A key is missing or wrong.
+pub(crate) fn model_of(entry: &ModelEntry, config: &Value, path: &Path) -> Result<Box<dyn Model>> {
+    if let Some(quantized) = config.get("quantization_config").filter(|value| !value.is_null()) {
+        let method = quantized["quant_method"].as_str().unwrap_or("an unknown method");
+        return Err(Error::data(format!("the weights are quantized by {method}, which cannot be read"))
+            .file(path)
+            .key("quantization_config")
+            .help("take the checkpoint that is not quantized; `dtype` stores it in fewer bits"));
+    }
+    (entry.from_config)(config, path).map_err(|error| error.of_kind(Kind::Data).file(path))
 }
 
 fn model_entry(config: &Value, name: Option<&str>) -> Result<&'static ModelEntry> {
@@ -142,6 +173,7 @@ fn special_token(folder: &Path, config: &Value, key: &str) -> Result<Option<u32>
         Some(id) => Ok(Some(id)),
         None => Err(Error::data(format!("`{key}` must be a token id, found `{value}`"))
             .file(folder.join("config.json"))
-            .key(key)),
+            .key(key)
+            .help("write the id of the token as a whole number")),
     }
 }

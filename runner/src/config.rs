@@ -528,11 +528,14 @@ impl Config {
     /// Unknown keys, missing keys, wrong types: every mistake at once.
     pub fn from_source(source: Source) -> Result<Loaded, Problems> {
         let schema = Self::schema().to_value();
-        let errors = schema::check(&schema, source.value()).into_iter();
+        // Who has more than these to mend has given another file.
+        const MOST_PROBLEMS: usize = 200;
+        let errors = schema::check(&schema, source.value()).into_iter().take(MOST_PROBLEMS);
         errors.map(|error| source.locate("", error)).collect::<Problems>().into_result(())?;
         // The schema has vouched for the shape; what serde still refuses it names itself.
         let config = serde_json::from_value(source.value().clone())
-            .map_err(|error| source.locate("", titer_core::Error::config(error.to_string())))?;
+            .map_err(|error| titer_core::Error::config(error.to_string()).help("`titer schema` describes every key"))
+            .map_err(|error| source.locate("", error))?;
         Ok(Loaded { config, source })
     }
 }

@@ -87,7 +87,12 @@ fn write_error(f: &mut fmt::Formatter<'_>, error: &Error) -> fmt::Result {
         writeln!(f, "  cause: {}", source.to_string().replace('\n', "\n  "))?;
         cause = source.source();
     }
-    error.remedy().map_or(Ok(()), |help| writeln!(f, "  help: {help}"))
+    // A computation that fails without a remedy of its own was not foreseen.
+    const DEFECT: &str = "this is a defect of Titer or of a plugin; please report it with the configuration";
+    match error.remedy().or((error.kind() == Kind::Run).then_some(DEFECT)) {
+        Some(help) => writeln!(f, "  help: {help}"),
+        None => Ok(()),
+    }
 }
 
 #[cfg(test)]

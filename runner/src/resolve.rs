@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 use titer_core::arithmetic;
+use titer_core::bounds;
 use titer_core::device::parse_device;
 use titer_core::error::io_error;
 use titer_core::model::sites_of_kind;
@@ -21,6 +22,7 @@ use titer_core::{
     Row, Settings, Stack, Stage, Task, TaskEntry,
 };
 
+use crate::base_model::{model_of, read_config};
 use crate::config::{
     AlignAdapter, BaseConfig, Config, DefenseRef, EvaluateConfig, FineTuneConfig, FineTuneMode, JudgeRef, Loaded,
     Source, StreamConfig, TaskRef, TrainConfig, UserTask,
@@ -192,12 +194,15 @@ pub fn resolve(loaded: &Loaded) -> Result<Experiment, Problems> {
     let config = &loaded.config;
     let mut cx = Resolver { source: &loaded.source, problems: Problems::default(), hashes: BTreeMap::new() };
 
+    if !cx.cells(config) {
+        return Err(cx.problems);
+    }
     cx.take("experiment", names::check(&config.experiment));
     cx.seeds("seeds", &config.seeds);
     cx.take("", config.lora.check());
     let precision = cx.take("", Precision::parse(&config.dtype));
     cx.take("encoding", Template::new(&config.encoding.template).check());
-    cx.positive("encoding.max_length", config.encoding.max_length);
+    cx.positive("encoding.max_length", config.encoding.max_length, bounds::TOKENS);
     let encoding = EncodingSpec {
         template: Template::new(&config.encoding.template).text().to_owned(),
         max_length: config.encoding.max_length,
@@ -301,8 +306,31 @@ impl Resolver<'_> {
         }
     }
 
-    fn positive(&mut self, key: &str, number: usize) {
+    /// Whether `number` lies between 1 and `most`; if not, nothing may be made of that size.
+    fn positive(&mut self, key: &str, number: usize, most: usize) -> bool {
         self.check(number > 0, key, "expected at least 1, found `0`", "set it to 1 or more");
+        let message = format!("expected at most {most}, found `{number}`");
+        self.check(number <= most, key, &message, &format!("set it to {most} or less; this is a limit of Titer"));
+        (1..=most).contains(&number)
+    }
+
+    /// The product of everything that is swept over.
+    fn cells(&mut self, config: &Config) -> bool {
+        let FineTuneConfig { tasks, samples, harmful_ratios, learning_rates, .. } = &config.fine_tune;
+        let axes = [
+            ("methods", config.methods.len()),
+            ("seeds", config.seeds.len()),
+            ("base.seeds", if config.base.pretrain.is_some() { config.base.seeds.len() } else { 1 }),
+            ("fine_tune.tasks", tasks.len()),
+            ("fine_tune.samples", samples.as_slice().len()),
+            ("fine_tune.harmful_ratios", harmful_ratios.len()),
+            ("fine_tune.learning_rates", learning_rates.len().max(1)),
+        ];
+        let cells = axes.iter().fold(1usize, |cells, (_, length)| cells.saturating_mul(*length));
+        let longest = axes.iter().max_by_key(|(_, length)| *length).map_or("methods", |(key, _)| key);
+        let message = format!("the experiment has {cells} cells, at most {} are possible", bounds::CELLS);
+        self.check(cells <= bounds::CELLS, longest, &message, "shorten this list, or split the experiment");
+        cells <= bounds::CELLS
     }
 
     fn fraction(&mut self, key: &str, number: f64, help: &str) {
@@ -361,7 +389,9 @@ impl Resolver<'_> {
             .rows
             .ok_or_else(|| Error::config("the number of rows is missing").key("rows").help("add it, as in rows = 500"));
         let count = self.take(key, count)?;
-        self.positive(&format!("{key}.rows"), count);
+        if !self.positive(&format!("{key}.rows"), count, bounds::ROWS) {
+            return None;
+        }
         let (task, content, built) = built?;
         let drawn = self.drawn(key, built.as_ref(), count, purpose)?;
         Some(Drawn { spec: RowsSpec { task, rows: count, content }, rows: drawn, task: built })
@@ -370,7 +400,7 @@ impl Resolver<'_> {
     fn stream(&mut self, name: &str, stream: &StreamConfig) -> Option<StreamSpec> {
         let key = format!("streams.{name}");
         if let Some(size) = stream.batch_size {
-            self.positive(&format!("{key}.batch_size"), size);
+            self.positive(&format!("{key}.batch_size"), size, bounds::BATCH);
         }
         let rows = self.rows(&key, &stream.rows, Use::Train)?.spec;
         Some(StreamSpec { name: name.to_owned(), rows, batch_size: stream.batch_size })
@@ -426,12 +456,15 @@ impl Resolver<'_> {
             }
             (None, Some(pretrain)) => {
                 self.seeds("base.seeds", &base.seeds);
-                self.positive("base.pretrain.max_length", pretrain.max_length);
+                self.positive("base.pretrain.max_length", pretrain.max_length, bounds::TOKENS);
                 let rows = self.rows("base.pretrain.data", &pretrain.data, Use::Train);
                 let optim = self.optim("base.pretrain.train", &pretrain.train);
-                let settings = self.take("base.shape", entry?.settings.resolve(&Settings::from(base.shape.clone())))?;
+                let explain = |error| explained(&base.model, error);
+                let settings = entry?.settings.resolve(&Settings::from(base.shape.clone()));
+                let settings = self.take("base.shape", settings.map_err(explain))?;
                 let Drawn { spec: data, task, .. } = rows?;
-                let model = self.take("base.shape", build_model(entry?, &settings, task.as_ref()))?;
+                let model = build_model(entry?, &settings, task.as_ref()).map_err(explain);
+                let model = self.take("base.shape", model)?;
                 let plugin = self.take("base.model", identity(entry?))?;
                 let model_spec = PluginSpec { name: base.model.clone(), settings, version: entry?.version, plugin };
                 let optim = optim?;
@@ -462,8 +495,8 @@ impl Resolver<'_> {
     fn checkpoint(&mut self, entry: &ModelEntry, path: &Path, dtype: &str) -> Option<(LoadSpec, Box<dyn Model>)> {
         let folder = self.source.folder().join(path);
         let files = self.take("base.path", model_files(&folder))?;
-        let config = self.take("base.path", read_json(&folder.join("config.json")))?;
-        let model = self.take("base.path", (entry.from_config)(&config, &folder))?;
+        let config = self.take("base.path", read_config(&folder))?;
+        let model = self.take("base.path", model_of(entry, &config, &folder.join("config.json")))?;
         let content = self.content(&files);
         let content = self.take("base.path", content)?;
         let plugin = self.take("base.model", identity(entry))?;
@@ -504,9 +537,11 @@ impl Resolver<'_> {
 
     fn optim(&mut self, key: &str, train: &TrainConfig) -> Option<OptimSpec> {
         let at = |name: &str| format!("{key}.{name}");
-        self.positive(&at("batch_size"), train.batch_size);
-        self.positive(&at("accumulate"), train.accumulate);
-        self.positive(&at("bucket"), train.bucket);
+        for (name, count) in
+            [("batch_size", train.batch_size), ("accumulate", train.accumulate), ("bucket", train.bucket)]
+        {
+            self.positive(&at(name), count, bounds::BATCH);
+        }
         self.fraction(&at("warmup"), train.warmup, "0.1 means that the rate rises over the first tenth of the steps");
         self.learning_rate(&at("learning_rate"), train.learning_rate);
         for (name, number) in [("weight_decay", train.weight_decay), ("eps", train.eps), ("clip", train.clip)] {
@@ -527,7 +562,7 @@ impl Resolver<'_> {
                 return None;
             }
         };
-        self.positive(&at(steps.0), steps.1);
+        self.positive(&at(steps.0), steps.1, bounds::STEPS);
         Some(OptimSpec {
             steps: steps.2,
             batch_size: train.batch_size,
@@ -568,6 +603,9 @@ impl Resolver<'_> {
             let align = defense(Stage::Align, Some(&method.align));
             let fine_tune = defense(Stage::FineTune, Some(method.fine_tune.as_ref().unwrap_or(&plain)));
             let post = defense(Stage::Post, method.post.as_ref());
+            if let Some(steps) = method.align_steps {
+                self.positive(&format!("methods.{index}.align_steps"), steps, bounds::STEPS);
+            }
             if let Some(fine_tune) = fine_tune {
                 let (name, align_steps, notes) = (method.name.clone(), method.align_steps, Vec::new());
                 let mut method = Method { name, align, align_steps, fine_tune, post, notes };
@@ -674,7 +712,7 @@ impl Resolver<'_> {
         let samples = config.samples.as_slice();
         self.check(!samples.is_empty(), "fine_tune.samples", "the list is empty", "give at least one number of rows");
         for &samples in samples {
-            self.positive("fine_tune.samples", samples);
+            self.positive("fine_tune.samples", samples, bounds::ROWS);
         }
         let ratios = &config.harmful_ratios;
         self.check(!ratios.is_empty(), "fine_tune.harmful_ratios", "the list is empty", "0 is the clean run");
@@ -687,8 +725,8 @@ impl Resolver<'_> {
             self.learning_rate(&format!("fine_tune.learning_rates.{index}"), rate);
         }
         self.check(!config.tasks.is_empty(), "fine_tune.tasks", "the list is empty", "name at least one task");
-        self.positive("evaluate.task_prompts", prompts);
-        let tasks = config.tasks.iter().enumerate();
+        let askable = self.positive("evaluate.task_prompts", prompts, bounds::ROWS);
+        let tasks = config.tasks.iter().enumerate().filter(|_| askable);
         let tasks: Vec<_> = tasks.filter_map(|(index, task)| self.user_task(index, task, prompts)).collect();
         self.distinct("fine_tune.tasks", tasks.iter().map(|task| task.name.clone()));
         let harmful = self.harmful_rows(config);
@@ -716,7 +754,7 @@ impl Resolver<'_> {
 
     /// The harmful rows that the largest mixture needs.
     fn harmful_rows(&mut self, config: &FineTuneConfig) -> Option<RowsSpec> {
-        let most = config.samples.as_slice().iter().copied().max().unwrap_or(0);
+        let most = config.samples.as_slice().iter().copied().max().unwrap_or(0).min(bounds::ROWS);
         let ratio = config.harmful_ratios.iter().copied().fold(0., f64::max);
         let needed = titer_core::data::harmful_count(most, ratio.min(1.)).unwrap_or(0);
         let Some(source) = &config.harmful else {
@@ -741,7 +779,7 @@ impl Resolver<'_> {
         self.take(&format!("{key}.name"), names::check(table_name(user)));
         let (task, content, built) = self.task(&key, &user.task, &user.settings)?;
         let max_new_tokens = user.max_new_tokens.unwrap_or_else(|| built.max_new_tokens());
-        self.positive(&format!("{key}.max_new_tokens"), max_new_tokens);
+        self.positive(&format!("{key}.max_new_tokens"), max_new_tokens, bounds::TOKENS);
         let asked = self.drawn(&key, built.as_ref(), prompts, Use::Test)?;
         let scored = asked.first().is_none_or(|row| built.score(row, &row.output).is_some());
         let message = format!("`{}` does not score answers, so there would be no fine-tune accuracy", user.task);
@@ -775,8 +813,8 @@ impl Resolver<'_> {
     }
 
     fn evaluate(&mut self, config: &EvaluateConfig) -> (Vec<Probe>, Vec<PluginSpec>) {
-        self.positive("evaluate.batch_size", config.batch_size);
-        self.positive("evaluate.max_new_tokens", config.max_new_tokens.unwrap_or(1));
+        self.positive("evaluate.batch_size", config.batch_size, bounds::BATCH);
+        self.positive("evaluate.max_new_tokens", config.max_new_tokens.unwrap_or(1), bounds::TOKENS);
         let mut probes = Vec::new();
         for (name, rows) in [("harmful", &config.harmful), ("benign", &config.benign)] {
             let rows = rows.as_ref().and_then(|rows| self.rows(&format!("evaluate.{name}"), rows, Use::Test));
@@ -795,7 +833,11 @@ impl Resolver<'_> {
                 JudgeRef::Name(name) => (name, key.clone(), &no_settings),
                 JudgeRef::Table { judge, settings } => (judge, format!("{key}.judge"), settings),
             };
-            judges.extend(self.plugin::<JudgeEntry>(&key, &name_key, name, settings).map(|(_, spec)| spec));
+            let Some((entry, spec)) = self.plugin::<JudgeEntry>(&key, &name_key, name, settings) else { continue };
+            // What building refuses is a setting out of range.
+            let built = (entry.build)(&Settings::from(settings.clone()));
+            self.take(&key, built.map_err(|error| explained(name, error)));
+            judges.push(spec);
         }
         let judged = config.harmful.is_some() || config.benign.is_some();
         self.check(
@@ -844,19 +886,11 @@ fn model_files(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-fn read_json(path: &Path) -> Result<Value> {
-    let bytes = std::fs::read(path).map_err(|error| io_error("read", path, error))?;
-    serde_json::from_slice(&bytes).map_err(|error| {
-        Error::data("the file is not valid JSON").file(path).source(error).help("copy or download it again")
-    })
-}
-
 /// The hash of a file's bytes.
 pub(crate) fn hash_file(path: &Path) -> Result<String> {
-    let failed = |error| io_error("read", path, error);
-    let file = std::fs::File::open(path).map_err(failed)?;
+    let file = bounds::open("read", path)?;
     let mut hasher = blake3::Hasher::new();
-    hasher.update_reader(file).map_err(failed)?;
+    hasher.update_reader(file).map_err(|error| io_error("read", path, error))?;
     Ok(hasher.finalize().to_hex().to_string())
 }
 

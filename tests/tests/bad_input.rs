@@ -159,6 +159,11 @@ fn model_folder(folder: &Path) {
     titer::base_model::BaseModel { model, tokenizer, weights }.save(folder).expect("a folder");
 }
 
+/// The lines of the small experiment that a checkpoint stands in for.
+const PRETRAINED: &str = "shape = { hidden_size = 16, intermediate_size = 24, num_hidden_layers = 2, num_attention_heads = 2, \
+                          max_position_embeddings = 64 }\n\n[base.pretrain]\ndata = { task = \"world-text\", rows = 200 }\n\
+                          max_length = 48\ntrain = { steps = 40, batch_size = 4, learning_rate = 5e-3 }";
+
 /// What is broken, how, exit code, what the message holds.
 type Break = (&'static str, fn(&Path), i32, &'static [&'static str]);
 
@@ -191,11 +196,300 @@ fn malformed_checkpoints() {
         std::fs::create_dir(&model).expect("a folder");
         model_folder(&model);
         damage(&model);
-        let base = "shape = { hidden_size = 16, intermediate_size = 24, num_hidden_layers = 2, num_attention_heads = 2, \
-                    max_position_embeddings = 64 }\n\n[base.pretrain]\ndata = { task = \"world-text\", rows = 200 }\n\
-                    max_length = 48\ntrain = { steps = 40, batch_size = 4, learning_rate = 5e-3 }";
-        let config = small(folder.path(), &[(base, "path = \"model\"")]);
+        let config = small(folder.path(), &[(PRETRAINED, "path = \"model\"")]);
         checks.check(what, &mut run(folder.path(), &config), code, expected);
+    }
+    checks.finish();
+}
+
+/// A plan of the small experiment with assignments.
+fn plan_with(folder: &Path, sets: &[&str]) -> Command {
+    let mut command = titer();
+    command.arg("plan").arg(small(folder, &[])).arg("--store").arg(folder.join("store"));
+    for set in sets {
+        command.args(["--set", set]);
+    }
+    command
+}
+
+/// Numbers that nothing may be allocated or drawn by, with what the message must hold.
+const SIZES: [(&str, &[&str]); 29] = [
+    ("base.pretrain.data.rows=1000000000000", &["base.pretrain.data.rows", "at most 1000000"]),
+    ("base.shape.hidden_size=1099511627776", &["base.shape.hidden_size", "at most 1048576"]),
+    ("base.shape.hidden_size=1048576", &["base.shape", "parameters", "at most"]),
+    ("base.shape.num_hidden_layers=1000000000", &["base.shape.num_hidden_layers", "at most 4096"]),
+    ("base.shape.max_position_embeddings=1000000000000", &["max_position_embeddings", "at most 16777216"]),
+    ("base.shape.intermediate_size=4611686018427387904", &["intermediate_size", "at most 1048576"]),
+    ("base.shape.head_dim=1099511627776", &["head_dim", "at most"]),
+    ("base.shape.rms_norm_eps=-1.0", &["rms_norm_eps", "(0, 1]", "-1"]),
+    ("base.shape.rope_theta=0.0", &["rope_theta", "(0, "]),
+    ("base.shape.rope_scaling={rope_type=\"linear\",factor=0.0}", &["rope_scaling.factor", "found `0`"]),
+    ("base.pretrain.train.steps=1000000000000", &["base.pretrain.train.steps", "at most 100000000"]),
+    ("base.pretrain.train.batch_size=1000000000", &["base.pretrain.train.batch_size", "at most 65536"]),
+    ("base.pretrain.max_length=1000000000000", &["base.pretrain.max_length", "at most 1048576"]),
+    ("encoding.max_length=1000000000000", &["encoding.max_length", "at most 1048576"]),
+    ("align.data.0.rows=9223372036854775807", &["align.data.0.rows", "at most 1000000"]),
+    ("align.train.accumulate=1000000000000", &["align.train.accumulate", "at most 65536"]),
+    ("align.train.bucket=1000000000000", &["align.train.bucket", "at most 65536"]),
+    ("fine_tune.samples=1000000000000", &["fine_tune.samples", "at most 1000000"]),
+    ("fine_tune.monitor.rows=1000000000000", &["fine_tune.monitor.rows", "at most 1000000"]),
+    ("evaluate.harmful.rows=1000000000000", &["evaluate.harmful.rows", "at most 1000000"]),
+    ("evaluate.task_prompts=9223372036854775807", &["evaluate.task_prompts", "at most 1000000"]),
+    ("evaluate.batch_size=1000000000", &["evaluate.batch_size", "at most 65536"]),
+    ("evaluate.max_new_tokens=1000000000000", &["evaluate.max_new_tokens", "at most 1048576"]),
+    ("fine_tune.tasks.0.max_new_tokens=1000000000000", &["max_new_tokens", "at most 1048576"]),
+    ("methods.0.align_steps=1000000000000", &["methods.0.align_steps", "at most 100000000"]),
+    ("lora.r=1000000000000", &["lora.r", "at most 65536"]),
+    ("lora.alpha=1e999", &["lora.alpha"]),
+    (
+        "encoding.template={% for a in instruction %}{% for b in instruction %}{% for c in instruction %}{% for d in instruction %}{% for e in instruction %}{{ instruction }}{% endfor %}{% endfor %}{% endfor %}{% endfor %}{% endfor %}{% for a in instruction ~ instruction %}{% for b in instruction ~ instruction %}{% for c in instruction ~ instruction %}{% for d in instruction ~ instruction %}{% for e in instruction ~ instruction %}{% endfor %}{% endfor %}{% endfor %}{% endfor %}{% endfor %}",
+        &["encoding.template", "more than 2000000 steps"],
+    ),
+    (
+        "encoding.template={% set x = instruction %}{% for a in 'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaa' %}{{ x * 9000000 }}{% endfor %}",
+        &["encoding.template"],
+    ),
+];
+
+#[test]
+fn sizes_are_held_against_limits_before_anything_is_made() {
+    let mut checks = Checks::default();
+    for (set, expected) in SIZES {
+        let folder = tempfile::tempdir().expect("a folder");
+        let started = std::time::Instant::now();
+        checks.check(set, &mut plan_with(folder.path(), &[set]), 2, expected);
+        assert!(started.elapsed().as_secs() < 20, "{set} took {:?}", started.elapsed());
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let list = |count: usize| format!("[{}]", (0..count).map(|n| n.to_string()).collect::<Vec<_>>().join(","));
+    let seeds = format!("seeds={}", list(15_000));
+    checks.check("cells", &mut plan_with(folder.path(), &[&seeds]), 2, &["60000 cells", "at most 20000", "seeds"]);
+    for (what, expected) in [("not ", "too many"), ("-", "too many"), ("1 + ", "too many"), ("x.", "too many")] {
+        let set = format!("encoding.template={{{{ instruction }}}}{{{{ {}1 }}}}", what.repeat(10_000));
+        checks.check(what, &mut plan_with(folder.path(), &[&set]), 2, &["encoding.template", expected]);
+    }
+    let set = format!("encoding.template={}{{{{ instruction }}}}", "a".repeat(70_000));
+    checks.check("a long template", &mut plan_with(folder.path(), &[&set]), 2, &["70017 bytes", "at most 65536"]);
+    let deep = format!("{}b=1", "a.".repeat(20_000));
+    checks.check("a deep key", &mut plan_with(folder.path(), &[&deep]), 2, &["is not a key", "at most 16"]);
+    checks.check("an empty key", &mut plan_with(folder.path(), &["=1"]), 2, &["is not a key"]);
+    checks.finish();
+}
+
+/// Files that are no table of rows: name, bytes, what the message must hold.
+const DATA_FILES: [(&str, &[u8], &[&str]); 26] = [
+    ("a.jsonl", b"PAR1\x15\x04\x00", &["Parquet", "to_json"]),
+    ("a.json", b"\x1f\x8b\x08\x00", &["gzip", "gunzip"]),
+    ("a.csv", b"PK\x03\x04\x14\x00", &["ZIP", "unpack"]),
+    ("a.tsv", b"\x28\xb5\x2f\xfd\x00", &["zstd", "unpack"]),
+    ("a.json", b"\xfd7zXZ\x00", &["xz", "unpack"]),
+    ("a.csv", b"BZh91AY", &["bzip2", "unpack"]),
+    ("a.json", b"ARROW1\x00\x00", &["Arrow", "to_json"]),
+    ("a.json", b"SQLite format 3\x00", &["SQLite"]),
+    ("a.json", b"\x80\x02}q\x00", &["pickle"]),
+    ("a.csv", b"\xff\xfea\x00,\x00", &["UTF-16", "iconv"]),
+    ("a.csv", b"a,b\ncaf\xe9,1\n", &["UTF-8", "line: 2", "iconv"]),
+    ("a.csv", b"a,b\n1,\x002\n", &["NUL", "line: 2"]),
+    ("a.json", b"version https://git-lfs.github.com/spec/v1\n", &["Git LFS", "git lfs pull"]),
+    ("a.json", b"<!DOCTYPE html><html></html>", &["HTML"]),
+    ("a.json", b"{\"a\": 1}\n{\"a\": 2}\n", &[".jsonl", "line: 2"]),
+    ("a.jsonl", b"[\n{\"a\": 1}\n]\n", &["line: 1", ".json"]),
+    ("a.json", b"", &["not valid JSON"]),
+    ("a.csv", b"", &["no row"]),
+    ("a.jsonl", b"\n\n", &["no row"]),
+    ("a.json", b"[1, 2]", &["row must be an object"]),
+    ("a.json", b"{\"a\": 1}", &["no array of rows"]),
+    ("a.csv", b"instruction,output\n1,2,3\n", &["line: 2", "regular table"]),
+    ("a.csv", b"output,output\n1,2\n", &["occurs twice"]),
+    ("a.csv", b"question,output\n1,2\n", &["no column `instruction`", "question"]),
+    ("a.parquet", b"PAR1", &["Parquet", "JSON lines"]),
+    ("a", b"[]", &["extension", ".jsonl"]),
+];
+
+#[test]
+fn data_files_that_are_something_else() {
+    let mut checks = Checks::default();
+    let safe = "task = \"world-safe\", rows = 40";
+    let planned = |folder: &Path, name: &str| {
+        let config = small(folder, &[(safe, &format!("task = \"rows\", train = \"{name}\", rows = 1"))]);
+        let mut command = titer();
+        command.arg("plan").arg(config).arg("--store").arg(folder.join("store"));
+        command
+    };
+    for (name, content, expected) in DATA_FILES {
+        let folder = tempfile::tempdir().expect("a folder");
+        std::fs::write(folder.path().join(name), content).expect("a file");
+        let expected = [&[name, "align.data.0"], expected].concat();
+        checks.check(&format!("{name} {}", content.escape_ascii()), &mut planned(folder.path(), name), 3, &expected);
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    checks.check("no file", &mut planned(folder.path(), "no.json"), 3, &["no.json", "align.data.0"]);
+    std::fs::create_dir(folder.path().join("f.json")).expect("a folder");
+    checks.check("a folder", &mut planned(folder.path(), "f.json"), 3, &["f.json", "folder"]);
+    #[cfg(unix)]
+    checks.check("a device", &mut planned(folder.path(), "/dev/zero"), 3, &["/dev/zero", "device"]);
+    std::fs::write(folder.path().join("few.json"), "[{\"instruction\": \"a\", \"output\": \"\"}]").expect("a file");
+    checks.check("an empty answer", &mut planned(folder.path(), "few.json"), 3, &["answer is empty", "line: 1"]);
+    checks.finish();
+}
+
+#[test]
+fn folders_that_hold_no_run() {
+    let mut checks = Checks::default();
+    let contents: [(&[u8], &str); 7] = [
+        (b"", "damaged"),
+        (b"{\"schema\": 2, \"rows\": ", "damaged"),
+        (b"{\"schema\": 2}", "damaged"),
+        (b"{\"schema\": 2, \"rows\": 3}", "damaged"),
+        (b"[]", "schema"),
+        (b"{\"schema\": 99}", "schema `99`"),
+        (b"\x1f\x8b", "damaged"),
+    ];
+    let folder = tempfile::tempdir().expect("a folder");
+    let dir = folder.path();
+    let mut check_all = |what: &str, expected: &str| {
+        let expected = ["results.json", expected];
+        checks.check(what, titer().arg("report").arg(dir), 3, &expected);
+        checks.check(what, titer().arg("compare").args([dir, dir]), 3, &expected);
+        checks.check(what, titer().arg("explain").arg(dir).arg("SFT"), 3, &expected);
+        checks.check(what, titer().arg("diff").arg(dir).arg("SFT").arg(dir).arg("SFT"), 3, &expected);
+    };
+    for (content, expected) in contents {
+        std::fs::write(dir.join("results.json"), content).expect("a file");
+        check_all(&content.escape_ascii().to_string(), expected);
+    }
+    std::fs::remove_file(dir.join("results.json")).expect("gone");
+    check_all("nothing", "cannot read");
+    std::fs::create_dir(dir.join("results.json")).expect("a folder");
+    check_all("a folder", "is a folder");
+    checks.finish();
+}
+
+#[test]
+fn arguments_out_of_range() {
+    let mut checks = Checks::default();
+    let cases: [(&[&str], &[&str]); 12] = [
+        (&["generate", "--model", "m", "--prompt", "a", "--temperature", "nan"], &["--temperature", "[0, 1e6]"]),
+        (&["generate", "--model", "m", "--prompt", "a", "--top-p", "2"], &["--top-p", "(0, 1]"]),
+        (&["generate", "--model", "m", "--prompt", "a", "--max-new-tokens", "9999999999"], &["at most 1048576"]),
+        (&["generate", "--model", "m", "--prompt", "a", "--dtype", "f9"], &["f9", "bf16"]),
+        (&["generate", "--model", "m", "--prompt", "a", "--device", "x"], &["cuda:N"]),
+        (&["bench", "step", "--batch", "999999999999"], &["--batch", "at most 65536"]),
+        (&["bench", "step", "--length", "999999999999"], &["--length", "at most 1048576"]),
+        (&["bench", "step", "--layers", "999999"], &["--layers", "at most 4096"]),
+        (&["bench", "step", "--threads", "999999"], &["--threads", "at most 1024"]),
+        (&["bench", "generate", "--new", "999999999999"], &["--new", "at most 1048576"]),
+        (&["bench", "step", "--set", "x"], &["KEY=VALUE"]),
+        (&["report", "x", "--format", "xls"], &["xls", "latex"]),
+    ];
+    for (arguments, expected) in cases {
+        checks.check(&arguments.join(" "), titer().args(arguments), 2, expected);
+    }
+    checks.finish();
+}
+
+#[test]
+fn configurations_that_are_no_text_or_too_deep() {
+    let mut checks = Checks::default();
+    let folder = tempfile::tempdir().expect("a folder");
+    let small = std::fs::read(small(folder.path(), &[])).expect("bytes");
+    let twice = [b"experiment = \"a\"".as_slice(), &small].concat();
+    let many = (0..60_000).map(|n| format!("k{n} = 1\n")).collect::<String>().into_bytes();
+    let cases: [(&str, Vec<u8>, i32, &[&str]); 14] = [
+        ("nul.toml", [&small[..], b"\0"].concat(), 3, &["NUL"]),
+        ("wide.toml", [b"\xff\xfe".as_slice(), &small].concat(), 3, &["UTF-16", "iconv"]),
+        ("packed.toml", b"\x1f\x8b\x08".to_vec(), 3, &["gzip"]),
+        ("latin.toml", b"experiment = \"caf\xe9\"".to_vec(), 3, &["UTF-8", "latin.toml:1"]),
+        ("large.toml", vec![b'#'; 2 << 20], 3, &["1048576 bytes"]),
+        ("twice.toml", twice, 2, &["duplicate key"]),
+        ("many.toml", many, 2, &["unknown key `k0`", "known keys"]),
+        ("dots.toml", format!("{}b = 1", "a.".repeat(50_000)).into_bytes(), 2, &["recursion"]),
+        ("lists.toml", format!("a = {}", "[".repeat(50_000)).into_bytes(), 2, &["recurse"]),
+        ("tables.toml", format!("a = {}", "{a=".repeat(50_000)).into_bytes(), 2, &["recurse"]),
+        ("lists.yaml", format!("a: {}", "[".repeat(50_000)).into_bytes(), 2, &["not valid YAML"]),
+        ("items.yaml", format!("a:\n {}", "- ".repeat(50_000)).into_bytes(), 2, &["not valid YAML"]),
+        ("empty.yaml", Vec::new(), 2, &["table"]),
+        ("list.yaml", b"- 1".to_vec(), 2, &["table"]),
+    ];
+    for (name, content, code, expected) in cases {
+        let path = folder.path().join(name);
+        std::fs::write(&path, content).expect("a file");
+        let mut plan = titer();
+        plan.arg("plan").arg(path).arg("--store").arg(folder.path().join("store"));
+        checks.check(name, &mut plan, code, &[&[name], expected].concat());
+    }
+    checks.finish();
+}
+
+/// Values of a Llama `config.json` that no model can have.
+const MODEL_KEYS: [(&str, &str); 22] = [
+    ("vocab_size", "0"),
+    ("vocab_size", "-5"),
+    ("hidden_size", "\"16\""),
+    ("hidden_size", "1e30"),
+    ("hidden_size", "1099511627776"),
+    ("intermediate_size", "[]"),
+    ("num_hidden_layers", "0"),
+    ("num_hidden_layers", "1000000000"),
+    ("num_attention_heads", "0"),
+    ("num_attention_heads", "5"),
+    ("num_key_value_heads", "3"),
+    ("num_key_value_heads", "0"),
+    ("max_position_embeddings", "0"),
+    ("max_position_embeddings", "4611686018427387904"),
+    ("head_dim", "3"),
+    ("head_dim", "-2"),
+    ("rms_norm_eps", "-1e-5"),
+    ("rms_norm_eps", "0"),
+    ("rope_theta", "0"),
+    ("rope_theta", "-10000.0"),
+    ("rope_scaling", "{ \"type\": \"linear\", \"factor\": 0 }"),
+    ("tie_word_embeddings", "\"yes\""),
+];
+
+#[test]
+fn a_wrong_key_of_a_checkpoint_is_damaged_data() {
+    let mut checks = Checks::default();
+    for (key, value) in MODEL_KEYS {
+        let folder = tempfile::tempdir().expect("a folder");
+        let model = folder.path().join("model");
+        std::fs::create_dir(&model).expect("a folder");
+        model_folder(&model);
+        let path = model.join("config.json");
+        let text = std::fs::read_to_string(&path).expect("text");
+        let mut keys: serde_json::Map<_, _> = serde_json::from_str(&text).expect("a table");
+        keys.insert(key.to_owned(), serde_json::from_str(value).expect("JSON"));
+        std::fs::write(&path, serde_json::to_string(&keys).expect("JSON")).expect("written");
+        let mut generate = titer();
+        generate.args(["generate", "--prompt", "a", "--device", "cpu", "--model"]).arg(&model);
+        let what = format!("{key} = {value}");
+        checks.check(&what, &mut generate, 3, &["config.json", key]);
+        let config = small(folder.path(), &[(PRETRAINED, "path = \"model\"")]);
+        let mut plan = titer();
+        plan.arg("plan").arg(config).arg("--store").arg(folder.path().join("store"));
+        checks.check(&format!("{what}, planned"), &mut plan, 3, &["config.json", key]);
+    }
+    checks.finish();
+}
+
+#[test]
+fn a_tokenizer_that_panics_in_its_library_is_an_error() {
+    let mut checks = Checks::default();
+    for (what, tokenizer) in [
+        (
+            "a precompiled map of nothing",
+            "{\"version\":\"1.0\",\"truncation\":null,\"padding\":null,\"added_tokens\":[],\"normalizer\":{\"type\":\"Precompiled\",\"precompiled_charsmap\":\"\"},\"pre_tokenizer\":null,\"post_processor\":null,\"decoder\":null,\"model\":{\"type\":\"WordLevel\",\"vocab\":{\"a\":0},\"unk_token\":\"a\"}}",
+        ),
+        ("an array", "[]"),
+        ("nothing", ""),
+        ("a number", "3"),
+    ] {
+        let folder = tempfile::tempdir().expect("a folder");
+        model_folder(folder.path());
+        std::fs::write(folder.path().join("tokenizer.json"), tokenizer).expect("written");
+        let mut generate = titer();
+        generate.args(["generate", "--prompt", "a", "--device", "cpu", "--model"]).arg(folder.path());
+        checks.check(what, &mut generate, 3, &["tokenizer.json"]);
     }
     checks.finish();
 }

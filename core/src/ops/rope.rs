@@ -1,15 +1,25 @@
 //! Rotary positions (Su et al. 2021), in the rotate-half layout of the Hugging Face checkpoints.
 
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+
 use candle_core::Tensor;
 
 use super::host::{Real, by_dtype, read, rows, tensor};
 use crate::tape::{Tape, Traced};
 use crate::{Error, Result};
 
-/// The table of `cos` and `sin` for every position and frequency, in f32 as the checkpoints' own code computes it.
-#[derive(Debug, Clone)]
+/// The table of `cos` and `sin` for every position and frequency, in f32 as the checkpoints' own code computes it. It
+/// grows with the positions that are asked for: a model may allow far more than anyone uses.
+#[derive(Debug)]
 pub struct Rope {
-    half: usize,
+    frequencies: Vec<f32>,
+    positions: usize,
+    table: RwLock<Table>,
+}
+
+/// `cos` and `sin` of the first positions, a row each.
+#[derive(Debug, Default)]
+struct Table {
     cos: Vec<f32>,
     sin: Vec<f32>,
 }
@@ -17,12 +27,7 @@ pub struct Rope {
 impl Rope {
     /// The table of `positions` rows for the inverse frequencies given, one per pair of dimensions.
     pub fn new(inverse_frequencies: &[f32], positions: usize) -> Self {
-        let angles = || (0..positions).flat_map(|at| inverse_frequencies.iter().map(move |f| at as f32 * f));
-        Self {
-            half: inverse_frequencies.len(),
-            cos: angles().map(|angle| libm::cos(f64::from(angle)) as f32).collect(),
-            sin: angles().map(|angle| libm::sin(f64::from(angle)) as f32).collect(),
-        }
+        Self { frequencies: inverse_frequencies.to_vec(), positions, table: RwLock::default() }
     }
 
     /// The standard inverse frequencies `1 / θ^(2i/d)` of a head of `width` dimensions. The division in this order, in
@@ -33,7 +38,7 @@ impl Rope {
 
     /// The longest sequence the table covers.
     pub fn positions(&self) -> usize {
-        self.cos.len() / self.half.max(1)
+        self.positions
     }
 
     /// The rows of the table for these positions, on the device of `like`: made once per pass, used by every layer.
@@ -41,13 +46,36 @@ impl Rope {
     /// # Errors
     /// A position lies outside the table.
     pub fn at(&self, positions: &[u32], like: &Tensor) -> Result<Rotation> {
-        check_positions(positions, self.positions())?;
+        check_positions(positions, self.positions)?;
+        let rows = positions.iter().max().map_or(0, |&at| at as usize + 1);
+        let half = self.frequencies.len();
+        if read_lock(&self.table).cos.len() < rows * half {
+            self.grow(rows);
+        }
+        let table = read_lock(&self.table);
         let pick = |table: &[f32]| {
-            let rows = positions.iter().flat_map(|&at| &table[at as usize * self.half..][..self.half]).copied();
-            Tensor::from_vec(rows.collect::<Vec<f32>>(), (positions.len(), self.half), like.device())
+            let rows = positions.iter().flat_map(|&at| &table[at as usize * half..][..half]).copied();
+            Tensor::from_vec(rows.collect::<Vec<f32>>(), (positions.len(), half), like.device())
         };
-        Ok(Rotation { cos: pick(&self.cos)?, sin: pick(&self.sin)? })
+        Ok(Rotation { cos: pick(&table.cos)?, sin: pick(&table.sin)? })
     }
+
+    /// Fills the table up to at least `rows` positions.
+    fn grow(&self, rows: usize) {
+        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        let (filled, rows) = (table.cos.len() / self.frequencies.len().max(1), rows.next_power_of_two());
+        let angles =
+            (filled..rows.min(self.positions)).flat_map(|at| self.frequencies.iter().map(move |f| at as f32 * f));
+        for angle in angles {
+            table.cos.push(libm::cos(f64::from(angle)) as f32);
+            table.sin.push(libm::sin(f64::from(angle)) as f32);
+        }
+    }
+}
+
+/// A table is whole whatever happened to another thread: it only grows.
+fn read_lock(table: &RwLock<Table>) -> RwLockReadGuard<'_, Table> {
+    table.read().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// `base` to the power `exponent`, rounded once from double precision: the same bits on every processor.

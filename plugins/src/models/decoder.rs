@@ -7,6 +7,7 @@ use schemars::JsonSchema;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
+use titer_core::bounds;
 use titer_core::data::Tokens;
 use titer_core::layers::{Embedding, GatedMlp, Linear, RmsNorm, attention, deviation};
 use titer_core::ops::{self, Attention, Rope};
@@ -14,7 +15,10 @@ use titer_core::weights::{HEAD, ParamId, ParamList};
 use titer_core::{Error, Forward, Model, ModelSpec, Result, Settings, Traced};
 
 use super::rope_scaling::{RopeScaling, normalise};
-use super::{all_sites, block_sites, check_heads, check_sizes, keys_of, read_keys, refuse, require};
+use super::{
+    all_sites, block_sites, check_count, check_deviation, check_heads, check_positive, check_sizes, in_checkpoint,
+    keys_of, read_keys, refuse, require,
+};
 
 /// Declares the keys of a family of decoders: those of all families and, with a default each, those of its own.
 macro_rules! decoder_keys {
@@ -111,25 +115,33 @@ impl DecoderKeys {
     /// Sizes that no tensor operation should have to find out about.
     fn check(&self) -> Result<()> {
         check_sizes([
-            ("vocab_size", self.vocab_size),
-            ("hidden_size", self.hidden_size),
-            ("intermediate_size", self.intermediate_size),
-            ("num_hidden_layers", self.num_hidden_layers),
-            ("num_attention_heads", self.num_attention_heads),
-            ("num_key_value_heads", self.heads().key_value),
-            ("max_position_embeddings", self.max_position_embeddings),
+            ("vocab_size", self.vocab_size, bounds::VOCABULARY),
+            ("hidden_size", self.hidden_size, bounds::WIDTH),
+            ("intermediate_size", self.intermediate_size, bounds::WIDTH),
+            ("num_hidden_layers", self.num_hidden_layers, bounds::LAYERS),
+            ("num_attention_heads", self.num_attention_heads, bounds::WIDTH),
+            ("num_key_value_heads", self.heads().key_value, bounds::WIDTH),
+            ("max_position_embeddings", self.max_position_embeddings, bounds::POSITIONS),
+            ("head_dim", self.heads().width, bounds::WIDTH),
         ])?;
+        check_positive("rms_norm_eps", self.rms_norm_eps, 1., "1e-5")?;
+        check_positive("rope_theta", self.rope_theta, 1e12, "10000")?;
+        check_deviation("initializer_range", self.initializer_range)?;
+        if let Some(scaling) = &self.rope_scaling {
+            scaling.check()?;
+        }
         let heads = self.heads();
         if self.head_dim.is_none() {
             check_heads(self.hidden_size, heads.query)?;
         }
         if heads.width == 0 || !heads.width.is_multiple_of(2) {
             let message = format!("rotary positions need heads of even width, found {}", heads.width);
-            return Err(Error::config(message).key("head_dim"));
+            return Err(Error::config(message).key("head_dim").help("change `head_dim`, or width and heads"));
         }
         if !heads.query.is_multiple_of(heads.key_value) {
             let message = format!("{} query heads cannot share {} key/value heads", heads.query, heads.key_value);
-            return Err(Error::config(message).key("num_key_value_heads"));
+            let error = Error::config(message).key("num_key_value_heads");
+            return Err(error.help("choose a number that divides `num_attention_heads`"));
         }
         Ok(())
     }
@@ -265,7 +277,7 @@ impl Decoder {
         keys.check()?;
         config.check()?;
         let windows: Vec<Option<usize>> = (0..keys.num_hidden_layers).map(|index| config.window(index)).collect();
-        check_sizes(windows.iter().flatten().map(|&window| ("sliding_window", window)))?;
+        check_sizes(windows.iter().flatten().map(|&window| ("sliding_window", window, usize::MAX)))?;
         let (vocabulary, width, std) = (keys.vocab_size, keys.hidden_size, keys.initializer_range);
         let mut params = ParamList::default();
         let embedding = Embedding::new(&mut params, "model.embed_tokens", vocabulary, width, std.unwrap_or(0.05));
@@ -274,6 +286,7 @@ impl Decoder {
         let norm = RmsNorm::new(&mut params, "model.norm", width, keys.rms_norm_eps);
         let head = (!keys.tie_word_embeddings)
             .then(|| Linear::new(&mut params, HEAD, (width, vocabulary), false, deviation(std, width, 1)));
+        check_count(&params)?;
         let (spec, rope) = (keys.spec(), keys.rope());
         Ok(Self { config: written(config), spec, params, rope, embedding, blocks, norm, head })
     }
@@ -291,10 +304,13 @@ impl Decoder {
     /// # Errors
     /// A key is missing, or asks for something this model does not compute.
     pub fn from_config<C: DecoderConfig>(original: &Value, path: &Path) -> Result<Box<dyn Model>> {
-        let model = Self::new::<C>(&read(original, path)?).map_err(|error| error.file(path))?;
+        let model = Self::new::<C>(&read(original, path)?).map_err(|error| in_checkpoint(error, path))?;
         Ok(Box::new(Self { config: original.clone(), ..model }))
     }
 }
+
+/// Keys that every model has a value for: a null is one left out.
+const NEVER_NULL: [&str; 3] = ["max_position_embeddings", "rms_norm_eps", "rope_theta"];
 
 /// The configuration that the `config.json` at `path` stands for.
 fn read<C: DecoderConfig>(original: &Value, path: &Path) -> Result<C> {
@@ -305,7 +321,11 @@ fn read<C: DecoderConfig>(original: &Value, path: &Path) -> Result<C> {
         let message = format!("unsupported activation `{other}`");
         return Err(refuse("hidden_act", message, path).help(format!("{family} models use `silu`")));
     }
-    let mut keys = with_left_out(original.clone(), C::left_out());
+    let mut keys = original.clone();
+    if let Some(keys) = keys.as_object_mut() {
+        keys.retain(|key, value| !(value.is_null() && NEVER_NULL.contains(&key.as_str())));
+    }
+    let mut keys = with_left_out(keys, C::left_out());
     normalise(&mut keys);
     read_keys(family, keys, path)
 }

@@ -1,5 +1,6 @@
 //! Llama 1, 2 and 3 (Touvron et al. 2023; Grattafiori et al. 2024).
 
+use serde_json::{Value, json};
 use titer_core::{ModelEntry, SettingsType, inventory};
 
 use super::decoder::{Biases, Decoder, DecoderConfig, Family, decoder_keys};
@@ -29,6 +30,10 @@ decoder_keys! {
 impl DecoderConfig for LlamaConfig {
     const FAMILY: Family = Family { name: "Llama", model_type: "llama", architecture: "LlamaForCausalLM" };
 
+    fn left_out() -> Value {
+        json!({ "max_position_embeddings": 2048, "rms_norm_eps": 1e-6 })
+    }
+
     fn biases(&self) -> Biases {
         Biases { qkv: self.attention_bias, o: self.attention_bias, mlp: self.mlp_bias }
     }
@@ -40,11 +45,10 @@ impl DecoderConfig for LlamaConfig {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::{Value, json};
     use titer_core::Result;
 
     use super::*;
-    use crate::models::decoder::check::{load, read};
+    use crate::models::decoder::check::{load, read, survives_writing};
 
     #[test]
     fn reads_the_spellings_of_all_library_versions() -> Result<()> {
@@ -63,6 +67,16 @@ mod tests {
         assert_eq!(old, newest);
         assert_eq!(load::<LlamaConfig>(json!({ "num_key_value_heads": null }))?.spec().kv_heads, 2);
         Ok(())
+    }
+
+    #[test]
+    fn keys_left_out_are_the_library_s() -> Result<()> {
+        for changes in [json!({}), json!({ "rms_norm_eps": null, "max_position_embeddings": null, "rope_theta": null })]
+        {
+            let keys = read::<LlamaConfig>(changes)?;
+            assert_eq!((keys.rms_norm_eps, keys.max_position_embeddings, keys.rope_theta), (1e-6, 2048, 1e4));
+        }
+        survives_writing(LlamaConfig { vocab_size: 5, ..LlamaConfig::default() })
     }
 
     #[test]

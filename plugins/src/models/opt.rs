@@ -7,14 +7,18 @@
 use std::path::Path;
 
 use candle_core::Tensor;
-use serde_json::Value;
+use serde_json::{Value, json};
+use titer_core::bounds;
 use titer_core::data::Tokens;
 use titer_core::layers::{Embedding, LayerNorm, Linear, Mlp, attention, deviation};
 use titer_core::ops::{self, Activation, Attention, check_positions};
 use titer_core::weights::{HEAD, ParamId, ParamList};
 use titer_core::{Forward, Model, ModelEntry, ModelSpec, Result, SettingsType, Traced, inventory};
 
-use super::{all_sites, block_sites, check_heads, check_sizes, keys_of, model_keys, read_keys, refuse, require};
+use super::{
+    all_sites, block_sites, check_count, check_deviation, check_heads, check_sizes, in_checkpoint, keys_of, model_keys,
+    read_keys, refuse, require,
+};
 
 inventory::submit! {
     ModelEntry {
@@ -32,6 +36,8 @@ inventory::submit! {
 const OFFSET: usize = 2;
 /// The row of the position table that padding gets, as in the reference (`cumsum(mask) · mask − 1 + 2`).
 const PADDING: u32 = 1;
+/// The positions that Hugging Face's library takes where `config.json` leaves them out.
+const LEFT_OUT_POSITIONS: usize = 2048;
 /// ε of the norms, which `config.json` does not hold.
 const EPS: f64 = 1e-5;
 
@@ -71,14 +77,15 @@ impl OptConfig {
     /// Sizes that no tensor operation should have to find out about.
     fn check(&self) -> Result<()> {
         check_sizes([
-            ("vocab_size", self.vocab_size),
-            ("hidden_size", self.hidden_size),
-            ("ffn_dim", self.ffn_dim),
-            ("num_hidden_layers", self.num_hidden_layers),
-            ("num_attention_heads", self.num_attention_heads),
-            ("max_position_embeddings", self.max_position_embeddings),
-            ("word_embed_proj_dim", self.embedding_width()),
+            ("vocab_size", self.vocab_size, bounds::VOCABULARY),
+            ("hidden_size", self.hidden_size, bounds::WIDTH),
+            ("ffn_dim", self.ffn_dim, bounds::WIDTH),
+            ("num_hidden_layers", self.num_hidden_layers, bounds::LAYERS),
+            ("num_attention_heads", self.num_attention_heads, bounds::WIDTH),
+            ("max_position_embeddings", self.max_position_embeddings, bounds::POSITIONS),
+            ("word_embed_proj_dim", self.embedding_width(), bounds::WIDTH),
         ])?;
+        check_deviation("init_std", self.init_std)?;
         check_heads(self.hidden_size, self.num_attention_heads)
     }
 }
@@ -186,6 +193,7 @@ impl Opt {
             .then(|| LayerNorm::new(&mut params, &module("final_layer_norm"), width, EPS));
         let head = (!config.tie_word_embeddings)
             .then(|| Linear::new(&mut params, HEAD, (narrow, config.vocab_size), false, deviation(std, narrow, 1)));
+        check_count(&params)?;
         let spec = ModelSpec {
             vocab_size: config.vocab_size,
             hidden_size: width,
@@ -203,7 +211,7 @@ impl Opt {
     /// A key is missing, or asks for something this model does not compute.
     pub fn from_config(original: &Value, path: &Path) -> Result<Self> {
         let sizes = ["vocab_size", "hidden_size", "ffn_dim", "num_hidden_layers", "num_attention_heads"];
-        require("OPT", &[&sizes[..], &["max_position_embeddings"]].concat(), original, path)?;
+        require("OPT", &sizes, original, path)?;
         let activation = &original["activation_function"];
         if !activation.is_null() && serde_json::from_value::<Activation>(activation.clone()).is_err() {
             let message = format!("unsupported activation {activation}");
@@ -213,8 +221,12 @@ impl Opt {
             let message = "norms without a learnt scale and shift are not supported".to_owned();
             return Err(refuse("layer_norm_elementwise_affine", message, path).help("OPT models have both"));
         }
-        let config = read_keys("OPT", original.clone(), path)?;
-        let model = Self::new(config).map_err(|error| error.file(path))?;
+        let mut keys = original.clone();
+        if keys["max_position_embeddings"].is_null() {
+            keys["max_position_embeddings"] = json!(LEFT_OUT_POSITIONS);
+        }
+        let config = read_keys("OPT", keys, path)?;
+        let model = Self::new(config).map_err(|error| in_checkpoint(error, path))?;
         Ok(Self { original: Some(original.clone()), ..model })
     }
 
@@ -292,8 +304,6 @@ impl Model for Opt {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     fn load(changes: Value) -> Result<Opt> {
@@ -309,7 +319,7 @@ mod tests {
     fn a_config_that_cannot_be_computed_is_refused_by_key() {
         let cases = [
             (json!({ "ffn_dim": null }), "ffn_dim"),
-            (json!({ "max_position_embeddings": null }), "max_position_embeddings"),
+            (json!({ "max_position_embeddings": 0 }), "max_position_embeddings"),
             (json!({ "activation_function": "swish9" }), "activation_function"),
             (json!({ "layer_norm_elementwise_affine": false }), "layer_norm_elementwise_affine"),
             (json!({ "num_attention_heads": 3 }), "num_attention_heads"),
@@ -321,6 +331,12 @@ mod tests {
             assert_eq!(error.place("key"), Some(key), "{error}");
             assert!(error.place("file").is_some(), "{error}");
         }
+    }
+
+    #[test]
+    fn positions_left_out_are_the_library_s() -> Result<()> {
+        assert_eq!(load(json!({ "max_position_embeddings": null }))?.spec().max_positions, 2048);
+        Ok(())
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use titer_core::{Error, Result};
 
 /// `rope_scaling` of `config.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -29,6 +30,34 @@ pub enum RopeScaling {
 }
 
 impl RopeScaling {
+    /// Fails on numbers that give no frequencies.
+    pub(super) fn check(&self) -> Result<()> {
+        let refuse = |key: &str, message: String, usual: &str| {
+            Err(Error::config(message).key(format!("rope_scaling.{key}")).help(format!("{usual} is usual")))
+        };
+        let (factor, llama3) = match *self {
+            RopeScaling::Default => return Ok(()),
+            RopeScaling::Linear { factor } => (factor, None),
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
+                (factor, Some((low_freq_factor, high_freq_factor, original_max_position_embeddings)))
+            }
+        };
+        if !(1e-6..=1e6).contains(&factor) {
+            return refuse("factor", format!("`factor` must lie in [1e-6, 1e6], found `{factor}`"), "8");
+        }
+        let Some((low, high, context)) = llama3 else { return Ok(()) };
+        if !(low > 0. && high > low && high.is_finite()) {
+            let message =
+                format!("`high_freq_factor` must be above `low_freq_factor` above 0, found `{high}` and `{low}`");
+            return refuse("high_freq_factor", message, "4, with a low one of 1,");
+        }
+        if !(context >= 1. && context.is_finite()) {
+            let message = format!("`original_max_position_embeddings` must be at least 1, found `{context}`");
+            return refuse("original_max_position_embeddings", message, "8192");
+        }
+        Ok(())
+    }
+
     /// What becomes of one frequency, in radians per position.
     pub fn apply(&self, frequency: f32) -> f32 {
         match *self {

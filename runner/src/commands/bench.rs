@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 use titer_core::arithmetic::{self, Arithmetic};
+use titer_core::bounds::{self, at_most};
 use titer_core::device::parse_device;
 use titer_core::{Error, Settings};
 
@@ -95,6 +96,16 @@ fn parse_arithmetic(name: &str) -> Result<Arithmetic, String> {
 }
 
 impl On {
+    /// Fails on sizes that no machine has room for.
+    fn check(&self) -> Result<(), Error> {
+        at_most("--batch", self.batch.unwrap_or(1), bounds::BATCH)?;
+        at_most("--length", self.length.unwrap_or(1), bounds::TOKENS)?;
+        at_most("--layers", self.layers.unwrap_or(1), bounds::LAYERS)?;
+        at_most("--threads", self.threads.unwrap_or(1), bounds::THREADS)?;
+        at_most("--repeat", self.repeat, bounds::STEPS)?;
+        at_most("--warmup", self.warmup, bounds::STEPS)
+    }
+
     fn setup(&self, batch: usize, length: usize) -> Setup {
         Setup {
             model: self.model.clone(),
@@ -114,6 +125,11 @@ impl On {
 /// An unknown shape, method, setting or device.
 pub fn run(args: &Args) -> Result<Done, Problems> {
     let (What::Step { on, .. } | What::Generate { on, .. }) = &args.what;
+    on.check()?;
+    if let What::Generate { new, prompts, .. } = &args.what {
+        at_most("--new", *new, bounds::TOKENS)?;
+        at_most("--prompts", prompts.unwrap_or(1), bounds::ROWS)?;
+    }
     let cores = || std::thread::available_parallelism().map_or(1, usize::from);
     environment::fix(on.threads.unwrap_or_else(cores));
     let device = parse_device(&on.device)?;

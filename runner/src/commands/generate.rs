@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use titer_core::Error;
+use titer_core::bounds::{self, at_most};
 use titer_core::device::parse_device;
 
 use super::Done;
@@ -40,11 +42,27 @@ pub struct Args {
     pub dtype: String,
 }
 
+/// Fails on numbers that nothing can be sampled with.
+fn check(args: &Args) -> Result<(), Error> {
+    at_most("--max-new-tokens", args.max_new_tokens, bounds::TOKENS)?;
+    let (temperature, top_p) = (args.temperature, args.top_p);
+    if !(0. ..=1e6).contains(&temperature) {
+        let message = format!("`--temperature` must lie in [0, 1e6], found `{temperature}`");
+        return Err(Error::config(message).key("--temperature").help("0 is greedy, 1 the model's own distribution"));
+    }
+    if !(top_p > 0. && top_p <= 1.) {
+        let message = format!("`--top-p` must lie in (0, 1], found `{top_p}`");
+        return Err(Error::config(message).key("--top-p").help("1 samples from all tokens, 0.9 from the likely ones"));
+    }
+    Ok(())
+}
+
 /// Prints one answer per prompt.
 ///
 /// # Errors
 /// The model cannot be loaded, or the device cannot be used.
 pub fn run(args: &Args) -> Result<Done, Problems> {
+    check(args)?;
     let request = Generation {
         model: args.model.clone(),
         prompts: args.prompts.clone(),

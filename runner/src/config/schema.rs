@@ -4,6 +4,7 @@
 
 use serde_json::Value;
 use titer_core::Error;
+use titer_core::bounds::shortened;
 use titer_core::registry::nearest;
 
 /// Every way in which `value` departs from the schema `root`.
@@ -191,7 +192,7 @@ fn mismatch(expected: &str, found: &Value) -> Error {
     let remedy = match found {
         Value::String(text) if text.parse::<f64>().is_ok() => format!("write {text} without quotes"),
         _ if expected.starts_with("a string") => format!("write it in quotes: \"{}\"", plain(found)),
-        _ if expected.starts_with("a list") => format!("write it as a list: [{found}]"),
+        _ if expected.starts_with("a list") => format!("write it as a list: [{}]", shortened(&found.to_string())),
         _ if expected.starts_with("a table") => "write { key = value }".to_owned(),
         _ => format!("write {expected}; `titer schema` describes every key"),
     };
@@ -205,7 +206,7 @@ fn unknown(name: &str, known: &[&str]) -> Error {
 }
 
 fn plain(value: &Value) -> String {
-    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
+    shortened(&value.as_str().map_or_else(|| value.to_string(), str::to_owned))
 }
 
 fn join(prefix: &str, part: &str) -> String {

@@ -7,13 +7,16 @@ use figment::Figment;
 use figment::providers::Serialized;
 use serde_json::{Map, Value};
 use titer_core::Error;
-use titer_core::error::io_error;
+use titer_core::bounds::{self, shortened};
 use toml::de::{DeTable, DeValue};
 
 /// The prefix of environment variables that override a key; `__` stands for the dot between tables.
 const PREFIX: &str = "TITER_";
 /// The variables of that prefix that are no configuration keys.
 const RESERVED: [&str; 5] = ["TITER_CACHE_DIR", "TITER_LOG", "TITER_GOLDEN", "TITER_DATA", "TITER_SIMD"];
+
+/// The most parts that a key has from outside the file.
+const DEEPEST: usize = 16;
 
 /// The merged values of file, environment and command line, with the place each one came from.
 #[derive(Debug, Clone)]
@@ -37,14 +40,16 @@ impl Source {
         environment: impl IntoIterator<Item = (String, String)>,
         assignments: &[String],
     ) -> Result<Self, Error> {
-        let text = std::fs::read_to_string(path).map_err(|error| {
-            io_error("read the configuration", path, error).help("give the path of a TOML or YAML file in UTF-8")
-        })?;
-        let mut source = Self::parse(path, text)?;
+        let bytes = bounds::read_file("read the configuration", path, bounds::CONFIG_BYTES)?;
+        let mut source = Self::parse(path, bounds::text(&bytes, path)?.to_owned())?;
         let mut variables: Vec<_> = environment.into_iter().collect();
         variables.sort();
         for (name, text) in variables {
             if let Some(key) = name.strip_prefix(PREFIX).filter(|_| !RESERVED.contains(&name.as_str())) {
+                if text.len() as u64 > bounds::CONFIG_BYTES {
+                    return Err(Error::config(format!("the environment variable {name} is too long"))
+                        .help("write long values into the configuration file"));
+                }
                 let key = key.to_lowercase().replace("__", ".");
                 source.set(&key, &text, format!("environment variable {name}"))?;
             }
@@ -111,7 +116,7 @@ impl Source {
         }
         let within = |set: &str| key == set || key.starts_with(&format!("{set}."));
         if let Some((_, origin)) = self.overrides.iter().rev().find(|(set, _)| within(set)) {
-            return located.at("from", origin.clone());
+            return located.at("from", shortened(origin));
         }
         let located = located.file(&self.path);
         match self.line(&key) {
@@ -133,18 +138,29 @@ impl Source {
 
     /// Sets one key from outside the file. The text is TOML if it parses as such and a plain string otherwise.
     fn set(&mut self, key: &str, text: &str, origin: String) -> Result<(), Error> {
+        let parts: Vec<&str> = key.split('.').collect();
+        if parts.len() > DEEPEST || parts.contains(&"") {
+            return Err(Error::config(format!("`{}` is not a key", shortened(key)))
+                .at("from", shortened(&origin))
+                .help(format!("write names of tables and keys with dots between them, at most {DEEPEST} of them")));
+        }
         let value = match toml::from_str::<toml::Table>(&format!("value = {text}")) {
             Ok(mut table) => table.remove("value").map_or(Ok(Value::Null), serde_json::to_value),
             Err(_) => Ok(Value::from(text)),
         };
-        let value = value.map_err(|error| Error::config(error.to_string()).at("from", origin.clone()))?;
+        let wrong = |message: String| {
+            Error::config(message)
+                .at("from", shortened(&origin))
+                .help("write a value of the key's type; see `titer schema`")
+        };
+        let value = value.map_err(|error| wrong(error.to_string()))?;
         let (layer_key, layer) = self.layer(key, value).ok_or_else(|| {
             Error::config(format!("`{key}` leads through a value that is no table"))
-                .at("from", origin.clone())
+                .at("from", shortened(&origin))
                 .help("name a key of a table, or an index within a list, as in methods.0.name")
         })?;
         let merged = Figment::from(Serialized::defaults(&self.value)).merge(Serialized::default(&layer_key, layer));
-        self.value = merged.extract().map_err(|error| Error::config(error.to_string()).at("from", origin.clone()))?;
+        self.value = merged.extract().map_err(|error| wrong(error.to_string()))?;
         self.overrides.push((key.to_owned(), origin));
         Ok(())
     }
@@ -187,7 +203,7 @@ fn step_into<'a>(value: &'a mut Value, part: &str) -> Option<&'a mut Value> {
 fn with_text(error: Error, text: &str) -> Error {
     let line = error.place("line").and_then(|line| line.parse::<usize>().ok());
     match line.and_then(|line| text.lines().nth(line.saturating_sub(1))) {
-        Some(text) => error.at("text", text.trim_end()),
+        Some(text) => error.at("text", shortened(text.trim_end())),
         None => error,
     }
 }
@@ -199,29 +215,31 @@ fn toml_value(text: &str) -> Result<Parsed, Error> {
         let located = Error::config(format!("the file is not valid TOML: {}", error.message()))
             .help("mend the line shown; texts stand in double quotes");
         match error.span() {
-            Some(span) => located.at("line", line_at(text, span.start).to_string()),
+            Some(span) => located.at("line", LineStarts::of(text).line(span.start).to_string()),
             None => located,
         }
     };
     let value: toml::Table = toml::from_str(text).map_err(malformed)?;
     let mut lines = BTreeMap::new();
-    toml_lines(text, DeTable::parse(text).map_err(malformed)?.get_ref(), "", &mut lines);
-    let value = serde_json::to_value(value).map_err(|error| Error::config(error.to_string()))?;
+    let starts = LineStarts::of(text);
+    toml_lines(&starts, DeTable::parse(text).map_err(malformed)?.get_ref(), "", &mut lines);
+    let value = serde_json::to_value(value)
+        .map_err(|error| Error::config(error.to_string()).help("use TOML values that JSON has, too"))?;
     Ok((value, lines))
 }
 
-fn toml_lines(text: &str, table: &DeTable<'_>, prefix: &str, lines: &mut BTreeMap<String, usize>) {
+fn toml_lines(starts: &LineStarts, table: &DeTable<'_>, prefix: &str, lines: &mut BTreeMap<String, usize>) {
     for (name, value) in table {
         let key = join(prefix, name.get_ref());
-        lines.insert(key.clone(), line_at(text, name.span().start));
+        lines.insert(key.clone(), starts.line(name.span().start));
         match value.get_ref() {
-            DeValue::Table(table) => toml_lines(text, table, &key, lines),
+            DeValue::Table(table) => toml_lines(starts, table, &key, lines),
             DeValue::Array(items) => {
                 for (index, item) in items.iter().enumerate() {
                     let key = join(&key, &index.to_string());
-                    lines.insert(key.clone(), line_at(text, item.span().start));
+                    lines.insert(key.clone(), starts.line(item.span().start));
                     if let DeValue::Table(table) = item.get_ref() {
-                        toml_lines(text, table, &key, lines);
+                        toml_lines(starts, table, &key, lines);
                     }
                 }
             }
@@ -284,6 +302,16 @@ fn join(prefix: &str, part: &str) -> String {
     if prefix.is_empty() { part.to_owned() } else { format!("{prefix}.{part}") }
 }
 
-fn line_at(text: &str, offset: usize) -> usize {
-    text.char_indices().take_while(|(at, _)| *at < offset).filter(|(_, char)| *char == '\n').count() + 1
+/// Where the lines of a text start: a file of many keys would else be read once for each.
+struct LineStarts(Vec<usize>);
+
+impl LineStarts {
+    fn of(text: &str) -> Self {
+        Self(std::iter::once(0).chain(text.match_indices('\n').map(|(at, _)| at + 1)).collect())
+    }
+
+    /// The line that holds the byte `offset`, from 1.
+    fn line(&self, offset: usize) -> usize {
+        self.0.partition_point(|start| *start <= offset).max(1)
+    }
 }

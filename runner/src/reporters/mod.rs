@@ -16,7 +16,7 @@ pub mod table;
 use std::path::Path;
 
 use serde_json::json;
-use titer_core::error::io_error;
+use titer_core::bounds;
 use titer_core::report::{ResultRow, Results, SCHEMA};
 use titer_core::{Error, Result};
 
@@ -133,9 +133,8 @@ pub fn console(results: &Results) -> Result<String> {
 /// There are none, or they are malformed or of another version.
 pub fn load(folder: &Path) -> Result<Results> {
     let path = folder.join("results.json");
-    let bytes = std::fs::read(&path).map_err(|error| {
-        io_error("read the results", &path, error).help("give the folder of a finished `titer run`")
-    })?;
+    let bytes = bounds::read_file("read the results", &path, bounds::JSON_BYTES)
+        .map_err(|error| error.help("give the folder of a finished `titer run`"))?;
     let value: serde_json::Value = serde_json::from_slice(&bytes).map_err(|error| {
         Error::data("results.json is damaged")
             .file(&path)
