@@ -4,7 +4,7 @@
 //! mistake that can be known without a device.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use serde_json::{Map, Value};
 use titer_core::arithmetic;
@@ -26,6 +26,7 @@ use crate::config::{
     MethodConfig, Source, StreamConfig, TaskRef, TrainConfig, UserTask,
 };
 use crate::diagnostics::Problems;
+use crate::disk;
 use crate::identity::of_rows;
 use crate::plan::{
     AdapterSpec, EncodingSpec, LoadSpec, OptimSpec, PluginSpec, PretrainSpec, RowsSpec, Steps, StreamSpec,
@@ -190,6 +191,12 @@ pub fn resolve(loaded: &Loaded) -> Result<Experiment, Problems> {
     let mut cx = Resolver { source: &loaded.source, problems: Problems::default(), hashes: BTreeMap::new() };
 
     cx.check(!config.experiment.is_empty(), "experiment", "the name is empty", "name the experiment");
+    cx.check(
+        config.experiment.is_empty() || is_file_name(&config.experiment),
+        "experiment",
+        &format!("`{}` is not the name of one folder", config.experiment.escape_debug()),
+        "use a plain name without `/` and `\\`, and place the results with --out DIR",
+    );
     cx.seeds("seeds", &config.seeds);
     cx.take("", config.lora.check());
     let precision = cx.take("", Precision::parse(&config.dtype));
@@ -401,7 +408,7 @@ impl Resolver<'_> {
         for file in files {
             let hash = match self.hashes.get(file) {
                 Some(hash) => hash,
-                None => self.hashes.entry(file.clone()).or_insert(hash_file(file)?),
+                None => self.hashes.entry(file.clone()).or_insert(disk::hash(file)?),
             };
             whole.update(hash.as_bytes());
         }
@@ -778,6 +785,13 @@ impl Resolver<'_> {
     }
 }
 
+/// Whether files and folders can have this name, anywhere, without meaning another place.
+fn is_file_name(name: &str) -> bool {
+    let mut parts = Path::new(name).components();
+    let alone = matches!((parts.next(), parts.next()), (Some(Component::Normal(part)), None) if part == name);
+    alone && !name.contains(['\\', '\0'])
+}
+
 /// The name of a user's task in the table.
 fn table_name(user: &UserTask) -> &str {
     user.name.as_deref().unwrap_or(&user.task)
@@ -820,15 +834,6 @@ fn read_json(path: &Path) -> Result<Value> {
     })
 }
 
-/// The hash of a file's bytes.
-pub(crate) fn hash_file(path: &Path) -> Result<String> {
-    let failed = |error| io_error("read", path, error);
-    let file = std::fs::File::open(path).map_err(failed)?;
-    let mut hasher = blake3::Hasher::new();
-    hasher.update_reader(file).map_err(failed)?;
-    Ok(hasher.finalize().to_hex().to_string())
-}
-
 #[cfg(test)]
 mod tests {
     use super::AdapterSpec;
@@ -857,6 +862,12 @@ mod tests {
     fn each_mistake_is_told() {
         let train = "train = { epochs = 2, batch_size = 4, learning_rate = 1e-3 }";
         for (from, to, expected) in [
+            ("\"demo\"", "\"../demo\"", "key: experiment"),
+            ("\"demo\"", "\"/tmp/demo\"", "is not the name of one folder"),
+            ("\"demo\"", "\"a/b\"", "is not the name of one folder"),
+            ("\"demo\"", "\"demo/\"", "is not the name of one folder"),
+            ("\"demo\"", "\"..\"", "is not the name of one folder"),
+            ("\"demo\"", "'a\\b'", "is not the name of one folder"),
             ("seeds = [0, 1]\n\n[lora]", "seeds = []\n\n[lora]", "the list is empty: nothing would run"),
             ("seeds = [0, 1]\n\n[lora]", "seeds = [1, 1]\n\n[lora]", "`1` appears twice"),
             ("harmful_ratios = [0.0, 0.1]", "harmful_ratios = [0.0, 1.1]", "must lie in [0, 1], found `1.1`"),

@@ -4,7 +4,8 @@ use std::path::Path;
 use std::process::Command;
 
 use candle_core::{DType, Device, Tensor};
-use titer_core::checkpoint::{Checkpoint, write_tensors};
+use titer::disk::write_tensors;
+use titer_core::checkpoint::Checkpoint;
 use titer_core::text::Tokenizer;
 use titer_core::{Weights, rng::Seed};
 use titer_tests::cli::{run, small, stderr, titer};

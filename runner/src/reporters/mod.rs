@@ -18,8 +18,8 @@ use titer_core::error::io_error;
 use titer_core::report::{ResultRow, Results, SCHEMA};
 use titer_core::{Error, Result};
 
+use crate::disk;
 use crate::identity::digest;
-use crate::store::write_file;
 use table::Table;
 
 /// A rendering.
@@ -45,7 +45,7 @@ pub fn write_all(results: &Results, folder: &Path) -> Result<()> {
     let files = [("results.json", Format::Json), ("results.csv", Format::Csv)];
     let tables = [("report.md", Format::Md), ("report.html", Format::Html)];
     for (name, format) in files.into_iter().chain(tables.into_iter().filter(|_| !results.rows.is_empty())) {
-        write_file(&folder.join(name), render(results, folder, format)?.as_bytes())?;
+        disk::replace(&folder.join(name), render(results, folder, format)?.as_bytes())?;
     }
     Ok(())
 }

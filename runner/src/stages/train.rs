@@ -1,12 +1,13 @@
 //! Training under a defense: alignment, or the user's fine-tuning with harmful rows mixed in.
 
-use titer_core::Result;
-use titer_core::Row;
+use candle_core::DType;
 use titer_core::data::{Batch, Stream, mixture};
 use titer_core::rng::Seed;
 use titer_core::text::Encoder;
+use titer_core::{Error, Grads, Result, Row};
 
 use super::{ADAPTER, Lineage, RECORD, StageIo, Stages, defense, encoder, write_json};
+use crate::disk;
 use crate::plan::{AdapterSpec, RowsSpec, TrainSpec};
 use crate::train_loop::Training;
 
@@ -59,12 +60,24 @@ pub(super) fn run(stages: &Stages, spec: &TrainSpec, parent: &str, io: &mut Stag
     write_json(&io.output.join(RECORD), &record)
 }
 
-/// Stores what was trained: the adapter in PEFT's layout, or all weights.
+/// Stores what was trained: the adapter in PEFT's layout, or all weights. Also a step after the last check of a loss, or a
+/// change without any step, may have spoiled them, so that they are looked at here.
 pub(super) fn save(base: &crate::base_model::BaseModel, io: &StageIo) -> Result<()> {
-    let Some(config) = base.weights.lora() else {
-        return base.weights.save(&io.output.join("model.safetensors"));
+    let adapter = base.weights.lora();
+    let (name, tensors) = match adapter {
+        Some(_) => (ADAPTER, base.weights.adapter_tensors()?),
+        None => ("model.safetensors", base.weights.base_tensors()?),
     };
-    base.weights.save_adapter(&io.output.join(ADAPTER))?;
+    for (name, tensor) in &tensors {
+        let tensor = (name.clone(), tensor.to_dtype(DType::F32)?);
+        if Grads::from_iter([tensor]).first_not_finite()?.is_some() {
+            return Err(Error::run("a weight is not finite")
+                .at("tensor", name.clone())
+                .help("lower the learning rate or the strength of the defense"));
+        }
+    }
+    disk::write_tensors(&io.output.join(name), tensors)?;
+    let Some(config) = adapter else { return Ok(()) };
     let peft = serde_json::json!({
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
