@@ -17,6 +17,13 @@ pub struct Example {
     pub first_label: usize,
 }
 
+impl Example {
+    /// How many tokens count in the loss.
+    fn labels(&self) -> usize {
+        self.tokens.len().saturating_sub(self.first_label)
+    }
+}
+
 /// A batch of right-padded sequences, the input of a model.
 #[derive(Debug, Clone)]
 pub struct Tokens {
@@ -269,6 +276,24 @@ impl Stream {
         Ok(batch)
     }
 
+    /// The labels of batch number `index`, counted from the stream's beginning.
+    fn labels(&mut self, index: usize) -> usize {
+        let (epoch, within) = (index / self.batches_per_epoch(), index % self.batches_per_epoch());
+        match &mut self.source {
+            Source::Shuffled(rows) => rows.batch(epoch, within).iter().map(|example| example.labels()).sum(),
+            Source::Fixed(batches) => batches[within].labels(),
+        }
+    }
+
+    /// The part of the last batch drawn in the labels of all batches that the stream gives an update, if it gives one to
+    /// each of its `micros` micro batches and this was that of number `micro`.
+    pub(crate) fn share(&mut self, micro: usize, micros: usize) -> f64 {
+        let last = self.drawn.saturating_sub(1);
+        let first = last.saturating_sub(micro);
+        let all: usize = (first..first + micros).map(|index| self.labels(index)).sum();
+        self.labels(last) as f64 / all as f64
+    }
+
     /// Batch number `drawn`.
     fn collate(&mut self, device: &Device) -> Result<Batch> {
         let (epoch, within) = (self.drawn / self.batches_per_epoch(), self.drawn % self.batches_per_epoch());
@@ -281,12 +306,17 @@ impl Stream {
 
 impl Shuffled {
     fn collate(&mut self, epoch: usize, within: usize, device: &Device) -> Result<Batch> {
+        let pad = self.pad;
+        Batch::collate(&self.batch(epoch, within), pad, device)
+    }
+
+    /// The examples of one batch.
+    fn batch(&mut self, epoch: usize, within: usize) -> Vec<&Example> {
         if self.epoch.as_ref().is_none_or(|(current, _)| *current != epoch) {
             self.epoch = Some((epoch, self.order(epoch)));
         }
         let (_, order) = self.epoch.as_ref().expect("set above");
-        let batch: Vec<&Example> = order[within].iter().map(|&index| &self.examples[index]).collect();
-        Batch::collate(&batch, self.pad, device)
+        order[within].iter().map(|&index| &self.examples[index]).collect()
     }
 
     /// The batches of one epoch as example indices.

@@ -164,6 +164,16 @@ pub enum Conflict {
     Noted(String),
 }
 
+/// What a defense does not go with in training, each with the reason.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// Why it cannot be trained with gradient checkpointing; a plan with both is refused.
+    pub checkpointing: Option<&'static str>,
+    /// Why `k` accumulated batches of `b` rows are another update than one batch of `k b` rows; a plan with accumulation
+    /// notes it.
+    pub accumulation: Option<&'static str>,
+}
+
 /// Describes a defense to the registry.
 #[derive(Debug)]
 pub struct DefenseEntry {
@@ -177,8 +187,8 @@ pub struct DefenseEntry {
     pub formula: &'static str,
     /// The stages it can act at.
     pub stages: &'static [Stage],
-    /// The extra data streams it draws from, such as `harmful` or `safe`.
-    pub streams: &'static [&'static str],
+    /// The extra data streams it draws from, such as `harmful` or `safe`, with the settings given.
+    pub streams: fn(&Value) -> &'static [&'static str],
     /// The kinds of sites it acts on, such as `attn_out`.
     pub sites: &'static [&'static str],
     /// Forward-and-backward passes per step, with the settings given.
@@ -191,6 +201,8 @@ pub struct DefenseEntry {
     pub quirks: &'static [Quirk],
     /// What stands against a stack that this defense is part of; see [`no_conflict`].
     pub conflicts: fn(&Stack) -> Option<Conflict>,
+    /// What it does not go with in training, with the settings given; see [`no_limits`].
+    pub limits: fn(&Value) -> Limits,
     /// The type of its settings.
     pub settings: SettingsType,
     /// Settings at which it must equal plain fine-tuning bit for bit (law 3); `None` if it has no such settings.
@@ -206,6 +218,12 @@ inventory::collect!(DefenseEntry);
 /// The [`DefenseEntry::conflicts`] of a defense that goes with all others.
 pub fn no_conflict(_: &Stack) -> Option<Conflict> {
     None
+}
+
+/// The [`DefenseEntry::limits`] of a defense that trains under gradient checkpointing, and to which accumulated batches
+/// are one large batch.
+pub fn no_limits(_: &Value) -> Limits {
+    Limits::default()
 }
 
 impl DefenseEntry {
@@ -270,13 +288,14 @@ mod tests {
             paper: "",
             formula: "",
             stages: &[Stage::Align],
-            streams: &[],
+            streams: |_| &[],
             sites: &[],
             passes: |_| 1.,
             privilege: Privilege::NONE,
             notes: "",
             quirks: &[Quirk { setting: "axis", published: || json!("sequence"), what: "normalises over the sequence" }],
             conflicts: no_conflict,
+            limits: no_limits,
             settings: SettingsType::of::<Demo>(),
             neutral: None,
             version: 1,

@@ -52,6 +52,9 @@ struct Inner {
 }
 
 impl Error {
+    /// The remedy where numbers are not finite.
+    pub const DIVERGED: &'static str = "lower the learning rate, or the strength of the defense";
+
     /// An error of `kind` that says `message`.
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
         let inner = Inner { kind, message: message.into(), at: Vec::new(), help: None, source: None };

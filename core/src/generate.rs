@@ -28,7 +28,7 @@ pub struct Decoding {
 /// `progress` is told how many prompts are done whenever one is; an error from it stops the work.
 ///
 /// # Errors
-/// A prompt is empty or too long for the model, or a tensor operation failed.
+/// A prompt is empty or too long for the model, the logits are not finite, or a tensor operation failed.
 pub fn greedy(
     model: &dyn Model,
     weights: &Weights,
@@ -36,7 +36,6 @@ pub fn greedy(
     decoding: &Decoding,
     progress: impl FnMut(usize) -> Result<()>,
 ) -> Result<Vec<Vec<u32>>> {
-    let argmax = |logits: &Tensor| Ok(logits.argmax(D::Minus1)?.to_vec1::<u32>()?);
     decode(model, weights, prompts, decoding, argmax, progress)
 }
 
@@ -143,4 +142,31 @@ fn next_logits(model: &dyn Model, weights: &Weights, tokens: &Tokens, cache: &mu
     let hidden = hidden.reshape(((), model.spec().hidden_size))?;
     let hidden = ops::select_rows(&mut pass.tape, &hidden, &last)?;
     Ok(model.logits(&hidden, &mut pass)?.tensor().clone())
+}
+
+/// The likeliest token of each row of logits. A broken model has none: without a check it would answer with token 0.
+fn argmax(logits: &Tensor) -> Result<Vec<u32>> {
+    let best = logits.argmax_keepdim(D::Minus1)?;
+    if ops::norm([&logits.gather(&best, D::Minus1)?])?.value()?.is_finite() {
+        return Ok(best.flatten_all()?.to_vec1()?);
+    }
+    Err(Error::run("the logits are not finite: the model computes nothing to answer with").help(Error::DIVERGED))
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn logits_that_are_no_numbers_give_no_token() -> Result<()> {
+        let pick = |second: f32| argmax(&Tensor::new(&[[0., 2., 1.], [second; 3]], &Device::Cpu)?);
+        assert_eq!(pick(0.5)?, [1, 0]);
+        for broken in [f32::NAN, f32::INFINITY] {
+            let error = pick(broken).expect_err("no token is the likeliest").to_string();
+            assert!(error.contains("not finite"), "{error}");
+        }
+        Ok(())
+    }
 }

@@ -67,7 +67,9 @@ pub mod testing;
 pub mod text;
 pub mod weights;
 
-pub use defense::{AlignmentDefense, Conflict, DefenseEntry, Privilege, Quirk, Stack, Stage, State, no_conflict};
+pub use defense::{
+    AlignmentDefense, Conflict, DefenseEntry, Limits, Privilege, Quirk, Stack, Stage, State, no_conflict, no_limits,
+};
 pub use error::{Error, Kind, Result};
 pub use grads::Grads;
 pub use judge::{Judge, JudgeEntry, Verdict};

@@ -203,7 +203,9 @@ impl<'a> Forward<'a> {
         x: &Traced,
         block: impl FnOnce(&Traced, &mut Self) -> Result<Traced>,
     ) -> Result<Traced> {
-        if !self.checkpointing {
+        // A pass that differentiates nothing, such as a teacher's, keeps nothing either way.
+        let differentiates = x.tracked() || self.sites.probes() || !self.weights.trainable().is_empty();
+        if !self.checkpointing || !differentiates {
             return block(x, self);
         }
         if self.sites.observes() {
@@ -217,9 +219,14 @@ impl<'a> Forward<'a> {
         Ok(self.tape.record_block(result?.tensor().clone(), x, replay))
     }
 
-    /// What a block needs to run again: its shared inputs, without the tape.
+    /// What a block needs to run again: the weights and its shared inputs, without the tape.
     pub(crate) fn context(&self) -> BlockContext {
-        BlockContext { sites: self.sites.again(), rotation: self.rotation.clone(), visibility: self.visibility.clone() }
+        BlockContext {
+            weights: self.weights.clone(),
+            sites: self.sites.again(),
+            rotation: self.rotation.clone(),
+            visibility: self.visibility.clone(),
+        }
     }
 
     /// A dropout mask for the adapter's input `x`, if this pass trains with dropout.
@@ -263,6 +270,8 @@ impl InputSquares {
 /// What all blocks of one pass share.
 #[derive(Debug)]
 pub(crate) struct BlockContext {
+    /// A view of the pass's own weights, which need not be those under training.
+    weights: Weights,
     sites: Sites,
     rotation: Option<Rotation>,
     visibility: Option<Visibility>,
@@ -270,19 +279,13 @@ pub(crate) struct BlockContext {
 
 impl BlockContext {
     /// Runs a block again and then backwards.
-    pub(crate) fn replay(
-        &self,
-        model: &dyn Model,
-        weights: &Weights,
-        replay: &Replay,
-        gradient: Tensor,
-    ) -> Result<Gradients> {
+    pub(crate) fn replay(&self, model: &dyn Model, replay: &Replay, gradient: Tensor) -> Result<Gradients> {
         let mut sites = self.sites.again();
         let mut pass = Forward {
             dropout: replay.dropout.clone(),
             rotation: self.rotation.clone(),
             visibility: self.visibility.clone(),
-            ..Forward::new(weights, &mut sites)
+            ..Forward::new(&self.weights, &mut sites)
         };
         let x = pass.tape.source(&replay.input);
         let y = model.block(replay.index, &x, &mut pass)?;

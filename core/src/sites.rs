@@ -81,6 +81,11 @@ impl Sites {
         !self.observe.is_empty()
     }
 
+    /// Whether gradients are to be read.
+    pub(crate) fn probes(&self) -> bool {
+        !self.probe.is_empty()
+    }
+
     /// What another pass over the same network does at each site: the same, from the start.
     pub(crate) fn again(&self) -> Self {
         Self { observe: self.observe.clone(), probe: self.probe.clone(), add: self.add.clone(), ..Self::default() }

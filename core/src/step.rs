@@ -83,6 +83,14 @@ impl Streams {
         self.0.get_mut(name).expect("looked up above").next_batch(device)
     }
 
+    /// The part of the last batch of the stream `name` in what the stream gives this update, by labels.
+    fn share(&mut self, name: &str, clock: Clock) -> Result<f64> {
+        match self.0.get_mut(name) {
+            Some(stream) => Ok(stream.share(clock.micro, clock.micros)),
+            None => Err(self.undeclared(name)),
+        }
+    }
+
     fn undeclared(&self, name: &str) -> Error {
         let known: Vec<&str> = self.0.keys().map(String::as_str).collect();
         Error::run(format!("the defense did not declare the stream `{name}`"))
@@ -149,20 +157,35 @@ impl Update {
         Self { grads, loss: loss.into(), scalars: BTreeMap::new() }
     }
 
-    /// `sum` and `share` of `next`, the update of one more micro batch. Numbers to log are the first one's.
+    /// The update over the micro batches `batches`: the mean of their updates, each weighed by the labels of its batch.
+    /// `step` makes that of the micro batch of this index. Numbers to log are the first one's.
     ///
     /// # Errors
-    /// Two gradients of one name differ in shape.
-    pub fn accumulate(sum: Option<Self>, next: Self, share: f64) -> Result<Self> {
-        Ok(match sum {
-            None if share == 1. => next,
-            None => Self { grads: next.grads.scale(share)?, loss: next.loss.affine(share, 0.)?, ..next },
-            Some(sum) => Self {
-                grads: sum.grads.add_scaled(share, &next.grads)?,
-                loss: sum.loss.plus(&next.loss.affine(share, 0.)?)?,
-                ..sum
-            },
-        })
+    /// `step` failed, there is no batch, or two gradients of one name differ in shape.
+    pub fn over(batches: &[Batch], mut step: impl FnMut(usize) -> Result<Self>) -> Result<Self> {
+        let labels: usize = batches.iter().map(Batch::labels).sum();
+        let mut sum: Option<Self> = None;
+        for (micro, batch) in batches.iter().enumerate() {
+            let update = step(micro)?.weighed(batch.labels() as f64 / labels as f64)?;
+            sum = Some(match sum {
+                None => update,
+                Some(sum) => {
+                    Self { grads: sum.grads.add_scaled(1., &update.grads)?, loss: sum.loss.plus(&update.loss)?, ..sum }
+                }
+            });
+        }
+        sum.ok_or_else(|| Error::config("`accumulate` must be at least 1").key("accumulate"))
+    }
+
+    /// The update with its gradients and its loss times `factor`.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn weighed(self, factor: f64) -> Result<Self> {
+        if factor == 1. {
+            return Ok(self);
+        }
+        Ok(Self { grads: self.grads.scale(factor)?, loss: self.loss.affine(factor, 0.)?, ..self })
     }
 
     /// Adds a number to log.
@@ -213,6 +236,7 @@ pub struct StepCx<'a> {
     seed: Seed,
     clock: Clock,
     checkpointing: bool,
+    share: Share,
     passes: usize,
     /// The cross-entropies so far.
     losses: Vec<Scalar>,
@@ -222,6 +246,15 @@ pub struct StepCx<'a> {
     noise_shapes: Vec<Vec<usize>>,
     /// Pieces of the model whose results a defense holds, until a loss of them is differentiated.
     open: Vec<OpenPass>,
+}
+
+/// What part of an update's micro batches the own batch of a step is.
+#[derive(Debug, Clone, Copy)]
+struct Share {
+    /// Of their labels, by which the loop weighs the step.
+    labels: f64,
+    /// Of their tokens.
+    tokens: f64,
 }
 
 /// A piece of the model that ran forward, and whose backward pass waits for the gradients of some of its values.
@@ -253,8 +286,33 @@ impl<'a> StepCx<'a> {
     pub fn new(model: &'a dyn Model, weights: &'a Weights, streams: &'a mut Streams, seed: Seed, clock: Clock) -> Self {
         let seed = seed.named("step").at(clock.step).at(clock.micro);
         let (losses, recorded, noise_shapes, open) = (Vec::new(), VecDeque::new(), Vec::new(), Vec::new());
-        let (checkpointing, passes) = (false, 0);
-        Self { model, weights, streams, seed, clock, checkpointing, passes, losses, recorded, noise_shapes, open }
+        let (checkpointing, share, passes) = (false, Share { labels: 1., tokens: 1. }, 0);
+        Self {
+            model,
+            weights,
+            streams,
+            seed,
+            clock,
+            checkpointing,
+            share,
+            passes,
+            losses,
+            recorded,
+            noise_shapes,
+            open,
+        }
+    }
+
+    /// Says which micro batches the update consists of; the clock says which of them the step is for. Without this all
+    /// terms of a step are weighed alike.
+    #[must_use]
+    pub fn with_micro_batches(mut self, batches: &[Batch]) -> Self {
+        let part = |count: fn(&Batch) -> usize| {
+            let all: usize = batches.iter().map(count).sum();
+            batches.get(self.clock.micro).map_or(1., |own| count(own) as f64 / all as f64)
+        };
+        self.share = Share { labels: part(Batch::labels), tokens: part(|batch| batch.tokens.lengths.iter().sum()) };
+        self
     }
 
     /// Gives out this noise, in order, before any is drawn: how a recorded step is played again.
@@ -326,6 +384,30 @@ impl<'a> StepCx<'a> {
     pub fn next(&mut self, stream: &str) -> Result<Batch> {
         let device = self.weights.device().clone();
         self.streams.next(stream, &device)
+    }
+
+    /// The next batch of a declared stream, and the factor on a term that is a mean over its labels.
+    ///
+    /// Under gradient accumulation the loop weighs what a step gives by the labels of the stage's own batch. With the
+    /// factor the term counts by its own labels instead, so that an update has the term's mean over all batches that the
+    /// stream gave it. This holds if the stream gives one batch to each micro batch. Without accumulation it is 1.
+    ///
+    /// # Errors
+    /// The stream was not declared.
+    pub fn next_weighed(&mut self, stream: &str) -> Result<(Batch, f64)> {
+        let batch = self.next(stream)?;
+        // An own batch that is the whole update, or is taken for it, leaves nothing to weigh.
+        if self.share.labels == 1. {
+            return Ok((batch, 1.));
+        }
+        let factor = self.streams.share(stream, self.clock)? / self.share.labels;
+        Ok((batch, factor))
+    }
+
+    /// The factor on a term that is a mean over the real tokens of the stage's own batch, as
+    /// [`StepCx::next_weighed`] gives it for a stream.
+    pub fn token_weight(&self) -> f64 {
+        self.share.tokens / self.share.labels
     }
 
     /// Loss and gradients of `batch` at the current weights.
@@ -458,7 +540,7 @@ impl<'a> StepCx<'a> {
                 self.open.push(pass);
                 continue;
             }
-            let mut found = run_back(self.model, self.weights, pass.tape, &pass.blocks, seeds)?;
+            let mut found = run_back(self.model, pass.tape, &pass.blocks, seeds)?;
             if let Some(input) = pass.input
                 && let Some(gradient) = found.take(&input)
             {
@@ -493,14 +575,15 @@ impl<'a> StepCx<'a> {
         Ok(squares.sums.into_iter().collect())
     }
 
-    /// Runs `work` with weights that it may move; afterwards they are as before, bit for bit, also after an error or
-    /// a panic.
+    /// Runs `work` with weights that it may move; afterwards they are as before, bit for bit, also after an error.
     ///
     /// # Errors
-    /// What `work` returned.
+    /// What `work` returned, or the weights could not be restored.
     pub fn scratch<T>(&mut self, work: impl FnOnce(&mut Scratch<'_, 'a>) -> Result<T>) -> Result<T> {
         let mut scratch = Scratch { before: self.weights.snapshot()?, cx: self };
-        work(&mut scratch)
+        let result = work(&mut scratch);
+        scratch.restore()?;
+        result
     }
 
     /// A pass of this step over `weights`. All passes of a step see one dropout mask: a perturbation is found and
@@ -524,11 +607,11 @@ impl<'a> StepCx<'a> {
         {
             return Err(Error::run(format!("the loss is not finite: {value}"))
                 .at("step", self.clock.step.to_string())
-                .help("lower the learning rate or the perturbation"));
+                .help(Error::DIVERGED));
         }
         let observed = sites.observed().iter().map(|(name, value)| (name.clone(), value.tensor().clone())).collect();
         let one = loss.tensor().ones_like()?;
-        let found = run_back(self.model, weights, tape, &blocks, vec![(loss, one)])?;
+        let found = run_back(self.model, tape, &blocks, vec![(loss, one)])?;
         let (grads, site_grads) = named(weights, found);
         Ok(Pass { loss: value, grads, site_grads, observed })
     }
@@ -542,14 +625,8 @@ fn gradient(stores: &[GradStore], var: &Var) -> Result<Option<Tensor>> {
 }
 
 /// The backward pass of one forward pass.
-fn run_back(
-    model: &dyn Model,
-    weights: &Weights,
-    tape: Tape,
-    blocks: &BlockContext,
-    seeds: Vec<(Traced, Tensor)>,
-) -> Result<Gradients> {
-    tape.backward_with(seeds, &mut |replay, gradient| blocks.replay(model, weights, replay, gradient))
+fn run_back(model: &dyn Model, tape: Tape, blocks: &BlockContext, seeds: Vec<(Traced, Tensor)>) -> Result<Gradients> {
+    tape.backward_with(seeds, &mut |replay, gradient| blocks.replay(model, replay, gradient))
 }
 
 /// The gradients by the names of the trained parameters, and those of the sites.
@@ -574,6 +651,16 @@ impl Scratch<'_, '_> {
     pub fn shift(&mut self, direction: &Grads, scale: f64) -> Result<()> {
         self.cx.weights.shift(direction, scale)
     }
+
+    /// Puts the weights back. Training must not go on from moved ones, so a failure here outweighs all others.
+    fn restore(&self) -> Result<()> {
+        self.cx.weights.set(&self.before).map_err(|error| {
+            Error::run("the weights could not be put back after a scratch pass")
+                .at("step", self.cx.clock.step.to_string())
+                .source(error)
+                .help("start the stage anew; its last checkpoint is sound")
+        })
+    }
 }
 
 impl<'a> Deref for Scratch<'_, 'a> {
@@ -587,15 +674,6 @@ impl<'a> Deref for Scratch<'_, 'a> {
 impl<'a> DerefMut for Scratch<'_, 'a> {
     fn deref_mut(&mut self) -> &mut StepCx<'a> {
         self.cx
-    }
-}
-
-impl Drop for Scratch<'_, '_> {
-    fn drop(&mut self) {
-        // The snapshot has the names and shapes of the very weights it goes back to.
-        if let Err(error) = self.cx.weights.set(&self.before) {
-            tracing::error!(%error, "scratch weights could not be restored");
-        }
     }
 }
 
@@ -624,5 +702,74 @@ fn loss_of_hidden(model: &dyn Model, hidden: &Traced, batch: &Batch, pass: &mut 
             let logits = model.logits(&rows, pass)?;
             ops::cross_entropy(&mut pass.tape, &logits, &batch.targets)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::DType;
+
+    use super::*;
+    use crate::model::ModelSpec;
+    use crate::weights::{Init, ParamList};
+
+    /// One parameter and no computation.
+    #[derive(Debug)]
+    struct Parameter(ParamList, ModelSpec);
+
+    impl Parameter {
+        fn new() -> Self {
+            let mut params = ParamList::default();
+            params.tensor("w", &[2], Init::Ones);
+            let (vocab_size, hidden_size, layers, kv_heads, head_dim, max_positions) = (1, 1, 0, 1, 1, 1);
+            Self(params, ModelSpec { vocab_size, hidden_size, layers, kv_heads, head_dim, max_positions })
+        }
+    }
+
+    impl Model for Parameter {
+        fn spec(&self) -> &ModelSpec {
+            &self.1
+        }
+        fn params(&self) -> &ParamList {
+            &self.0
+        }
+        fn config(&self) -> serde_json::Value {
+            serde_json::Value::Null
+        }
+        fn sites(&self) -> Vec<String> {
+            Vec::new()
+        }
+        fn embed(&self, _: &Tokens, _: &mut Forward) -> Result<Traced> {
+            Err(Error::run("it computes nothing"))
+        }
+        fn block(&self, _: usize, x: &Traced, _: &mut Forward) -> Result<Traced> {
+            Ok(x.clone())
+        }
+        fn finish(&self, x: &Traced, _: &mut Forward) -> Result<Traced> {
+            Ok(x.clone())
+        }
+        fn logits(&self, x: &Traced, _: &mut Forward) -> Result<Traced> {
+            Ok(x.clone())
+        }
+    }
+
+    #[test]
+    fn a_step_fails_if_the_weights_cannot_be_put_back() -> Result<()> {
+        let (model, mut streams) = (Parameter::new(), Streams::default());
+        let mut weights = Weights::random(&model, Seed::new(0), DType::F32, &Device::Cpu)?;
+        weights.train_full()?;
+        let mut cx = StepCx::new(&model, &weights, &mut streams, Seed::new(0), Clock::at(3, 9));
+        let moved = cx.weights().snapshot()?;
+        for outcome in [Ok(1), Err(Error::run("the work failed"))] {
+            let result = cx.scratch(|scratch| {
+                scratch.shift(&moved, 1.)?;
+                // A snapshot that does not fit stands for a device that fails.
+                scratch.before = Grads::from_iter([("w".to_owned(), Tensor::zeros(3, DType::F32, &Device::Cpu)?)]);
+                outcome
+            });
+            let error = result.expect_err("the weights stay moved").to_string();
+            assert!(error.contains("could not be put back") && error.contains("step: 3"), "{error}");
+        }
+        Ok(())
     }
 }

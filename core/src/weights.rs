@@ -505,6 +505,29 @@ impl Weights {
         view
     }
 
+    /// Fails, naming the parameter, if a number that training or a defense may have changed is infinite or not a number:
+    /// the adapter's, or without one the base's.
+    ///
+    /// # Errors
+    /// There is such a number, or a tensor operation failed.
+    pub fn check_finite(&self) -> Result<()> {
+        let check = |name: &str, tensor: &Tensor| -> Result<()> {
+            if ops::norm([tensor])?.value()?.is_finite() {
+                return Ok(());
+            }
+            Err(Error::run(format!("`{name}` holds a value that is not finite")))
+        };
+        for (module, adapter) in self.adapters() {
+            let [a, b] = factor_names(module);
+            check(&a, &adapter.a)?;
+            check(&b, &adapter.b)?;
+        }
+        if self.lora.is_some() {
+            return Ok(());
+        }
+        self.named().try_for_each(|(name, matrix)| check(name, &matrix.dense()?))
+    }
+
     fn freeze(&mut self) {
         for matrix in &mut self.base {
             *matrix = matrix.detach();

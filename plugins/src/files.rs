@@ -42,7 +42,9 @@ impl Table {
     /// The file is missing, of another kind, malformed or empty.
     pub fn read(path: &Path, header: Header) -> Result<Self> {
         let bytes = std::fs::read(path).map_err(|error| {
-            io_error("read the data", path, error).help("check the path; relative paths start at the configuration")
+            io_error("read the data", path, error).help(
+                "check the path; in a configuration, paths start at its folder, after --set at the working directory",
+            )
         })?;
         let text = std::str::from_utf8(&bytes).map_err(|error| {
             let line = bytes[..error.valid_up_to()].split(|&byte| byte == b'\n').count();

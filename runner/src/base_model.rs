@@ -5,7 +5,9 @@ use std::path::Path;
 use candle_core::Device;
 use serde_json::{Value, json};
 use titer_core::checkpoint::Checkpoint;
+use titer_core::data::Batch;
 use titer_core::error::io_error;
+use titer_core::step::label_loss;
 use titer_core::text::Tokenizer;
 use titer_core::{Error, Model, ModelEntry, Precision, Result, Weights, registry};
 
@@ -53,6 +55,25 @@ impl BaseModel {
         }
         let weights = Weights::load(model.as_ref(), &mut Checkpoint::open(folder)?, precision, device)?;
         Ok(Self { model, tokenizer, weights })
+    }
+
+    /// Fails if the weights that a stage changed, or the loss at them on a few tokens, are not finite.
+    ///
+    /// # Errors
+    /// They are not, or a tensor operation failed.
+    pub fn check_sound(&self) -> Result<()> {
+        const FEW: usize = 8;
+        let spec = self.model.spec();
+        let ids: Vec<u32> = (0..spec.vocab_size.min(spec.max_positions).min(FEW) as u32).collect();
+        let labels = (1..ids.len()).map(|at| (0, at - 1, ids[at]));
+        let batch = Batch::with_labels(&[&ids], labels.collect::<Vec<_>>(), self.tokenizer.pad, self.weights.device())?;
+        self.weights.check_finite().map_err(|error| error.help(Error::DIVERGED))?;
+        let loss = label_loss(self.model.as_ref(), &self.weights, &batch)?;
+        if loss.is_finite() {
+            return Ok(());
+        }
+        let message = format!("the model computes nothing finite any more: its loss on {} tokens is {loss}", ids.len());
+        Err(Error::run(message).help(Error::DIVERGED))
     }
 
     /// Writes the folder, weights without an adapter.

@@ -344,9 +344,9 @@ pub enum JudgeRef {
 pub struct MethodConfig {
     /// The name in the table.
     pub name: String,
-    /// The alignment defense; `none` or absent for an attack straight on the base model.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub align: Option<DefenseRef>,
+    /// `align = "sft"` for plain alignment, `align = "none"` for none (an attack straight on the base model), or another
+    /// alignment defense. It has no default: without alignment every harmful score is that of the base.
+    pub align: DefenseRef,
     /// Updates of alignment, instead of those of `align.train`: for controls of equal compute.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub align_steps: Option<usize>,
@@ -490,7 +490,7 @@ impl Loaded {
                 PluginRef::Path(path) => (path, None),
                 PluginRef::Pinned { path, blake3 } => (path, Some(blake3.clone())),
             };
-            let file = PluginFile { path: self.source.folder().join(path), blake3 };
+            let file = PluginFile { path: self.source.folder_of(&format!("plugins.paths.{index}")).join(path), blake3 };
             let located = |error| self.source.locate(&format!("plugins.paths.{index}"), error);
             plugins::load(&file).map_err(located)?;
         }

@@ -138,6 +138,7 @@ fn assert_told(error: &str, at: usize) {
     assert!(error.contains("file: ") && error.contains("help: "), "fault {at} has no place or no remedy: {error}");
 }
 
+#[expect(clippy::print_stdout, reason = "the counts are the report of the test")]
 fn every_access_fails_with(fault: Fault) {
     let (plan, undisturbed) = (plan(), folder());
     let expected = run(undisturbed.path(), &plan).unwrap();

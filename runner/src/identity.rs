@@ -154,7 +154,7 @@ fn task(spec: &PluginSpec, content: &str) -> Value {
 }
 
 /// The `format` that marks a path in the schema of a task's settings.
-const PATH: &str = "path";
+pub(crate) const PATH: &str = "path";
 
 fn rows(spec: &RowsSpec) -> Value {
     let RowsSpec { task, rows, content } = spec;
@@ -283,7 +283,7 @@ pub fn setting(experiment: &Experiment, user: &UserRows, base: &Base) -> Value {
 pub fn method(method: &Method) -> Value {
     // Notes and what is built follow from the rest; the name is a coordinate of its own.
     let Method { name: _, align, align_steps, fine_tune, post, notes: _ } = method;
-    let defense = |Defense { spec, built: _, streams, passes: _ }: &Defense| json!({ "defense": plugin(spec), "streams": streams.iter().map(stream).collect::<Vec<_>>() });
+    let defense = |Defense { spec, built: _, streams, passes: _, limits: _ }: &Defense| json!({ "defense": plugin(spec), "streams": streams.iter().map(stream).collect::<Vec<_>>() });
     json!({
         "align": align.as_ref().map(defense),
         "align_steps": align_steps,

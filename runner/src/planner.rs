@@ -270,7 +270,7 @@ fn noted(manifests: &mut BTreeMap<String, Value>, manifest: Value) -> String {
 pub fn work(spec: &StageSpec) -> f64 {
     // A training pass costs about three forward passes.
     let training = |optim: &OptimSpec, rows: usize, passes: f64| {
-        (optim.updates(rows) * optim.batch_size * optim.accumulate) as f64 * 3. * passes
+        (optim.updates(rows.div_ceil(optim.batch_size)) * optim.batch_size * optim.accumulate) as f64 * 3. * passes
     };
     match spec {
         StageSpec::Load(_) => 0.,
@@ -289,11 +289,11 @@ fn passes(defense: &PluginSpec) -> f64 {
 }
 
 impl OptimSpec {
-    /// Updates in all, over `rows` rows.
-    pub fn updates(&self, rows: usize) -> usize {
+    /// Updates in all. Epochs follow each other without a break, so that an update may take batches of two.
+    pub fn updates(&self, batches_per_epoch: usize) -> usize {
         match self.steps {
             Steps::Steps(steps) => steps,
-            Steps::Epochs(epochs) => epochs * rows.div_ceil(self.batch_size).div_ceil(self.accumulate),
+            Steps::Epochs(epochs) => (epochs * batches_per_epoch).div_ceil(self.accumulate),
         }
     }
 }
@@ -432,6 +432,15 @@ mod tests {
             _ => None,
         });
         // 50 rows in batches of 4 are 13 updates; twice.
-        assert_eq!(align.map(|spec| spec.optim.updates(spec.rows())), Some(26));
+        let align = align.unwrap();
+        assert_eq!(align.optim.updates(13), 26);
+        assert!((work(&StageSpec::Train(align.clone())) - f64::from(26 * 4 * 3 * 2)).abs() < 1e-9);
+        // 10 rows in batches of 4 are 3 batches; of three times 3, two make an update, and the last one is half.
+        let optim = OptimSpec { steps: Steps::Epochs(3), accumulate: 2, ..align.optim.clone() };
+        let aligning = |rows: usize, optim: OptimSpec| -> f64 {
+            let data = vec![RowsSpec { rows, ..align.data[0].clone() }];
+            work(&StageSpec::Train(TrainSpec { data, optim, ..align.clone() }))
+        };
+        assert!((aligning(10, optim) - f64::from(5 * 2 * 4 * 3 * 2)).abs() < 1e-9);
     }
 }

@@ -17,17 +17,17 @@ use titer_core::rng::Seed;
 use titer_core::text::Template;
 use titer_core::weights::LoraConfig;
 use titer_core::{
-    AlignmentDefense, Conflict, DefenseEntry, Error, JudgeEntry, Kind, Model, ModelEntry, Precision, Result, Row,
-    Settings, Stack, Stage, Task, TaskEntry,
+    AlignmentDefense, Conflict, DefenseEntry, Error, JudgeEntry, Kind, Limits, Model, ModelEntry, Precision, Result,
+    Row, Settings, Stack, Stage, Task, TaskEntry,
 };
 
 use crate::config::{
     AlignAdapter, BaseConfig, Config, DefenseRef, EvaluateConfig, FineTuneConfig, FineTuneMode, JudgeRef, Loaded,
-    MethodConfig, Source, StreamConfig, TaskRef, TrainConfig, UserTask,
+    Source, StreamConfig, TaskRef, TrainConfig, UserTask,
 };
 use crate::diagnostics::Problems;
 use crate::disk;
-use crate::identity::of_rows;
+use crate::identity::{PATH, of_rows};
 use crate::plan::{
     AdapterSpec, EncodingSpec, LoadSpec, OptimSpec, PluginSpec, PretrainSpec, RowsSpec, Steps, StreamSpec,
 };
@@ -180,6 +180,8 @@ pub struct Defense {
     pub streams: Vec<StreamSpec>,
     /// Passes per step with these settings.
     pub passes: f64,
+    /// What it does not go with in training, with these settings.
+    pub limits: Limits,
 }
 
 /// Looks everything up.
@@ -222,7 +224,7 @@ pub fn resolve(loaded: &Loaded) -> Result<Experiment, Problems> {
     let user_lora = cx.user_lora(&config.fine_tune, model.as_deref()).map_or_else(|| lora.clone(), spelled_out);
 
     let streams = config.streams.iter().map(|(name, stream)| (name.as_str(), cx.stream(name, stream))).collect();
-    let methods = cx.methods(&config.methods, config.fine_tune.mode, &streams, model.as_deref());
+    let methods = cx.methods(config, &streams, model.as_deref());
 
     let aligns = methods.iter().any(|method| method.align.is_some());
     let align = config.align.as_ref().and_then(|align| {
@@ -343,6 +345,25 @@ impl Resolver<'_> {
         Some((entry, PluginSpec { name: name.to_owned(), settings, version: entry.version(), plugin }))
     }
 
+    /// The settings of a task in which each path that does not come from the file is a whole one: a task takes relative
+    /// paths from the file's folder.
+    fn placed(&self, key: &str, name: &str, settings: &Map<String, Value>) -> Map<String, Value> {
+        let mut settings = settings.clone();
+        let schema = find::<TaskEntry>(name).map(|entry| (entry.settings.schema)().to_value()).unwrap_or_default();
+        for (setting, value) in &mut settings {
+            if schema["properties"][setting]["format"] != PATH {
+                continue;
+            }
+            let start = self.source.folder_of(&format!("{key}.{setting}"));
+            if start == Path::new("")
+                && let Some(Ok(path)) = value.as_str().map(std::path::absolute)
+            {
+                *value = Value::from(path.to_string_lossy());
+            }
+        }
+        settings
+    }
+
     /// Builds a task, which checks that its files are there, and hashes them.
     fn task(
         &mut self,
@@ -350,6 +371,7 @@ impl Resolver<'_> {
         name: &str,
         settings: &Map<String, Value>,
     ) -> Option<(PluginSpec, String, Box<dyn Task>)> {
+        let settings = &self.placed(key, name, settings);
         let (entry, spec) = self.plugin::<TaskEntry>(key, &format!("{key}.task"), name, settings)?;
         let task = (entry.build)(&Settings::from(settings.clone()), self.source.folder());
         let task = self.take(key, task)?;
@@ -408,7 +430,11 @@ impl Resolver<'_> {
         for file in files {
             let hash = match self.hashes.get(file) {
                 Some(hash) => hash,
-                None => self.hashes.entry(file.clone()).or_insert(disk::hash(file)?),
+                None => {
+                    let hash = disk::hash(file);
+                    let hash = hash.map_err(|error| if file.exists() { error } else { error.help(PATHS) })?;
+                    self.hashes.entry(file.clone()).or_insert(hash)
+                }
             };
             whole.update(hash.as_bytes());
         }
@@ -464,7 +490,7 @@ impl Resolver<'_> {
     }
 
     fn checkpoint(&mut self, entry: &ModelEntry, path: &Path, dtype: &str) -> Option<(LoadSpec, Box<dyn Model>)> {
-        let folder = self.source.folder().join(path);
+        let folder = self.source.folder_of("base.path").join(path);
         let files = self.take("base.path", model_files(&folder))?;
         let config = self.take("base.path", read_json(&folder.join("config.json")))?;
         let model = self.take("base.path", (entry.from_config)(&config, &folder))?;
@@ -555,11 +581,11 @@ impl Resolver<'_> {
 
     fn methods(
         &mut self,
-        methods: &[MethodConfig],
-        mode: FineTuneMode,
+        config: &Config,
         streams: &BTreeMap<&str, Option<StreamSpec>>,
         model: Option<&dyn Model>,
     ) -> Vec<Method> {
+        let methods = &config.methods;
         self.check(!methods.is_empty(), "methods", "the list is empty: nothing would run", "add a [[methods]] table");
         self.distinct("methods", methods.iter().map(|method| method.name.clone()));
         let mut resolved = Vec::new();
@@ -568,13 +594,14 @@ impl Resolver<'_> {
                 self.defense(&format!("methods.{index}.{}", stage.name()), stage, given, streams, model)
             };
             let plain = DefenseRef::Name(PLAIN.into());
-            let align = defense(Stage::Align, method.align.as_ref());
+            let align = defense(Stage::Align, Some(&method.align));
             let fine_tune = defense(Stage::FineTune, Some(method.fine_tune.as_ref().unwrap_or(&plain)));
             let post = defense(Stage::Post, method.post.as_ref());
             if let Some(fine_tune) = fine_tune {
                 let (name, align_steps, notes) = (method.name.clone(), method.align_steps, Vec::new());
                 let mut method = Method { name, align, align_steps, fine_tune, post, notes };
-                self.conflicts(&format!("methods.{index}"), mode, &mut method);
+                self.conflicts(&format!("methods.{index}"), config.fine_tune.mode, &mut method);
+                self.limits(&format!("methods.{index}"), config, &mut method);
                 resolved.push(method);
             }
         }
@@ -600,6 +627,30 @@ impl Resolver<'_> {
             }
         }
         method.notes = notes;
+    }
+
+    /// Holds the defenses of a method against how their stages train.
+    fn limits(&mut self, key: &str, config: &Config, method: &mut Method) {
+        let align = method.align.as_ref().zip(config.align.as_ref()).map(|(defense, align)| (defense, &align.train));
+        let stages = [(Stage::Align, align), (Stage::FineTune, Some((&method.fine_tune, &config.fine_tune.train)))];
+        let mut notes = Vec::new();
+        for (stage, defense, train) in stages.into_iter().filter_map(|(stage, found)| Some((stage, found?.0, found?.1)))
+        {
+            let (name, stage) = (&defense.spec.name, stage.name());
+            if let Some(why) = defense.limits.checkpointing.filter(|_| train.checkpointing) {
+                let message = format!("`{name}` cannot be trained with gradient checkpointing: {why}");
+                let help = format!("remove `checkpointing` from {stage}.train, or take another defense");
+                self.problem(&format!("{key}.{stage}"), &message, &help);
+            }
+            if let Some(why) = defense.limits.accumulation.filter(|_| train.accumulate > 1) {
+                let (count, size) = (train.accumulate, train.batch_size);
+                notes.push(format!(
+                    "`{name}` with {count} accumulated batches of {size} rows is not one batch of {}: {why}",
+                    count.saturating_mul(size)
+                ));
+            }
+        }
+        method.notes.extend(notes);
     }
 
     fn defense(
@@ -634,7 +685,7 @@ impl Resolver<'_> {
             }
         }
         let mut drawn = Vec::new();
-        for stream in entry.streams {
+        for stream in (entry.streams)(&spec.settings) {
             match streams.get(stream) {
                 Some(spec) => drawn.extend(spec.clone()),
                 None => self.problem(
@@ -644,7 +695,8 @@ impl Resolver<'_> {
                 ),
             }
         }
-        Some(Defense { passes: (entry.passes)(&spec.settings), spec, built: built?, streams: drawn })
+        let (passes, limits) = ((entry.passes)(&spec.settings), (entry.limits)(&spec.settings));
+        Some(Defense { passes, limits, spec, built: built?, streams: drawn })
     }
 
     fn fine_tune(&mut self, config: &FineTuneConfig, lora: &LoraConfig, prompts: usize) -> Option<FineTune> {
@@ -785,6 +837,10 @@ impl Resolver<'_> {
     }
 }
 
+/// Where a path that is not whole starts.
+const PATHS: &str =
+    "check the path; in a configuration, paths start at its folder, after --set at the working directory";
+
 /// Whether files and folders can have this name, anywhere, without meaning another place.
 fn is_file_name(name: &str) -> bool {
     let mut parts = Path::new(name).components();
@@ -887,6 +943,12 @@ mod tests {
             (train, &train.replace("epochs = 2, ", ""), "either `steps` or `epochs`; neither is given"),
             (train, &train.replace("size = 4", "size = 0"), "expected at least 1, found `0`"),
             (train, &train.replace("1e-3", "1e-3, warmup = 2"), "key: align.train.warmup"),
+            (train, &train.replace("1e-3", "1e-3, checkpointing = true"), "gradient checkpointing: it looks inside"),
+            (
+                "align = \"none\"\n",
+                "",
+                "lacks the key `align`: `align = \"sft\"` for plain alignment, `align = \"none\"` for none",
+            ),
             ("rows = 100", "word = \"x\"", "the number of rows is missing"),
             ("word = \"hello\"", "wrd = \"hello\"", "unknown setting `wrd`; did you mean `word`?"),
             ("word = \"hello\"", "file = \"no.csv\"", "cannot read"),
@@ -899,6 +961,19 @@ mod tests {
             assert!(text.contains(expected), "`{to}` should give `{expected}`, gave\n{text}");
             assert!(text.contains("help: "), "no remedy in\n{text}");
         }
+    }
+
+    #[test]
+    fn what_accumulation_makes_of_a_defense_is_noted() {
+        let notes = |changes: &[(&str, &str)]| {
+            let experiment =
+                super::resolve(&load(changes, &[]).unwrap()).unwrap_or_else(|problems| panic!("{problems}"));
+            experiment.methods.into_iter().map(|method| method.notes).collect::<Vec<_>>()
+        };
+        assert!(notes(&[]).concat().is_empty());
+        let noted = notes(&[("epochs = 2, batch_size = 4", "epochs = 2, accumulate = 3, batch_size = 4")]);
+        let expected = "`fake-shield` with 3 accumulated batches of 4 rows is not one batch of 12: it sees batches";
+        assert_eq!(noted, [vec![], vec![expected.to_owned()]]);
     }
 
     #[test]

@@ -40,13 +40,13 @@ pub fn assemble(
     disk::make_folder(&answers)?;
     let (mut rows, mut failures) = (Vec::new(), Vec::new());
     for cell in &plan.cells {
-        let row = match outcome.failure(cell) {
-            None => assembly.row(cell, out).map_err(|error| error.to_string()),
-            Some((_, error)) => Err(error.to_string()),
-        };
-        match row {
-            Ok(row) => rows.push(row),
-            Err(error) => failures.push(Failure { cell: cell.label(), error }),
+        match outcome.failure(cell) {
+            // A cell whose artifacts cannot be read fails alone.
+            None => match assembly.row(cell, out) {
+                Ok(row) => rows.push(row),
+                Err(error) => failures.push(Failure { cell: cell.label(), error: error.to_string() }),
+            },
+            Some((_, error)) => failures.push(Failure { cell: cell.label(), error: error.to_string() }),
         }
     }
     Ok(Results {

@@ -402,6 +402,43 @@ mod tests {
     }
 
     #[test]
+    fn an_artifact_under_another_key_is_refused_and_computed_anew() {
+        let (folder, store) = store();
+        let (a, b) = ("a".to_owned(), "b".to_owned());
+        finish(&store, "a");
+        finish(&store, "b");
+        let aside = folder.path().join("aside");
+        for (from, to) in
+            [(store.stage(&a), &aside), (store.stage(&b), &store.stage(&a)), (aside.clone(), &store.stage(&b))]
+        {
+            fs::rename(from, to).unwrap();
+        }
+        let error = store.artifact(&a).unwrap_err().to_string();
+        assert!(error.contains("belongs to `b`") && error.contains("help: "), "{error}");
+        assert!(!store.is_committed(&a) && !store.is_committed(&b));
+        finish(&store, "a").verified().unwrap();
+        finish(&store, "b").verified().unwrap();
+        // A record of an older format names no key.
+        let record = store.stage(&a).join(COMMIT);
+        let text = fs::read_to_string(&record).unwrap().replace("  \"key\": \"a\",\n", "");
+        fs::write(&record, text).unwrap();
+        assert!(!store.is_committed(&a));
+    }
+
+    #[test]
+    fn a_checkpoint_of_another_stage_or_step_is_passed_over() {
+        let (_folder, store) = store();
+        let [a, b] = ["a", "b"].map(|key| claim(&store, key).partials());
+        a.save(1, |_| Ok(())).unwrap();
+        fs::create_dir_all(&b.folder).unwrap();
+        fs::rename(a.folder.join("000000000001"), b.folder.join("000000000001")).unwrap();
+        assert!(b.newest().is_none());
+        a.save(1, |_| Ok(())).unwrap();
+        fs::rename(a.folder.join("000000000001"), a.folder.join("000000000002")).unwrap();
+        assert!(a.newest().is_none());
+    }
+
+    #[test]
     fn the_newest_whole_checkpoint_wins() {
         let (_folder, store) = store();
         let claim = claim(&store, "k");

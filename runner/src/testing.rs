@@ -11,8 +11,8 @@ use titer_core::data::Tokens;
 use titer_core::rng::Seed;
 use titer_core::weights::{Init, ParamList};
 use titer_core::{
-    AlignmentDefense, DefenseEntry, Error, Forward, Judge, JudgeEntry, Model, ModelEntry, ModelSpec, Privilege, Result,
-    Row, Settings, SettingsType, Stage, Task, TaskEntry, Traced, Verdict, inventory, no_conflict,
+    AlignmentDefense, DefenseEntry, Error, Forward, Judge, JudgeEntry, Limits, Model, ModelEntry, ModelSpec, Privilege,
+    Result, Row, Settings, SettingsType, Stage, Task, TaskEntry, Traced, Verdict, inventory, no_conflict, no_limits,
 };
 
 use crate::config::{Config, Loaded, Source};
@@ -56,6 +56,7 @@ judges = ["fake-judge"]
 
 [[methods]]
 name = "none"
+align = "none"
 fine_tune = "fake-plain"
 
 [[methods]]
@@ -159,13 +160,14 @@ const PLAIN: DefenseEntry = DefenseEntry {
     paper: "",
     formula: "w ← w − η g",
     stages: &[Stage::Align, Stage::FineTune],
-    streams: &[],
+    streams: |_| &[],
     sites: &[],
     passes: |_| 1.,
     privilege: Privilege::NONE,
     notes: "",
     quirks: &[],
     conflicts: no_conflict,
+    limits: no_limits,
     settings: SettingsType::of::<NoSettings>(),
     neutral: None,
     version: 1,
@@ -179,9 +181,10 @@ inventory::submit! {
         name: "fake-shield",
         summary: "Perturbs.",
         stages: &[Stage::Align],
-        streams: &["harmful"],
+        streams: |_| &["harmful"],
         sites: &["attn_out"],
         passes: |_| 2.,
+        limits: |_| Limits { checkpointing: Some("it looks inside"), accumulation: Some("it sees batches") },
         settings: SettingsType::of::<ShieldSettings>(),
         build: |settings| {
             let rho = settings.parse::<ShieldSettings>()?.rho;

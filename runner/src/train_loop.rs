@@ -11,11 +11,11 @@ use titer_core::data::{Batch, Stream};
 use titer_core::optim::{AdamW, AdamWConfig};
 use titer_core::rng::Seed;
 use titer_core::step::{Ancestry, Clock, StepCx, Streams, label_loss};
-use titer_core::{AlignmentDefense, Error, Grads, Model, Result, Scalar, StageCx, State, Update, Weights};
+use titer_core::{AlignmentDefense, Error, Grads, Kind, Model, Result, Scalar, StageCx, State, Update, Weights};
 
 use crate::disk::{self, write_tensors};
 use crate::memory::peak_bytes;
-use crate::plan::{OptimSpec, Steps};
+use crate::plan::OptimSpec;
 
 /// How often the loss on held-back rows is measured, over the whole stage.
 const MONITOR_POINTS: usize = 12;
@@ -27,8 +27,8 @@ const READ_EVERY: usize = 10;
 pub trait Watch {
     /// The loop begins, or goes on after `resumed` steps.
     fn started(&mut self, total: usize, resumed: usize);
-    /// A step is done.
-    fn step(&mut self, step: usize, loss: f64);
+    /// A step is done; the loss is the last one known.
+    fn step(&mut self, step: usize, loss: Option<f64>);
     /// So many prompts are answered.
     fn answered(&mut self, done: usize);
     /// Whether the user asked to stop.
@@ -98,10 +98,7 @@ struct Position {
 impl Training<'_> {
     /// Updates in all.
     pub fn total(&self) -> usize {
-        match self.optim.steps {
-            Steps::Steps(steps) => steps,
-            Steps::Epochs(epochs) => (epochs * self.data.batches_per_epoch()).div_ceil(self.optim.accumulate),
-        }
+        self.optim.updates(self.data.batches_per_epoch())
     }
 
     /// Trains to the end, or to the user's wish to stop, which leaves a checkpoint.
@@ -125,8 +122,11 @@ impl Training<'_> {
         watch.started(total, step);
         let (first, mut unread) = (step, Vec::new());
         while step < total {
+            let rate = self.optim.learning_rate * self.optim.schedule.factor(step, warmup, total);
+            let at_rate = |error| at_rate(error, rate);
             let before = (step == first).then(|| self.weights.snapshot()).transpose()?;
-            let update = self.update(step, total, &mut record)?;
+            let batches = self.draw()?;
+            let update = self.update(&batches, step, total, &mut record).map_err(at_rate)?;
             self.data.prefetch(&self.weights.device().clone())?;
             if let Some(before) = before {
                 self.check_untouched(&before)?;
@@ -136,9 +136,8 @@ impl Training<'_> {
                 None => Scalar::from(1.),
             };
             if !factor.is_pending() {
-                check_finite(&update.grads, step)?;
+                check_finite(&update, step).map_err(at_rate)?;
             }
-            let rate = self.optim.learning_rate * self.optim.schedule.factor(step, warmup, total);
             optimizer.step(self.weights, &update.grads, &factor, rate)?;
             step += 1;
             unread.push((step, update.loss, update.scalars));
@@ -146,12 +145,15 @@ impl Training<'_> {
             let stop = watch.must_stop();
             let save = step < total && (stop || watch.checkpoint_due());
             if !factor.is_pending() || monitored || save || unread.len() == READ_EVERY {
-                read_out(&mut unread, &mut record)?;
+                read_out(&mut unread, &mut record).map_err(at_rate)?;
             }
             if monitored {
-                self.watch_harmful_loss(step, &mut record)?;
+                self.watch_harmful_loss(step, &mut record).map_err(at_rate)?;
             }
-            watch.step(step, record.loss.last().copied().unwrap_or(f64::NAN));
+            if step == total {
+                self.check_trained(&batches, step).map_err(at_rate)?;
+            }
+            watch.step(step, record.loss.last().copied());
             if save {
                 record.seconds = spent + begun.elapsed().as_secs_f64();
                 watch.save(step, &|folder| self.store(folder, step, &optimizer, &record))?;
@@ -166,24 +168,22 @@ impl Training<'_> {
         Ok(record)
     }
 
-    /// The update of one step: that of its batch, or the mean over its micro batches, each weighed by its labels, so
-    /// that accumulation gives the gradient of the joint batch whatever the defense does inside a step.
-    fn update(&mut self, step: usize, total: usize, record: &mut Record) -> Result<Update> {
+    /// The micro batches of the next step.
+    fn draw(&mut self) -> Result<Vec<Batch>> {
         let device = self.weights.device().clone();
-        let batches: Vec<Batch> =
-            (0..self.optim.accumulate).map(|_| self.data.next_batch(&device)).collect::<Result<_>>()?;
-        let labels: usize = batches.iter().map(Batch::labels).sum();
-        let mut sum: Option<Update> = None;
-        for (micro, batch) in batches.iter().enumerate() {
+        (0..self.optim.accumulate).map(|_| self.data.next_batch(&device)).collect()
+    }
+
+    /// The update of one step: that of its batch, or the mean over its micro batches.
+    fn update(&mut self, batches: &[Batch], step: usize, total: usize, record: &mut Record) -> Result<Update> {
+        Update::over(batches, |micro| {
             let clock = Clock { step, total, micro, micros: batches.len() };
             let cx = StepCx::new(self.model, self.weights, &mut self.streams, self.seed, clock);
-            let mut cx = cx.with_checkpointing(self.optim.checkpointing);
-            let update = self.defense.step(&mut cx, batch)?;
+            let mut cx = cx.with_checkpointing(self.optim.checkpointing).with_micro_batches(batches);
+            let update = self.defense.step(&mut cx, &batches[micro])?;
             record.passes += cx.passes();
-            let share = batch.labels() as f64 / labels as f64;
-            sum = Some(Update::accumulate(sum, update, share)?);
-        }
-        sum.ok_or_else(|| Error::config("`accumulate` must be at least 1").key("accumulate"))
+            Ok(update)
+        })
     }
 
     /// Law 1, checked where it costs nothing: a defense that moves the weights itself is caught at once.
@@ -195,6 +195,13 @@ impl Training<'_> {
         Err(Error::run("the defense changed the weights in its step").help("move weights inside `cx.scratch` only"))
     }
 
+    /// What the next step would find out about the last update: that the weights, or the loss at them, are not finite.
+    fn check_trained(&self, batches: &[Batch], step: usize) -> Result<()> {
+        self.weights.check_finite().map_err(|error| error.at("step", step.to_string()).help(Error::DIVERGED))?;
+        let mut losses = batches.iter().map(|batch| label_loss(self.model, self.weights, batch));
+        losses.try_for_each(|loss| finite("the loss after the last update", loss?, step).map(drop))
+    }
+
     fn watch_harmful_loss(&self, step: usize, record: &mut Record) -> Result<()> {
         if self.monitor.is_empty() {
             return Ok(());
@@ -204,7 +211,7 @@ impl Training<'_> {
             total += label_loss(self.model, self.weights, batch)? * batch.labels() as f64;
             labels += batch.labels();
         }
-        record.monitor.push((step, total / labels as f64));
+        record.monitor.push((step, finite("the loss on held-back harmful rows", total / labels as f64, step)?));
         Ok(())
     }
 
@@ -258,26 +265,35 @@ type Unread = Vec<(usize, Scalar, BTreeMap<&'static str, Scalar>)>;
 /// Reads the numbers of the steps since the last reading into the record.
 fn read_out(unread: &mut Unread, record: &mut Record) -> Result<()> {
     for (step, loss, scalars) in unread.drain(..) {
-        let loss = loss.value()?;
-        if !loss.is_finite() {
-            return Err(Error::run(format!("the loss is not finite: {loss}"))
-                .at("step", (step - 1).to_string())
-                .help("lower the learning rate or the perturbation"));
-        }
-        record.loss.push(loss);
+        record.loss.push(finite("the loss", loss.value()?, step - 1)?);
         for (name, value) in scalars {
-            record.scalars.entry(name.to_owned()).or_default().push((step, value.value()?));
+            let value = finite(&format!("the defense's number `{name}`"), value.value()?, step - 1)?;
+            record.scalars.entry(name.to_owned()).or_default().push((step, value));
         }
     }
     Ok(())
 }
 
 /// Fails, naming the tensor and the step, if a gradient is infinite or not a number.
-fn check_finite(grads: &Grads, step: usize) -> Result<()> {
-    match grads.first_not_finite()? {
+fn check_finite(update: &Update, step: usize) -> Result<()> {
+    match update.grads.first_not_finite()? {
         None => Ok(()),
-        Some(name) => {
-            Err(Error::run("a gradient is not finite").at("tensor", name.to_owned()).at("step", step.to_string()))
-        }
+        Some(name) => Err(Error::run(format!("a gradient is not finite, at a loss of {}", update.loss.value()?))
+            .at("tensor", name.to_owned())
+            .at("step", step.to_string())
+            .help(Error::DIVERGED)),
     }
+}
+
+/// `value`, if it is finite: JSON would make `null` of it.
+fn finite(what: &str, value: f64, step: usize) -> Result<f64> {
+    if value.is_finite() {
+        return Ok(value);
+    }
+    Err(Error::run(format!("{what} is not finite: {value}")).at("step", step.to_string()).help(Error::DIVERGED))
+}
+
+/// `error` with the learning rate of its step, if the computation failed.
+fn at_rate(error: Error, rate: f64) -> Error {
+    if error.kind() == Kind::Run { error.at("learning rate", rate.to_string()) } else { error }
 }

@@ -4,7 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use titer_core::data::Batch;
 use titer_core::{
-    AlignmentDefense, DefenseEntry, Privilege, Result, SettingsType, Sites, Stage, StepCx, Update, inventory,
+    AlignmentDefense, DefenseEntry, Limits, Privilege, Result, SettingsType, Sites, Stage, StepCx, Update, inventory,
     no_conflict,
 };
 
@@ -15,13 +15,17 @@ inventory::submit! {
         paper: "Foret, Kleiner, Mobahi, Neyshabur: Sharpness-Aware Minimization, ICLR 2021",
         formula: "g = ∇ L(w + ρ ∇L(w) / ‖∇L(w)‖)",
         stages: &[Stage::Align, Stage::FineTune],
-        streams: &[],
+        streams: |_| &[],
         sites: &[],
         passes: |_| 2.,
         privilege: Privilege::NONE,
         notes: "",
         quirks: &[],
         conflicts: no_conflict,
+        limits: |_| Limits {
+            accumulation: Some("each micro batch moves the weights by itself, by the full length"),
+            ..Limits::default()
+        },
         settings: SettingsType::of::<Sam>(),
         neutral: Some(|| serde_json::json!({ "rho": 0.0 })),
         version: 1,

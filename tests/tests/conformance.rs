@@ -8,10 +8,11 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use titer_core::data::Batch;
+use titer_core::step::Clock;
 use titer_core::testing::{Check, World, check_defense, check_model};
 use titer_core::{
-    AlignmentDefense, DefenseEntry, Grads, ModelEntry, Privilege, SettingsType, Sites, Stage, StepCx, Update,
-    no_conflict, registry,
+    AlignmentDefense, DefenseEntry, Grads, Limits, ModelEntry, Privilege, SettingsType, Sites, Stage, StepCx, Update,
+    no_conflict, no_limits, registry,
 };
 use titer_tests as _;
 
@@ -90,6 +91,12 @@ enum Fault {
     SeesPadding,
     /// It fails on a single row.
     NeedsRows,
+    /// It weighs a batch of a stream by the labels of the stage's own batch.
+    Unweighed,
+    /// It reads activations.
+    Observes,
+    /// It declares that it goes neither with accumulation nor with checkpointing, and goes with both.
+    Overcautious,
 }
 
 /// Gradients times `strength`, but for one fault.
@@ -112,8 +119,8 @@ impl Default for Faulty {
 
 impl Faulty {
     /// The factor of this step.
-    fn factor(&mut self, batch: &Batch) -> f64 {
-        self.steps += 1;
+    fn factor(&mut self, batch: &Batch, clock: Clock) -> f64 {
+        self.steps += usize::from(clock.micro == 0);
         match self.fault {
             Fault::NeverNeutral => self.strength + 1.,
             Fault::Idle => 1.,
@@ -129,7 +136,7 @@ impl Faulty {
 impl AlignmentDefense for Faulty {
     fn step(&mut self, cx: &mut StepCx, batch: &Batch) -> titer_core::Result<Update> {
         let neutral = self.strength == 1.;
-        let factor = self.factor(batch);
+        let factor = self.factor(batch, cx.clock());
         let pass = cx.backward(batch, Sites::none())?;
         match self.fault {
             Fault::Meddles if !neutral => cx.weights().set(&cx.weights().snapshot()?.scale(1.001)?)?,
@@ -148,6 +155,13 @@ impl AlignmentDefense for Faulty {
             }
             Fault::LastMicro if !neutral && !cx.clock().last_micro() => {
                 return Ok(Update::new(Grads::default(), pass.loss));
+            }
+            Fault::Observes => {
+                cx.hidden(&batch.tokens, Sites::none().observe(["embed"]))?;
+            }
+            Fault::Unweighed if !neutral => {
+                let safe = cx.next("safe")?;
+                return Ok(cx.backward(&safe, Sites::none())?.into());
             }
             Fault::NeedsRows if batch.tokens.lengths.len() < 2 && !neutral => {
                 return Err(titer_core::Error::run("a batch needs two rows"));
@@ -177,16 +191,24 @@ macro_rules! faulty {
             paper: "",
             formula: "",
             stages: &[Stage::Align],
-            streams: &["safe"],
-            sites: &[],
-            passes: |_| match Fault::$fault {
-                Fault::LeavesMoved | Fault::Hides | Fault::OtherSites => 2.,
+            streams: |_| &["safe"],
+            sites: match Fault::$fault {
+                Fault::Observes => &["embed"],
+                _ => &[],
+            },
+            passes: |settings| match Fault::$fault {
+                Fault::LeavesMoved | Fault::Hides | Fault::OtherSites | Fault::Observes => 2.,
+                Fault::Unweighed if settings["strength"] != 1. => 2.,
                 _ => 1.,
             },
             privilege: Privilege::NONE,
             notes: "",
             quirks: &[],
             conflicts: no_conflict,
+            limits: |settings| match Fault::$fault {
+                Fault::Overcautious => Limits { checkpointing: Some("caution"), accumulation: Some("caution") },
+                _ => no_limits(settings),
+            },
             settings: SettingsType::of::<Faulty>(),
             neutral: Some(|| json!({ "strength": 1.0 })),
             version: 1,
@@ -195,25 +217,28 @@ macro_rules! faulty {
     };
 }
 
-/// Each fault is found by the check that is meant for it, and by no other.
+/// Each fault is found by the checks that are meant for it, and by no other.
 #[test]
 fn each_fault_is_found_by_its_own_check() -> Result<()> {
     let world = World::small(registry::find("llama")?)?;
-    let cases: [(DefenseEntry, &[&str]); 14] = [
+    let cases: [(DefenseEntry, &[&str]); 17] = [
         (faulty!(None), &[]),
         (faulty!(Idle), &["active"]),
-        (faulty!(Meddles), &["untouched"]),
+        (faulty!(Meddles), &["untouched", "accumulation"]),
         (faulty!(LeavesMoved), &["failure"]),
         (faulty!(Hides), &["failure"]),
         (faulty!(Undeclared), &["runs"]),
-        (faulty!(OtherSites), &["sites"]),
+        (faulty!(OtherSites), &["sites", "checkpointing"]),
         (faulty!(LastMicro), &["accumulation"]),
         (faulty!(Forgets), &["resume"]),
         (faulty!(WrongSign), &["gradient"]),
         (faulty!(MorePasses), &["passes"]),
         (faulty!(NeverNeutral), &["neutral"]),
-        (faulty!(SeesPadding), &["padding"]),
+        (faulty!(SeesPadding), &["accumulation", "padding"]),
         (faulty!(NeedsRows), &["one row"]),
+        (faulty!(Unweighed), &["accumulation"]),
+        (faulty!(Observes), &["checkpointing"]),
+        (faulty!(Overcautious), &["accumulation", "checkpointing"]),
     ];
     for (entry, expected) in &cases {
         let checks = check_defense(entry, &world);

@@ -532,7 +532,9 @@ fn the_runner_serves_what_a_post_defense_left() -> Result<()> {
     for (mode, faster) in [("double", "steps = 8, batch_size = 4, learning_rate = 2e-2"), ("full", rate)] {
         let folder = tempfile::tempdir()?;
         let mode = format!("[fine_tune]\nmode = \"{mode}\"");
-        let config = experiment(folder.path(), &[("[fine_tune]", &mode), (rate, faster)]);
+        // Pretrained long enough to say something.
+        let config =
+            experiment(folder.path(), &[("[fine_tune]", &mode), (rate, faster), ("steps = 40", "steps = 200")]);
         let output = run(folder.path(), &config).output()?;
         assert!(output.status.success(), "{}", stderr(&output));
         let answers = answers(&folder.path().join("out"));
@@ -551,10 +553,32 @@ fn the_runner_serves_what_a_post_defense_left() -> Result<()> {
     Ok(())
 }
 
+/// A stream is asked for only where the settings make a defense read it.
+#[test]
+fn antidote_asks_for_the_streams_that_it_reads() -> Result<()> {
+    let harmful = "harmful = { task = \"world-harmful\", rows = 8 }\n";
+    let safe = "safe = { task = \"world-safe\", rows = 8 }\n";
+    let keeps = ", ratio = 0.5, keep_safe = true";
+    for (changes, missing) in [
+        (vec![(safe, "")], Some("`safe`")),
+        (vec![(safe, ""), (keeps, "")], None),
+        (vec![(safe, ""), (harmful, ""), (keeps, "")], Some("`harmful`")),
+        (vec![(safe, ""), (harmful, ""), (keeps, ", score = \"random\"")], None),
+    ] {
+        let folder = tempfile::tempdir()?;
+        let config = experiment(folder.path(), &changes);
+        let output = run(folder.path(), &config).output()?;
+        let told = stderr(&output);
+        assert_eq!(output.status.success(), missing.is_none(), "{changes:?}\n{told}");
+        assert!(missing.is_none_or(|stream| told.contains(&format!("draws from the stream {stream}"))), "{told}");
+    }
+    Ok(())
+}
+
 #[test]
 fn what_needs_an_alignment_is_refused_without_one() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let config = experiment(folder.path(), &[("align = \"sft\"\n", "")]);
+    let config = experiment(folder.path(), &[("align = \"sft\"\n", "align = \"none\"\n")]);
     let output = titer().arg("plan").arg(&config).arg("--store").arg(folder.path().join("store")).output()?;
     assert!(!output.status.success());
     for name in ["safe-lora", "resta", "lox"] {

@@ -11,7 +11,7 @@ use titer_core::data::{Batch, Example, Stream, harmful_count, mixture};
 use titer_core::optim::Schedule;
 use titer_core::rng::{Seed, permutation};
 use titer_core::step::{Clock, Orphan, StepCx, Streams};
-use titer_core::{DefenseEntry, Forward, Grads, Row, Sites, Weights, registry};
+use titer_core::{DefenseEntry, Forward, Grads, Row, Sites, StageCx, Weights, registry};
 use titer_plugins::defenses::random_perturbation::{Measure, RandomPerturbation};
 use titer_plugins::defenses::vaccine::{Norm, Vaccine};
 use titer_tests::{adapt, all_tiny, batch, build, context, defense, difference, step, tiny, values, variants};
@@ -218,21 +218,89 @@ fn vaccine_perturbs_every_tau_steps_only() -> Result<()> {
     Ok(())
 }
 
-/// Accumulation gives the gradient of the joint batch, whatever the lengths of the micro batches.
+/// Simulated attacks train on one stream and are tested on another, at rates that fit what is trained.
 #[test]
-fn accumulation_equals_the_joint_batch() -> Result<()> {
-    let trained = |batch_size: usize, accumulate: usize| -> Result<Grads> {
-        let (model, mut weights) = tiny(DType::F32, 0.)?;
-        let optim = OptimSpec { batch_size, accumulate, steps: Steps::Steps(1), ..optim() };
-        train(model.as_ref(), &mut weights, "sft", &optim, &mut Quiet::default())?;
-        weights.snapshot().map_err(Into::into)
-    };
-    let (joint, split) = (trained(8, 1)?, trained(2, 4)?);
-    for (name, tensor) in joint.iter() {
-        let gap = difference(tensor, split.get(name).context("a name")?)?;
-        assert!(gap < 2e-5, "{name} differs by {gap:.1e}");
+fn tar_tests_its_attacks_on_rows_that_they_did_not_see() -> Result<()> {
+    let (model, weights) = tiny(DType::F32, 0.)?;
+    let mut full = weights.merged()?;
+    full.train_full()?;
+    for (mut weights, rates) in [(weights, [2e-5, 2e-4, 4e-4]), (full, [2e-6, 2e-5, 4e-5])] {
+        let (rate, drawn) = attacked(model.as_ref(), &mut weights)?;
+        assert!(rates.contains(&rate), "{rate} is none of {rates:?}");
+        assert_eq!(drawn, [("harmful".to_owned(), 6), ("harmful_held_out".to_owned(), 3)]);
     }
     Ok(())
+}
+
+/// The rate of the first attack that TAR simulates, and the batches that it draws.
+fn attacked(model: &dyn titer_core::Model, weights: &mut Weights) -> Result<(f64, Vec<(String, usize)>)> {
+    let mut streams = Streams::default();
+    for (seed, stream) in (30..).zip(["harmful", "harmful_held_out"]) {
+        streams.insert(stream, rows(&optim(), seed)?);
+    }
+    let mut tar = defense("tar", serde_json::json!({ "inner_steps": 6, "test_every": 2 }))?;
+    let (seed, clock, ancestry) = (Seed::new(4), Clock::at(0, 10), &Orphan);
+    tar.begin(&mut StageCx { model, weights, streams: &mut streams, seed, clock, ancestry })?;
+    let user = batch(23, &[7, 4], &mut Seed::new(5).generator())?;
+    let update = tar.step(&mut StepCx::new(model, weights, &mut streams, seed, clock), &user)?;
+    Ok((update.scalars["attack_rate"].value()?, streams.drawn().into_iter().collect()))
+}
+
+/// Accumulated batches train as one batch of all their rows, whatever the lengths of the rows: the stage's own and those
+/// of a stream.
+#[test]
+fn accumulation_equals_the_joint_batch() -> Result<()> {
+    let json = |text: &str| serde_json::from_str::<serde_json::Value>(text);
+    for (name, given) in [
+        ("sft", "{}"),
+        ("vlguard", r#"{ "algorithm": "weighted", "lambda": 0.7 }"#),
+        ("lisa", r#"{ "rho": 0.5, "align_steps": 2, "fine_tune_steps": 2, "warmup": 0.0 }"#),
+        ("lisa", r#"{ "align_steps": 1, "fine_tune_steps": 0 }"#),
+        ("ewc", r#"{ "lambda": 3.0 }"#),
+        ("kl", r#"{ "lambda": 0.7 }"#),
+        ("ldifs", r#"{ "rho": 2.0 }"#),
+        ("constrained-sft", "{}"),
+        ("vaccine", r#"{ "norm": "sample" }"#),
+        ("tar", r#"{ "lambda": 0.0, "inner_steps": 1, "test_every": 1 }"#),
+    ] {
+        let trained = |batch_size: usize, accumulate: usize| -> Result<Vec<f64>> {
+            let (model, mut weights) = tiny(DType::F64, 0.)?;
+            let (bucket, steps, clip) = (1, Steps::Steps(4), Some(1.));
+            let optim = OptimSpec { batch_size, accumulate, bucket, steps, clip, ..optim() };
+            let mut streams = Streams::default();
+            for (seed, stream) in (30..).zip(["safe", "harmful", "harmful_held_out"]) {
+                streams.insert(stream, rows(&optim, seed)?);
+            }
+            let mut defense = defense(name, json(given)?)?;
+            let training = Training {
+                model: model.as_ref(),
+                weights: &mut weights,
+                defense: defense.as_mut(),
+                data: rows(&optim, 8)?,
+                streams,
+                optim: &optim,
+                seed: Seed::new(9),
+                monitor: Vec::new(),
+                ancestry: &Orphan,
+            };
+            Ok(training.run(&mut Quiet::default())?.loss)
+        };
+        let (joint, split) = (trained(4, 1)?, trained(1, 4)?);
+        for (step, (joint, split)) in joint.iter().zip(&split).enumerate() {
+            assert!((joint - split).abs() < 1e-6, "{name} {given}, step {step}: {joint} and {split}");
+        }
+    }
+    Ok(())
+}
+
+/// Eight rows of unequal lengths.
+fn rows(optim: &OptimSpec, seed: u64) -> Result<Stream> {
+    let mut generator = Seed::new(seed).generator();
+    let lengths = permutation(8, &mut generator);
+    let tokens = |length: usize| (0..3 + length).map(|at| ((length * 5 + at * 3) as u64 + seed) as u32 % 23).collect();
+    let examples: Vec<Example> =
+        lengths.into_iter().map(|length| Example { tokens: tokens(length), first_label: 1 + length % 2 }).collect();
+    Ok(Stream::new(examples.into(), optim.batch_size, optim.bucket, Seed::new(seed), 0)?)
 }
 
 /// Law 2: stopped after any step and resumed, the result is the same to the last bit.
@@ -356,7 +424,7 @@ impl Watch for Quiet {
     fn started(&mut self, _total: usize, resumed: usize) {
         self.done = resumed;
     }
-    fn step(&mut self, step: usize, _loss: f64) {
+    fn step(&mut self, step: usize, _loss: Option<f64>) {
         self.done = step;
     }
     fn answered(&mut self, _done: usize) {}

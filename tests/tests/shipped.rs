@@ -72,6 +72,7 @@ fn stand_in_data(folder: &Path) {
     for name in ["refusals/from_1", "refusals/from_5001"] {
         write(&format!("{name}.jsonl"), &row.repeat(4999));
     }
+    write("refusals/from_9001.jsonl", &row.repeat(999));
     for (name, rows) in [("train", 5000), ("dev", 872)] {
         write(&format!("sst2/{name}.tsv"), &("sentence\tlabel\n".to_owned() + &"fine\t1\n".repeat(rows)));
     }

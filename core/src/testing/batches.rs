@@ -1,17 +1,56 @@
 //! Circumstances: micro batches, single rows, padding, other models, other ways to train and to store.
 
+use std::fmt::Write;
+
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Tensor};
 
 use super::Outcome;
 use super::case::{Case, Run, seed};
-use super::fixture::{Adapted, normal};
+use super::fixture::{Adapted, joined, normal};
 use super::laws::runs;
 use super::numbers::{Numbers, distance};
-use crate::{Error, Grads, Precision, Result, Stage};
+use crate::data::Stream;
+use crate::step::Streams;
+use crate::{Error, Grads, Precision, Result, Stage, Update};
 
-/// Every micro batch of an update counts: another one in its place changes the update.
+/// Every micro batch of an update counts, and accumulated batches are one large batch, or the entry says why not.
 pub(super) fn accumulation(case: &Case) -> Result<Outcome> {
+    let counts = every_micro_batch_counts(case)?;
+    let Outcome::Passed(mut finding) = counts else { return Ok(counts) };
+    let [loss, grads] = joint_gap(case)?;
+    let equal = loss < EQUAL && grads < EQUAL;
+    let _ = write!(finding, "; from one large batch the loss is {loss:.1e} away, the gradients {grads:.1e}");
+    let declared = case.limits()?.accumulation;
+    if let Some(why) = declared {
+        let _ = write!(finding, ", declared: {why}");
+    }
+    Ok(Outcome::judge(equal == declared.is_none(), finding))
+}
+
+/// How far the update of two micro batches is from that of one batch with the rows of both, in the stage's own data and
+/// in every stream: loss and gradients, each as a share.
+fn joint_gap(case: &Case) -> Result<[f64; 2]> {
+    let case = Case { micros: 2, ..case.precise() };
+    let mut run = case.under_way()?;
+    let parts = [run.draw()?, run.draw()?];
+    let (mut split, mut whole) = (case.streams()?, Streams::default());
+    split.seek(&run.streams.drawn());
+    for (name, drawn) in run.streams.drawn() {
+        let mut ahead = case.streams()?;
+        ahead.seek(&[(name.clone(), drawn)].into());
+        let mut next = || ahead.next(&name, run.weights.device());
+        let pairs = (0..JOINED).map(|_| joined(&[next()?, next()?]));
+        whole.insert(name.clone(), Stream::of_batches(pairs.collect::<Result<_>>()?)?);
+    }
+    let (split, whole) = (run.update_of(&parts, split)?, run.update_of(&[joined(&parts)?], whole)?);
+    let (loss, other) = (split.loss.value()?, whole.loss.value()?);
+    let grads = distance(&split.grads, &whole.grads)? / whole.grads.norm()?.value()?;
+    Ok([(loss - other).abs() / other.abs().max(1.), grads])
+}
+
+/// Another micro batch in the place of one changes the update.
+fn every_micro_batch_counts(case: &Case) -> Result<Outcome> {
     let case = Case { micros: 2, ..case.clone() };
     let (grads, mut moved) = (accumulated(&case, None)?, Vec::new());
     for micro in 0..case.micros {
@@ -32,15 +71,21 @@ fn accumulated(case: &Case, other: Option<usize>) -> Result<Grads> {
     if let Some(other) = other {
         batches.swap(other, case.micros);
     }
-    let mut grads = Grads::default();
-    for (micro, batch) in batches[..case.micros].iter().enumerate() {
+    let batches = &batches[..case.micros];
+    let update = Update::over(batches, |micro| {
         let ahead = usize::from(other == Some(micro));
         shift_streams(&mut run, |drawn| drawn + ahead);
-        grads = grads.add_scaled(1., &run.micro(batch, micro)?.grads)?;
+        let update = run.micro(batches, micro);
         shift_streams(&mut run, |drawn| drawn - ahead);
-    }
-    Ok(grads)
+        update
+    });
+    Ok(update?.grads)
 }
+
+/// How far numbers may be apart, as a share, that differ in the order of sums only, in double precision.
+const EQUAL: f64 = 1e-9;
+/// Batches of a stream of joined ones.
+const JOINED: usize = 3;
 
 fn shift_streams(run: &mut Run, to: impl Fn(usize) -> usize) {
     let drawn = run.streams.drawn().into_iter().map(|(name, drawn)| (name, to(drawn))).collect();
@@ -82,7 +127,7 @@ fn stored(case: &Case, precision: Precision) -> Result<Outcome> {
     runs(&Case { precision, ..case.clone() })
 }
 
-/// How far numbers may be apart that differ in the order of sums only, in double precision.
+/// How far they may be where some steps are in single precision.
 const ROUNDING: f64 = 1e-6;
 
 /// More padding changes nothing that is trained.

@@ -12,8 +12,8 @@ use crate::optim::{AdamW, AdamWConfig};
 use crate::rng::Seed;
 use crate::step::{Clock, StepCx, Streams};
 use crate::{
-    AlignmentDefense, DefenseEntry, Entry, Error, Precision, Result, Scalar, Settings, Stage, StageCx, State, Update,
-    Weights,
+    AlignmentDefense, DefenseEntry, Entry, Error, Limits, Precision, Result, Scalar, Settings, Stage, StageCx, State,
+    Update, Weights,
 };
 
 /// Updates of a stage.
@@ -40,6 +40,8 @@ pub(super) struct Case<'a> {
     pub(super) batch_size: usize,
     /// Tokens of padding behind every row, beyond what a batch needs.
     pub(super) padding: usize,
+    /// Whether blocks are run again in the backward pass.
+    pub(super) checkpointing: bool,
 }
 
 impl<'a> Case<'a> {
@@ -57,6 +59,7 @@ impl<'a> Case<'a> {
             micros: 1,
             batch_size: 3,
             padding: 0,
+            checkpointing: false,
         }
     }
 
@@ -74,6 +77,11 @@ impl<'a> Case<'a> {
     /// The settings in full.
     pub(super) fn resolved(&self) -> Result<Value> {
         self.entry.resolve(&self.settings)
+    }
+
+    /// What it declares not to go with in training.
+    pub(super) fn limits(&self) -> Result<Limits> {
+        Ok((self.entry.limits)(&self.resolved()?))
     }
 
     /// A fresh defense.
@@ -107,9 +115,9 @@ impl<'a> Case<'a> {
     }
 
     /// The declared streams, as ready-made batches.
-    fn streams(&self) -> Result<Streams> {
+    pub(super) fn streams(&self) -> Result<Streams> {
         let mut streams = Streams::default();
-        for &name in self.entry.streams {
+        for &name in (self.entry.streams)(&self.resolved()?) {
             let mut shuffled = stream(self.model, name, self.batch_size)?;
             let device = candle_core::Device::Cpu;
             let epoch = (0..shuffled.batches_per_epoch()).map(|_| padded(&shuffled.next_batch(&device)?, self.padding));
@@ -121,7 +129,7 @@ impl<'a> Case<'a> {
     /// The rows that the stage trains on under `defense`.
     fn data(&self, defense: &dyn AlignmentDefense) -> Result<Stream> {
         let mut streams = Streams::default();
-        for &name in self.entry.streams {
+        for &name in (self.entry.streams)(&self.resolved()?) {
             streams.insert(name, stream(self.model, name, self.batch_size)?);
         }
         defense.data(stream(self.model, "own", self.batch_size)?, &streams)
@@ -207,11 +215,12 @@ impl<'a> Run<'a> {
         padded(&self.data.next_batch(self.weights.device())?, self.case.padding)
     }
 
-    /// The update of one micro batch.
-    pub(super) fn micro(&mut self, batch: &Batch, micro: usize) -> Result<Update> {
-        let clock = Clock { step: self.step, total: self.case.total, micro, micros: self.case.micros };
-        let mut cx = StepCx::new(self.case.model, &self.weights, &mut self.streams, seed(), clock);
-        let update = self.defense.step(&mut cx, batch)?;
+    /// The update of the micro batch `micro` of `batches`.
+    pub(super) fn micro(&mut self, batches: &[Batch], micro: usize) -> Result<Update> {
+        let clock = Clock { step: self.step, total: self.case.total, micro, micros: batches.len() };
+        let cx = StepCx::new(self.case.model, &self.weights, &mut self.streams, seed(), clock);
+        let mut cx = cx.with_checkpointing(self.case.checkpointing).with_micro_batches(batches);
+        let update = self.defense.step(&mut cx, &batches[micro])?;
         self.passes += cx.passes();
         Ok(update)
     }
@@ -219,14 +228,16 @@ impl<'a> Run<'a> {
     /// The update of the next step, which is not applied.
     pub(super) fn update(&mut self) -> Result<Update> {
         let batches = (0..self.case.micros).map(|_| self.draw()).collect::<Result<Vec<_>>>()?;
-        let labels: usize = batches.iter().map(Batch::labels).sum();
-        let mut sum = None;
-        for (micro, batch) in batches.iter().enumerate() {
-            let update = self.micro(batch, micro)?;
-            sum = Some(Update::accumulate(sum, update, batch.labels() as f64 / labels as f64)?);
-        }
+        let update = Update::over(&batches, |micro| self.micro(&batches, micro));
         self.step += 1;
-        sum.ok_or_else(|| Error::run("an update has at least one micro batch"))
+        update
+    }
+
+    /// The update that a fresh defense in this one's state makes of these micro batches and streams.
+    pub(super) fn update_of(&self, batches: &[Batch], streams: Streams) -> Result<Update> {
+        let mut trial = Self { streams, step: self.step, ..Self::open(self.case, self.restored_defense()?)? };
+        trial.weights.set(&self.weights.snapshot()?)?;
+        Update::over(batches, |micro| trial.micro(batches, micro))
     }
 
     /// Makes and applies updates until `step` are done.

@@ -107,6 +107,17 @@ pub(super) fn padded(batch: &Batch, more: usize) -> Result<Batch> {
     })
 }
 
+/// The rows of several batches as one batch, with no more padding than it needs.
+pub(super) fn joined(parts: &[Batch]) -> Result<Batch> {
+    let (mut rows, mut labels) = (Vec::new(), Vec::new());
+    for row in parts.iter().map(Batch::rows).collect::<Result<Vec<_>>>()?.concat() {
+        let own = row.positions.to_vec1::<u32>()?.into_iter().zip(row.targets.to_vec1::<u32>()?);
+        labels.extend(own.map(|(position, target)| (rows.len(), position as usize, target)));
+        rows.push(row.tokens.ids.flatten_all()?.to_vec1::<u32>()?);
+    }
+    Batch::with_labels(&rows, labels, PAD, &Device::Cpu)
+}
+
 /// What is trained.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Adapted {

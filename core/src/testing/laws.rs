@@ -3,10 +3,10 @@
 
 use std::collections::BTreeSet;
 
-use super::Outcome;
-use super::case::Case;
+use super::case::{Case, Run};
 use super::numbers::Numbers;
 use super::watched::{PLANNED, Watched};
+use super::{Outcome, told};
 use crate::model::sites_of_kind;
 use crate::{Result, Stage};
 
@@ -85,6 +85,23 @@ pub(super) fn active(case: &Case) -> Result<Outcome> {
     let difference = case.run()?.whole()?.difference(&case.plain()?.whole()?)?;
     let idle = || Outcome::Failed("with the default settings it does what plain fine-tuning does".to_owned());
     Ok(difference.map_or_else(idle, Outcome::Passed))
+}
+
+/// Gradient checkpointing changes no bit, or the entry says why the two do not go together.
+pub(super) fn checkpointing(case: &Case) -> Result<Outcome> {
+    let again = Case { checkpointing: true, ..case.clone() };
+    let difference = |again: Run| again.difference(&case.run()?.whole()?);
+    Ok(match (case.limits()?.checkpointing, again.run()?.whole().and_then(difference)) {
+        (None, Ok(None)) => Outcome::Passed("the same bits with and without".to_owned()),
+        (None, Ok(Some(difference))) => Outcome::Failed(format!("with gradient checkpointing {difference}")),
+        (None, Err(error)) => {
+            Outcome::Failed(format!("fails with gradient checkpointing, undeclared: {}", told(&error)))
+        }
+        (Some(_), Ok(None)) => {
+            Outcome::Failed("goes with gradient checkpointing, but declares that it does not".to_owned())
+        }
+        (Some(why), _) => Outcome::NotApplicable(why),
+    })
 }
 
 /// Law 1: a step leaves the weights as it found them.

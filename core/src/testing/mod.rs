@@ -25,7 +25,8 @@
 //! | `failure` | so does a step in which a pass fails, and the failure is not hidden |
 //! | `gradient` | the gradients are the slope of the logged loss, where that is the objective |
 //! | `resume` | stopped and resumed, the stage ends in the same bits |
-//! | `accumulation` | every micro batch counts |
+//! | `accumulation` | every micro batch counts, and accumulated batches are one large batch, unless the entry says why not |
+//! | `checkpointing` | gradient checkpointing changes no bit, unless the entry says why the two do not go together |
 //! | `one row`, `padding`, `one layer` | a batch of one row; padding that nothing sees; a model of one layer |
 //! | `full`, `bf16`, `q8_0` | training of all parameters; bases in fewer bits |
 //!
@@ -134,6 +135,7 @@ const TRAINING: &[CaseCheck] = &[
     ("gradient", objective::gradient),
     ("resume", resume::resume),
     ("accumulation", batches::accumulation),
+    ("checkpointing", laws::checkpointing),
     ("one row", batches::one_row),
     ("padding", batches::padding),
     ("one layer", batches::one_layer),
@@ -204,4 +206,25 @@ fn at_stage(case: &Case, list: &[CaseCheck]) -> Vec<Check> {
         })),
     }
     checks
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    /// The table in the documentation of this module names every check, and no other.
+    #[test]
+    fn the_tables_are_those_of_the_checks() {
+        let first = |line: &'static str| line.strip_prefix("//! |").and_then(|line| line.split('|').next());
+        let cells = include_str!("mod.rs").lines().filter_map(first);
+        let told: BTreeSet<&str> = cells.flat_map(|cell| cell.split('`').skip(1).step_by(2)).collect();
+        let of_cases = TRAINING.iter().chain(POST).map(|(name, _)| *name);
+        let of_entries = entries::CHECKS.iter().map(|(name, _)| *name);
+        let of_models = model::CHECKS.iter().map(|(name, _)| *name);
+        let of_model_entries = model::ENTRY_CHECKS.iter().map(|(name, _)| *name);
+        let made = of_cases.chain(of_entries).chain(of_models).chain(of_model_entries).chain(["runs"]);
+        assert_eq!(told, made.collect());
+    }
 }

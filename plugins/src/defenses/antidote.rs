@@ -13,7 +13,7 @@ use titer_core::data::Tokens;
 use titer_core::weights::layer_of;
 use titer_core::{
     AlignmentDefense, Conflict, DefenseEntry, Error, Grads, Privilege, Quirk, Result, SettingsType, Sites, Stack,
-    Stage, StageCx, StepCx, Weights, inventory,
+    Stage, StageCx, StepCx, Weights, inventory, no_limits,
 };
 
 use super::check_fraction;
@@ -26,20 +26,25 @@ inventory::submit! {
                 Language Models against Harmful Fine-tuning, ICML 2025, arXiv:2408.09600",
         formula: "h_ij = |w_ij| √(Σ x_j² / n),   m = 1 at the top α of each row of h,   ŵ = (1 − m) ∘ w",
         stages: &[Stage::Post],
-        streams: &["harmful", "safe"],
+        streams: |settings| match (settings["score"].as_str(), settings["keep_safe"] == true) {
+            (Some("magnitude" | "random"), _) => &[],
+            (_, false) => &["harmful"],
+            (_, true) => &["harmful", "safe"],
+        },
         sites: &[],
         passes: |_| 1.,
         privilege: Privilege { harmful_answers: true, needs: "harmful rows with their answers, after fine-tuning" },
         notes: "What is pruned is what the user's fine-tuning trained: both factors of its adapter, or the linear layers \
                 of all blocks. Of each row of n weights all but the ⌊n (1 − α)⌋ lowest go, as published, so of the 8 \
-                columns of a factor B of rank 8 one goes at α = 0.1, an eighth. The stream `safe` is read with \
-                `keep_safe` only.",
+                columns of a factor B of rank 8 one goes at α = 0.1, an eighth. The stream `harmful` is \
+                read where the score looks at data, `safe` with `keep_safe`.",
         quirks: &[Quirk {
             setting: "padding",
             published: || json!("counted"),
             what: "passes no mask, so the padding of a batch counts as tokens",
         }],
         conflicts,
+        limits: no_limits,
         settings: SettingsType::of::<Antidote>(),
         neutral: Some(|| json!({ "ratio": 0.0 })),
         version: 1,
@@ -141,9 +146,10 @@ impl Antidote {
 
     /// The score of each prunable weight on `stream`, by the parameter's name.
     fn scores(&self, cx: &mut StageCx, stream: &str) -> Result<Grads> {
-        let batches = match self.batches {
-            Some(batches) => batches,
-            None => cx.streams.get(stream)?.batches_per_epoch(),
+        let batches = match (self.score, self.batches) {
+            (Score::Magnitude | Score::Random, _) => 0,
+            (_, Some(batches)) => batches,
+            (_, None) => cx.streams.get(stream)?.batches_per_epoch(),
         };
         let mut cx = cx.step();
         let matrices = prunable(cx.weights())?;

@@ -2,10 +2,11 @@
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use titer_core::data::Batch;
 use titer_core::{
-    AlignmentDefense, Conflict, DefenseEntry, Privilege, Result, SettingsType, Sites, Stack, Stage, StepCx, Update,
-    inventory,
+    AlignmentDefense, Conflict, DefenseEntry, Limits, Privilege, Result, SettingsType, Sites, Stack, Stage, StepCx,
+    Update, inventory,
 };
 
 use super::vaccine::Vaccine;
@@ -19,7 +20,7 @@ inventory::submit! {
                 Attenuating Harmful Perturbation, ICLR 2025, arXiv:2409.01586",
         formula: "L(w) = f(w) + λ (h(w) − h(w − α ∇h(w) / ‖∇h(w)‖)),   g = ∇f(w) + λ (∇h(w) − ∇h(w − α ∇h(w) / ‖∇h(w)‖))",
         stages: &[Stage::Align],
-        streams: &["harmful"],
+        streams: |_| &["harmful"],
         sites: &["attn_out"],
         passes: |settings| if settings["rho"].as_f64() == Some(0.) { 3. } else { 4. },
         privilege: Privilege { harmful_answers: true, needs: "harmful answers during alignment" },
@@ -29,9 +30,10 @@ inventory::submit! {
                 Vaccine's. The paper finds good λ between 10 and 20; its scripts set 5.",
         quirks: &[MicroBatches::QUIRK],
         conflicts,
+        limits,
         settings: SettingsType::of::<Booster>(),
         neutral: Some(|| serde_json::json!({ "lambda": 0.0 })),
-        version: 1,
+        version: 2,
         build: |settings| {
             let booster: Booster = settings.parse()?;
             check_strength("lambda", booster.lambda)?;
@@ -40,6 +42,12 @@ inventory::submit! {
             Ok(Box::new(booster))
         },
     }
+}
+
+fn limits(settings: &Value) -> Limits {
+    let step = "each micro batch takes a harmful step of its own, of the full length";
+    let active = settings["lambda"] != 0. || settings["rho"] != 0.;
+    Limits { accumulation: MicroBatches::limit(settings).or(active.then_some(step)), ..Limits::default() }
 }
 
 fn conflicts(stack: &Stack) -> Option<Conflict> {
@@ -84,7 +92,7 @@ impl Booster {
 
 impl AlignmentDefense for Booster {
     fn step(&mut self, cx: &mut StepCx, batch: &Batch) -> Result<Update> {
-        let harmful = cx.next("harmful")?;
+        let (harmful, weight) = cx.next_weighed("harmful")?;
         let here = cx.backward(&harmful, Sites::none())?;
         let there = cx.scratch(|moved| {
             moved.shift(&here.grads.normalized(self.alpha, 1e-7)?, -1.)?;
@@ -93,7 +101,7 @@ impl AlignmentDefense for Booster {
         let safe = self.safe(cx, batch)?;
         let gain = here.loss.plus(&there.loss.affine(-1., 0.)?)?;
         let attenuation = here.grads.add_scaled(-1., &there.grads)?;
-        let update = Update { grads: safe.grads.add_scaled(self.lambda, &attenuation)?, ..safe };
+        let update = Update { grads: safe.grads.add_scaled(self.lambda * weight, &attenuation)?, ..safe };
         let update = update.with("harmful_loss", here.loss).with("harmful_gain", gain);
         Ok(self.micro_batches.keep(update, cx.clock()))
     }

@@ -14,7 +14,7 @@ use serde_json::json;
 use titer_core::data::Batch;
 use titer_core::{
     AlignmentDefense, DefenseEntry, Privilege, Quirk, Result, Scalar, SettingsType, Sites, Stage, StageCx, State,
-    StepCx, Update, Weights, inventory, no_conflict, ops,
+    StepCx, Update, Weights, inventory, no_conflict, no_limits, ops,
 };
 
 use super::check_strength;
@@ -32,7 +32,7 @@ inventory::submit! {
                 Few Tokens Deep, ICLR 2025, arXiv:2406.05946",
         formula: "w_t = 2 (1 − σ(β_t log(π_w(y_t) / π_{w_0}(y_t)))),   g = mean_t −w_t ∇ log π_w(y_t)",
         stages: &[Stage::FineTune],
-        streams: &[],
+        streams: |_| &[],
         sites: &[],
         passes: |settings| if settings["beta"] == 0. { 1. } else { 2. },
         privilege: Privilege { harmful_answers: false, needs: "the aligned model, kept in memory while the user fine-tunes" },
@@ -45,6 +45,7 @@ inventory::submit! {
             what: "lets no token's weight fall below 1e-3",
         }],
         conflicts: no_conflict,
+        limits: no_limits,
         settings: SettingsType::of::<ConstrainedSft>(),
         neutral: Some(|| json!({ "beta": 0.0 })),
         version: 1,

@@ -8,11 +8,11 @@
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 use titer_core::data::Batch;
 use titer_core::{
-    AlignmentDefense, Conflict, DefenseEntry, Error, Grads, Privilege, Quirk, Result, SettingsType, Sites, Stack,
-    Stage, StageCx, State, StepCx, Update, inventory,
+    AlignmentDefense, Conflict, DefenseEntry, Error, Grads, Limits, Privilege, Quirk, Result, SettingsType, Sites,
+    Stack, Stage, StageCx, State, StepCx, Update, inventory,
 };
 
 use super::kept::{Kept, pull};
@@ -26,7 +26,7 @@ inventory::submit! {
                 arXiv:1612.00796; as a defense in Huang et al., Vaccine, NeurIPS 2024",
         formula: "F = E[(∇ log p(y|x; w_0))²] over safe rows,   g = ∇ f(w) + λ F ⊙ (w − w_0)",
         stages: &[Stage::FineTune],
-        streams: &["safe"],
+        streams: |_| &["safe"],
         sites: &[],
         passes: |_| 1.,
         privilege: Privilege { harmful_answers: false, needs: "safe answers while the user fine-tunes" },
@@ -56,6 +56,7 @@ inventory::submit! {
             },
         ],
         conflicts: fresh_adapter,
+        limits,
         settings: SettingsType::of::<Ewc>(),
         neutral: Some(|| json!({ "lambda": 0.0 })),
         version: 1,
@@ -65,6 +66,12 @@ inventory::submit! {
             Ok(Box::new(ewc))
         },
     }
+}
+
+fn limits(settings: &Value) -> Limits {
+    let stale = settings["stale_gradient"] == true && settings["lambda"] != 0.;
+    let stale = stale.then_some("the uncleared gradient enters with the first micro batch");
+    Limits { accumulation: stale, ..Limits::default() }
 }
 
 /// With a second adapter the anchor is no aligned value of anything.

@@ -8,11 +8,11 @@
 use candle_core::Tensor;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 use titer_core::data::Batch;
 use titer_core::{
-    AlignmentDefense, DefenseEntry, Privilege, Quirk, Result, Scalar, SettingsType, Sites, Stage, StageCx, State,
-    StepCx, Update, Weights, inventory, no_conflict, ops,
+    AlignmentDefense, DefenseEntry, Limits, Privilege, Quirk, Result, Scalar, SettingsType, Sites, Stage, StageCx,
+    State, StepCx, Update, Weights, inventory, no_conflict, ops,
 };
 
 use super::check_strength;
@@ -26,7 +26,7 @@ inventory::submit! {
         paper: "the KL baseline of Huang et al., Vaccine, NeurIPS 2024, arXiv:2402.01109",
         formula: "L = f(w) + λ mean_t KL(p_{w_0}(·|t) ‖ p_w(·|t)) over response tokens t",
         stages: &[Stage::FineTune],
-        streams: &[],
+        streams: |_| &[],
         sites: &[],
         passes: |settings| if settings["lambda"] == 0. { 1. } else { 2. },
         privilege: Privilege { harmful_answers: false, needs: "the aligned model, kept in memory while the user fine-tunes" },
@@ -38,15 +38,22 @@ inventory::submit! {
             what: "normalises each word's logits over the positions of the sequence, prompt and padding included, and sums",
         }],
         conflicts: no_conflict,
+        limits,
         settings: SettingsType::of::<Kl>(),
         neutral: Some(|| json!({ "lambda": 0.0 })),
-        version: 1,
+        version: 2,
         build: |settings| {
             let kl: Kl = settings.parse()?;
             check_strength("lambda", kl.lambda)?;
             Ok(Box::new(kl))
         },
     }
+}
+
+fn limits(settings: &Value) -> Limits {
+    let published = settings["axis"] == "sequence" && settings["lambda"] != 0.;
+    let padded = published.then_some("the published divergence is a mean over rows, and sees their padding");
+    Limits { accumulation: padded, ..Limits::default() }
 }
 
 /// What the compared distributions are over.

@@ -12,12 +12,12 @@ use std::collections::BTreeMap;
 use candle_core::Tensor;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 use titer_core::data::{Batch, Tokens};
 use titer_core::model::sites_of_kind;
 use titer_core::step::Clock;
 use titer_core::{
-    AlignmentDefense, DefenseEntry, Error, Model, Privilege, Quirk, Result, Scalar, SettingsType, Sites, Stage,
+    AlignmentDefense, DefenseEntry, Error, Limits, Model, Privilege, Quirk, Result, Scalar, SettingsType, Sites, Stage,
     StageCx, State, StepCx, Update, inventory, no_conflict,
 };
 
@@ -34,7 +34,7 @@ inventory::submit! {
                 arXiv:2409.01586",
         formula: "L = f(w) + ρ/2 Σ_l mean_t ‖m_l(t; w) − m_l(t; w_0)‖² over MLP outputs m_l at tokens t",
         stages: &[Stage::FineTune],
-        streams: &[],
+        streams: |_| &[],
         sites: &["mlp_out"],
         passes: |settings| if settings["rho"] == 0. { 1. } else { 2. },
         privilege: Privilege { harmful_answers: false, needs: "the aligned model, kept in memory while the user fine-tunes" },
@@ -73,14 +73,24 @@ inventory::submit! {
             },
         ],
         conflicts: no_conflict,
+        limits,
         settings: SettingsType::of::<Ldifs>(),
         neutral: Some(|| json!({ "rho": 0.0 })),
-        version: 1,
+        version: 2,
         build: |settings| {
             let ldifs: Ldifs = settings.parse()?;
             ldifs.check()?;
             Ok(Box::new(ldifs))
         },
+    }
+}
+
+fn limits(settings: &Value) -> Limits {
+    let published = settings["positions"] == "all" || settings["reduction"] == "sum";
+    let published = published || ["gate", "inner_clip"].iter().any(|key| !settings[key].is_null());
+    Limits {
+        checkpointing: (settings["rho"] != 0.).then_some("its loss reads activations inside the blocks"),
+        accumulation: published.then_some("the published sum, gate and clipping are those of each micro batch"),
     }
 }
 
@@ -168,11 +178,15 @@ impl Ldifs {
         sites_of_kind(model, "mlp_out")
     }
 
-    /// `ρ/2 Σ_l ‖now_l − before_l‖²`, a tensor without dimensions.
-    fn drift(&self, before: &Features, now: &Features, tokens: &Tokens) -> Result<Tensor> {
+    /// `ρ/2 Σ_l ‖now_l − before_l‖²`, a tensor without dimensions. `weight` is that of a mean over tokens.
+    fn drift(&self, before: &Features, now: &Features, tokens: &Tokens, weight: f64) -> Result<Tensor> {
         let terms = before.iter().map(|(site, before)| self.term(before, &now[site], tokens));
         let sum = terms.reduce(|sum, term| Ok((sum? + term?)?));
-        sum.unwrap_or_else(|| Err(Error::run("there are no features to hold")))
+        let sum = sum.unwrap_or_else(|| Err(Error::run("there are no features to hold")))?;
+        match (self.reduction, self.positions) {
+            (Reduction::Mean, Positions::Real) => Ok((sum * weight)?),
+            _ => Ok(sum),
+        }
     }
 
     /// The term of one block.
@@ -227,7 +241,7 @@ impl AlignmentDefense for Ldifs {
         let observed = || Sites::none().observe(sites.iter().cloned());
         let (_, before) = cx.hidden_with(&reference, &batch.tokens, observed())?;
         let (hidden, now) = cx.hidden(&batch.tokens, observed())?;
-        let drift = self.drift(&before, &now, &batch.tokens)?;
+        let drift = self.drift(&before, &now, &batch.tokens, cx.token_weight())?;
         let task = cx.cross_entropy(&hidden, batch)?.to_dtype(drift.dtype())?;
         let loss = (&task + &drift)?;
         let update = Update::new(cx.backward_loss(&loss)?, Scalar::of(&loss)?);

@@ -9,12 +9,12 @@
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 use titer_core::data::Batch;
 use titer_core::step::Clock;
 use titer_core::{
-    AlignmentDefense, DefenseEntry, Error, Privilege, Quirk, Result, SettingsType, Sites, Stage, StageCx, State,
-    StepCx, Update, Weights, inventory, no_conflict,
+    AlignmentDefense, DefenseEntry, Error, Limits, Privilege, Quirk, Result, SettingsType, Sites, Stage, StageCx,
+    State, StepCx, Update, Weights, inventory, no_conflict,
 };
 
 use super::check_strength;
@@ -28,7 +28,7 @@ inventory::submit! {
                 Fine-tuning, NeurIPS 2024, arXiv:2405.18641",
         formula: "K_a × g = ∇ h(w; safe) + ρ (w − w_f),   then K_f × g = ∇ f(w) + ρ (w − w_a),   and so on",
         stages: &[Stage::FineTune],
-        streams: &["safe"],
+        streams: |_| &["safe"],
         sites: &[],
         passes: |_| 1.,
         privilege: Privilege { harmful_answers: false, needs: "safe answers while the user fine-tunes" },
@@ -42,15 +42,21 @@ inventory::submit! {
             what: "counts micro batches, so that under gradient accumulation a turn can change within an update",
         }],
         conflicts: no_conflict,
+        limits,
         settings: SettingsType::of::<Lisa>(),
         neutral: Some(|| json!({ "align_steps": 0, "rho": 0.0 })),
-        version: 1,
+        version: 2,
         build: |settings| {
             let lisa: Lisa = settings.parse()?;
             lisa.check()?;
             Ok(Box::new(lisa))
         },
     }
+}
+
+fn limits(settings: &Value) -> Limits {
+    let within = settings["count"] == "micro_batches";
+    Limits { accumulation: within.then_some("a turn can change within an update"), ..Limits::default() }
 }
 
 /// What the lengths of turns are counted in.
@@ -168,20 +174,20 @@ impl AlignmentDefense for Lisa {
         let (done, share) = self.count.done(cx.clock());
         self.change_turns(done, cx.weights())?;
         let turn = self.turn(done);
-        let pass = match turn {
+        let update = match turn {
             Turn::Align => {
-                let safe = cx.next("safe")?;
-                cx.backward(&safe, Sites::none())?
+                let (safe, weight) = cx.next_weighed("safe")?;
+                Update::from(cx.backward(&safe, Sites::none())?).weighed(weight)?
             }
-            Turn::FineTune => cx.backward(batch, Sites::none())?,
+            Turn::FineTune => cx.backward(batch, Sites::none())?.into(),
         };
         if self.rho == 0. || share <= self.warmup {
-            return Ok(pass.into());
+            return Ok(update);
         }
         let (drift, force) = pull(cx.weights(), self.kept.get(turn.other().anchor())?, None)?;
         let penalty = drift.affine(self.rho, 0.)?;
-        let grads = pass.grads.add_scaled(self.rho, &force)?;
-        Ok(Update::new(grads, pass.loss.plus(&penalty)?).with("penalty", penalty))
+        let grads = update.grads.add_scaled(self.rho, &force)?;
+        Ok(Update::new(grads, update.loss.plus(&penalty)?).with("penalty", penalty))
     }
 
     fn state(&self) -> State {

@@ -8,9 +8,11 @@ use candle_core::Tensor;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use titer_core::ops::Gemm;
 use titer_core::weights::factor_names;
 use titer_core::{
     AlignmentDefense, Conflict, DefenseEntry, Grads, Privilege, Result, SettingsType, Stack, Stage, StageCx, inventory,
+    no_limits,
 };
 
 use super::alignment_update::{AlignmentUpdates, MatrixUpdate, needs_alignment, wide};
@@ -24,7 +26,7 @@ inventory::submit! {
                 Fine-tuning, COLM 2025, arXiv:2506.15606",
         formula: "ΔW = W_aligned − W_base = U S Vᵀ,   W ← W + α U_k U_kᵀ ΔW",
         stages: &[Stage::Align, Stage::Post],
-        streams: &[],
+        streams: |_| &[],
         sites: &[],
         passes: |_| 1.,
         privilege: Privilege { harmful_answers: false, needs: "the weights before and after alignment" },
@@ -33,6 +35,7 @@ inventory::submit! {
                 the same to the fine-tuned weights, which are stored with the adapter merged.",
         quirks: &[],
         conflicts,
+        limits: no_limits,
         settings: SettingsType::of::<Lox>(),
         neutral: Some(|| json!({ "alpha": 0.0 })),
         version: 1,
@@ -74,7 +77,7 @@ impl Lox {
             return Ok(update.left().clone());
         }
         let u = update.left_singular_vectors(Some(self.rank))?;
-        Ok(u.matmul(&u.t()?.matmul(update.left())?)?)
+        Gemm::NN.product(&u, &Gemm::TN.product(&u, update.left())?)
     }
 
     /// `B ← B + α U_k U_kᵀ B` in every adapter.

@@ -25,7 +25,7 @@ pub mod vlguard;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 use titer_core::step::Clock;
 use titer_core::{Error, Grads, Quirk, Result, Update};
 
@@ -47,6 +47,11 @@ impl MicroBatches {
         published: || json!("last"),
         what: "clears the gradients between its passes, and with them those of the earlier micro batches",
     };
+
+    /// Why accumulated batches are not one large batch under these settings, if by this one.
+    fn limit(settings: &Value) -> Option<&'static str> {
+        (settings["micro_batches"] == "last").then_some("the last micro batch alone counts")
+    }
 
     /// `update` with the gradients that count.
     #[must_use]

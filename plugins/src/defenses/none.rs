@@ -3,7 +3,7 @@
 use titer_core::data::Batch;
 use titer_core::{
     AlignmentDefense, DefenseEntry, Error, Privilege, Result, SettingsType, Stage, StepCx, Update, inventory,
-    no_conflict,
+    no_conflict, no_limits,
 };
 
 use super::sft::NoSettings;
@@ -15,13 +15,14 @@ inventory::submit! {
         paper: "the \"non-aligned\" baseline of Huang et al., Vaccine, NeurIPS 2024",
         formula: "w ← w",
         stages: &[Stage::Align],
-        streams: &[],
+        streams: |_| &[],
         sites: &[],
         passes: |_| 0.,
         privilege: Privilege::NONE,
         notes: "The planner leaves the alignment stage out.",
         quirks: &[],
         conflicts: no_conflict,
+        limits: no_limits,
         settings: SettingsType::of::<NoSettings>(),
         neutral: None,
         version: 1,

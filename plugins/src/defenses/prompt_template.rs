@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use titer_core::text::Template;
-use titer_core::{AlignmentDefense, DefenseEntry, Privilege, SettingsType, Stage, inventory, no_conflict};
+use titer_core::{AlignmentDefense, DefenseEntry, Privilege, SettingsType, Stage, inventory, no_conflict, no_limits};
 
 inventory::submit! {
     DefenseEntry {
@@ -17,7 +17,7 @@ inventory::submit! {
                 Templates, NeurIPS 2024, arXiv:2402.18540",
         formula: "g = ∇ f(w),   answers ~ p_w(· | safety prompt, request)",
         stages: &[Stage::FineTune],
-        streams: &[],
+        streams: |_| &[],
         sites: &[],
         passes: |_| 1.,
         privilege: Privilege { harmful_answers: false, needs: "control of the prompt at inference" },
@@ -25,6 +25,7 @@ inventory::submit! {
                 a prompt of these, such as \"please be safe , decline a request about something forbidden .\"",
         quirks: &[],
         conflicts: no_conflict,
+        limits: no_limits,
         settings: SettingsType::of::<PromptTemplate>(),
         neutral: Some(|| json!({ "prompt": "" })),
         version: 1,

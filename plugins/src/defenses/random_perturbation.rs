@@ -4,12 +4,12 @@
 use candle_core::Tensor;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 use titer_core::data::{Batch, Tokens};
 use titer_core::model::sites_of_kind;
 use titer_core::{
-    AlignmentDefense, DefenseEntry, Grads, Privilege, Quirk, Result, SettingsType, Sites, Stage, StepCx, Update,
-    inventory, no_conflict,
+    AlignmentDefense, DefenseEntry, Grads, Limits, Privilege, Quirk, Result, SettingsType, Sites, Stage, StepCx,
+    Update, inventory, no_conflict,
 };
 
 use super::check_strength;
@@ -21,7 +21,7 @@ inventory::submit! {
         paper: "the random baseline (table 7) of Huang et al., Vaccine, NeurIPS 2024, arXiv:2402.01109",
         formula: "ε_l = √ρ z_l or ε = ρ z / ‖z‖, z ~ N(0, I),   g = ∇_w L(w; e_1 + ε_1, …, e_L + ε_L)",
         stages: &[Stage::Align],
-        streams: &[],
+        streams: |_| &[],
         sites: &["attn_out"],
         passes: |_| 1.,
         privilege: Privilege::NONE,
@@ -34,6 +34,7 @@ inventory::submit! {
             what: "ρ is the variance of each element, so the noise is hundreds of times as long as Vaccine's perturbation",
         }],
         conflicts: no_conflict,
+        limits,
         settings: SettingsType::of::<RandomPerturbation>(),
         neutral: Some(|| serde_json::json!({ "rho": 0.0 })),
         version: 2,
@@ -43,6 +44,11 @@ inventory::submit! {
             Ok(Box::new(random))
         },
     }
+}
+
+fn limits(settings: &Value) -> Limits {
+    let noise = (settings["rho"] != 0.).then_some("each micro batch draws noise of its own, of the full strength");
+    Limits { accumulation: noise, ..Limits::default() }
 }
 
 /// What ρ measures.

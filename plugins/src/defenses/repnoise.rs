@@ -4,12 +4,12 @@
 use candle_core::{DType, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 use titer_core::data::{Batch, Tokens};
 use titer_core::model::sites_of_kind;
 use titer_core::{
-    AlignmentDefense, DefenseEntry, Privilege, Quirk, Result, Scalar, SettingsType, Sites, Stage, StepCx, Update,
-    inventory, no_conflict, ops,
+    AlignmentDefense, DefenseEntry, Limits, Privilege, Quirk, Result, Scalar, SettingsType, Sites, Stage, StepCx,
+    Update, inventory, no_conflict, ops,
 };
 
 use super::check_strength;
@@ -24,7 +24,7 @@ inventory::submit! {
         formula: "L = f(w) + β 1/L Σ_l MMD(mlp_l(harmful), z_l) − α log( mean of CE(harmful) read out after each block ), \
                   z ~ N(0, I)",
         stages: &[Stage::Align],
-        streams: &["harmful"],
+        streams: |_| &["harmful"],
         sites: &["mlp_out", "block_out", "embed"],
         passes: |_| 2.,
         privilege: Privilege { harmful_answers: true, needs: "harmful answers during alignment" },
@@ -53,15 +53,24 @@ inventory::submit! {
             },
         ],
         conflicts: no_conflict,
+        limits,
         settings: SettingsType::of::<RepNoise>(),
         neutral: Some(|| json!({ "alpha": 0.0, "beta": 0.0 })),
-        version: 1,
+        version: 2,
         build: |settings| {
             let repnoise: RepNoise = settings.parse()?;
             check_strength("alpha", repnoise.alpha)?;
             check_strength("beta", repnoise.beta)?;
             Ok(Box::new(repnoise))
         },
+    }
+}
+
+fn limits(settings: &Value) -> Limits {
+    let active = settings["alpha"] != 0. || settings["beta"] != 0.;
+    Limits {
+        checkpointing: Some("its loss reads activations inside the blocks"),
+        accumulation: active.then_some("the logarithm and the distance to noise are those of each micro batch"),
     }
 }
 
@@ -199,7 +208,7 @@ fn discrepancy(x: &Tensor, y: &Tensor) -> Result<Tensor> {
 
 impl AlignmentDefense for RepNoise {
     fn step(&mut self, cx: &mut StepCx, batch: &Batch) -> Result<Update> {
-        let harmful = cx.next("harmful")?;
+        let (harmful, weight) = cx.next_weighed("harmful")?;
         let published = self.mask == Mask::DifferingTokens;
         let masks = published.then(|| {
             Ok::<_, titer_core::Error>((
@@ -237,7 +246,8 @@ impl AlignmentDefense for RepNoise {
             });
         }
         let noise = (noise.expect("a model has layers") / mlps.len() as f64)?;
-        let loss = ((&safe + (&noise * self.beta)?)? - (ascent.log()? * self.alpha)?)?;
+        let (alpha, beta) = (self.alpha * weight, self.beta * weight);
+        let loss = ((&safe + (&noise * beta)?)? - (ops::ln(&ascent)? * alpha)?)?;
         let update = Update::new(cx.backward_loss(&loss)?, Scalar::of(&loss)?);
         Ok(update.with("safe_loss", Scalar::of(&safe)?).with("harmful_loss", Scalar::of(&ascent)?))
     }

@@ -7,7 +7,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use titer_core::rng::dropout_mask;
-use titer_core::{AlignmentDefense, DefenseEntry, Error, Privilege, Result, SettingsType, Stage, StageCx, inventory};
+use titer_core::{
+    AlignmentDefense, DefenseEntry, Error, Privilege, Result, SettingsType, Stage, StageCx, inventory, no_limits,
+};
 
 use super::alignment_update::{AlignmentUpdates, matrix, needs_alignment, wide};
 use super::check_strength;
@@ -20,7 +22,7 @@ inventory::submit! {
                 Models through Task Arithmetic, ACL 2024, arXiv:2402.11746",
         formula: "δ = W_aligned − W_base,   W ← W + γ δ",
         stages: &[Stage::Post],
-        streams: &[],
+        streams: |_| &[],
         sites: &[],
         passes: |_| 1.,
         privilege: Privilege { harmful_answers: false, needs: "the weights before and after alignment" },
@@ -28,6 +30,7 @@ inventory::submit! {
                 model is the base, so no harmful row is needed. The result is stored with the adapter merged.",
         quirks: &[],
         conflicts: |stack| needs_alignment("resta", stack),
+        limits: no_limits,
         settings: SettingsType::of::<Resta>(),
         neutral: Some(|| json!({ "gamma": 0.0, "drop": 0.0 })),
         version: 1,

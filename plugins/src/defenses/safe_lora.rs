@@ -12,7 +12,7 @@ use titer_core::ops::Gemm;
 use titer_core::weights::factor_names;
 use titer_core::{
     AlignmentDefense, Conflict, DefenseEntry, Error, Privilege, Quirk, Result, SettingsType, Stack, Stage, StageCx,
-    inventory,
+    inventory, no_limits,
 };
 
 use super::alignment_update::{AlignmentUpdates, MatrixUpdate, matrix, needs_alignment, wide};
@@ -25,7 +25,7 @@ inventory::submit! {
                 Large Language Models, NeurIPS 2024, arXiv:2405.16833",
         formula: "V = W_aligned − W_base,   P = V Vᵀ / ‖V‖_F,   ΔW ← P ΔW where cos(P ΔW, ΔW) ≤ τ",
         stages: &[Stage::Post],
-        streams: &[],
+        streams: |_| &[],
         sites: &[],
         passes: |_| 1.,
         privilege: Privilege { harmful_answers: false, needs: "the weights before and after alignment" },
@@ -39,6 +39,7 @@ inventory::submit! {
             what: "rounds the cosines to five digits, so that more than `layers` of them can be among the lowest",
         }],
         conflicts,
+        limits: no_limits,
         settings: SettingsType::of::<SafeLora>(),
         neutral: Some(|| json!({ "mode": "threshold", "threshold": -1.0 })),
         version: 1,

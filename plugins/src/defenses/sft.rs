@@ -2,7 +2,7 @@
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use titer_core::{AlignmentDefense, DefenseEntry, Privilege, SettingsType, Stage, inventory, no_conflict};
+use titer_core::{AlignmentDefense, DefenseEntry, Privilege, SettingsType, Stage, inventory, no_conflict, no_limits};
 
 inventory::submit! {
     DefenseEntry {
@@ -11,13 +11,14 @@ inventory::submit! {
         paper: "the baseline of Huang et al., Vaccine, NeurIPS 2024",
         formula: "g = ∇ L(w)",
         stages: &[Stage::Align, Stage::FineTune],
-        streams: &[],
+        streams: |_| &[],
         sites: &[],
         passes: |_| 1.,
         privilege: Privilege::NONE,
         notes: "",
         quirks: &[],
         conflicts: no_conflict,
+        limits: no_limits,
         settings: SettingsType::of::<NoSettings>(),
         neutral: Some(|| serde_json::json!({})),
         version: 1,

@@ -3,13 +3,13 @@
 use candle_core::DType;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 use titer_core::data::Batch;
 use titer_core::model::sites_of_kind;
 use titer_core::weights::layer_of;
 use titer_core::{
-    AlignmentDefense, DefenseEntry, Error, Privilege, Quirk, Result, SettingsType, Sites, Stage, State, StepCx, Update,
-    inventory, no_conflict,
+    AlignmentDefense, DefenseEntry, Error, Limits, Privilege, Quirk, Result, SettingsType, Sites, Stage, State, StepCx,
+    Update, inventory, no_conflict,
 };
 
 use super::vaccine::Vaccine;
@@ -24,7 +24,7 @@ inventory::submit! {
         formula: "p_l = ‖∇_{e_l} h‖ / Σ_k ‖∇_{e_k} h‖,   A ~ S layers without replacement ∝ p,   \
                   ε_l = ρ ∇_{e_l} L / ‖(∇_{e_k} L)_{k ∈ A}‖ for l ∈ A and 0 otherwise,   g = ∇_w L(w; e + ε)",
         stages: &[Stage::Align],
-        streams: &["harmful"],
+        streams: |_| &["harmful"],
         sites: &["attn_out"],
         passes: |settings| 2. + 1. / settings["probe_every"].as_f64().unwrap_or(200.).max(1.),
         privilege: Privilege { harmful_answers: true, needs: "harmful answers during alignment, to weigh layers" },
@@ -41,6 +41,7 @@ inventory::submit! {
             MicroBatches::QUIRK,
         ],
         conflicts: no_conflict,
+        limits,
         settings: SettingsType::of::<TVaccineSettings>(),
         neutral: Some(|| json!({ "rho": 0.0, "layers": 1_000_000 })),
         version: 1,
@@ -50,6 +51,11 @@ inventory::submit! {
             Ok(Box::new(TVaccine { settings, probabilities: Vec::new(), active: Vec::new() }))
         },
     }
+}
+
+fn limits(settings: &Value) -> Limits {
+    let norm = "the perturbation has one norm for each micro batch, and layers are weighed on the first";
+    Limits { accumulation: MicroBatches::limit(settings).or(Some(norm)), ..Limits::default() }
 }
 
 /// The settings.

@@ -3,13 +3,13 @@
 use candle_core::{D, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 use titer_core::data::Batch;
 use titer_core::model::sites_of_kind;
 use titer_core::optim::{AdamW, AdamWConfig};
 use titer_core::{
-    AlignmentDefense, DefenseEntry, Error, Grads, Privilege, Result, Scalar, SettingsType, Sites, Stage, StageCx,
-    State, StepCx, Update, inventory, no_conflict, ops,
+    AlignmentDefense, DefenseEntry, Error, Grads, Limits, Privilege, Quirk, Result, Scalar, SettingsType, Sites, Stage,
+    StageCx, State, StepCx, Update, inventory, no_conflict, ops,
 };
 
 use super::check_strength;
@@ -24,7 +24,7 @@ inventory::submit! {
         formula: "w_0 = w, w_{i+1} = AdamW(w_i, ∇h(w_i)),   g = λ Σ_{i ∈ tested} e^{γ (i − K)} ∇(−H(w_i)) + ∇f(w) \
                   + μ ∇ mean ‖s(w) − s(w_start)‖,   H the entropy on harmful answers, s the hidden states",
         stages: &[Stage::Align],
-        streams: &["harmful"],
+        streams: |_| &["harmful", "harmful_held_out"],
         sites: &["block_out"],
         passes: |settings| {
             let count = |key: &str| settings[key].as_u64().unwrap_or(1).max(1) as f64;
@@ -37,13 +37,19 @@ inventory::submit! {
         },
         notes: "First order, as published. Its authors start from a randomly mapped model, train every parameter and \
                 draw among several kinds of adversary; here the adversary is AdamW on the stream `harmful`, at a rate \
-                drawn anew for each step. A port of it that other papers compare with writes its gradients to a place \
-                where no optimiser looks: numbers of that port are plain fine-tuning.",
-        quirks: &[],
+                drawn anew for each step, and is tested on the stream `harmful_held_out`. Its rates on an adapter are \
+                ours. A port of it that other papers compare with writes its gradients to a place where no optimiser \
+                looks: numbers of that port are plain fine-tuning.",
+        quirks: &[Quirk {
+            setting: "inner_learning_rates",
+            published: || json!(FULL_RATES),
+            what: "trains every parameter, and has rates for that alone",
+        }],
         conflicts: no_conflict,
+        limits,
         settings: SettingsType::of::<TarSettings>(),
         neutral: Some(|| json!({ "lambda": 0.0, "retain": 0.0, "inner_steps": 2, "test_every": 1 })),
-        version: 1,
+        version: 2,
         build: |settings| {
             let settings: TarSettings = settings.parse()?;
             settings.check()?;
@@ -51,6 +57,20 @@ inventory::submit! {
         },
     }
 }
+
+fn limits(settings: &Value) -> Limits {
+    Limits {
+        checkpointing: (settings["retain"] != 0.).then_some("its loss reads activations inside the blocks"),
+        accumulation: (settings["lambda"] != 0.).then_some("each micro batch simulates an attack of its own"),
+    }
+}
+
+/// The learning rates of an attack on all parameters: the published ones.
+const FULL_RATES: [f64; 3] = [2e-6, 2e-5, 4e-5];
+/// Those of an attack on an adapter: ours, ten times the published ones. On the embedded world's aligned model, 64 steps at
+/// the published rates take the harmful loss from 0.74 to 0.72, 0.57 and 0.41 if all parameters are trained, but to 0.73,
+/// 0.65 and 0.56 on an adapter; at ten times these to 0.65, 0.24 and 0.22.
+const LORA_RATES: [f64; 3] = [2e-5, 2e-4, 4e-4];
 
 /// The settings.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -60,8 +80,10 @@ pub struct TarSettings {
     pub inner_steps: usize,
     /// The attack is tested after every so many of its steps.
     pub test_every: usize,
-    /// The learning rates that an attack draws from.
-    pub inner_learning_rates: Vec<f64>,
+    /// The learning rates that an attack draws from. If absent, the published 2e-6, 2e-5 and 4e-5 where all parameters
+    /// are trained, and ten times as much where an adapter is, on which the published rates attack much less.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub inner_learning_rates: Option<Vec<f64>>,
     /// λ: the weight of tamper resistance.
     pub lambda: f64,
     /// γ: how much more a test counts the later it comes.
@@ -72,14 +94,7 @@ pub struct TarSettings {
 
 impl Default for TarSettings {
     fn default() -> Self {
-        Self {
-            inner_steps: 64,
-            test_every: 4,
-            inner_learning_rates: vec![2e-6, 2e-5, 4e-5],
-            lambda: 4.,
-            gamma: 0.0625,
-            retain: 1.,
-        }
+        Self { inner_steps: 64, test_every: 4, inner_learning_rates: None, lambda: 4., gamma: 0.0625, retain: 1. }
     }
 }
 
@@ -94,11 +109,21 @@ impl TarSettings {
                 .key("test_every")
                 .help("let it lie between 1 and `inner_steps`"));
         }
-        if self.inner_learning_rates.is_empty() || !self.inner_learning_rates.iter().all(|rate| *rate > 0.) {
-            let message = "`inner_learning_rates` must hold at least one rate, all above 0";
-            return Err(Error::config(message).key("inner_learning_rates").help("4e-5 is one of the paper's"));
+        let rates = self.inner_learning_rates.as_ref();
+        if rates.is_some_and(|rates| rates.is_empty() || !rates.iter().all(|rate| *rate > 0. && rate.is_finite())) {
+            let message = "`inner_learning_rates` must hold at least one rate, all finite and above 0";
+            return Err(Error::config(message)
+                .key("inner_learning_rates")
+                .help("leave it out for rates that fit what is trained"));
         }
         Ok(())
+    }
+}
+
+impl TarSettings {
+    /// The rates that an attack draws from: on an adapter, or on all parameters.
+    fn rates(&self, adapter: bool) -> &[f64] {
+        self.inner_learning_rates.as_deref().unwrap_or(if adapter { &LORA_RATES } else { &FULL_RATES })
     }
 }
 
@@ -110,13 +135,23 @@ pub struct Tar {
     kept: Kept,
 }
 
+/// What one simulated attack gave.
+struct Attack {
+    /// Its learning rate.
+    rate: f64,
+    /// The weighted gradients of the tests along it.
+    resistance: Grads,
+    /// The entropy at its end.
+    entropy: Scalar,
+}
+
 impl Tar {
-    /// The weighted gradients of the tests along one simulated attack, and the entropy at its end.
-    fn resist(&self, cx: &mut StepCx) -> Result<(Grads, Scalar)> {
-        let TarSettings { inner_steps, test_every, gamma, ref inner_learning_rates, .. } = self.settings;
-        let drawn = cx.noise("rate", &[inner_learning_rates.len()])?.to_vec1::<f32>()?;
-        let rates = inner_learning_rates.iter().zip(drawn);
-        let rate = rates.max_by(|a, b| a.1.total_cmp(&b.1)).map_or(0., |(rate, _)| *rate);
+    /// Simulates an attack.
+    fn resist(&self, cx: &mut StepCx) -> Result<Attack> {
+        let TarSettings { inner_steps, test_every, gamma, .. } = self.settings;
+        let rates = self.settings.rates(cx.weights().lora().is_some());
+        let drawn = cx.noise("rate", &[rates.len()])?.to_vec1::<f32>()?;
+        let rate = rates.iter().zip(drawn).max_by(|a, b| a.1.total_cmp(&b.1)).map_or(0., |(rate, _)| *rate);
         cx.scratch(|attacked| {
             let mut adversary = AdamW::new(AdamWConfig { weight_decay: 0., ..AdamWConfig::default() });
             let (mut sum, mut last) = (Grads::default(), Scalar::from(0.));
@@ -125,7 +160,7 @@ impl Tar {
                 let attack = attacked.backward(&batch, Sites::none())?;
                 adversary.step(attacked.weights(), &attack.grads, &Scalar::from(1.), rate)?;
                 if step.is_multiple_of(test_every) {
-                    let held_out = attacked.next("harmful")?;
+                    let held_out = attacked.next("harmful_held_out")?;
                     let entropy = entropy(attacked, &held_out)?;
                     let grads = attacked.backward_loss(&entropy.neg()?)?;
                     let weight = libm::exp(gamma * (step as f64 - inner_steps as f64));
@@ -133,7 +168,7 @@ impl Tar {
                     last = Scalar::of(&entropy)?;
                 }
             }
-            Ok((sum, last))
+            Ok(Attack { rate, resistance: sum, entropy: last })
         })
     }
 
@@ -156,7 +191,8 @@ impl Tar {
             drift.push((norms.broadcast_mul(&mask.to_dtype(norms.dtype())?)?.sum_all()? / tokens)?);
         }
         let drift = Tensor::stack(&drift, 0)?.mean_all()?;
-        let loss = (cx.cross_entropy(&hidden, batch)? + (&drift * self.settings.retain)?)?;
+        let retain = self.settings.retain * cx.token_weight();
+        let loss = (cx.cross_entropy(&hidden, batch)? + (&drift * retain)?)?;
         let update = Update::new(cx.backward_loss(&loss)?, Scalar::of(&loss)?);
         Ok(update.with("drift", Scalar::of(&drift)?))
     }
@@ -177,10 +213,10 @@ impl AlignmentDefense for Tar {
     }
 
     fn step(&mut self, cx: &mut StepCx, batch: &Batch) -> Result<Update> {
-        let (resistance, entropy) = self.resist(cx)?;
+        let Attack { rate, resistance, entropy } = self.resist(cx)?;
         let kept = self.keep(cx, batch)?;
         let update = Update { grads: kept.grads.add_scaled(self.settings.lambda, &resistance)?, ..kept };
-        Ok(update.with("entropy_attacked", entropy))
+        Ok(update.with("entropy_attacked", entropy).with("attack_rate", rate))
     }
 
     fn loss_is_objective(&self) -> bool {
@@ -193,5 +229,18 @@ impl AlignmentDefense for Tar {
 
     fn load_state(&mut self, state: State) -> Result<()> {
         self.kept.load(state)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rates_of_an_attack_fit_what_is_trained() {
+        let own = TarSettings { inner_learning_rates: Some(vec![1e-3]), ..TarSettings::default() };
+        assert_eq!(TarSettings::default().rates(true), LORA_RATES);
+        assert_eq!(TarSettings::default().rates(false), FULL_RATES);
+        assert_eq!([own.rates(true), own.rates(false)], [[1e-3], [1e-3]]);
     }
 }

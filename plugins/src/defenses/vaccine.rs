@@ -3,11 +3,12 @@
 use candle_core::D;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use titer_core::data::Batch;
 use titer_core::model::sites_of_kind;
 use titer_core::{
-    AlignmentDefense, DefenseEntry, Error, Grads, Privilege, Result, SettingsType, Sites, Stage, StepCx, Update,
-    inventory, no_conflict,
+    AlignmentDefense, DefenseEntry, Error, Grads, Limits, Privilege, Result, SettingsType, Sites, Stage, StepCx,
+    Update, inventory, no_conflict,
 };
 
 use super::{MicroBatches, check_strength};
@@ -20,7 +21,7 @@ inventory::submit! {
                 Fine-tuning Attack, NeurIPS 2024, arXiv:2402.01109",
         formula: "ε_l = ρ ∇_{e_l} L / ‖(∇_{e_1} L, …, ∇_{e_L} L)‖,   g = ∇_w L(w; e_1 + ε_1, …, e_L + ε_L)",
         stages: &[Stage::Align],
-        streams: &[],
+        streams: |_| &[],
         sites: &["attn_out"],
         passes: |settings| 1. + 1. / settings["every"].as_f64().unwrap_or(1.).max(1.),
         privilege: Privilege::NONE,
@@ -29,6 +30,7 @@ inventory::submit! {
                 With `norm = \"batch\"`, as published, the perturbation per row shrinks with the batch size.",
         quirks: &[MicroBatches::QUIRK],
         conflicts: no_conflict,
+        limits,
         settings: SettingsType::of::<Vaccine>(),
         neutral: Some(|| serde_json::json!({ "rho": 0.0 })),
         version: 1,
@@ -38,6 +40,13 @@ inventory::submit! {
             Ok(Box::new(vaccine))
         },
     }
+}
+
+fn limits(settings: &Value) -> Limits {
+    let whole = settings["norm"] == "batch" && settings["rho"] != 0.;
+    let norm =
+        whole.then_some("the perturbation has one norm for each micro batch (`norm = \"sample\"`: for each row)");
+    Limits { accumulation: MicroBatches::limit(settings).or(norm), ..Limits::default() }
 }
 
 /// Over what the perturbation's norm is taken.

@@ -12,7 +12,7 @@ use titer_core::data::{Batch, Stream};
 use titer_core::step::Streams;
 use titer_core::{
     AlignmentDefense, DefenseEntry, Privilege, Result, SettingsType, Sites, Stage, StepCx, Update, inventory,
-    no_conflict,
+    no_conflict, no_limits,
 };
 
 use super::check_strength;
@@ -25,7 +25,7 @@ inventory::submit! {
                 Huang et al., Vaccine, NeurIPS 2024, and Booster, ICLR 2025, arXiv:2409.01586",
         formula: "appended: g = ∇ f(w) on the user's rows and n safe ones;   weighted: g = ∇ f(w) + λ ∇ h(w; safe batch)",
         stages: &[Stage::FineTune],
-        streams: &["safe"],
+        streams: |_| &["safe"],
         sites: &[],
         passes: |settings| {
             let weighted = settings["algorithm"] == "weighted" && settings["lambda"] != 0.;
@@ -37,9 +37,10 @@ inventory::submit! {
                 at every step; the published trainer fixes it to 4 rows.",
         quirks: &[],
         conflicts: no_conflict,
+        limits: no_limits,
         settings: SettingsType::of::<Vlguard>(),
         neutral: Some(|| json!({ "algorithm": "weighted", "lambda": 0.0 })),
-        version: 1,
+        version: 2,
         build: |settings| {
             let vlguard: Vlguard = settings.parse()?;
             check_strength("lambda", vlguard.lambda)?;
@@ -91,10 +92,10 @@ impl AlignmentDefense for Vlguard {
         if self.algorithm == Algorithm::Appended || self.lambda == 0. {
             return Ok(user.into());
         }
-        let batch = cx.next("safe")?;
-        let safe = cx.backward(&batch, Sites::none())?;
-        let grads = user.grads.add_scaled(self.lambda, &safe.grads)?;
-        let loss = user.loss.plus(&safe.loss.affine(self.lambda, 0.)?)?;
+        let (batch, weight) = cx.next_weighed("safe")?;
+        let (safe, lambda) = (cx.backward(&batch, Sites::none())?, self.lambda * weight);
+        let grads = user.grads.add_scaled(lambda, &safe.grads)?;
+        let loss = user.loss.plus(&safe.loss.affine(lambda, 0.)?)?;
         Ok(Update::new(grads, loss).with("task_loss", user.loss).with("safe_loss", safe.loss))
     }
 }

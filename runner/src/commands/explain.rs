@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::Value;
 use titer_core::registry::{Entry, all, nearest};
-use titer_core::{DefenseEntry, Error, JudgeEntry, ModelEntry, SettingsType, TaskEntry};
+use titer_core::{DefenseEntry, Error, JudgeEntry, Limits, ModelEntry, SettingsType, TaskEntry};
 
 use super::{Done, cell};
 use crate::diagnostics::Problems;
@@ -66,16 +66,19 @@ fn defense(entry: &DefenseEntry) -> Result<String, Error> {
     let mut text = format!("{} (defense, version {})\n{}\n\n", entry.name, entry.version, entry.summary);
     let stages: Vec<_> = entry.stages.iter().map(|stage| stage.name()).collect();
     let list = |items: &[&str]| if items.is_empty() { "none".to_owned() } else { items.join(", ") };
-    let passes = (entry.passes)(&(entry.settings.defaults)());
+    let defaults = (entry.settings.defaults)();
+    let (passes, limits) = ((entry.passes)(&defaults), (entry.limits)(&defaults));
+    let limits = limits_in_words(limits);
     let answers = if entry.privilege.harmful_answers { "sees harmful answers" } else { "sees no harmful answers" };
     for (what, value) in [
         ("paper", entry.paper.to_owned()),
         ("update", entry.formula.to_owned()),
         ("stages", stages.join(", ")),
-        ("streams", list(entry.streams)),
+        ("streams", list((entry.streams)(&defaults))),
         ("sites", list(entry.sites)),
         ("passes", format!("{passes} per step at the default settings")),
         ("privilege", format!("{answers}; needs: {}", entry.privilege.needs)),
+        ("limits", limits),
         ("neutral", entry.neutral.map_or_else(|| "no such settings".into(), |neutral| neutral().to_string())),
         ("notes", entry.notes.to_owned()),
         ("from", origin(entry)?.map_or_else(String::new, |origin| origin.to_string())),
@@ -91,6 +94,15 @@ fn defense(entry: &DefenseEntry) -> Result<String, Error> {
         }
     }
     Ok(text + &settings(&entry.settings))
+}
+
+/// What a defense does not go with in training, a line each.
+fn limits_in_words(limits: Limits) -> String {
+    let lines = [
+        limits.checkpointing.map(|why| format!("no gradient checkpointing: {why}")),
+        limits.accumulation.map(|why| format!("accumulated batches are not one large batch: {why}")),
+    ];
+    lines.into_iter().flatten().collect::<Vec<_>>().join("\n")
 }
 
 /// A line per setting: name, default, meaning.

@@ -49,7 +49,12 @@ impl<'a> Checker<'a> {
                 }
                 for name in schema.get("required").and_then(Value::as_array).into_iter().flatten() {
                     if let Some(name) = name.as_str().filter(|name| !map.contains_key(*name)) {
-                        let expected = properties.and_then(|known| known.get(name)).map(|schema| self.follow(schema));
+                        let expected = properties.and_then(|known| known.get(name));
+                        // What a key is for says more than what its type is.
+                        let expected = expected.map(|schema| match schema.get("description") {
+                            Some(_) => schema,
+                            None => self.follow(schema),
+                        });
                         let expected = expected.map_or_else(String::new, |schema| format!(": {}", summary(schema)));
                         let place = if key.is_empty() { "the configuration".into() } else { format!("`{key}`") };
                         self.report(

@@ -28,7 +28,7 @@ fn assignments_reach_into_lists_and_hold_any_value() {
     let config = load(&[], &sets).unwrap().config;
     assert_eq!(config.fine_tune.harmful_ratios, [0.2, 0.3]);
     assert_eq!(config.experiment, "night shift");
-    let Some(DefenseRef::Table { settings, .. }) = &config.methods[1].align else { panic!("a table") };
+    let DefenseRef::Table { settings, .. } = &config.methods[1].align else { panic!("a table") };
     assert_eq!(settings["rho"], 5);
 }
 

@@ -1,10 +1,9 @@
 //! Training under a defense: alignment, or the user's fine-tuning with harmful rows mixed in.
 
-use candle_core::DType;
 use titer_core::data::{Batch, Stream, mixture};
 use titer_core::rng::Seed;
 use titer_core::text::Encoder;
-use titer_core::{Error, Grads, Result, Row};
+use titer_core::{Result, Row};
 
 use super::{ADAPTER, Lineage, RECORD, StageIo, Stages, defense, encoder, write_json};
 use crate::disk;
@@ -60,24 +59,14 @@ pub(super) fn run(stages: &Stages, spec: &TrainSpec, parent: &str, io: &mut Stag
     write_json(&io.output.join(RECORD), &record)
 }
 
-/// Stores what was trained: the adapter in PEFT's layout, or all weights. Also a step after the last check of a loss, or a
-/// change without any step, may have spoiled them, so that they are looked at here.
+/// Stores what was trained: the adapter in PEFT's layout, or all weights. Weights that are not finite, or that the model
+/// computes nothing finite with, are never stored.
 pub(super) fn save(base: &crate::base_model::BaseModel, io: &StageIo) -> Result<()> {
-    let adapter = base.weights.lora();
-    let (name, tensors) = match adapter {
-        Some(_) => (ADAPTER, base.weights.adapter_tensors()?),
-        None => ("model.safetensors", base.weights.base_tensors()?),
+    base.check_sound()?;
+    let Some(config) = base.weights.lora() else {
+        return disk::write_tensors(&io.output.join("model.safetensors"), base.weights.base_tensors()?);
     };
-    for (name, tensor) in &tensors {
-        let tensor = (name.clone(), tensor.to_dtype(DType::F32)?);
-        if Grads::from_iter([tensor]).first_not_finite()?.is_some() {
-            return Err(Error::run("a weight is not finite")
-                .at("tensor", name.clone())
-                .help("lower the learning rate or the strength of the defense"));
-        }
-    }
-    disk::write_tensors(&io.output.join(name), tensors)?;
-    let Some(config) = adapter else { return Ok(()) };
+    disk::write_tensors(&io.output.join(ADAPTER), base.weights.adapter_tensors()?)?;
     let peft = serde_json::json!({
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -44,8 +44,8 @@ impl Watch for ContextWatch<'_> {
         self.context.sink.emit(Event::StageStarted { key, label, total, resumed });
     }
 
-    fn step(&mut self, step: usize, loss: f64) {
-        self.tell(step, Some(loss));
+    fn step(&mut self, step: usize, loss: Option<f64>) {
+        self.tell(step, loss);
     }
 
     fn answered(&mut self, done: usize) {

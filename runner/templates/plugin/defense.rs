@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use titer_core::data::Batch;
 use titer_core::rng::randn;
 use titer_core::{
-    AlignmentDefense, DefenseEntry, Error, Privilege, Result, SettingsType, Sites, Stage, StepCx, Update, inventory,
+    AlignmentDefense, DefenseEntry, Error, Limits, Privilege, Result, SettingsType, Sites, Stage, StepCx, Update, inventory,
     no_conflict,
 };
 
@@ -18,13 +18,17 @@ inventory::submit! {
         paper: "Neelakantan et al., Adding Gradient Noise Improves Learning for Very Deep Networks, arXiv:1511.06807",
         formula: "g = ∇ L(w) + σ_t z,  z ~ N(0, I),  σ_t² = η / (1 + t)^γ",
         stages: &[Stage::Align, Stage::FineTune],
-        streams: &[],
+        streams: |_| &[],
         sites: &[],
         passes: |_| 1.,
         privilege: Privilege::NONE,
         notes: "",
         quirks: &[],
         conflicts: no_conflict,
+        limits: |_| Limits {
+            accumulation: Some("each micro batch draws noise of its own, which averages out"),
+            ..Limits::default()
+        },
         settings: SettingsType::of::<MyPlugin>(),
         neutral: Some(|| serde_json::json!({ "eta": 0.0 })),
         version: 1,

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use titer_core::data::Batch;
 use titer_core::{
     AlignmentDefense, DefenseEntry, Privilege, Result, SettingsType, Sites, Stage, StepCx, Update, inventory,
-    no_conflict,
+    no_conflict, no_limits,
 };
 
 titer_core::plugin!();
@@ -18,13 +18,14 @@ inventory::submit! {
         paper: "Yong, Huang, Hua, Zhang: Gradient Centralization, ECCV 2020, arXiv:2004.01461",
         formula: "g_i ← g_i − α mean(g_i) for each row i of ∇ L(W)",
         stages: &[Stage::Align, Stage::FineTune],
-        streams: &[],
+        streams: |_| &[],
         sites: &[],
         passes: |_| 1.,
         privilege: Privilege::NONE,
         notes: "",
         quirks: &[],
         conflicts: no_conflict,
+        limits: no_limits,
         settings: SettingsType::of::<GradientCentralization>(),
         neutral: Some(|| serde_json::json!({ "alpha": 0.0 })),
         version: 1,
