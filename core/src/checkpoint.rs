@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
+use safetensors::View;
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 
 use crate::bounds;
@@ -153,16 +154,50 @@ fn dtype(dtype: Dtype) -> Option<DType> {
     })
 }
 
-/// Writes tensors as one safetensors file. The bytes depend on names and values alone.
+/// Writes tensors in the safetensors format, one at a time. The bytes depend on names and values alone.
+///
+/// It writes to whatever it is given, because the library's own function makes a temporary file that only its owner may
+/// read.
 ///
 /// # Errors
-/// The file cannot be written.
-pub fn write_tensors(path: &Path, tensors: impl IntoIterator<Item = (String, Tensor)>) -> Result<()> {
-    let tensors: Vec<(String, Tensor)> = tensors.into_iter().collect();
-    safetensors::serialize_to_file(tensors.iter().map(|(name, tensor)| (name, tensor)), None, path).map_err(|error| {
-        Error::data(format!("cannot write `{}`", path.display()))
-            .file(path)
-            .source(error)
-            .help("make room on the disk, check the permissions, and run the same command again")
-    })
+/// Two tensors share a name, or `out` cannot be written to.
+pub fn write_tensors(out: &mut dyn Write, tensors: impl IntoIterator<Item = (String, Tensor)>) -> io::Result<()> {
+    let mut tensors: Vec<(String, Tensor)> = tensors.into_iter().collect();
+    // The format's own order: the widest type first, so that every tensor is aligned.
+    tensors.sort_by(|(a, x), (b, y)| View::dtype(y).cmp(&View::dtype(x)).then_with(|| a.cmp(b)));
+    let mut end = 0;
+    let entries = tensors.iter().map(|(name, tensor)| {
+        let begin = end;
+        end += tensor.data_len();
+        let (dtype, shape) = (View::dtype(tensor), tensor.dims().to_vec());
+        (name.clone(), TensorInfo { dtype, shape, data_offsets: (begin, end) })
+    });
+    let metadata = Metadata::new(None, entries.collect()).map_err(io::Error::other)?;
+    let mut header = serde_json::to_vec(&metadata)?;
+    header.resize(header.len().next_multiple_of(size_of::<u64>()), b' ');
+    out.write_all(&(header.len() as u64).to_le_bytes())?;
+    out.write_all(&header)?;
+    tensors.iter().try_for_each(|(_, tensor)| out.write_all(&tensor.data()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_bytes_are_those_of_the_safetensors_library() -> Result<()> {
+        let device = &Device::Cpu;
+        let tensors = [
+            ("b", Tensor::new(&[1f32, -2.], device)?),
+            ("a", Tensor::new(&[[0.5f32], [3.]], device)?),
+            ("half", Tensor::new(&[1f32, 2., 3.], device)?.to_dtype(DType::BF16)?),
+            ("wide", Tensor::new(&[1i64], device)?),
+        ];
+        let mut written = Vec::new();
+        write_tensors(&mut written, tensors.iter().map(|(name, tensor)| ((*name).to_owned(), tensor.clone())))
+            .expect("memory takes all");
+        let expected = safetensors::serialize(tensors.iter().map(|(name, tensor)| (*name, tensor)), None);
+        assert_eq!(written, expected.expect("bytes"));
+        Ok(())
+    }
 }

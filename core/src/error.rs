@@ -145,6 +145,23 @@ impl Error {
         self.inner.help.as_deref()
     }
 
+    /// What caused the error, outermost first. An error whose text holds that of its own cause is not told twice: of an
+    /// [`Error`] among the causes only the message counts, and a message that was already given is left out.
+    pub fn causes(&self) -> Vec<String> {
+        let mut causes: Vec<String> = Vec::new();
+        let mut next = std::error::Error::source(self);
+        while let Some(error) = next {
+            let text =
+                error.downcast_ref::<Error>().map_or_else(|| error.to_string(), |error| error.message().to_owned());
+            let told = |known: &str| known.contains(text.trim());
+            if !told(self.message()) && !causes.iter().any(|cause| told(cause)) {
+                causes.push(text);
+            }
+            next = error.source();
+        }
+        causes
+    }
+
     /// The places the error names, innermost first.
     pub fn places(&self) -> &[(&'static str, String)] {
         &self.inner.at
@@ -162,8 +179,8 @@ impl fmt::Display for Error {
         for (what, value) in &self.inner.at {
             write!(f, "\n  {what}: {value}")?;
         }
-        if let Some(source) = &self.inner.source {
-            write!(f, "\n  cause: {source}")?;
+        for cause in self.causes() {
+            write!(f, "\n  cause: {}", cause.replace('\n', "\n  "))?;
         }
         if let Some(help) = &self.inner.help {
             write!(f, "\n  help: {help}")?;
@@ -196,20 +213,22 @@ impl From<Error> for candle_core::Error {
     }
 }
 
-/// Turns an I/O error about `path` into an error that names it.
+/// Turns an I/O error about `path` into an error that names it, with a remedy.
 pub fn io_error(action: &str, path: &Path, error: std::io::Error) -> Error {
     use std::io::ErrorKind;
     let help = match error.kind() {
-        ErrorKind::NotFound => "check the path; relative paths are taken from the working directory",
+        ErrorKind::NotFound => "check the path",
         ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
-            "check the permissions of the file and its folder"
+            "check the permissions of this file and of the folders around it"
         }
-        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "make room on the disk and run the same command again",
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
+            "free space on this disk; the same command then goes on where this one stopped"
+        }
         ErrorKind::IsADirectory => "give the path of a file, not of a folder",
         ErrorKind::NotADirectory | ErrorKind::AlreadyExists => "a file stands where a folder is needed: check the path",
         ErrorKind::InvalidFilename => "choose a shorter name without special characters",
         ErrorKind::InvalidData => "the file must be text in UTF-8",
-        _ => "check the disk and run the same command again",
+        _ => "run the same command again; if the error stays, check the disk",
     };
     Error::data(format!("cannot {action} `{}`", path.display())).file(path).source(error).help(help)
 }
@@ -227,5 +246,35 @@ mod tests {
             "`rho` must be at least 0, found `-1`\n  key: align.rho\n  file: a.toml\n  help: set rho = 2.0"
         );
         assert_eq!(error.kind().exit_code(), 2);
+    }
+
+    #[test]
+    fn each_cause_is_told_once() {
+        let missing = || std::io::Error::new(std::io::ErrorKind::NotFound, "no such file");
+        let inner = io_error("read", Path::new("a.json"), missing());
+        let outer = Error::data(inner.message()).file("a.json").help("check the path").source(inner);
+        assert_eq!(
+            outer.to_string(),
+            "cannot read `a.json`\n  file: a.json\n  cause: no such file\n  help: check the path"
+        );
+        let wrapped = Error::run("the stage failed").source(io_error("read", Path::new("a.json"), missing()));
+        assert_eq!(wrapped.causes(), ["cannot read `a.json`", "no such file"]);
+        // candle shows what it wraps, and names it as its source, too.
+        let through = Error::from(candle_core::Error::from(missing()));
+        assert_eq!(through.causes(), ["no such file"]);
+    }
+
+    #[test]
+    fn every_failed_access_has_a_remedy() {
+        use std::io::ErrorKind::{Other, PermissionDenied, QuotaExceeded, StorageFull};
+        for (kind, remedy) in [
+            (StorageFull, "free space"),
+            (QuotaExceeded, "free space"),
+            (PermissionDenied, "permissions"),
+            (Other, "again"),
+        ] {
+            let error = io_error("write", Path::new("a"), kind.into());
+            assert!(error.remedy().is_some_and(|help| help.contains(remedy)), "{error}");
+        }
     }
 }

@@ -27,6 +27,15 @@ pub enum Event {
         /// Steps already done by an interrupted run.
         resumed: usize,
     },
+    /// A stage waits, because another process runs it in the same store.
+    StageWaiting {
+        /// The stage's key.
+        key: String,
+        /// What it is.
+        label: String,
+        /// The other process's number, if it is known.
+        process: Option<u32>,
+    },
     /// A step (or a batch of answers) is done.
     Step {
         /// The stage's key.

@@ -1,7 +1,6 @@
 //! Parameters by name: loading, saving, training them in full or through LoRA, snapshots.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
@@ -9,7 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::bounds::{self, at_most};
-use crate::checkpoint::{Checkpoint, write_tensors};
+use crate::checkpoint::Checkpoint;
 use crate::grads::Grads;
 use crate::matrix::{Matrix, Precision};
 use crate::model::Model;
@@ -582,27 +581,26 @@ impl Weights {
         self.trainable.get(name).ok_or_else(|| Error::run(format!("`{name}` is not a parameter under training")))
     }
 
-    /// Writes the base parameters as safetensors: as they are stored, or in f32 where they are stored in blocks or an
-    /// adapter was merged into fewer bits. All of them exist in that type for a moment.
+    /// The base parameters by name: as they are stored, or in f32 where they are stored in blocks or an adapter was
+    /// merged into fewer bits.
     ///
     /// # Errors
-    /// The file cannot be written.
-    pub fn save(&self, path: &Path) -> Result<()> {
-        let tensors = self.named().map(|(name, matrix)| Ok((name.to_owned(), matrix.exact()?)));
-        write_tensors(path, tensors.collect::<Result<Vec<_>>>()?)
+    /// A tensor operation failed.
+    pub fn base_tensors(&self) -> Result<Vec<(String, Tensor)>> {
+        self.named().map(|(name, matrix)| Ok((name.to_owned(), matrix.exact()?))).collect()
     }
 
-    /// Writes the adapter as safetensors under PEFT's names.
+    /// The adapter's factors under PEFT's names.
     ///
     /// # Errors
-    /// There is no adapter, or the file cannot be written.
-    pub fn save_adapter(&self, path: &Path) -> Result<()> {
+    /// There is no adapter.
+    pub fn adapter_tensors(&self) -> Result<Vec<(String, Tensor)>> {
         let lora = self.lora.as_ref().ok_or_else(|| Error::run("there is no adapter to save"))?;
         let tensors = lora.adapters.iter().flat_map(|(&index, adapter)| {
             let [a, b] = factor_names(module_of(&self.params.0[index].name)).map(|n| format!("base_model.model.{n}"));
             [(a, adapter.a.clone()), (b, adapter.b.clone())]
         });
-        write_tensors(path, tensors)
+        Ok(tensors.collect())
     }
 }
 

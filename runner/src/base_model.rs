@@ -7,10 +7,11 @@ use serde_json::{Value, json};
 use titer_core::bounds;
 use titer_core::checkpoint::Checkpoint;
 use titer_core::data::Batch;
-use titer_core::error::io_error;
 use titer_core::step::label_loss;
 use titer_core::text::Tokenizer;
 use titer_core::{Error, Kind, Model, ModelEntry, Precision, Result, Weights, registry};
+
+use crate::disk;
 
 /// A model that can be run: architecture, weights and tokenizer.
 #[derive(Debug)]
@@ -88,10 +89,7 @@ impl BaseModel {
                 map.insert("bos_token_id".into(), json!(bos));
             }
         }
-        let write = |name: &str, text: String| {
-            let path = folder.join(name);
-            std::fs::write(&path, text).map_err(|error| io_error("write", &path, error))
-        };
+        let write = |name: &str, text: String| disk::write(&folder.join(name), text.as_bytes());
         write("config.json", format!("{config:#}\n"))?;
         write("tokenizer.json", self.tokenizer.to_json()?)?;
         let tokenizer = json!({
@@ -100,7 +98,7 @@ impl BaseModel {
             "pad_token": self.tokenizer.token(self.tokenizer.pad),
         });
         write("tokenizer_config.json", format!("{tokenizer:#}\n"))?;
-        self.weights.save(&folder.join("model.safetensors"))
+        disk::write_tensors(&folder.join("model.safetensors"), self.weights.base_tensors()?)
     }
 }
 

@@ -490,7 +490,7 @@ impl Loaded {
                 PluginRef::Path(path) => (path, None),
                 PluginRef::Pinned { path, blake3 } => (path, Some(blake3.clone())),
             };
-            let file = PluginFile { path: self.source.folder().join(path), blake3 };
+            let file = PluginFile { path: self.source.folder_of(&format!("plugins.paths.{index}")).join(path), blake3 };
             let located = |error| self.source.locate(&format!("plugins.paths.{index}"), error);
             plugins::load(&file).map_err(located)?;
         }

@@ -82,10 +82,8 @@ fn write_error(f: &mut fmt::Formatter<'_>, error: &Error) -> fmt::Result {
     for (what, value) in error.places().iter().filter(|(what, _)| !["file", "line", "text"].contains(what)) {
         writeln!(f, "  {what}: {value}")?;
     }
-    let mut cause = std::error::Error::source(error);
-    while let Some(source) = cause {
-        writeln!(f, "  cause: {}", source.to_string().replace('\n', "\n  "))?;
-        cause = source.source();
+    for cause in error.causes() {
+        writeln!(f, "  cause: {}", cause.replace('\n', "\n  "))?;
     }
     // A computation that fails without a remedy of its own was not foreseen.
     const DEFECT: &str = "this is a defect of Titer or of a plugin; please report it with the configuration";

@@ -229,9 +229,7 @@ fn finished(plan: &Plan, store: &Store) -> BTreeSet<Key> {
         let above: Vec<&Key> =
             std::iter::successors(parents.get(&stage.key).copied(), |key| parents.get(key).copied()).collect();
         let sound = |key: &&Key| cached.contains(*key) && store.artifact(key).is_ok_and(|a| a.verified().is_ok());
-        // Every one is looked at: a damaged one must lose its record, or it would pass for done.
-        let broken: Vec<bool> = above.iter().map(|key| !*whole.entry(*key).or_insert_with(|| sound(key))).collect();
-        let broken = broken.iter().rposition(|&broken| broken);
+        let broken = above.iter().rposition(|key| !*whole.entry(*key).or_insert_with(|| sound(key)));
         // What stands between waits for the repair, since a stage reads all that it builds on.
         for key in &above[..broken.map_or(0, |at| at + 1)] {
             cached.remove(*key);
@@ -310,13 +308,14 @@ impl<'a> Board<'a> {
 
     /// Marks every descendant of a failed stage as failed and returns them.
     fn fail(&mut self, failed: &PlannedStage, error: Error) -> Vec<&'a PlannedStage> {
-        let kind = error.kind();
-        self.outcome.failed.insert(failed.key.clone(), Arc::new(error));
+        let (kind, error) = (error.kind(), Arc::new(error));
+        self.outcome.failed.insert(failed.key.clone(), error.clone());
         let mut skipped = self.waiting.remove(failed.key.as_str()).unwrap_or_default();
         let mut next = 0;
         while let Some(stage) = skipped.get(next).copied() {
-            let error = Error::new(kind, format!("skipped, because `{}` failed", failed.label));
-            self.outcome.failed.insert(stage.key.clone(), Arc::new(error));
+            let skipped_for =
+                Error::new(kind, format!("skipped, because `{}` failed", failed.label)).source(error.clone());
+            self.outcome.failed.insert(stage.key.clone(), Arc::new(skipped_for));
             skipped.extend(self.waiting.remove(stage.key.as_str()).unwrap_or_default());
             next += 1;
         }
@@ -361,7 +360,11 @@ impl<'a> Execution<'a> {
 
     /// Runs one stage, unless another process has done so. True if it ran here.
     fn run(&self, stage: &PlannedStage) -> Result<bool> {
-        let claim = match self.store.claim(&stage.key, || self.interrupt.is_set())? {
+        let waiting = |process| {
+            let (key, label) = (stage.key.clone(), stage.label.clone());
+            self.sink.emit(Event::StageWaiting { key, label, process });
+        };
+        let claim = match self.store.claim(&stage.key, || self.interrupt.is_set(), waiting)? {
             Turn::Done(_) => return Ok(false),
             Turn::Ours(claim) => claim,
         };
@@ -437,7 +440,7 @@ mod tests {
     impl<F: Fn(&PlannedStage, &StageContext) -> Result<()> + Sync> StageRunner for Fake<F> {
         fn run(&self, stage: &PlannedStage, context: &StageContext) -> Result<()> {
             (self.0)(stage, context)?;
-            crate::store::write_file(&context.folder.join("label.txt"), stage.label.as_bytes())
+            crate::disk::write(&context.folder.join("label.txt"), stage.label.as_bytes())
         }
     }
 

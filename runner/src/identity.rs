@@ -154,7 +154,7 @@ fn task(spec: &PluginSpec, content: &str) -> Value {
 }
 
 /// The `format` that marks a path in the schema of a task's settings.
-const PATH: &str = "path";
+pub(crate) const PATH: &str = "path";
 
 fn rows(spec: &RowsSpec) -> Value {
     let RowsSpec { task, rows, content } = spec;

@@ -8,10 +8,11 @@
 //! | [`resolve`] | names looked up, defaults filled in, data hashed: all mistakes at once |
 //! | [`planner`] [`plan`] | which stages for which cells; a pure function |
 //! | [`identity`] | what enters the key of a stage and the identity of a row, field by field |
-//! | [`store`] | finished stages by key: atomic, locked, verified |
+//! | [`disk`] [`store`] | every access to the disk; finished stages by key: atomic, locked, verified |
 //! | [`executor`] | runs what is missing, several stages at once |
 //! | [`stages`] [`train_loop`] [`base_model`] | what each stage does; the only place that updates weights; model folders |
 //! | [`results`] [`provenance`] [`statistics`] | `results.json`; where it comes from; intervals and tests |
+//! | [`output`] | the folder of a run's results, which processes take turns to write |
 //! | [`published`] | published values against ours |
 //! | [`reporters`] [`compare`] | its renderings; runs side by side |
 //! | [`cli`] [`commands`] [`progress`] [`diagnostics`] | the command line and what it shows |
@@ -29,14 +30,18 @@ pub mod commands;
 pub mod compare;
 pub mod config;
 pub mod diagnostics;
+pub mod disk;
 pub mod driver;
 #[cfg(feature = "dynamic")]
 mod dynamic;
 pub mod environment;
 pub mod executor;
+#[cfg(test)]
+mod faults;
 pub mod identity;
 pub mod memory;
 pub mod names;
+pub mod output;
 pub mod plan;
 pub mod planner;
 pub mod plugins;

@@ -13,7 +13,7 @@ use titer_core::plugin::{Plugin, Record};
 use titer_core::registry::Entry;
 use titer_core::{DefenseEntry, Error, JudgeEntry, ModelEntry, Result, TaskEntry, inventory};
 
-use crate::resolve::hash_file;
+use crate::disk;
 
 /// Titer's own crates. Their entries are identified by name and version.
 pub(crate) const OWN: [&str; 3] = ["titer_core", "titer_plugins", "titer"];
@@ -147,7 +147,7 @@ fn runner_hash() -> Result<String> {
         None => {
             let path =
                 std::env::current_exe().map_err(|error| Error::run("the runner cannot find itself").source(error))?;
-            let hash = hash_file(&path)?;
+            let hash = disk::hash(&path)?;
             Ok(HASH.get_or_init(|| hash).clone())
         }
     }

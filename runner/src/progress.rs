@@ -1,7 +1,6 @@
 //! Shows events to people: bars on a terminal, plain lines elsewhere; and keeps all of them in `events.jsonl`.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
@@ -10,9 +9,9 @@ use std::time::{Duration, Instant};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde_json::json;
 use titer_core::Result;
-use titer_core::error::io_error;
 use titer_core::event::{Event, Sink};
 
+use crate::disk::Output;
 use crate::names::visible_lines;
 
 /// At most one line per stage in this time, where there is no terminal.
@@ -43,7 +42,8 @@ pub fn for_stderr() -> Box<dyn Sink> {
 /// Appends events to a file, one JSON object per line with the time in seconds since 1970.
 #[derive(Debug)]
 pub struct Journal {
-    file: Mutex<File>,
+    /// Absent once it could not be written to.
+    file: Mutex<Option<Output>>,
 }
 
 impl Journal {
@@ -52,9 +52,7 @@ impl Journal {
     /// # Errors
     /// The file cannot be opened.
     pub fn open(folder: &Path) -> Result<Self> {
-        let path = folder.join("events.jsonl");
-        let file = File::options().create(true).append(true).open(&path);
-        Ok(Self { file: Mutex::new(file.map_err(|error| io_error("open", &path, error))?) })
+        Ok(Self { file: Mutex::new(Some(Output::append(&folder.join("events.jsonl"))?)) })
     }
 }
 
@@ -65,8 +63,9 @@ impl Sink for Journal {
         line["time"] = json!(time);
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         // One write per line, so that a killed process leaves whole lines.
-        if let Err(error) = file.write_all(format!("{line}\n").as_bytes()) {
-            tracing::warn!("cannot write events.jsonl: {error}");
+        if let Some(Err(error)) = file.as_mut().map(|file| file.put(format!("{line}\n").as_bytes())) {
+            tracing::warn!("the run goes on, but its events are no longer written: {error}");
+            *file = None;
         }
     }
 }
@@ -101,6 +100,7 @@ impl<W: Write + Send> Sink for Lines<W> {
             Event::RunStarted { experiment, stages, cached } => {
                 format!("{experiment}: {stages} stages, {cached} in the store")
             }
+            Event::StageWaiting { label, process, .. } => waiting(&label, process),
             Event::StageStarted { key, label, total, resumed } => {
                 let line = match resumed {
                     0 => format!("start   {label}"),
@@ -154,6 +154,9 @@ impl Sink for Bars {
                 bar.enable_steady_tick(Duration::from_secs(1));
                 *overall = Some(bar);
             }
+            Event::StageWaiting { label, process, .. } => {
+                let _ = self.screen.println(waiting(&label, process));
+            }
             Event::StageStarted { key, label, total, resumed } => {
                 let bar = ProgressBar::new(total as u64).with_position(resumed as u64);
                 let bar = match &overall {
@@ -197,6 +200,11 @@ fn style(template: &str) -> ProgressStyle {
     ProgressStyle::with_template(template).expect("the templates above are valid").progress_chars("=> ")
 }
 
+fn waiting(label: &str, process: Option<u32>) -> String {
+    let process = process.map_or_else(|| "another process".to_owned(), |process| format!("process {process}"));
+    format!("wait    {label}: {process} runs it")
+}
+
 fn summary(seconds: f64, ran: usize, cached: usize, failed: usize) -> String {
     format!("{ran} stages ran, {cached} came from the store, {failed} failed, in {seconds:.1} s")
 }
@@ -213,6 +221,7 @@ mod tests {
             Event::Step { key: key.clone(), step: 1, loss: Some(1.5) },
             Event::Step { key: key.clone(), step: 2, loss: None },
             Event::StageFinished { key, label, seconds: 2. },
+            Event::StageWaiting { key: "w".into(), label: "pretrain".into(), process: Some(7) },
             Event::StageFailed { key: "j".into(), label: "judge".into(), error: "no answer".into() },
             Event::RunFinished { seconds: 2., ran: 1, cached: 1, failed: 1 },
         ]
@@ -228,7 +237,7 @@ mod tests {
         assert_eq!(
             String::from_utf8(text).unwrap(),
             "demo: 3 stages, 1 in the store\nstart   align Vaccine\ndone    align Vaccine (2.0 s)\n\
-             FAILED  judge: no answer\n1 stages ran, 1 came from the store, 1 failed, in 2.0 s\n"
+             wait    pretrain: process 7 runs it\nFAILED  judge: no answer\n1 stages ran, 1 came from the store, 1 failed, in 2.0 s\n"
         );
     }
 

@@ -4,7 +4,7 @@
 //! mistake that can be known without a device.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use serde_json::{Map, Value};
 use titer_core::arithmetic;
@@ -28,7 +28,8 @@ use crate::config::{
     Source, StreamConfig, TaskRef, TrainConfig, UserTask,
 };
 use crate::diagnostics::Problems;
-use crate::identity::of_rows;
+use crate::disk;
+use crate::identity::{PATH, of_rows};
 use crate::names;
 use crate::plan::{
     AdapterSpec, EncodingSpec, LoadSpec, OptimSpec, PluginSpec, PretrainSpec, RowsSpec, Steps, StreamSpec,
@@ -198,6 +199,12 @@ pub fn resolve(loaded: &Loaded) -> Result<Experiment, Problems> {
         return Err(cx.problems);
     }
     cx.take("experiment", names::check(&config.experiment));
+    cx.check(
+        is_file_name(&config.experiment),
+        "experiment",
+        &format!("`{}` is not the name of one folder", config.experiment.escape_debug()),
+        "use a plain name without `/` and `\\`, and place the results with --out DIR",
+    );
     cx.seeds("seeds", &config.seeds);
     cx.take("", config.lora.check());
     let precision = cx.take("", Precision::parse(&config.dtype));
@@ -367,6 +374,25 @@ impl Resolver<'_> {
         Some((entry, PluginSpec { name: name.to_owned(), settings, version: entry.version(), plugin }))
     }
 
+    /// The settings of a task in which each path that does not come from the file is a whole one: a task takes relative
+    /// paths from the file's folder.
+    fn placed(&self, key: &str, name: &str, settings: &Map<String, Value>) -> Map<String, Value> {
+        let mut settings = settings.clone();
+        let schema = find::<TaskEntry>(name).map(|entry| (entry.settings.schema)().to_value()).unwrap_or_default();
+        for (setting, value) in &mut settings {
+            if schema["properties"][setting]["format"] != PATH {
+                continue;
+            }
+            let start = self.source.folder_of(&format!("{key}.{setting}"));
+            if start == Path::new("")
+                && let Some(Ok(path)) = value.as_str().map(std::path::absolute)
+            {
+                *value = Value::from(path.to_string_lossy());
+            }
+        }
+        settings
+    }
+
     /// Builds a task, which checks that its files are there, and hashes them.
     fn task(
         &mut self,
@@ -374,6 +400,7 @@ impl Resolver<'_> {
         name: &str,
         settings: &Map<String, Value>,
     ) -> Option<(PluginSpec, String, Box<dyn Task>)> {
+        let settings = &self.placed(key, name, settings);
         let (entry, spec) = self.plugin::<TaskEntry>(key, &format!("{key}.task"), name, settings)?;
         let task = (entry.build)(&Settings::from(settings.clone()), self.source.folder());
         let task = self.take(key, task)?;
@@ -434,7 +461,11 @@ impl Resolver<'_> {
         for file in files {
             let hash = match self.hashes.get(file) {
                 Some(hash) => hash,
-                None => self.hashes.entry(file.clone()).or_insert(hash_file(file)?),
+                None => {
+                    let hash = disk::hash(file);
+                    let hash = hash.map_err(|error| if file.exists() { error } else { error.help(PATHS) })?;
+                    self.hashes.entry(file.clone()).or_insert(hash)
+                }
             };
             whole.update(hash.as_bytes());
         }
@@ -493,7 +524,7 @@ impl Resolver<'_> {
     }
 
     fn checkpoint(&mut self, entry: &ModelEntry, path: &Path, dtype: &str) -> Option<(LoadSpec, Box<dyn Model>)> {
-        let folder = self.source.folder().join(path);
+        let folder = self.source.folder_of("base.path").join(path);
         let files = self.take("base.path", model_files(&folder))?;
         let config = self.take("base.path", read_config(&folder))?;
         let model = self.take("base.path", model_of(entry, &config, &folder.join("config.json")))?;
@@ -851,6 +882,17 @@ impl Resolver<'_> {
     }
 }
 
+/// Where a path that is not whole starts.
+const PATHS: &str =
+    "check the path; in a configuration, paths start at its folder, after --set at the working directory";
+
+/// Whether files and folders can have this name, anywhere, without meaning another place.
+fn is_file_name(name: &str) -> bool {
+    let mut parts = Path::new(name).components();
+    let alone = matches!((parts.next(), parts.next()), (Some(Component::Normal(part)), None) if part == name);
+    alone && !name.contains(['\\', '\0'])
+}
+
 /// The name of a user's task in the table.
 fn table_name(user: &UserTask) -> &str {
     user.name.as_deref().unwrap_or(&user.task)
@@ -886,14 +928,6 @@ fn model_files(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// The hash of a file's bytes.
-pub(crate) fn hash_file(path: &Path) -> Result<String> {
-    let file = bounds::open("read", path)?;
-    let mut hasher = blake3::Hasher::new();
-    hasher.update_reader(file).map_err(|error| io_error("read", path, error))?;
-    Ok(hasher.finalize().to_hex().to_string())
-}
-
 #[cfg(test)]
 mod tests {
     use super::AdapterSpec;
@@ -922,6 +956,12 @@ mod tests {
     fn each_mistake_is_told() {
         let train = "train = { epochs = 2, batch_size = 4, learning_rate = 1e-3 }";
         for (from, to, expected) in [
+            ("\"demo\"", "\"../demo\"", "key: experiment"),
+            ("\"demo\"", "\"/tmp/demo\"", "is not the name of one folder"),
+            ("\"demo\"", "\"a/b\"", "is not the name of one folder"),
+            ("\"demo\"", "\"demo/\"", "is not the name of one folder"),
+            ("\"demo\"", "\"..\"", "is not the name of one folder"),
+            ("\"demo\"", "'a\\b'", "is not the name of one folder"),
             ("seeds = [0, 1]\n\n[lora]", "seeds = []\n\n[lora]", "the list is empty: nothing would run"),
             ("seeds = [0, 1]\n\n[lora]", "seeds = [1, 1]\n\n[lora]", "`1` appears twice"),
             ("harmful_ratios = [0.0, 0.1]", "harmful_ratios = [0.0, 1.1]", "must lie in [0, 1], found `1.1`"),

@@ -4,26 +4,28 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde_json::{Value, json};
-use titer_core::error::io_error;
 use titer_core::report::{Answer, Curves, Failure, Ledger, Metrics, Provenance, Published, ResultRow, Results, SCHEMA};
 use titer_core::{DefenseEntry, Error, Result, Verdict, registry};
 
+use crate::disk;
 use crate::executor::Outcome;
 use crate::identity::digest;
+use crate::output::ANSWERS as ANSWERS_FOLDER;
 use crate::plan::{Cell, Key, Plan, PlannedStage, StageSpec};
 use crate::stages::{ANSWERS, AnswerRecord, JudgeRecord, RECORD, read_answers, read_json};
 use crate::statistics::wilson;
-use crate::store::{Store, write_file};
+use crate::store::Store;
 use crate::train_loop::Record;
 
 /// Points that a training curve keeps: enough to draw.
 const CURVE_POINTS: usize = 60;
 
-/// The results of the cells whose stages are all done, and the failures of the others. Each cell's answers are copied
-/// to `out/answers`. `published` is what the configuration holds them against; `provenance` says how they were made.
+/// The results of the cells whose stages are all done, and the failures of the others: of those whose records cannot be
+/// read, too. Each cell's answers are copied to `out/answers`. `published` is what the configuration holds them against;
+/// `provenance` says how they were made.
 ///
 /// # Errors
-/// The folder of answers cannot be made.
+/// The folder of the answers cannot be made.
 pub fn assemble(
     plan: &Plan,
     published: &[Published],
@@ -34,8 +36,8 @@ pub fn assemble(
 ) -> Result<Results> {
     let stages = plan.stages.iter().map(|stage| (stage.key.as_str(), stage)).collect();
     let assembly = Assembly { stages, store };
-    let answers = out.join("answers");
-    std::fs::create_dir_all(&answers).map_err(|error| io_error("make the folder", &answers, error))?;
+    let answers = out.join(ANSWERS_FOLDER);
+    disk::make_folder(&answers)?;
     let (mut rows, mut failures) = (Vec::new(), Vec::new());
     for cell in &plan.cells {
         match outcome.failure(cell) {
@@ -101,7 +103,7 @@ impl Assembly<'_> {
             }
             for (probe, stored) in probes {
                 let suffix = if model == Model::Aligned { "_aligned" } else { "" };
-                let relative = format!("answers/{}-{probe}{suffix}.jsonl", file_stem(cell));
+                let relative = format!("{ANSWERS_FOLDER}/{}-{probe}{suffix}.jsonl", file_stem(cell));
                 stored.write(&folder.join(&relative))?;
                 answers.insert(format!("{probe}{suffix}"), relative);
             }
@@ -245,7 +247,7 @@ impl Probe {
             text += &serde_json::to_string(answer).map_err(|error| Error::run("cannot serialise").source(error))?;
             text.push('\n');
         }
-        write_file(path, text.as_bytes())
+        disk::replace(path, text.as_bytes())
     }
 }
 

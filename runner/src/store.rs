@@ -1,27 +1,26 @@
 //! The stage store: finished stages by key, shared by all runs.
 //!
 //! ```text
-//! stages/<key>/…            an artifact: its files and commit.json, which lists them with size and hash
+//! stages/<key>/…            an artifact: its files and commit.json, which names the key and lists them with size and hash
 //! partial/<key>/<step>/…    checkpoints of a stage under way, newest last; the same form
 //! new/<key>/…               being written; worthless after a crash
 //! locks/<key>               held by the process that runs the stage
 //! ```
 //!
 //! A folder appears under its name by one rename after everything in it is on disk, so a process killed at any moment
-//! leaves either no artifact or a whole one (law 6).
+//! leaves either no artifact or a whole one (law 6). Several processes may use one store: whatever belongs to a key is
+//! written and removed by the holder of its lock alone, and reading takes no lock.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File, TryLockError};
-use std::io::Write;
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use titer_core::error::io_error;
 use titer_core::{Error, Result};
 
+use crate::disk::{self, Lock};
 use crate::plan::Key;
-use crate::resolve::hash_file;
 
 const COMMIT: &str = "commit.json";
 
@@ -34,6 +33,8 @@ pub struct Store {
 /// The commit record.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 struct Commit {
+    /// The key of the artifact, or that of the stage and the step of the checkpoint. A folder under another name is refused.
+    key: String,
     /// Seconds that the stage took.
     seconds: f64,
     /// Every file of the artifact by its path within it.
@@ -58,8 +59,7 @@ pub struct Artifact {
 pub struct Claim {
     store: Store,
     key: Key,
-    /// Locked as long as it is open.
-    _lock: File,
+    _lock: Lock,
 }
 
 /// What a process finds when it wants to run a stage.
@@ -79,10 +79,8 @@ impl Store {
     pub fn open(root: impl Into<PathBuf>) -> Result<Self> {
         let store = Self { root: root.into() };
         for area in ["stages", "partial", "new", "locks"] {
-            let folder = store.root.join(area);
-            fs::create_dir_all(&folder).map_err(|error| {
-                io_error("make the stage store", &folder, error).help("choose another place with --store DIR")
-            })?;
+            let made = disk::make_folder(&store.root.join(area));
+            made.map_err(|error| error.help("make room or choose another place for the store with --store DIR"))?;
         }
         Ok(store)
     }
@@ -103,7 +101,7 @@ impl Store {
 
     /// Whether the stage is finished: its record lists every file and each has its size.
     pub fn is_committed(&self, key: &Key) -> bool {
-        Artifact::read(self.stage(key)).is_ok()
+        self.artifact(key).is_ok()
     }
 
     /// The artifact of a finished stage. Sizes are checked here, hashes when a file is asked for.
@@ -111,49 +109,30 @@ impl Store {
     /// # Errors
     /// The stage is not finished, or its files are damaged.
     pub fn artifact(&self, key: &Key) -> Result<Artifact> {
-        Artifact::read(self.stage(key))
+        Artifact::read(self.stage(key), key)
     }
 
-    /// Removes a stage.
+    /// Waits until no other process runs the stage, then says whether it is done, to the last byte, or ours to run.
+    /// `give_up` and `waiting` are those of [`Lock::wait`].
     ///
     /// # Errors
-    /// The folder cannot be removed.
-    pub fn discard(&self, key: &Key) -> Result<()> {
-        // Renamed first, so that no reader sees half of it.
-        let (folder, dying) = (self.stage(key), self.root.join("new").join(format!("{key}.discarded")));
-        remove(&dying)?;
-        match fs::rename(&folder, &dying) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(io_error("remove", &folder, error)),
-            Ok(()) => remove(&dying),
-        }
-    }
-
-    /// Waits until no other process runs the stage, then says whether it is done or ours to run. `give_up` is asked
-    /// now and then while waiting.
-    ///
-    /// # Errors
-    /// The lock cannot be used, or `give_up` said so.
-    pub fn claim(&self, key: &Key, give_up: impl Fn() -> bool) -> Result<Turn> {
-        let path = self.root.join("locks").join(key);
-        let failed = |error| io_error("lock", &path, error);
-        let lock = File::options().create(true).truncate(false).write(true).open(&path).map_err(failed)?;
-        loop {
-            match lock.try_lock() {
-                Ok(()) => break,
-                Err(TryLockError::WouldBlock) if give_up() => return Err(Error::interrupted()),
-                Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(100)),
-                Err(TryLockError::Error(error)) => return Err(failed(error)),
-            }
-        }
-        if let Ok(artifact) = self.artifact(key) {
+    /// The lock cannot be used, what lies in the way cannot be removed, or `give_up` said so.
+    pub fn claim(&self, key: &Key, give_up: impl Fn() -> bool, waiting: impl FnOnce(Option<u32>)) -> Result<Turn> {
+        let lock = Lock::wait(&self.root.join("locks").join(key), give_up, waiting)?;
+        if let Ok(artifact) = self.artifact(key)
+            && artifact.verified().is_ok()
+        {
             return Ok(Turn::Done(artifact));
         }
-        // What lies there now is the remains of a damaged artifact or of a killed process.
-        self.discard(key)?;
+        // What lies there now is the remains of a killed process, a damaged artifact or that of another key.
         let claim = Claim { store: self.clone(), key: key.clone(), _lock: lock };
-        remove(&claim.folder())?;
-        fs::create_dir_all(claim.folder()).map_err(|error| io_error("make", &claim.folder(), error))?;
+        disk::remove(&claim.folder())?;
+        if self.stage(key).exists() {
+            // Renamed first, so that no reader sees half of it.
+            disk::rename(&self.stage(key), &claim.folder())?;
+            disk::remove(&claim.folder())?;
+        }
+        disk::make_folder(&claim.folder())?;
         Ok(Turn::Ours(claim))
     }
 
@@ -182,11 +161,13 @@ impl Store {
 }
 
 impl Artifact {
-    fn read(folder: PathBuf) -> Result<Self> {
+    fn read(folder: PathBuf, key: &str) -> Result<Self> {
         let path = folder.join(COMMIT);
-        let bytes = fs::read(&path).map_err(|error| io_error("read the commit record", &path, error))?;
-        let commit: Commit =
-            serde_json::from_slice(&bytes).map_err(|error| damaged(&path, "its record is unreadable").source(error))?;
+        let commit: Commit = serde_json::from_slice(&disk::read(&path)?)
+            .map_err(|error| damaged(&path, "its record is unreadable").source(error))?;
+        if commit.key != key {
+            return Err(damaged(&path, &format!("it belongs to `{}`", commit.key)).key(key));
+        }
         for (name, record) in &commit.files {
             let path = folder.join(name);
             let size = fs::metadata(&path).map(|metadata| metadata.len());
@@ -213,11 +194,9 @@ impl Artifact {
             .files
             .get(name)
             .ok_or_else(|| Error::data(format!("the stage has no file `{name}`")).file(&path))?;
-        if hash_file(&path)? == record.blake3 {
+        if disk::hash(&path)? == record.blake3 {
             return Ok(path);
         }
-        // Without its record the stage counts as missing, so the next run computes it anew.
-        let _ = fs::remove_file(self.folder.join(COMMIT));
         Err(damaged(&path, "its content is not what its record says"))
     }
 
@@ -258,7 +237,7 @@ impl Claim {
 
     /// The stage's checkpoints.
     pub fn partials(&self) -> Partials {
-        Partials { folder: self.store.root.join("partial").join(&self.key) }
+        Partials { folder: self.store.root.join("partial").join(&self.key), key: self.key.clone() }
     }
 
     /// Makes the folder the stage's artifact, which took `seconds`, and drops its checkpoints.
@@ -266,10 +245,11 @@ impl Claim {
     /// # Errors
     /// The files cannot be brought to disk.
     pub fn commit(self, seconds: f64) -> Result<Artifact> {
-        let target = self.store.stage(&self.key);
-        publish(&self.folder(), &target, seconds)?;
-        remove(&self.partials().folder)?;
-        Artifact::read(target)
+        publish(&self.folder(), &self.store.stage(&self.key), &self.key, seconds)?;
+        if let Err(error) = disk::remove(&self.partials().folder) {
+            tracing::warn!("checkpoints of a finished stage stay: {error}");
+        }
+        self.store.artifact(&self.key)
     }
 }
 
@@ -277,6 +257,7 @@ impl Claim {
 #[derive(Debug, Clone)]
 pub struct Partials {
     folder: PathBuf,
+    key: Key,
 }
 
 impl Partials {
@@ -286,80 +267,60 @@ impl Partials {
     /// The checkpoint cannot be written.
     pub fn save(&self, step: usize, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
         let (unfinished, target) = (self.folder.join("new"), self.folder.join(format!("{step:012}")));
-        remove(&unfinished)?;
-        fs::create_dir_all(&unfinished).map_err(|error| io_error("make", &unfinished, error))?;
+        disk::remove(&unfinished)?;
+        disk::make_folder(&unfinished)?;
         write(&unfinished)?;
-        remove(&target)?;
-        publish(&unfinished, &target, 0.)?;
-        self.steps().into_iter().filter(|&(other, _)| other != step).try_for_each(|(_, folder)| remove(&folder))
+        disk::remove(&target)?;
+        publish(&unfinished, &target, &self.record_key(step), 0.)?;
+        self.steps().into_iter().filter(|&(other, _)| other != step).try_for_each(|(_, folder)| disk::remove(&folder))
     }
 
     /// The newest whole checkpoint: its step and its folder. A damaged one is passed over.
     pub fn newest(&self) -> Option<(usize, PathBuf)> {
-        self.steps().into_iter().rev().find(|(_, folder)| {
-            Artifact::read(folder.clone()).and_then(|artifact| artifact.verified().map(drop)).is_ok()
+        self.steps().into_iter().rev().find(|(step, folder)| {
+            let artifact = Artifact::read(folder.clone(), &self.record_key(*step));
+            artifact.and_then(|artifact| artifact.verified().map(drop)).is_ok()
         })
     }
 
     fn steps(&self) -> Vec<(usize, PathBuf)> {
-        let entries = fs::read_dir(&self.folder).into_iter().flatten().flatten();
-        let mut steps: Vec<_> =
-            entries.filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry.path()))).collect();
-        steps.sort();
-        steps
+        let step = |folder: &Path| folder.file_name()?.to_str()?.parse().ok();
+        let folders = disk::list(&self.folder).unwrap_or_default().into_iter();
+        folders.filter_map(|folder| Some((step(&folder)?, folder))).collect()
+    }
+
+    fn record_key(&self, step: usize) -> String {
+        format!("{} at {step}", self.key)
     }
 }
 
-/// Brings everything in `folder` to disk, records it and renames it to `target`.
-fn publish(folder: &Path, target: &Path, seconds: f64) -> Result<()> {
-    let mut commit = Commit { seconds, ..Commit::default() };
+/// Brings everything in `folder` to disk, records it as that of `key` and renames it to `target`.
+fn publish(folder: &Path, target: &Path, key: &str, seconds: f64) -> Result<()> {
+    let mut commit = Commit { key: key.to_owned(), seconds, ..Commit::default() };
     record(folder, "", &mut commit)?;
     let bytes = serde_json::to_vec_pretty(&commit).expect("records serialise");
-    write_file(&folder.join(COMMIT), &bytes)?;
-    sync(folder)?;
-    fs::rename(folder, target).map_err(|error| io_error("rename into place", target, error))?;
-    target.parent().map_or(Ok(()), sync)
+    let path = folder.join(COMMIT);
+    disk::write(&path, &bytes)?;
+    disk::sync(&path)?;
+    disk::sync(folder)?;
+    disk::rename(folder, target)?;
+    target.parent().map_or(Ok(()), disk::sync)
 }
 
 fn record(folder: &Path, prefix: &str, commit: &mut Commit) -> Result<()> {
-    let failed = |error| io_error("read", folder, error);
-    for entry in fs::read_dir(folder).map_err(failed)? {
-        let path = entry.map_err(failed)?.path();
+    for path in disk::list(folder)? {
         let name = path.file_name().and_then(std::ffi::OsStr::to_str);
         let name = name.ok_or_else(|| Error::run("an artifact file has a name that is not Unicode").file(&path))?;
         let name = format!("{prefix}{name}");
         if path.is_dir() {
             record(&path, &format!("{name}/"), commit)?;
         } else {
-            let size = fs::metadata(&path).map_err(failed)?.len();
-            commit.files.insert(name, FileRecord { size, blake3: hash_file(&path)? });
+            let size = fs::metadata(&path).map_err(|error| io_error("read", &path, error))?.len();
+            commit.files.insert(name, FileRecord { size, blake3: disk::hash(&path)? });
         }
-        sync(&path)?;
+        disk::sync(&path)?;
     }
     Ok(())
-}
-
-/// Writes a file whole: under another name, synced, then renamed.
-///
-/// # Errors
-/// The file cannot be written.
-pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
-    let failed = |error| io_error("write", path, error);
-    let unfinished = path.with_added_extension("new");
-    let mut file = File::create(&unfinished).map_err(failed)?;
-    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(failed)?;
-    fs::rename(&unfinished, path).map_err(failed)
-}
-
-fn sync(path: &Path) -> Result<()> {
-    File::open(path).and_then(|file| file.sync_all()).map_err(|error| io_error("sync", path, error))
-}
-
-fn remove(folder: &Path) -> Result<()> {
-    match fs::remove_dir_all(folder) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(io_error("remove", folder, error)),
-        _ => Ok(()),
-    }
 }
 
 fn damaged(path: &Path, why: &str) -> Error {
@@ -370,6 +331,8 @@ fn damaged(path: &Path, why: &str) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     fn store() -> (tempfile::TempDir, Store) {
@@ -379,7 +342,7 @@ mod tests {
     }
 
     fn claim(store: &Store, key: &str) -> Claim {
-        match store.claim(&key.to_owned(), || false).unwrap() {
+        match store.claim(&key.to_owned(), || false, |_| ()).unwrap() {
             Turn::Ours(claim) => claim,
             Turn::Done(_) => panic!("`{key}` is done"),
         }
@@ -404,7 +367,7 @@ mod tests {
         assert!(store.is_committed(&key));
         assert_eq!(fs::read_to_string(artifact.file("a.txt").unwrap()).unwrap(), "one");
         assert!(artifact.file("b.txt").is_err());
-        assert!(matches!(store.claim(&key, || false).unwrap(), Turn::Done(_)));
+        assert!(matches!(store.claim(&key, || false, |_| ()).unwrap(), Turn::Done(_)));
     }
 
     #[test]
@@ -428,7 +391,6 @@ mod tests {
         fs::write(artifact.folder().join("a.txt"), "eno").unwrap();
         assert!(store.is_committed(&key), "sizes agree");
         assert!(artifact.verified().unwrap_err().to_string().contains("damaged"));
-        assert!(!store.is_committed(&key), "found damaged, it counts as missing");
         let artifact = finish(&store, "k");
         fs::write(artifact.folder().join("a.txt"), "longer").unwrap();
         assert!(!store.is_committed(&key));
@@ -440,12 +402,49 @@ mod tests {
     }
 
     #[test]
+    fn an_artifact_under_another_key_is_refused_and_computed_anew() {
+        let (folder, store) = store();
+        let (a, b) = ("a".to_owned(), "b".to_owned());
+        finish(&store, "a");
+        finish(&store, "b");
+        let aside = folder.path().join("aside");
+        for (from, to) in
+            [(store.stage(&a), &aside), (store.stage(&b), &store.stage(&a)), (aside.clone(), &store.stage(&b))]
+        {
+            fs::rename(from, to).unwrap();
+        }
+        let error = store.artifact(&a).unwrap_err().to_string();
+        assert!(error.contains("belongs to `b`") && error.contains("help: "), "{error}");
+        assert!(!store.is_committed(&a) && !store.is_committed(&b));
+        finish(&store, "a").verified().unwrap();
+        finish(&store, "b").verified().unwrap();
+        // A record of an older format names no key.
+        let record = store.stage(&a).join(COMMIT);
+        let text = fs::read_to_string(&record).unwrap().replace("  \"key\": \"a\",\n", "");
+        fs::write(&record, text).unwrap();
+        assert!(!store.is_committed(&a));
+    }
+
+    #[test]
+    fn a_checkpoint_of_another_stage_or_step_is_passed_over() {
+        let (_folder, store) = store();
+        let [a, b] = ["a", "b"].map(|key| claim(&store, key).partials());
+        a.save(1, |_| Ok(())).unwrap();
+        fs::create_dir_all(&b.folder).unwrap();
+        fs::rename(a.folder.join("000000000001"), b.folder.join("000000000001")).unwrap();
+        assert!(b.newest().is_none());
+        a.save(1, |_| Ok(())).unwrap();
+        fs::rename(a.folder.join("000000000001"), a.folder.join("000000000002")).unwrap();
+        assert!(a.newest().is_none());
+    }
+
+    #[test]
     fn the_newest_whole_checkpoint_wins() {
         let (_folder, store) = store();
         let claim = claim(&store, "k");
         let partials = claim.partials();
         let save = |step, text: &str| {
-            partials.save(step, |folder| write_file(&folder.join("w.txt"), text.as_bytes())).unwrap();
+            partials.save(step, |folder| disk::replace(&folder.join("w.txt"), text.as_bytes())).unwrap();
         };
         assert!(partials.newest().is_none());
         save(10, "ten");
@@ -477,9 +476,9 @@ mod tests {
         let (_folder, store) = store();
         let key = "k".to_owned();
         let first = claim(&store, "k");
-        assert_eq!(store.claim(&key, || true).unwrap_err().kind(), titer_core::Kind::Interrupted);
+        assert_eq!(store.claim(&key, || true, |_| ()).unwrap_err().kind(), titer_core::Kind::Interrupted);
         std::thread::scope(|scope| {
-            let second = scope.spawn(|| matches!(store.claim(&key, || false), Ok(Turn::Done(_))));
+            let second = scope.spawn(|| matches!(store.claim(&key, || false, |_| ()), Ok(Turn::Done(_))));
             std::thread::sleep(Duration::from_millis(50));
             first.commit(1.).unwrap();
             assert!(second.join().unwrap());

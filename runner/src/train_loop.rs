@@ -6,14 +6,14 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use titer_core::checkpoint::{Checkpoint, write_tensors};
+use titer_core::checkpoint::Checkpoint;
 use titer_core::data::{Batch, Stream};
-use titer_core::error::io_error;
 use titer_core::optim::{AdamW, AdamWConfig};
 use titer_core::rng::Seed;
 use titer_core::step::{Ancestry, Clock, StepCx, Streams, label_loss};
 use titer_core::{AlignmentDefense, Error, Grads, Kind, Model, Result, Scalar, StageCx, State, Update, Weights};
 
+use crate::disk::{self, write_tensors};
 use crate::memory::stage_peak;
 use crate::plan::OptimSpec;
 
@@ -244,13 +244,12 @@ impl Training<'_> {
         let path = folder.join("position.json");
         let text =
             serde_json::to_vec(&position).map_err(|error| Error::run("cannot write the position").source(error))?;
-        std::fs::write(&path, text).map_err(|error| io_error("write", &path, error))
+        disk::write(&path, &text)
     }
 
     fn restore(&mut self, folder: &Path, optimizer: &mut AdamW) -> Result<(usize, Record)> {
         let path = folder.join("position.json");
-        let text = std::fs::read(&path).map_err(|error| io_error("read the checkpoint", &path, error))?;
-        let position: Position = serde_json::from_slice(&text)
+        let position: Position = serde_json::from_slice(&disk::read(&path)?)
             .map_err(|error| Error::data("the checkpoint cannot be read").file(&path).source(error))?;
         let device = self.weights.device().clone();
         let read = |name: &str| -> Result<BTreeMap<String, candle_core::Tensor>> {

@@ -4,7 +4,8 @@ use std::path::Path;
 use std::process::Command;
 
 use candle_core::{DType, Device, Tensor};
-use titer_core::checkpoint::{Checkpoint, write_tensors};
+use titer::disk::write_tensors;
+use titer_core::checkpoint::Checkpoint;
 use titer_core::text::Tokenizer;
 use titer_core::{Weights, rng::Seed};
 use titer_tests::cli::{run, small, stderr, titer};
@@ -524,4 +525,33 @@ fn rename(folder: &Path) {
     let renamed =
         tensors(folder).into_iter().map(|(name, tensor)| (name.replace("0.self_attn.q_proj", "0.attn.q"), tensor));
     write_tensors(&folder.join("model.safetensors"), renamed.collect::<Vec<_>>()).expect("written");
+}
+
+#[test]
+fn paths_of_the_command_line_start_at_the_working_directory() {
+    let root = tempfile::tempdir().expect("a folder");
+    for folder in ["configs", "data"] {
+        std::fs::create_dir(root.path().join(folder)).expect("a folder");
+    }
+    let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/sst2.toml");
+    let text = std::fs::read_to_string(&shipped).expect("the configuration");
+    // As it stands at its head.
+    let command = text.lines().find_map(|line| line.strip_prefix("#   titer run ")).expect("a command");
+    std::fs::write(root.path().join("configs/sst2.toml"), &text).expect("written");
+    std::fs::write(root.path().join("data/safe.json"), r#"[{"instruction": "a", "output": "b"}]"#).expect("written");
+    let plan = |arguments: &str| {
+        let mut command = titer();
+        command.arg("plan").args(arguments.split_whitespace()).arg("--store").arg(root.path().join("store"));
+        let output = command.current_dir(root.path()).output().expect("a plan");
+        assert_eq!(output.status.code(), Some(3), "{}", stderr(&output));
+        stderr(&output)
+    };
+    let told = plan(command);
+    assert!(told.contains("folder `models/tiny`") && !told.contains("cannot read `configs/data/safe.json`"), "{told}");
+    assert!(!told.contains("cannot read `data/safe.json`"), "{told}");
+    assert!(told.contains("`configs/harmful.jsonl`") && told.contains("paths start at its folder"), "{told}");
+    // Each cause once.
+    assert_eq!(told.matches("error: ").count(), told.matches("os error 2").count(), "{told}");
+    let told = plan("configs/sst2.toml");
+    assert!(told.contains("folder `configs/model`") && told.contains("`configs/safe.json`"), "{told}");
 }

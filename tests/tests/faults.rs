@@ -157,3 +157,107 @@ fn numbers_that_are_not_finite_fail_their_own_cells() {
         }
     }
 }
+
+#[test]
+fn two_runs_into_one_folder_both_end_well() {
+    let (expected, config) = undisturbed();
+    for _ in 0..3 {
+        let folder = tempfile::tempdir().expect("a folder");
+        let start =
+            || run(folder.path(), &config).stderr(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("a run");
+        for child in [start(), start()] {
+            let output = child.wait_with_output().expect("the end");
+            assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        }
+        assert_same(folder.path(), expected.path());
+    }
+}
+
+#[test]
+fn two_experiments_do_not_mix_in_one_folder() {
+    let (folder, other) = (tempfile::tempdir().expect("a folder"), tempfile::tempdir().expect("a folder"));
+    let configs =
+        [small(folder.path(), &[]), small(other.path(), &[("\"small\"", "\"other\""), ("rows = 6", "rows = 5")])];
+    let children = configs
+        .each_ref()
+        .map(|config| run(folder.path(), config).stderr(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("a run"));
+    let outputs = children.map(|child| child.wait_with_output().expect("the end"));
+    let mut codes = outputs.each_ref().map(|output| output.status.code());
+    codes.sort();
+    assert_eq!(codes, [Some(0), Some(2)], "{}{}", stderr(&outputs[0]), stderr(&outputs[1]));
+    let refused = outputs.iter().find(|output| !output.status.success()).expect("one is refused");
+    let text = stderr(refused);
+    assert!(text.contains("holds results of the experiment") && text.contains("--out"), "{text}");
+    let results = results(&folder.path().join("out"));
+    let named: usize = results["rows"]
+        .as_array()
+        .expect("rows")
+        .iter()
+        .map(|row| row["answers"].as_object().map_or(0, serde_json::Map::len))
+        .sum();
+    assert_eq!(answers(&folder.path().join("out")).len(), named);
+}
+
+/// The names of the files in a folder.
+fn names(folder: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(folder).expect("a folder");
+    let mut names: Vec<String> =
+        entries.map(|entry| entry.expect("an entry").file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn swapped_stages_are_computed_again() {
+    let (folder, config) = undisturbed();
+    let expected = results(&folder.path().join("out"));
+    let stages = folder.path().join("store/stages");
+    // Stages of one kind, by the files that they store.
+    let mut kinds: std::collections::BTreeMap<_, Vec<PathBuf>> = std::collections::BTreeMap::new();
+    for name in names(&stages) {
+        kinds.entry(names(&stages.join(&name))).or_default().push(stages.join(&name));
+    }
+    let mut swapped = 0;
+    for [a, b] in kinds.values().flat_map(|kind| kind.as_chunks().0) {
+        let aside = folder.path().join("aside");
+        for (from, to) in [(a, &aside), (b, a), (&aside, b)] {
+            std::fs::rename(from, to).expect("renamed");
+        }
+        swapped += 2;
+    }
+    assert!(swapped > 10);
+    let output = run(folder.path(), &config).output().expect("a run");
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(results(&folder.path().join("out")), expected);
+    assert!(stderr(&output).contains(&format!("{swapped} stages ran")), "{}", stderr(&output));
+}
+
+#[cfg(unix)]
+#[test]
+fn files_have_the_modes_that_the_umask_leaves() {
+    use std::os::unix::fs::PermissionsExt;
+    for (umask, file, directory) in [("0002", 0o664, 0o775), ("0022", 0o644, 0o755)] {
+        let folder = tempfile::tempdir().expect("a folder");
+        let config = small(folder.path(), &[("steps = 40", "steps = 2")]);
+        let command = run(folder.path(), &config);
+        let output = std::process::Command::new("sh")
+            .args(["-c", &format!("umask {umask}; exec \"$0\" \"$@\"")])
+            .arg(command.get_program())
+            .args(command.get_args())
+            .output()
+            .expect("a run");
+        assert!(output.status.success(), "{}", stderr(&output));
+        let mut paths = vec![folder.path().join("store"), folder.path().join("out")];
+        let mut weights = 0;
+        while let Some(path) = paths.pop() {
+            let metadata = std::fs::metadata(&path).expect("a file");
+            let expected = if metadata.is_dir() { directory } else { file };
+            assert_eq!(metadata.permissions().mode() & 0o777, expected, "{} with {umask}", path.display());
+            weights += usize::from(path.extension().is_some_and(|extension| extension == "safetensors"));
+            if metadata.is_dir() {
+                paths.extend(names(&path).iter().map(|name| path.join(name)));
+            }
+        }
+        assert!(weights > 0);
+    }
+}

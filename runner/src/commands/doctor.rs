@@ -10,8 +10,9 @@ use titer_core::{DefenseEntry, JudgeEntry, ModelEntry, Result, TaskEntry};
 
 use super::Done;
 use crate::diagnostics::Problems;
+use crate::disk;
 use crate::driver::cuda_driver_version;
-use crate::store::{Store, write_file};
+use crate::store::Store;
 
 /// The arguments.
 #[derive(Debug, Clone, clap::Args)]
@@ -70,8 +71,8 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
 fn usable(root: &std::path::Path) -> Result<u64> {
     let store = Store::open(root)?;
     let probe = root.join(format!("probe-{}", std::process::id()));
-    write_file(&probe, b"")?;
-    std::fs::remove_file(&probe).map_err(|error| titer_core::error::io_error("remove", &probe, error))?;
+    disk::replace(&probe, b"")?;
+    disk::remove(&probe)?;
     Ok(store.size())
 }
 

@@ -4,7 +4,6 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 use titer_core::device::{device_name, parse_device, parse_dtype};
-use titer_core::error::io_error;
 use titer_core::report::{Provenance, Results};
 use titer_core::{Error, Kind};
 
@@ -12,6 +11,7 @@ use super::{ConfigArgs, Done};
 use crate::diagnostics::Problems;
 use crate::executor::{Interrupt, Jobs, execute};
 use crate::names::visible_lines;
+use crate::output::OutputFolder;
 use crate::plan::{Plan, StageSpec};
 use crate::progress::{Fanout, Journal, for_stderr};
 use crate::{environment, provenance, reporters, results};
@@ -46,16 +46,15 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
     let device = parse_device(&config.device).map_err(|error| loaded.source.locate("", error))?;
     parse_dtype(&config.dtype, &device).map_err(|error| loaded.source.locate("", error))?;
     let out = args.out.clone().unwrap_or_else(|| Path::new("runs").join(&config.experiment));
-    std::fs::create_dir_all(&out).map_err(|error| io_error("make the results folder", &out, error))?;
-
+    let interrupt = Interrupt::default();
+    interrupt.on_ctrl_c()?;
+    let folder = OutputFolder::open(&out, &config.experiment, &interrupt)?;
     let device_name = device_name(&device);
     // Stages on one GPU would only compete for its memory, and large models on the CPU for its caches.
     let alone = !device.is_cpu() || plan.stages.iter().any(|stage| matches!(stage.spec, StageSpec::Load(_)));
     let jobs = Jobs::new(args.jobs.map(usize::from).or(alone.then_some(1)));
     environment::fix(jobs.threads);
     let started = provenance::now();
-    let interrupt = Interrupt::default();
-    interrupt.on_ctrl_c()?;
     let (journal, progress) = (Journal::open(&out)?, for_stderr());
     let sink = Fanout(vec![&journal, &*progress]);
     let stages = loaded.stages(&plan, device);
@@ -64,11 +63,12 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
         return Err(Error::interrupted().into());
     }
     let provenance = Provenance { started, ..provenance::of(&loaded, &plan, &device_name)? };
-    let results = results::assemble(&plan, &config.published, provenance, &store, &outcome, &out)?;
-    reporters::write_all(&results, &out)?;
+    let results = folder
+        .write(&interrupt, |out| results::assemble(&plan, &config.published, provenance, &store, &outcome, out))?;
     let mut text = if results.rows.is_empty() { String::new() } else { reporters::console(&results)? };
     text += &summary(&plan, &results, &out);
     let code = match outcome.exit_code(!results.rows.is_empty()) {
+        // All stages are done, but what one of them stored cannot be read.
         0 if !results.failures.is_empty() => Kind::Run.exit_code(),
         code => code,
     };

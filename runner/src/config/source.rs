@@ -94,6 +94,18 @@ impl Source {
         }
     }
 
+    /// The folder that a relative path under `key` starts from: the file's, or the working directory if the value comes from
+    /// the command line or the environment, where paths are written as the shell completes them.
+    pub fn folder_of(&self, key: &str) -> &Path {
+        if self.origin(key).is_some() { Path::new("") } else { self.folder() }
+    }
+
+    /// What set `key` from outside of the file, if anything did.
+    fn origin(&self, key: &str) -> Option<&str> {
+        let within = |set: &str| key == set || key.strip_prefix(set).is_some_and(|rest| rest.starts_with('.'));
+        self.overrides.iter().rev().find(|(set, _)| within(set)).map(|(_, origin)| origin.as_str())
+    }
+
     /// Adds to an error under the key `prefix` the whole key and the place where the user wrote it.
     pub fn locate(&self, prefix: &str, error: Error) -> Error {
         let inner = error.place("key").unwrap_or("");
@@ -114,8 +126,7 @@ impl Source {
             // The error is about another file, such as a data file; the configuration only names it.
             return located.at("file", file).at("configuration", self.path.display().to_string()).source(error);
         }
-        let within = |set: &str| key == set || key.starts_with(&format!("{set}."));
-        if let Some((_, origin)) = self.overrides.iter().rev().find(|(set, _)| within(set)) {
+        if let Some(origin) = self.origin(&key) {
             return located.at("from", shortened(origin));
         }
         let located = located.file(&self.path);

@@ -20,9 +20,9 @@ use titer_core::bounds;
 use titer_core::report::{ResultRow, Results, SCHEMA};
 use titer_core::{Error, Result};
 
+use crate::disk;
 use crate::identity::digest;
 use crate::names::visible;
-use crate::store::write_file;
 use table::Table;
 
 /// A rendering.
@@ -52,7 +52,7 @@ pub fn write_all(results: &Results, folder: &Path) -> Result<()> {
         ("report.html", Format::Html),
     ];
     for (name, format) in files {
-        write_file(&folder.join(name), render(results, folder, format)?.as_bytes())?;
+        disk::replace(&folder.join(name), render(results, folder, format)?.as_bytes())?;
     }
     Ok(())
 }

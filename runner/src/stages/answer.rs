@@ -5,13 +5,13 @@ use std::fmt::Write as _;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
-use titer_core::error::io_error;
 use titer_core::generate::{Decoding, greedy};
 use titer_core::report::Answer;
 use titer_core::text::{Encoder, Template};
 use titer_core::{Error, Result};
 
 use super::{ANSWERS, RECORD, StageIo, Stages, write_json};
+use crate::disk;
 use crate::plan::AnswerSpec;
 
 /// What generating cost.
@@ -55,7 +55,6 @@ pub(super) fn run(stages: &Stages, spec: &AnswerSpec, parent: &str, io: &mut Sta
         let line = serde_json::to_string(&answer).map_err(|error| Error::run("cannot serialise").source(error))?;
         writeln!(lines, "{line}").map_err(|error| Error::run("cannot format").source(error))?;
     }
-    let path = io.output.join(ANSWERS);
-    std::fs::write(&path, lines).map_err(|error| io_error("write", &path, error))?;
+    disk::write(&io.output.join(ANSWERS), lines.as_bytes())?;
     write_json(&io.output.join(RECORD), &AnswerRecord { seconds: begun.elapsed().as_secs_f64() })
 }

@@ -3,11 +3,11 @@
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
-use titer_core::error::io_error;
 use titer_core::report::Answer;
 use titer_core::{Error, JudgeEntry, Result, Row, Verdict, registry};
 
 use super::{ANSWERS, RECORD, StageIo, Stages, settings, write_json};
+use crate::disk;
 use crate::plan::JudgeSpec;
 
 /// What was made of each answer, in the order of the answers.
@@ -54,11 +54,16 @@ pub(super) fn run(stages: &Stages, spec: &JudgeSpec, parent: &str, io: &mut Stag
 /// # Errors
 /// The file is missing or damaged.
 pub fn read_answers(path: &Path) -> Result<Vec<Answer>> {
-    let text = std::fs::read_to_string(path).map_err(|error| io_error("read", path, error))?;
-    let parse = |(line, text): (usize, &str)| {
-        serde_json::from_str(text).map_err(|error| {
-            Error::data("a stored answer is damaged").file(path).at("line", (line + 1).to_string()).source(error)
+    let bytes = disk::read(path)?;
+    let lines = bytes.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()).enumerate();
+    let parse = |(line, bytes): (usize, &[u8])| {
+        serde_json::from_slice(bytes).map_err(|error| {
+            Error::data("a stored answer is damaged")
+                .file(path)
+                .at("line", (line + 1).to_string())
+                .source(error)
+                .help("run the same command again: the damaged stage is computed anew")
         })
     };
-    text.lines().enumerate().map(parse).collect()
+    lines.map(parse).collect()
 }

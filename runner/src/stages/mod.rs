@@ -19,7 +19,6 @@ use serde::de::DeserializeOwned;
 use titer_core::checkpoint::Checkpoint;
 use titer_core::data::Stream;
 use titer_core::device::parse_dtype;
-use titer_core::error::io_error;
 use titer_core::rng::Seed;
 use titer_core::step::{Ancestry, Streams};
 use titer_core::text::{Encoder, Template, Tokenizer};
@@ -28,6 +27,7 @@ use titer_core::{
 };
 
 use crate::base_model::BaseModel;
+use crate::disk;
 use crate::executor::{StageContext, StageRunner};
 use crate::plan::{AdapterSpec, EncodingSpec, Key, Plan, PlannedStage, PluginSpec, RowsSpec, StageSpec, StreamSpec};
 use crate::train_loop::Watch;
@@ -235,8 +235,8 @@ fn encoder(spec: &EncodingSpec, tokenizer: &Tokenizer) -> Encoder {
 
 /// Writes a value as JSON.
 fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
-    let text = serde_json::to_string(value).map_err(|error| Error::run("cannot serialise").source(error))?;
-    std::fs::write(path, text).map_err(|error| io_error("write", path, error))
+    let text = serde_json::to_vec(value).map_err(|error| Error::run("cannot serialise").source(error))?;
+    disk::write(path, &text)
 }
 
 /// Reads a value that a stage wrote.
@@ -244,8 +244,7 @@ fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
 /// # Errors
 /// The file is missing or damaged.
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    let text = std::fs::read_to_string(path).map_err(|error| io_error("read", path, error))?;
-    serde_json::from_str(&text).map_err(|error| {
+    serde_json::from_slice(&disk::read(path)?).map_err(|error| {
         Error::data(format!("`{}` is damaged", path.display()))
             .file(path)
             .source(error)

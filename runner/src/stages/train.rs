@@ -1,12 +1,12 @@
 //! Training under a defense: alignment, or the user's fine-tuning with harmful rows mixed in.
 
-use titer_core::Result;
-use titer_core::Row;
 use titer_core::data::{Batch, Stream, mixture};
 use titer_core::rng::Seed;
 use titer_core::text::Encoder;
+use titer_core::{Result, Row};
 
 use super::{ADAPTER, Lineage, RECORD, StageIo, Stages, defense, encoder, write_json};
+use crate::disk;
 use crate::plan::{AdapterSpec, RowsSpec, TrainSpec};
 use crate::train_loop::Training;
 
@@ -64,9 +64,9 @@ pub(super) fn run(stages: &Stages, spec: &TrainSpec, parent: &str, io: &mut Stag
 pub(super) fn save(base: &crate::base_model::BaseModel, io: &StageIo) -> Result<()> {
     base.check_sound()?;
     let Some(config) = base.weights.lora() else {
-        return base.weights.save(&io.output.join("model.safetensors"));
+        return disk::write_tensors(&io.output.join("model.safetensors"), base.weights.base_tensors()?);
     };
-    base.weights.save_adapter(&io.output.join(ADAPTER))?;
+    disk::write_tensors(&io.output.join(ADAPTER), base.weights.adapter_tensors()?)?;
     let peft = serde_json::json!({
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -23,7 +23,7 @@ pub struct Args {
 /// It does not compile, or this runner cannot load plugins.
 pub fn run(args: &Args) -> Result<Done, Problems> {
     let file = build(&args.path)?;
-    let hash = crate::resolve::hash_file(&file)?;
+    let hash = crate::disk::hash(&file)?;
     let shown = file.display();
     Ok(format!(
         "{shown}\nblake3 {hash}\n\nuse it with --plugin {shown}, or in a configuration:\n\n[plugins]\npaths = [{{ path = \

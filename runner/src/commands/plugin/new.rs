@@ -7,7 +7,7 @@ use titer_core::{DefenseEntry, Error, JudgeEntry, ModelEntry, Result, TaskEntry}
 
 use super::super::Done;
 use crate::diagnostics::Problems;
-use crate::store::write_file;
+use crate::disk;
 
 /// The arguments.
 #[derive(Debug, Clone, clap::Args)]
@@ -93,7 +93,7 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
         let parent = path.parent().unwrap_or(&folder);
         std::fs::create_dir_all(parent)
             .map_err(|error| titer_core::error::io_error("make the folder", parent, error))?;
-        write_file(&path, text.as_bytes())?;
+        disk::replace(&path, text.as_bytes())?;
     }
     let shown = folder.display();
     Ok(format!("{shown}: a {} to change\nnext: titer plugin build {shown}\n", args.kind.word()).into())
