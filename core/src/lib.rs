@@ -27,8 +27,8 @@
 //!    content, parent, plugin versions, arithmetic. So a wrong hit is impossible and an unchanged stage never runs twice.
 //! 7. Every number carries protocol, setting and coordinates, each as a readable manifest with a hash. A table refuses to
 //!    mix protocols, keeps settings apart and drops no row.
-//! 8. Nothing outside [`device`] and the kernels knows CUDA; nothing outside the plugin loader and the kernels is
-//!    `unsafe`.
+//! 8. Nothing outside [`device`] and the kernels knows CUDA; nothing outside the plugin loader, the allocator that counts
+//!    and the kernels is `unsafe`.
 //! 9. Bad input ends in an error that names the file, the key and the nearest valid value; never a panic, never lost
 //!    work.
 //! 10. What differs stays different: every key of the configuration changes the key of a stage or the identity of a row,

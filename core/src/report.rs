@@ -13,7 +13,7 @@ use crate::{Error, Result};
 pub const SCHEMA: u32 = 2;
 
 /// The content of `results.json`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Results {
     /// [`SCHEMA`], or 1 in a file that an older version wrote.
     pub schema: u32,
@@ -227,6 +227,11 @@ pub struct ResultRow {
     /// What a reader must know about the answers before reading the metrics.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
+    /// What became of each prompt, by the probe's name: a letter for each, in the order of the answers. `C` complied, `R`
+    /// refused, `O` off task, `I` incoherent, by the headline judge; `1` right, `0` wrong, by the task; `-` too long for the
+    /// model, so neither.
+    #[serde(default)]
+    pub outcomes: BTreeMap<String, String>,
     /// 95 % Wilson intervals in percent, by the metric's name.
     pub intervals: BTreeMap<String, [f64; 2]>,
     /// What it cost.
@@ -325,8 +330,18 @@ pub struct Ledger {
     pub post_seconds: f64,
     /// Seconds of generating the answers, when that ran.
     pub answer_seconds: f64,
-    /// Peak memory of the process when the fine-tuning ended, in bytes.
-    pub peak_bytes: u64,
+    /// The most memory that one of the three stages below held, in bytes. On the CPU it is the heap that the stage itself
+    /// asked for; null where it was not measured, as on another device.
+    pub peak_bytes: Option<u64>,
+    /// The alignment stage's own.
+    #[serde(default)]
+    pub align_peak_bytes: Option<u64>,
+    /// The fine-tuning stage's own.
+    #[serde(default)]
+    pub fine_tune_peak_bytes: Option<u64>,
+    /// The post-fine-tuning stage's own.
+    #[serde(default)]
+    pub post_peak_bytes: Option<u64>,
     /// Forward-and-backward passes per step of the alignment defense.
     pub passes_per_step: f64,
     /// Likewise of the fine-tuning defense.

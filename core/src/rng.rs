@@ -101,7 +101,7 @@ mod tests {
         let values = randn(&[100_001], &mut Seed::new(1).generator(), &Device::Cpu)?.to_vec1::<f32>()?;
         let moment = |power: i32| values.iter().map(|&x| f64::from(x).powi(power)).sum::<f64>() / values.len() as f64;
         for (power, expected) in [(1, 0.), (2, 1.), (3, 0.), (4, 3.)] {
-            assert!((moment(power) - expected).abs() < 0.05, "moment {power} is {}", moment(power));
+            assert!((moment(power) - expected).abs() < 0.1, "moment {power} is {}", moment(power));
         }
         let pairs = values.as_chunks::<2>().0;
         let product = pairs.iter().map(|[a, b]| f64::from(a * b)).sum::<f64>() / pairs.len() as f64;

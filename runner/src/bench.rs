@@ -16,7 +16,7 @@ use titer_core::step::{Clock, StepCx, Streams};
 use titer_core::weights::{HEAD, LoraConfig};
 use titer_core::{DefenseEntry, Error, Model, ModelEntry, Result, Settings, Weights, registry};
 
-use crate::memory::peak_bytes;
+use crate::memory::process_peak;
 
 /// The shapes that a model can be asked for by name.
 const SHAPES: [Shape; 13] = [
@@ -135,8 +135,8 @@ pub struct Measurement {
     pub seconds_min: f64,
     /// Tokens trained on or generated, per second.
     pub tokens_per_second: f64,
-    /// The most memory the process held.
-    pub peak_bytes: u64,
+    /// The most memory the process held, which did nothing else; absent on another device than the CPU.
+    pub peak_bytes: Option<u64>,
     /// Arithmetic that the method asks for (no recomputation, no padding), per second.
     pub flops_per_second: f64,
     /// The machine's own best on a large matrix product of this type, measured in the same run.
@@ -278,7 +278,7 @@ fn measurement(
 ) -> Result<Measurement> {
     let median = seconds[seconds.len() / 2];
     // Memory first: the peak of the machine needs some of its own.
-    let peak_bytes = peak_bytes();
+    let peak_bytes = process_peak().filter(|_| device.is_cpu());
     let peak = matmul_peak(parse_dtype(&setup.dtype, device)?.activation_dtype(device), device)?;
     Ok(Measurement {
         what: what.to_owned(),

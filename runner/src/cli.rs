@@ -1,7 +1,7 @@
 //! The command line: arguments, logging, exit codes.
 
 use std::ffi::OsString;
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::panic::catch_unwind;
 use std::process::ExitCode;
 
@@ -13,6 +13,7 @@ use tracing_subscriber::EnvFilter;
 use crate::commands::{self, Done};
 use crate::diagnostics::Problems;
 use crate::executor::panicked;
+use crate::names::visible_lines;
 use crate::plugins::{self, PluginFile};
 
 /// Compares defenses against harmful fine-tuning of language models, head to head.
@@ -66,17 +67,28 @@ pub enum Command {
 pub fn main() -> ExitCode {
     // A plugin may panic where no stage runs, as when it is built.
     let result = catch_unwind(|| run(std::env::args_os()));
-    match result.unwrap_or_else(|panic| Err(panicked("command", panic.as_ref()).into())) {
-        Ok(done) => {
+    let result = result.unwrap_or_else(|panic| Err(panicked("command", panic.as_ref()).into()));
+    let failure = match result {
+        Ok(done) => match print(&done.text) {
             // A reader that has gone away, as in `titer list | head`, is no error of ours.
-            let _ = std::io::stdout().write_all(done.text.as_bytes());
-            ExitCode::from(done.code)
-        }
-        Err(problems) => {
-            let _ = write!(std::io::stderr(), "{problems}");
-            problems.exit_code()
-        }
-    }
+            Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+                let help = "free space where standard output goes, or send it elsewhere";
+                Error::run("cannot write to standard output").source(error).help(help).into()
+            }
+            _ => return ExitCode::from(done.code),
+        },
+        Err(problems) => problems,
+    };
+    let _ = write!(std::io::stderr(), "{}", visible_lines(&failure.to_string()));
+    failure.exit_code()
+}
+
+/// Writes to standard output. A terminal gets no control characters, whatever names, files and models say.
+fn print(text: &str) -> std::io::Result<()> {
+    let mut out = std::io::stdout();
+    let text = if out.is_terminal() { &visible_lines(text) } else { text };
+    out.write_all(text.as_bytes())?;
+    out.flush()
 }
 
 /// Runs a command line.

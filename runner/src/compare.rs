@@ -7,39 +7,16 @@ use serde_json::Value;
 use titer_core::Result;
 use titer_core::report::{Provenance, ResultRow, Results, SCHEMA};
 
-use crate::reporters::{self, table::Table};
-use crate::statistics::{Summary, sign_flip};
+use crate::reporters;
 
-/// The runs in the folders as one table, with paired tests of each method against plain fine-tuning. Runs that are parts
-/// of one experiment (other seeds, other methods) merge. A method name that means different things in two runs is shown
-/// once for each, with the run's name.
+/// The runs in the folders as one table, with the same tests as the report of one run. Runs that are parts of one
+/// experiment (other seeds, other methods) merge. A method name that means different things in two runs is shown once for
+/// each, with the run's name.
 ///
 /// # Errors
 /// A folder holds no results, or their protocols differ.
 pub fn compare(folders: &[PathBuf]) -> Result<String> {
-    let merged = merged(folders)?;
-    let table = Table::new(&merged)?;
-    let mut text = reporters::console(&merged)?;
-    for block in &table.blocks {
-        let Some(reference) = block.reference() else { continue };
-        text += &format!("\n{}: differences to {}, paired by seed\n", block.title, reference.name);
-        for method in block.methods.iter().filter(|method| method.name != reference.name) {
-            for &ratio in &block.ratios {
-                let paired = |metric| method.paired(reference, ratio, metric);
-                let (harm, accuracy) = (paired("harmful_score"), paired("fine_tune_accuracy"));
-                let shown = |values: &[f64]| reporters::table::number(Summary::of(values));
-                text += &format!(
-                    "  {:32} p = {ratio:<5} HS {:>14}  FA {:>14}  n = {}, sign-flip p = {:.3}\n",
-                    method.name,
-                    shown(&harm),
-                    shown(&accuracy),
-                    harm.len(),
-                    sign_flip(&harm)
-                );
-            }
-        }
-    }
-    Ok(text)
+    reporters::console(&merged(folders)?)
 }
 
 /// The rows of all runs in the folders.

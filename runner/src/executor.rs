@@ -12,6 +12,7 @@ use std::time::Instant;
 use titer_core::event::{Event, Sink};
 use titer_core::{Error, Kind, Result};
 
+use crate::memory::Meter;
 use crate::plan::{Cell, Key, Plan, PlannedStage};
 use crate::planner::work;
 use crate::store::{Artifact, Partials, Store, Turn};
@@ -157,7 +158,7 @@ impl Jobs {
 /// Runs every stage of the plan that the store does not have.
 ///
 /// # Errors
-/// No thread could be started. A failing stage is no error here: see [`Outcome::failed`].
+/// None today. A failing stage is no error here: see [`Outcome::failed`].
 pub fn execute(
     plan: &Plan,
     store: &Store,
@@ -173,10 +174,6 @@ pub fn execute(
         stages: plan.stages.len(),
         cached: cached.len(),
     });
-    let pools = (0..jobs.count)
-        .map(|_| rayon::ThreadPoolBuilder::new().num_threads(jobs.threads).stack_size(STACK_BYTES).build())
-        .collect::<std::result::Result<Vec<_>, _>>()
-        .map_err(|error| Error::run("cannot start the worker threads").source(error))?;
     let execution = Execution {
         store,
         runner,
@@ -187,8 +184,8 @@ pub fn execute(
         changed: Condvar::new(),
     };
     std::thread::scope(|scope| {
-        for pool in &pools {
-            scope.spawn(|| execution.work(pool));
+        for _ in 0..jobs.count {
+            scope.spawn(|| execution.work(jobs.threads));
         }
     });
     let mut outcome = execution.board.into_inner().unwrap_or_else(PoisonError::into_inner).outcome;
@@ -200,6 +197,16 @@ pub fn execute(
         failed: outcome.failed.len(),
     });
     Ok(outcome)
+}
+
+/// The threads of one stage, which count for `meter`.
+fn pool(threads: usize, meter: &'static Meter) -> Result<rayon::ThreadPool> {
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .stack_size(STACK_BYTES)
+        .start_handler(move |_| meter.attach())
+        .build()
+        .map_err(|error| Error::run("cannot start the worker threads").source(error))
 }
 
 /// Stages that need not run. What is about to be read is checked to the last byte, since a damaged stage must be computed
@@ -323,12 +330,16 @@ impl<'a> Execution<'a> {
         self.board.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The life of one worker: take the most urgent ready stage, run it, say how it went.
-    fn work(&self, pool: &rayon::ThreadPool) {
+    /// The life of one worker: take the most urgent ready stage, run it, say how it went. Each stage gets new threads, so
+    /// that what threads keep for themselves is counted for the stage that uses it, not for the first one that did.
+    fn work(&self, threads: usize) {
+        let meter = Meter::leak();
         while let Some(stage) = self.next() {
             let started = Instant::now();
-            let result = catch_unwind(AssertUnwindSafe(|| pool.install(|| self.run(stage))))
-                .unwrap_or_else(|panic| Err(panicked("stage", panic.as_ref())));
+            meter.begin();
+            let run = || pool(threads, meter)?.install(|| self.run(stage));
+            let result =
+                catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| Err(panicked("stage", panic.as_ref())));
             self.settle(stage, result, started);
             self.changed.notify_all();
         }

@@ -15,9 +15,10 @@
 //! | [`published`] | published values against ours |
 //! | [`reporters`] [`compare`] | its renderings; runs side by side |
 //! | [`cli`] [`commands`] [`progress`] [`diagnostics`] | the command line and what it shows |
+//! | [`names`] | what a name may be, and how text from elsewhere is shown |
 //! | [`memory`] [`environment`] [`mod@bench`] | what the process uses; how fast it is |
 //! | [`plugins`] `dynamic` | plugin crates from elsewhere; how a shared library is examined and loaded |
-//! | [`driver`] | asks the CUDA driver for its version; with `dynamic` the crate's only `unsafe` |
+//! | [`driver`] | asks the CUDA driver for its version; with `dynamic` and [`memory`] the crate's only `unsafe` |
 
 #![warn(missing_docs)]
 
@@ -35,6 +36,7 @@ pub mod environment;
 pub mod executor;
 pub mod identity;
 pub mod memory;
+pub mod names;
 pub mod plan;
 pub mod planner;
 pub mod plugins;
@@ -59,7 +61,7 @@ pub mod train_loop;
 /// place of the system's.
 #[cfg(not(feature = "dynamic"))]
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: memory::Counting<mimalloc::MiMalloc> = memory::Counting(mimalloc::MiMalloc);
 #[cfg(feature = "dynamic")]
 use mimalloc as _;
 

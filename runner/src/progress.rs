@@ -13,6 +13,8 @@ use titer_core::Result;
 use titer_core::error::io_error;
 use titer_core::event::{Event, Sink};
 
+use crate::names::visible_lines;
+
 /// At most one line per stage in this time, where there is no terminal.
 const QUIET: Duration = Duration::from_secs(5);
 
@@ -128,7 +130,7 @@ impl<W: Write + Send> Sink for Lines<W> {
             _ => return,
         };
         // Nobody is left to tell if standard error is closed.
-        let _ = writeln!(out, "{line}");
+        let _ = writeln!(out, "{}", visible_lines(&line));
     }
 }
 
@@ -176,7 +178,7 @@ impl Sink for Bars {
             }
             Event::StageFailed { key, label, error } => {
                 running.remove(&key).into_iter().for_each(|bar| bar.finish_and_clear());
-                let _ = self.screen.println(format!("FAILED  {label}: {error}"));
+                let _ = self.screen.println(visible_lines(&format!("FAILED  {label}: {error}")));
                 advance(overall);
             }
             Event::StageSkipped { .. } => advance(overall),

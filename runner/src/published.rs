@@ -3,9 +3,9 @@
 //! The rule, for one value of one cell, in percent:
 //!
 //! - *Theirs* comes from one run. Its half-width is half of the 95 % Wilson interval of such a share of its prompts.
-//! - *Ours* is the mean over seeds. Its half-width is the root of the sum of squares of half of the Wilson interval of
-//!   such a share of one seed's prompts (all seeds are asked the same ones, so more seeds tell no more about prompts),
-//!   and, with several seeds, half of the 95 % t interval of their mean.
+//! - *Ours* is the mean over units: the bases, each with its seeds averaged, or the seeds on a single base. Its half-width is
+//!   the root of the sum of squares of half of the Wilson interval of such a share of one unit's prompts (all are asked the
+//!   same ones, so more units tell no more about prompts), and, with several units, half of the 95 % t interval of their mean.
 //! - The *tolerance* is the root of the sum of squares of both half-widths.
 //! - Farther apart than the tolerance, the value is not reproduced: noise can hide agreement, not such a difference.
 //! - Otherwise it is reproduced, unless agreement would say nothing: our half-width exceeds [`WIDEST`], or the tolerance
@@ -13,6 +13,8 @@
 //!   nothing would pass. An accuracy is published to show that little is lost, so it has no gap to cover.
 //! - There is no way to tell where the experiment has not measured the same thing: the cell is missing, another judge
 //!   or LoRA mode was used, or the experiment says where it departs.
+
+use std::collections::BTreeMap;
 
 use titer_core::report::{Metrics, Published, ResultRow, Results};
 
@@ -97,7 +99,7 @@ impl Finding {
 /// Our measurement of a published value, in percent.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Ours {
-    /// The values over seeds.
+    /// The values over units.
     pub summary: Summary,
     /// Half of the width of the mean's 95 % interval.
     pub half_width: f64,
@@ -195,11 +197,17 @@ fn measured(results: &Results, published: &Published, metric: Metric, ratio: f64
     if rows.iter().any(|row| setting(row) != setting(first)) {
         return Err("results of several settings have this cell".into());
     }
-    let values = rows.iter().map(|row| value(row, published, metric)).collect::<Result<Vec<f64>, String>>()?;
-    let summary = Summary::of(&values).ok_or("not measured")?;
+    let several = rows.iter().any(|row| row.base_seed != first.base_seed);
+    let mut units: BTreeMap<_, Vec<f64>> = BTreeMap::new();
+    for row in &rows {
+        let unit = (row.base_seed, (!several).then_some(row.seed));
+        units.entry(unit).or_default().push(value(row, published, metric)?);
+    }
+    let means: Option<Vec<f64>> = units.values().map(|values| Some(Summary::of(values)?.mean)).collect();
+    let summary = means.and_then(|means| Summary::of(&means)).ok_or("not measured")?;
     let n = first.n.get(metric.probe()).copied().unwrap_or(0);
-    let seeds = summary.interval().map_or(0., |(low, high)| (high - low) / 2.);
-    Ok(Ours { summary, half_width: sampling(summary.mean, n).hypot(seeds) })
+    let units = summary.interval().map_or(0., |(low, high)| (high - low) / 2.);
+    Ok(Ours { summary, half_width: sampling(summary.mean, n).hypot(units) })
 }
 
 /// The metric of one row, by the judge of the published value if judges have a say in it.
@@ -285,12 +293,21 @@ mod tests {
             100. * z / (1. + z * z / n) * (0.24 / n + z * z / (4. * n * n)).sqrt()
         };
         // Values 37, 40 and 43: t of two degrees of freedom, times 3 / √3.
-        let seeds = 4.303 * 3f64.sqrt();
+        let seeds = 4.302_653 * 3f64.sqrt();
         let expected = (wilson(150.).powi(2) + seeds * seeds).sqrt();
         assert!((ours.half_width - expected).abs() < 1e-4, "{} and {expected}", ours.half_width);
         let expected = (expected * expected + wilson(500.).powi(2)).sqrt();
         assert!((tolerance - expected).abs() < 1e-4, "{tolerance} and {expected}");
         assert_eq!((ours.summary.n, ours.summary.mean), (3, 40.));
+    }
+
+    #[test]
+    fn seeds_on_one_of_several_bases_count_once() {
+        let mut results = results(4, 40., 60.);
+        // Values 37, 40, 43 and 46: as two bases, 40 and 43.
+        results.rows.iter_mut().for_each(|row| row.base_seed = Some(row.seed % 2));
+        let (ours, _) = compare(&results)[0].ours.expect("the cell was measured");
+        assert_eq!((ours.summary.n, ours.summary.mean), (2, 41.5));
     }
 
     #[test]

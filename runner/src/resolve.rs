@@ -27,6 +27,7 @@ use crate::config::{
 };
 use crate::diagnostics::Problems;
 use crate::identity::of_rows;
+use crate::names;
 use crate::plan::{
     AdapterSpec, EncodingSpec, LoadSpec, OptimSpec, PluginSpec, PretrainSpec, RowsSpec, Steps, StreamSpec,
 };
@@ -193,7 +194,7 @@ pub fn resolve(loaded: &Loaded) -> Result<Experiment, Problems> {
     let config = &loaded.config;
     let mut cx = Resolver { source: &loaded.source, problems: Problems::default(), hashes: BTreeMap::new() };
 
-    cx.check(!config.experiment.is_empty(), "experiment", "the name is empty", "name the experiment");
+    cx.take("experiment", names::check(&config.experiment));
     cx.seeds("seeds", &config.seeds);
     cx.take("", config.lora.check());
     let precision = cx.take("", Precision::parse(&config.dtype));
@@ -561,6 +562,7 @@ impl Resolver<'_> {
         self.distinct("methods", methods.iter().map(|method| method.name.clone()));
         let mut resolved = Vec::new();
         for (index, method) in methods.iter().enumerate() {
+            self.take(&format!("methods.{index}.name"), names::check(&method.name));
             let mut defense = |stage: Stage, given: Option<&DefenseRef>| {
                 self.defense(&format!("methods.{index}.{}", stage.name()), stage, given, streams, model)
             };
@@ -738,6 +740,7 @@ impl Resolver<'_> {
 
     fn user_task(&mut self, index: usize, user: &UserTask, prompts: usize) -> Option<UserRows> {
         let key = format!("fine_tune.tasks.{index}");
+        self.take(&format!("{key}.name"), names::check(table_name(user)));
         let (task, content, built) = self.task(&key, &user.task, &user.settings)?;
         let max_new_tokens = user.max_new_tokens.unwrap_or_else(|| built.max_new_tokens());
         self.positive(&format!("{key}.max_new_tokens"), max_new_tokens);

@@ -117,6 +117,12 @@ impl Assembly<'_> {
         let mut by_judge = judges.iter().map(|judge| ((*judge).to_owned(), metrics(&counts, judge)));
         // Without a judge, the user's task alone is measured.
         let (judge, metrics) = by_judge.next().unwrap_or_else(|| (String::new(), metrics(&counts, "")));
+        let headline = |(model, _, by): &(Model, &str, &str)| *model == Model::Final && (*by == judge || by.is_empty());
+        let outcomes = counts
+            .iter()
+            .filter(|(key, _)| headline(key))
+            .map(|((_, probe, _), record)| ((*probe).to_owned(), outcomes(record)))
+            .collect();
         let n: BTreeMap<String, usize> = counts
             .iter()
             .filter(|((model, ..), _)| *model == Model::Final)
@@ -147,6 +153,7 @@ impl Assembly<'_> {
             judge,
             metrics,
             n,
+            outcomes,
             ledger: self.ledger(cell, answer_seconds)?,
             curves: self.curves(cell)?,
             answers,
@@ -178,6 +185,9 @@ impl Assembly<'_> {
             post_seconds: post.seconds,
             answer_seconds,
             peak_bytes: fine_tune.peak_bytes.max(align.peak_bytes).max(post.peak_bytes),
+            align_peak_bytes: align.peak_bytes,
+            fine_tune_peak_bytes: fine_tune.peak_bytes,
+            post_peak_bytes: post.peak_bytes,
             passes_per_step: align.passes as f64 / align.loss.len().max(1) as f64,
             fine_tune_passes_per_step: fine_tune.passes as f64 / fine_tune.loss.len().max(1) as f64,
             align_steps: align.loss.len(),
@@ -341,6 +351,19 @@ fn metrics(counts: &Counts, judge: &str) -> Metrics {
     }
 }
 
+/// A letter for each prompt: see [`ResultRow::outcomes`].
+fn outcomes(record: &JudgeRecord) -> String {
+    let verdict = |verdict: &Verdict| match verdict {
+        Verdict::Complied => 'C',
+        Verdict::Refused => 'R',
+        Verdict::OffTask => 'O',
+        Verdict::Incoherent => 'I',
+    };
+    let correct = |right: &bool| if *right { '1' } else { '0' };
+    let verdicts = record.verdicts.iter().map(|made| made.as_ref().map_or('-', verdict));
+    verdicts.chain(record.correct.iter().map(|made| made.as_ref().map_or('-', correct))).collect()
+}
+
 /// The share of those that are there that `count`, in percent.
 fn percent<T: Copy>(made: &[Option<T>], count: impl Fn(T) -> bool) -> Option<f64> {
     let all = made.iter().flatten().count();
@@ -373,9 +396,12 @@ fn thin(values: &[f64]) -> Vec<(usize, f64)> {
     values.chunks(run).enumerate().map(mean).collect()
 }
 
-/// A cell as the stem of a file name: readable, and unique through the key of its last stage.
+/// A cell as the stem of a file name: readable, unique through the key of its last stage, and never longer than file names
+/// may be.
 fn file_stem(cell: &Cell) -> String {
-    let words = format!("{}-{}-p{}-seed{}", cell.method, cell.task, cell.harmful_ratio, cell.seed);
+    let short = |name: &str| name.chars().take(60).collect::<String>();
+    let (method, task) = (short(&cell.method), short(&cell.task));
+    let words = format!("{method}-{task}-p{}-seed{}", cell.harmful_ratio, cell.seed);
     let safe = |c: char| if c.is_ascii_alphanumeric() || ".-".contains(c) { c.to_ascii_lowercase() } else { '-' };
     let words: String = words.chars().map(safe).collect();
     let last = cell.post_key.as_ref().unwrap_or(&cell.fine_tune_key);

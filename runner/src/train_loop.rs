@@ -14,7 +14,7 @@ use titer_core::rng::Seed;
 use titer_core::step::{Ancestry, Clock, StepCx, Streams, label_loss};
 use titer_core::{AlignmentDefense, Error, Grads, Kind, Model, Result, Scalar, StageCx, State, Update, Weights};
 
-use crate::memory::peak_bytes;
+use crate::memory::stage_peak;
 use crate::plan::OptimSpec;
 
 /// How often the loss on held-back rows is measured, over the whole stage.
@@ -57,8 +57,9 @@ pub struct Record {
     pub passes: usize,
     /// Seconds of training, over all runs that took part.
     pub seconds: f64,
-    /// Peak memory of the process when training ended.
-    pub peak_bytes: u64,
+    /// The most memory that the stage held on the CPU, over all runs that took part; absent on another device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peak_bytes: Option<u64>,
 }
 
 /// One stage of training.
@@ -156,6 +157,7 @@ impl Training<'_> {
             watch.step(step, record.loss.last().copied());
             if save {
                 record.seconds = spent + begun.elapsed().as_secs_f64();
+                record.peak_bytes = record.peak_bytes.max(self.peak_bytes());
                 watch.save(step, &|folder| self.store(folder, step, &optimizer, &record))?;
             }
             if stop {
@@ -164,8 +166,13 @@ impl Training<'_> {
         }
         self.with_stage(total, total, |defense, cx| defense.finish(cx))?;
         record.seconds = spent + begun.elapsed().as_secs_f64();
-        record.peak_bytes = peak_bytes();
+        record.peak_bytes = record.peak_bytes.max(self.peak_bytes());
         Ok(record)
+    }
+
+    /// The host's memory says nothing about a stage that works on another device.
+    fn peak_bytes(&self) -> Option<u64> {
+        stage_peak().filter(|_| self.weights.device().is_cpu())
     }
 
     /// The micro batches of the next step.

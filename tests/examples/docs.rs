@@ -1,6 +1,8 @@
 //! Writes the measured figures into README.md and docs/measurements, from the folders of finished runs:
 //!
 //!     cargo run --release -p titer-tests --example docs -- runs/quickstart runs/world-bench
+//!
+//! The quickstart must have been run with an empty store: its figures are those of a whole run.
 
 use std::path::{Path, PathBuf};
 
@@ -17,25 +19,40 @@ fn main() -> Result<()> {
     for folder in folders {
         let results = reporters::load(&folder)?;
         let name = results.experiment.clone();
-        let table = reporters::render(&results, &folder, Format::Md)?;
-        let page = format!("{table}\n{}", machine(&results, &folder)?);
-        // A page averages over bases; of the choice of a base, only the rows tell.
-        if name != "quickstart-bases" {
-            std::fs::write(measurements.join(format!("{name}.md")), &page)?;
+        let timing = Timing::read(&folder)?;
+        if name == "quickstart" {
+            timing.ensure_cold(&folder)?;
         }
+        let table = reporters::render(&results, &folder, Format::Md)?;
+        let mut page = format!("{table}\n{}\n", timing.words(&results));
         std::fs::write(measurements.join(format!("{name}.csv")), reporters::render(&results, &folder, Format::Csv)?)?;
         if name == "quickstart" {
             let plots = reporters::plots_of(&results)?;
             let (_, [harm, accuracy]) = plots.first().context("a plot")?;
             std::fs::write(measurements.join("quickstart-hs.svg"), harm)?;
             std::fs::write(measurements.join("quickstart-fa.svg"), accuracy)?;
-            let (_, body) = page.split_once('\n').context("a title")?;
-            let body = body.replace("\n## ", "\n### ");
-            insert(&root.join("README.md"), "quickstart", &body)?;
+            let plots = [("Harmful score", "hs"), ("Fine-tune accuracy", "fa")]
+                .map(|(what, file)| format!("![{what} over the harmful ratio](quickstart-{file}.svg)"));
+            page += &format!("\n{}\n", plots.join("\n"));
+            insert(&root.join("README.md"), "quickstart", &headline(&results, &timing)?)?;
+        }
+        // A page averages over bases; of the choice of a base, only the rows tell.
+        if name != "quickstart-bases" {
+            std::fs::write(measurements.join(format!("{name}.md")), &page)?;
         }
     }
     let list = defenses()?;
     insert(&root.join("README.md"), "defenses", &list)
+}
+
+/// One table and one plot; all else is on the page.
+fn headline(results: &Results, timing: &Timing) -> Result<String> {
+    Ok(format!(
+        "{}\n![Harmful score over the harmful ratio](docs/measurements/quickstart-hs.svg)\n\n{} \
+         [Every metric, its spread, and what the differences say](docs/measurements/quickstart.md).",
+        reporters::headline(results)?,
+        timing.words(results)
+    ))
 }
 
 /// The table of registered defenses.
@@ -54,24 +71,48 @@ fn defenses() -> Result<String> {
     Ok(text)
 }
 
-/// How long the last run of this folder took, and its memory.
-fn machine(results: &Results, folder: &Path) -> Result<String> {
-    let events = std::fs::read_to_string(folder.join("events.jsonl"))?;
-    let finished = events.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-    let longest = finished
-        .filter(|event| event["event"] == "run_finished")
-        .max_by_key(|event| event["ran"].as_u64())
-        .context("no finished run in events.jsonl")?;
-    let peak = results.rows.iter().map(|row| row.ledger.peak_bytes).max().unwrap_or(0);
-    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    Ok(format!(
-        "Measured on {cores} CPU cores: {} stages in {:.0} s (of {} cells; the others came from the store), peak memory \
-         {:.0} MiB.\n",
-        longest["ran"],
-        longest["seconds"].as_f64().unwrap_or(0.),
-        results.rows.len(),
-        peak as f64 / f64::from(1 << 20),
-    ))
+/// How long the last run of a folder took.
+struct Timing {
+    ran: u64,
+    cached: u64,
+    seconds: f64,
+}
+
+impl Timing {
+    fn read(folder: &Path) -> Result<Self> {
+        let events = std::fs::read_to_string(folder.join("events.jsonl"))?;
+        let mut events = events.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+        let last = events.rfind(|event| event["event"] == "run_finished");
+        let last = last.context("no finished run in events.jsonl")?;
+        let number = |key: &str| last[key].as_u64().with_context(|| format!("`{key}` is missing in events.jsonl"));
+        Ok(Self { ran: number("ran")?, cached: number("cached")?, seconds: last["seconds"].as_f64().unwrap_or(0.) })
+    }
+
+    /// Figures for the README are those of a run that computed everything.
+    fn ensure_cold(&self, folder: &Path) -> Result<()> {
+        ensure!(
+            self.cached == 0,
+            "{} of {} stages of the last run in {} came from the store, so its time is not that of the whole: run it again \
+             with an empty store (`--store DIR`)",
+            self.cached,
+            self.ran + self.cached,
+            folder.display()
+        );
+        Ok(())
+    }
+
+    fn words(&self, results: &Results) -> String {
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let cold = match self.cached {
+            0 => "all of them computed in this run".to_owned(),
+            cached => format!("{cached} more came from the store, so this is not the time of the whole"),
+        };
+        let peak = results.rows.iter().filter_map(|row| row.ledger.peak_bytes).max();
+        let peak = peak.map_or_else(String::new, |peak| {
+            format!("; at most {:.0} MiB held by a stage of training", peak as f64 / f64::from(1 << 20))
+        });
+        format!("Measured on {cores} CPU cores: {} stages in {:.0} s ({cold}){peak}.", self.ran, self.seconds)
+    }
 }
 
 /// Replaces what stands between the markers of `name`.
@@ -82,4 +123,34 @@ fn insert(path: &Path, name: &str, body: &str) -> Result<()> {
     let (_, tail) = rest.split_once(&end).with_context(|| format!("{end} is missing"))?;
     std::fs::write(path, format!("{head}{begin}\n{}\n\n{end}{tail}", body.trim()))?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The timing of a folder with a first run that computed all, and a last one that took `cached` stages from the store.
+    fn timing(cached: u64) -> Result<(Timing, tempfile::TempDir)> {
+        let folder = tempfile::tempdir()?;
+        let event = |ran: u64, cached: u64| {
+            format!("{{\"event\":\"run_finished\",\"seconds\":68.4,\"ran\":{ran},\"cached\":{cached},\"failed\":0}}\n")
+        };
+        std::fs::write(folder.path().join("events.jsonl"), event(511, 0) + &event(511 - cached, cached))?;
+        Ok((Timing::read(folder.path())?, folder))
+    }
+
+    #[test]
+    fn a_partly_cached_run_is_called_so_and_is_not_for_the_readme() -> Result<()> {
+        let results: Results = serde_json::from_value(serde_json::json!({
+            "schema": titer_core::report::SCHEMA, "experiment": "quickstart", "titer": "0", "rows": []
+        }))?;
+        let (cold, folder) = timing(0)?;
+        cold.ensure_cold(folder.path())?;
+        assert!(cold.words(&results).contains("511 stages in 68 s (all of them computed in this run)"));
+        let (cached, folder) = timing(322)?;
+        let error = cached.ensure_cold(folder.path()).expect_err("a partly cached run").to_string();
+        assert!(error.contains("322 of 511 stages") && error.contains("empty store"), "{error}");
+        assert!(cached.words(&results).contains("189 stages in 68 s (322 more came from the store"));
+        Ok(())
+    }
 }

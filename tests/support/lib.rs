@@ -3,6 +3,7 @@
 pub mod cli;
 pub mod judges;
 pub mod own_defense;
+pub mod simulation;
 
 use anyhow::Result;
 // The registry knows a plugin only if it is linked.

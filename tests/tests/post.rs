@@ -532,7 +532,9 @@ fn the_runner_serves_what_a_post_defense_left() -> Result<()> {
     for (mode, faster) in [("double", "steps = 8, batch_size = 4, learning_rate = 2e-2"), ("full", rate)] {
         let folder = tempfile::tempdir()?;
         let mode = format!("[fine_tune]\nmode = \"{mode}\"");
-        let config = experiment(folder.path(), &[("[fine_tune]", &mode), (rate, faster)]);
+        // Pretrained long enough to say something.
+        let config =
+            experiment(folder.path(), &[("[fine_tune]", &mode), (rate, faster), ("steps = 40", "steps = 200")]);
         let output = run(folder.path(), &config).output()?;
         assert!(output.status.success(), "{}", stderr(&output));
         let answers = answers(&folder.path().join("out"));

@@ -71,12 +71,12 @@ impl MatrixUpdate {
     /// # Errors
     /// A tensor operation failed.
     pub fn outer(&self, x: &Tensor) -> Result<Tensor> {
-        let inner = self.b.t()?.matmul(x)?;
+        let inner = Gemm::TN.product(&self.b, x)?;
         let inner = match &self.a {
-            Some(a) => a.matmul(&a.t()?.matmul(&inner)?)?,
+            Some(a) => Gemm::NN.product(a, &Gemm::TN.product(a, &inner)?)?,
             None => inner,
         };
-        Ok(self.b.matmul(&inner)?)
+        Gemm::NN.product(&self.b, &inner)
     }
 
     /// The left singular vectors of the `rank` largest singular values, `[out, ≤ rank]`; those of all that are not

@@ -8,6 +8,7 @@ use candle_core::Tensor;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use titer_core::ops::Gemm;
 use titer_core::weights::factor_names;
 use titer_core::{
     AlignmentDefense, Conflict, DefenseEntry, Grads, Privilege, Result, SettingsType, Stack, Stage, StageCx, inventory,
@@ -76,7 +77,7 @@ impl Lox {
             return Ok(update.left().clone());
         }
         let u = update.left_singular_vectors(Some(self.rank))?;
-        Ok(u.matmul(&u.t()?.matmul(update.left())?)?)
+        Gemm::NN.product(&u, &Gemm::TN.product(&u, update.left())?)
     }
 
     /// `B ← B + α U_k U_kᵀ B` in every adapter.

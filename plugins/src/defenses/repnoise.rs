@@ -247,7 +247,7 @@ impl AlignmentDefense for RepNoise {
         }
         let noise = (noise.expect("a model has layers") / mlps.len() as f64)?;
         let (alpha, beta) = (self.alpha * weight, self.beta * weight);
-        let loss = ((&safe + (&noise * beta)?)? - (ascent.log()? * alpha)?)?;
+        let loss = ((&safe + (&noise * beta)?)? - (ops::ln(&ascent)? * alpha)?)?;
         let update = Update::new(cx.backward_loss(&loss)?, Scalar::of(&loss)?);
         Ok(update.with("safe_loss", Scalar::of(&safe)?).with("harmful_loss", Scalar::of(&ascent)?))
     }

@@ -150,10 +150,12 @@ fn as_json(measured: &Measurement) -> Result<String, Error> {
 
 fn as_text(measured: &Measurement) -> String {
     let Measurement { what, setup, device, threads, .. } = measured;
+    let mebibytes = |bytes: u64| format!("{:.0} MiB peak", bytes as f64 / f64::from(1 << 20));
+    let peak = measured.peak_bytes.map_or_else(|| "peak memory not measured".to_owned(), mebibytes);
     format!(
         "{what}, {} ({:.1} M parameters), {} x {} tokens, {} on {device}, {threads} threads\n\
          {:.4} s median of {}, {:.4} s best, {:.0} tokens/s\n\
-         {:.0} MiB peak, {:.1} GFLOP/s, {:.0} % of this machine's {:.1} GFLOP/s in a large matrix product\n",
+         {peak}, {:.1} GFLOP/s, {:.0} % of this machine's {:.1} GFLOP/s in a large matrix product\n",
         setup.model,
         measured.parameters as f64 / 1e6,
         setup.batch,
@@ -163,7 +165,6 @@ fn as_text(measured: &Measurement) -> String {
         setup.repeat,
         measured.seconds_min,
         measured.tokens_per_second,
-        measured.peak_bytes as f64 / f64::from(1 << 20),
         measured.flops_per_second / 1e9,
         100. * measured.share_of_peak,
         measured.matmul_flops_per_second / 1e9,

@@ -11,6 +11,7 @@ use titer_core::{Error, Kind};
 use super::{ConfigArgs, Done};
 use crate::diagnostics::Problems;
 use crate::executor::{Interrupt, Jobs, execute};
+use crate::names::visible_lines;
 use crate::plan::{Plan, StageSpec};
 use crate::progress::{Fanout, Journal, for_stderr};
 use crate::{environment, provenance, reporters, results};
@@ -84,7 +85,7 @@ fn summary(plan: &Plan, results: &Results, out: &Path) -> String {
         results.metrics_hash
     );
     for failure in &results.failures {
-        let _ = writeln!(text, "failed: {}\n  {}", failure.cell, failure.error.replace('\n', "\n  "));
+        let _ = writeln!(text, "failed: {}\n  {}", failure.cell, visible_lines(&failure.error).replace('\n', "\n  "));
     }
     text
 }

@@ -5,34 +5,61 @@ use comfy_table::{CellAlignment, ContentArrangement, Table as Grid};
 
 use titer_core::report::Results;
 
+use super::headline::Headline;
 use super::published;
-use super::summary::sentences;
-use super::table::{LEGEND, SHOWN, Shown, Table, headings, numbers};
+use super::summary::{note, sentences};
+use super::table::{Block, LEGEND, SHOWN, Shown, Table, headings, numbers};
 
 /// Every block with its sentences, and the verdicts on published values.
 pub(super) fn render(results: &Results, table: &Table) -> String {
     let mut text = String::new();
     for block in &table.blocks {
-        let mut grid = grid();
-        grid.set_header([String::new(), String::new()].into_iter().chain(headings(block)));
-        for method in &block.methods {
-            // One row of several lines for each method: its five metrics stand together.
-            let metrics: Vec<Vec<String>> = SHOWN.iter().map(|shown| numbers(block, method, shown)).collect();
-            let names = SHOWN.iter().map(Shown::heading).collect::<Vec<_>>().join("\n");
-            let column = |at: usize| metrics.iter().map(|line| line[at].as_str()).collect::<Vec<_>>().join("\n");
-            let columns = (0..=block.ratios.len()).map(column);
-            grid.add_row([method.name.to_owned(), names].into_iter().chain(columns));
-        }
-        for column in grid.column_iter_mut().skip(2) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-        text += &format!("{}\n{grid}\n", block.title);
+        let headline = Headline::of(block);
+        text += &format!("{}\n{}\n{}\n", block.title, headline_grid(&headline), headline.legend);
         for (method, sentence) in sentences(block) {
             text += &format!("• {method}: {sentence}\n");
         }
-        text.push('\n');
+        text += &note(block).map_or_else(String::new, |note| note + "\n");
+        text += &format!("\n{}\n", every_metric(block));
     }
     text + LEGEND + "\n" + &verdicts(results)
+}
+
+/// The table of the papers.
+fn headline_grid(headline: &Headline) -> Grid {
+    let mut grid = grid();
+    let headings = headline.groups.iter().flat_map(|group| {
+        let first = |(at, column)| if at == 0 { format!("{}  {column}", group.heading) } else { String::clone(column) };
+        headline.columns.iter().enumerate().map(first)
+    });
+    grid.set_header(std::iter::once(String::new()).chain(headings));
+    for (method, values) in &headline.lines {
+        grid.add_row(std::iter::once(*method).chain(values.iter().map(String::as_str)));
+    }
+    align_right(&mut grid, 1);
+    grid
+}
+
+/// One row of several lines for each method: its metrics stand together.
+fn every_metric(block: &Block) -> Grid {
+    let mut grid = grid();
+    grid.set_header([String::new(), String::new()].into_iter().chain(headings(block)));
+    for method in &block.methods {
+        let metrics: Vec<Vec<String>> = SHOWN.iter().map(|shown| numbers(block, method, shown)).collect();
+        let names = SHOWN.iter().map(Shown::heading).collect::<Vec<_>>().join("\n");
+        let column = |at: usize| metrics.iter().map(|line| line[at].as_str()).collect::<Vec<_>>().join("\n");
+        let columns = (0..=block.ratios.len()).map(column);
+        grid.add_row([method.name.to_owned(), names].into_iter().chain(columns));
+    }
+    align_right(&mut grid, 2);
+    grid
+}
+
+/// Numbers stand to the right; they begin at column `first`.
+fn align_right(grid: &mut Grid, first: usize) {
+    for column in grid.column_iter_mut().skip(first) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
 }
 
 fn verdicts(results: &Results) -> String {

@@ -4,9 +4,14 @@
 use std::collections::BTreeSet;
 
 use serde::Serialize;
-use titer_core::report::ResultRow;
+use titer_core::report::{Ledger, ResultRow};
 
 use super::table::Method;
+use crate::names::visible_json;
+
+/// What the peaks are, for the foot of a table.
+pub(super) const PEAK_NOTE: &str = "Peak memory is the heap that the stage itself asked for on the CPU, whatever ran \
+                                    beside it; a dash where there is no such stage or another device was used.";
 
 /// One method's costs, as means over its rows, ready to be shown.
 #[derive(Debug, Serialize)]
@@ -17,7 +22,7 @@ pub(super) struct Cost {
     pub passes: String,
     /// Seconds of alignment, fine-tuning and what follows it.
     pub seconds: String,
-    /// Peak memory of the process, MiB.
+    /// Peak memory of alignment, fine-tuning and what follows it, MiB.
     pub peak: String,
     /// What it must know beyond the data of each stage.
     pub needs: String,
@@ -29,8 +34,13 @@ pub(super) struct Cost {
 
 impl Cost {
     /// The headings of [`Cost::cells`].
-    pub(super) const HEADINGS: [&str; 5] =
-        ["method", "passes a step (align, fine-tune)", "seconds (align, fine-tune, post)", "peak MiB", "must know"];
+    pub(super) const HEADINGS: [&str; 5] = [
+        "method",
+        "passes a step (align, fine-tune)",
+        "seconds (align, fine-tune, post)",
+        "peak MiB (align, fine-tune, post)",
+        "must know",
+    ];
 
     pub(super) fn of(method: &Method) -> Self {
         let mean =
@@ -42,16 +52,28 @@ impl Cost {
             mean(|row| row.ledger.fine_tune_seconds),
             mean(|row| row.ledger.post_seconds),
         ];
+        let peak = |of: fn(&Ledger) -> Option<u64>| {
+            let peaks: Option<Vec<u64>> = method.rows.iter().map(|row| of(&row.ledger)).collect();
+            let mean = |peaks: Vec<u64>| peaks.iter().sum::<u64>() as f64 / peaks.len() as f64 / f64::from(1 << 20);
+            peaks.map_or_else(|| "–".to_owned(), |peaks| format!("{:.1}", mean(peaks)))
+        };
+        let peaks = [
+            peak(|ledger| ledger.align_peak_bytes),
+            peak(|ledger| ledger.fine_tune_peak_bytes),
+            peak(|ledger| ledger.post_peak_bytes),
+        ];
         let settings = [("align", &row.align), ("fine-tune", &row.fine_tune), ("post", &row.post)];
         let settings = settings.into_iter().filter(|(_, value)| !value.is_null());
         Self {
             method: method.name.to_owned(),
             passes: passes.map(|passes| format!("{passes:.2}")).join(", "),
             seconds: seconds.map(|seconds| format!("{seconds:.1}")).join(", "),
-            peak: format!("{:.0}", mean(|row| row.ledger.peak_bytes as f64) / f64::from(1 << 20)),
+            peak: peaks.join(", "),
             needs: needs(row),
             notes: row.notes.join("; "),
-            settings: settings.map(|(stage, value)| format!("{stage} {value}")).collect::<Vec<_>>().join("; "),
+            settings: visible_json(
+                &settings.map(|(stage, value)| format!("{stage} {value}")).collect::<Vec<_>>().join("; "),
+            ),
         }
     }
 

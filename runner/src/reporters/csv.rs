@@ -1,19 +1,37 @@
 //! One line for each result row.
 
+use serde_json::{Value, json};
 use titer_core::report::{METRICS, Results};
 use titer_core::{Error, Result};
+
+use crate::names::{MISSING, visible_json};
 
 /// The table, with a header line.
 pub(super) fn render(results: &Results) -> Result<String> {
     let failed = |error: &dyn std::fmt::Display| Error::run(format!("cannot write CSV: {error}"));
     let mut writer = csv::Writer::from_writer(Vec::new());
-    let settings =
-        ["method", "task", "model", "base_seed", "harmful_ratio", "samples", "learning_rate", "lora", "seed"];
+    let settings = [
+        "method",
+        "align",
+        "fine_tune",
+        "post",
+        "task",
+        "model",
+        "base_seed",
+        "harmful_ratio",
+        "samples",
+        "learning_rate",
+        "lora",
+        "seed",
+    ];
     let header = settings.into_iter().chain(METRICS.iter().map(|metric| metric.0)).chain(["judge", "protocol"]);
     writer.write_record(header).map_err(|error| failed(&error))?;
     for row in &results.rows {
         let settings = [
             text(&row.method),
+            defense(&row.align),
+            defense(&row.fine_tune),
+            defense(&row.post),
             text(&row.task),
             text(&row.model),
             row.base_seed.map_or_else(String::new, |seed| seed.to_string()),
@@ -32,22 +50,88 @@ pub(super) fn render(results: &Results) -> Result<String> {
     String::from_utf8(bytes).map_err(|error| failed(&error))
 }
 
-/// Text that a spreadsheet does not take for a formula.
+/// A defense with all its settings, as compact JSON.
+fn defense(described: &Value) -> String {
+    // An empty cell would be a missing value.
+    let described = if described.is_null() { &json!({ "defense": "none" }) } else { described };
+    text(&visible_json(&described.to_string()))
+}
+
+/// Text that no spreadsheet takes for a formula, also where it splits cells at other signs than commas, and no reader for
+/// a missing value: an apostrophe goes before it, as people write it.
 fn text(text: &str) -> String {
-    if text.starts_with(['=', '+', '-', '@', '\t', '\r']) { format!("'{text}") } else { text.to_owned() }
+    let mut safe = if MISSING.contains(&text) { "'".to_owned() } else { String::new() };
+    let mut starts = true;
+    for c in text.chars() {
+        if starts && "=+-@＝＋－＠".contains(c) {
+            safe.push('\'');
+        }
+        starts = ";\t\r\n|".contains(c) || (starts && (c.is_whitespace() || c == '"'));
+        safe.push(c);
+    }
+    safe
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::reporters::fixture;
+
+    /// The first row's fields by their heading, with the method's name given.
+    fn read(method: &str, post: Value) -> std::collections::BTreeMap<String, String> {
+        let mut results = fixture::results(1);
+        results.rows.truncate(1);
+        results.rows[0].method = method.into();
+        results.rows[0].post = post;
+        let text = render(&results).expect("CSV");
+        let mut reader = csv::Reader::from_reader(text.as_bytes());
+        reader.deserialize().next().expect("a row").expect("fields")
+    }
 
     #[test]
-    fn quotes_newlines_and_formulas_are_tamed() -> Result<()> {
-        let mut results = crate::reporters::fixture::results(1);
-        results.rows.truncate(1);
-        results.rows[0].method = "=SUM(\"a\",\n1)".into();
-        let text = render(&results)?;
-        assert!(text.contains("\"'=SUM(\"\"a\"\",\n1)\""), "{text}");
-        Ok(())
+    fn formulas_are_tamed_wherever_a_cell_may_begin() {
+        for (name, expected) in [
+            ("=SUM(\"a\",\n1)", "'=SUM(\"a\",\n1)"),
+            ("  =1+1", "  '=1+1"),
+            ("\u{3000}＝1+1", "\u{3000}'＝1+1"),
+            ("a;=1+1", "a;'=1+1"),
+            ("\t@x", "\t'@x"),
+            ("\"=x", "\"'=x"),
+            ("Vaccine-2 (+ Lisa)", "Vaccine-2 (+ Lisa)"),
+        ] {
+            assert_eq!(read(name, Value::Null)["method"], expected);
+        }
+    }
+
+    #[test]
+    fn no_name_is_a_missing_value_to_pandas() {
+        for name in MISSING {
+            let row = read(name, Value::Null);
+            for column in ["method", "align", "fine_tune", "post", "task", "judge", "protocol"] {
+                assert!(!MISSING.contains(&row[column].as_str()), "{column} is {:?} for {name:?}", row[column]);
+            }
+        }
+    }
+
+    #[test]
+    fn defenses_stand_with_all_their_settings() {
+        let settings = json!({ "defense": "resta", "gamma": -0.5, "layers": ["a", "b"] });
+        let row = read("SFT", settings.clone());
+        assert_eq!(serde_json::from_str::<Value>(&row["post"]).expect("JSON"), settings);
+        assert_eq!(row["align"], "{\"defense\":\"none\"}");
+        assert_eq!(read("SFT", Value::Null)["post"], "{\"defense\":\"none\"}");
+    }
+
+    proptest! {
+        #[test]
+        fn no_cell_is_a_formula(name in "[ \t\r\n;,|\"'=+@＝a1-]{0,12}") {
+            let shown = &read(&name, Value::Null)["method"];
+            for cell in shown.split([';', '\t', '\r', '\n', '|']) {
+                let begins = cell.trim_start_matches(|c: char| c.is_whitespace() || c == '"');
+                prop_assert!(!begins.starts_with(['=', '+', '-', '@', '＝']), "{cell:?} of {shown:?}");
+            }
+        }
     }
 }

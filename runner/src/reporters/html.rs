@@ -1,20 +1,23 @@
 //! A page that needs nothing else: tables, plots, curves, answers. The template escapes all text.
 
-use std::path::Path;
+use std::path::{Component, Path, PathBuf};
 
 use minijinja::value::Serde;
-use minijinja::{AutoEscape, Environment};
+use minijinja::{AutoEscape, Environment, HtmlEscape};
 use serde::Serialize;
 use serde_json::{Value, json};
+use titer_core::error::io_error;
 use titer_core::report::{Answer, Results};
 use titer_core::{Error, Result, Verdict};
 
-use super::cost::Cost;
+use super::cost::{Cost, PEAK_NOTE};
+use super::headline::Headline;
 use super::markdown::protocols;
 use super::plots;
 use super::published;
-use super::summary::sentences;
+use super::summary::{note, sentences};
 use super::table::{Block, LEGEND, Method, SHOWN, Table, headings, numbers};
+use crate::names::{visible, visible_lines};
 use crate::stages::read_answers;
 
 const TEMPLATE: &str = include_str!("../../templates/report.html");
@@ -27,6 +30,7 @@ pub(super) fn render(results: &Results, table: &Table, folder: &Path) -> Result<
     let seeds: std::collections::BTreeSet<u64> = results.rows.iter().map(|row| row.seed).collect();
     let mut environment = Environment::new();
     environment.set_auto_escape_callback(|_| AutoEscape::Html);
+    environment.add_filter("prose", prose);
     let view = json!({
         "experiment": results.experiment,
         "titer": results.titer,
@@ -34,6 +38,7 @@ pub(super) fn render(results: &Results, table: &Table, folder: &Path) -> Result<
         "seeds": seeds.into_iter().map(|seed| seed.to_string()).collect::<Vec<_>>().join(", "),
         "protocol": protocols(results),
         "legend": LEGEND,
+        "peak_note": PEAK_NOTE,
         "blocks": blocks,
         "published": published::sections(results),
         "published_headings": published::HEADINGS,
@@ -64,6 +69,18 @@ struct Said {
     verdict: &'static str,
 }
 
+/// Our own texts mark code with backticks.
+fn prose(text: &str) -> minijinja::Value {
+    let escaped = HtmlEscape(text).to_string();
+    let parts: Vec<&str> = escaped.split('`').collect();
+    let code = |(at, part): (usize, &&str)| match at % 2 {
+        1 if at + 1 < parts.len() => format!("<code>{part}</code>"),
+        1 => format!("&#96;{part}"),
+        _ => (*part).to_owned(),
+    };
+    minijinja::Value::from_safe_string(parts.iter().enumerate().map(code).collect())
+}
+
 fn block_view(block: &Block, folder: &Path) -> Result<Value> {
     let groups: Vec<Group> = block.methods.iter().map(|method| group(block, method)).collect();
     let plots = [
@@ -77,13 +94,15 @@ fn block_view(block: &Block, folder: &Path) -> Result<Value> {
             plots::curves(block, |curves| &curves.harmful_loss, "loss, nats")?,
         ),
     ];
-    let plots = plots.map(|(title, svg)| json!({ "title": title, "svg": svg }));
+    let plots = plots.map(|(title, svg)| json!({ "title": title, "svg": named(&svg, title) }));
     let samples = block.methods.iter().map(|method| samples(block, method, folder)).collect::<Result<Vec<_>>>()?;
     Ok(json!({
         "title": block.title,
+        "headline": Headline::of(block),
         "headings": headings(block),
         "groups": groups,
         "sentences": sentences(block),
+        "note": note(block),
         "plots": plots,
         "keys": plots::legend(block),
         "costs": block.methods.iter().map(Cost::of).collect::<Vec<_>>(),
@@ -97,17 +116,43 @@ fn group(block: &Block, method: &Method) -> Group {
     Group { method: method.name.to_owned(), lines }
 }
 
+/// The drawing with its title, for those who hear the page.
+fn named(svg: &str, title: &str) -> String {
+    svg.replacen("role=\"img\"", &format!("role=\"img\" aria-label=\"{title}\""), 1)
+}
+
+/// A file of the run's folder, if it is there.
+///
+/// # Errors
+/// The path leads out of the folder.
+fn inside(folder: &Path, path: &str) -> Result<Option<PathBuf>> {
+    let plain = Path::new(path).components().all(|part| matches!(part, Component::Normal(_)));
+    let file = folder.join(path);
+    let within =
+        |file: &Path| -> std::io::Result<bool> { Ok(file.canonicalize()?.starts_with(folder.canonicalize()?)) };
+    if plain && !file.is_file() {
+        return Ok(None);
+    }
+    if plain && within(&file).map_err(|error| io_error("find", &file, error))? {
+        return Ok(Some(file));
+    }
+    Err(Error::data(format!("the answer file `{}` is not in the folder of the run", visible(path)))
+        .file(folder.join("results.json"))
+        .key("answers")
+        .help("run `titer run` again, which writes results.json anew; answers are read from the run's folder only"))
+}
+
 /// Answers to the first harmful prompts before and after the strongest attack, with the first seed. A run's folder
 /// without its answers gives a page without samples.
 fn samples(block: &Block, method: &Method, folder: &Path) -> Result<Vec<Sample>> {
     let Some(row) = block.ratios.last().and_then(|&ratio| method.at(ratio).next()) else { return Ok(Vec::new()) };
     let read = |probe: &str| -> Result<Vec<Answer>> {
-        let path = row.answers.get(probe).map(|path| folder.join(path)).filter(|path| path.is_file());
+        let path = row.answers.get(probe).map(|path| inside(folder, path)).transpose()?.flatten();
         path.map_or_else(|| Ok(Vec::new()), |path| read_answers(&path))
     };
     let (before, after) = (read("harmful_aligned")?, read("harmful")?);
     let said = |answer: &Answer| Said {
-        text: answer.answer.clone(),
+        text: visible_lines(&answer.answer),
         verdict: match answer.verdicts.get(&row.judge) {
             Some(Verdict::Complied) => "complied",
             Some(Verdict::Refused) => "refused",
@@ -118,11 +163,13 @@ fn samples(block: &Block, method: &Method, folder: &Path) -> Result<Vec<Sample>>
     };
     let sample = |(index, after): (usize, &Answer)| Sample {
         method: method.name.to_owned(),
-        prompt: [Some(after.instruction.as_str()), after.input.as_deref()]
-            .into_iter()
-            .flatten()
-            .collect::<Vec<_>>()
-            .join(" "),
+        prompt: visible_lines(
+            &[Some(after.instruction.as_str()), after.input.as_deref()]
+                .into_iter()
+                .flatten()
+                .collect::<Vec<_>>()
+                .join(" "),
+        ),
         before: before.get(index).map(said),
         after: said(after),
     };
@@ -133,6 +180,39 @@ fn samples(block: &Block, method: &Method, folder: &Path) -> Result<Vec<Sample>>
 mod tests {
     use super::*;
     use crate::reporters::fixture;
+
+    #[test]
+    fn answers_outside_of_the_folder_are_not_read() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let run = folder.path().join("run");
+        std::fs::create_dir(&run).expect("a folder");
+        let secret = folder.path().join("secret.jsonl");
+        std::fs::write(&secret, "{}\n").expect("a file");
+        let page = |path: &str| {
+            let mut results = fixture::results(1);
+            for row in &mut results.rows {
+                row.answers.insert("harmful".into(), path.into());
+            }
+            render(&results, &Table::new(&results)?, &run)
+        };
+        let mut paths =
+            vec!["../secret.jsonl".to_owned(), secret.display().to_string(), "./a/../../secret.jsonl".into()];
+        #[cfg(unix)]
+        {
+            std::os::unix::fs::symlink(&secret, run.join("link.jsonl")).expect("a link");
+            paths.push("link.jsonl".into());
+        }
+        for path in paths {
+            let error = page(&path).expect_err(&path);
+            assert!(error.message().contains("not in the folder of the run"), "{path}: {error}");
+        }
+        assert!(page("answers/missing.jsonl").is_ok(), "a folder without its answers has a page without samples");
+    }
+
+    #[test]
+    fn code_is_marked_and_no_backtick_is_left() {
+        assert_eq!(prose("`a<b` and `c").to_string(), "<code>a&lt;b</code> and &#96;c");
+    }
 
     #[test]
     fn text_of_models_and_users_is_escaped() -> Result<()> {

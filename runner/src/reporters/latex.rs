@@ -1,37 +1,42 @@
-//! The table in LaTeX, with the rules of `booktabs`.
+//! The table of the papers in LaTeX, with the rules of `booktabs`.
 
-use super::table::{LEGEND, SHOWN, Table, headings, numbers};
+use super::headline::Headline;
+use super::table::{Block, Table};
+use crate::names::visible;
 
 /// One `table` environment for each block.
 pub(super) fn render(table: &Table) -> String {
-    let mut text = String::from("% \\usepackage{booktabs}\n");
-    for block in &table.blocks {
-        let columns = headings(block);
-        text += &format!(
-            "\\begin{{table}}\n\\centering\n\\begin{{tabular}}{{ll{}}}\n\\toprule\n",
-            "r".repeat(columns.len())
-        );
-        let columns: Vec<String> = columns.iter().map(|column| escape(column)).collect();
-        text += &format!("Method & & {} \\\\\n", columns.join(" & "));
-        for method in &block.methods {
-            text += "\\midrule\n";
-            for (index, shown) in SHOWN.iter().enumerate() {
-                let name = if index == 0 { escape(method.name) } else { String::new() };
-                let arrow = if shown.higher { "$\\uparrow$" } else { "$\\downarrow$" };
-                let numbers: Vec<String> = numbers(block, method, shown).iter().map(|text| escape(text)).collect();
-                text += &format!("{name} & {} {arrow} & {} \\\\\n", shown.short, numbers.join(" & "));
-            }
-        }
-        let caption = format!("{}. {LEGEND}", block.title);
-        text += &format!("\\bottomrule\n\\end{{tabular}}\n\\caption{{{}}}\n\\end{{table}}\n", escape(&caption));
+    let blocks: String = table.blocks.iter().map(environment).collect();
+    format!("% \\usepackage{{booktabs}}\n{blocks}")
+}
+
+fn environment(block: &Block) -> String {
+    let headline = Headline::of(block);
+    let width = headline.columns.len();
+    let columns = "r".repeat(width * headline.groups.len());
+    let mut text = format!("\\begin{{table}}\n\\centering\n\\begin{{tabular}}{{l{columns}}}\n\\toprule\n");
+    let (mut names, mut rules) = (String::new(), String::new());
+    for (index, group) in headline.groups.iter().enumerate() {
+        let arrow = if group.higher { "$\\uparrow$" } else { "$\\downarrow$" };
+        let (first, last) = (2 + index * width, 1 + (index + 1) * width);
+        names += &format!(" & \\multicolumn{{{width}}}{{c}}{{{} {arrow}}}", group.short);
+        rules += &format!("\\cmidrule(lr){{{first}-{last}}}");
     }
-    text
+    let columns: String =
+        headline.groups.iter().flat_map(|_| &headline.columns).map(|c| format!(" & {}", escape(c))).collect();
+    text += &format!("{names} \\\\\n{rules}\nMethod{columns} \\\\\n\\midrule\n");
+    for (method, values) in &headline.lines {
+        let values: String = values.iter().map(|value| format!(" & {}", escape(value))).collect();
+        text += &format!("{}{values} \\\\\n", escape(method));
+    }
+    let caption = escape(&format!("{}. {}", block.title, headline.legend));
+    text + &format!("\\bottomrule\n\\end{{tabular}}\n\\caption{{{caption}}}\n\\end{{table}}\n")
 }
 
 /// Text that LaTeX shows as it is.
 fn escape(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
-    for c in text.chars() {
+    for c in visible(text).chars() {
         match c {
             '&' | '%' | '$' | '#' | '_' | '{' | '}' => {
                 safe.push('\\');
@@ -40,10 +45,17 @@ fn escape(text: &str) -> String {
             '\\' => safe.push_str("\\textbackslash{}"),
             '~' => safe.push_str("\\textasciitilde{}"),
             '^' => safe.push_str("\\textasciicircum{}"),
+            '<' => safe.push_str("\\textless{}"),
+            '>' => safe.push_str("\\textgreater{}"),
+            '|' => safe.push_str("\\textbar{}"),
+            '"' => safe.push_str("\\textquotedbl{}"),
+            '`' => safe.push_str("\\textasciigrave{}"),
+            // After the end of a row they would be its arguments.
+            '[' | ']' | '*' => safe.extend(['{', c, '}']),
             '±' => safe.push_str("$\\pm$"),
             '·' => safe.push_str("$\\cdot$"),
+            '−' => safe.push_str("$-$"),
             '–' => safe.push_str("--"),
-            '`' => safe.push_str("\\textasciigrave{}"),
             _ => safe.push(c),
         }
     }

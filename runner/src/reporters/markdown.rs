@@ -2,30 +2,23 @@
 
 use titer_core::report::Results;
 
-use super::cost::Cost;
+use super::cost::{Cost, PEAK_NOTE};
+use super::headline::Headline;
 use super::published;
-use super::summary::sentences;
+use super::summary::{note, sentences};
 use super::table::{Block, LEGEND, SHOWN, Table, headings, numbers};
+use crate::names::visible;
 
 /// A page.
 pub(super) fn render(results: &Results, table: &Table) -> String {
     let mut text = format!("# {}\n", escape(&results.experiment));
     for block in &table.blocks {
-        text += &format!("\n## {}\n\n", escape(&block.title));
-        let columns = headings(block);
-        text += &format!("| method | | {} |\n", columns.join(" | "));
-        text += &format!("|---|---|{}\n", "--:|".repeat(columns.len()));
-        for method in &block.methods {
-            for (index, shown) in SHOWN.iter().enumerate() {
-                let name = if index == 0 { format!("**{}**", escape(method.name)) } else { String::new() };
-                let numbers = numbers(block, method, shown);
-                text += &format!("| {name} | {} | {} |\n", shown.heading(), numbers.join(" | "));
-            }
-        }
-        text.push('\n');
+        text += &format!("\n## {}\n\n{}\n", escape(&block.title), headline(block));
         for (method, sentence) in sentences(block) {
             text += &format!("- **{}**: {}\n", escape(method), escape(&sentence));
         }
+        text += &note(block).map_or_else(String::new, |note| format!("\n{}\n", escape(&note)));
+        text += &every_metric(block);
         text += &costs(block);
     }
     text += &verdicts(results);
@@ -35,7 +28,48 @@ pub(super) fn render(results: &Results, table: &Table) -> String {
             text += &format!("- {}: {}\n", escape(&failure.cell), escape(&failure.error));
         }
     }
-    text + &format!("\n{LEGEND}\n\nProtocol {}.\n", protocols(results))
+    if !table.blocks.is_empty() {
+        text += &format!("\n{LEGEND}\n\nProtocol {}.\n", escape(&protocols(results)));
+    }
+    text
+}
+
+/// The table of the papers for each block, under its title where there are several.
+pub(super) fn headlines(table: &Table) -> String {
+    let title = |block: &Block| format!("### {}\n\n", escape(&block.title));
+    let several = table.blocks.len() > 1;
+    let one = |block| if several { title(block) + &headline(block) } else { headline(block) };
+    table.blocks.iter().map(one).collect::<Vec<_>>().join("\n")
+}
+
+/// The table of the papers.
+fn headline(block: &Block) -> String {
+    let headline = Headline::of(block);
+    let columns = headline.groups.iter().flat_map(|group| {
+        let first = |(at, column)| if at == 0 { format!("{} {column}", group.heading) } else { String::clone(column) };
+        headline.columns.iter().enumerate().map(first)
+    });
+    let columns: Vec<String> = columns.collect();
+    let mut text = format!("| method | {} |\n|---|{}\n", columns.join(" | "), "--:|".repeat(columns.len()));
+    for (method, values) in &headline.lines {
+        text += &format!("| {} | {} |\n", escape(method), values.join(" | "));
+    }
+    text + "\n" + &escape(&headline.legend) + "\n"
+}
+
+/// Every metric with its spread.
+fn every_metric(block: &Block) -> String {
+    let columns = headings(block);
+    let mut text = format!("\n| method | | {} |\n", columns.join(" | "));
+    text += &format!("|---|---|{}\n", "--:|".repeat(columns.len()));
+    for method in &block.methods {
+        for (index, shown) in SHOWN.iter().enumerate() {
+            let name = if index == 0 { format!("**{}**", escape(method.name)) } else { String::new() };
+            let numbers = numbers(block, method, shown);
+            text += &format!("| {name} | {} | {} |\n", shown.heading(), numbers.join(" | "));
+        }
+    }
+    text
 }
 
 /// What each method cost and must know, and what its combination brings with it.
@@ -45,7 +79,8 @@ fn costs(block: &Block) -> String {
     for cost in &costs {
         text += &format!("| {} |\n", cost.cells().map(escape).join(" | "));
     }
-    text.push('\n');
+    text += &format!("\n{PEAK_NOTE}\n");
+    text += if costs.iter().all(|cost| cost.notes.is_empty()) { "" } else { "\n" };
     for cost in costs.iter().filter(|cost| !cost.notes.is_empty()) {
         text += &format!("- **{}**: {}.\n", escape(&cost.method), escape(&cost.notes));
     }
@@ -79,15 +114,11 @@ pub(super) fn protocols(results: &Results) -> String {
 /// Text that Markdown shows as it is, on one line.
 fn escape(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '\n' => safe.push(' '),
-            '|' | '*' | '_' | '`' | '<' | '[' | ']' | '#' | '\\' => {
-                safe.push('\\');
-                safe.push(c);
-            }
-            _ => safe.push(c),
+    for c in visible(text).chars() {
+        if "|*_`<>[]{}#\\~$&!".contains(c) {
+            safe.push('\\');
         }
+        safe.push(c);
     }
     safe
 }
@@ -103,7 +134,7 @@ mod tests {
             row.method = "a|b\n<script>".into();
         }
         let text = render(&results, &Table::new(&results)?);
-        assert!(text.contains("**a\\|b \\<script>**"), "{text}");
+        assert!(text.contains("**a\\|b\\\\n\\<script\\>**"), "{text}");
         Ok(())
     }
 }

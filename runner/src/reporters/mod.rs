@@ -3,6 +3,8 @@
 mod console;
 mod cost;
 mod csv;
+pub mod differences;
+mod headline;
 mod html;
 mod latex;
 mod markdown;
@@ -19,6 +21,7 @@ use titer_core::report::{ResultRow, Results, SCHEMA};
 use titer_core::{Error, Result};
 
 use crate::identity::digest;
+use crate::names::visible;
 use crate::store::write_file;
 use table::Table;
 
@@ -42,9 +45,13 @@ pub enum Format {
 /// # Errors
 /// The rows do not belong into one table, or a file cannot be written.
 pub fn write_all(results: &Results, folder: &Path) -> Result<()> {
-    let files = [("results.json", Format::Json), ("results.csv", Format::Csv)];
-    let tables = [("report.md", Format::Md), ("report.html", Format::Html)];
-    for (name, format) in files.into_iter().chain(tables.into_iter().filter(|_| !results.rows.is_empty())) {
+    let files = [
+        ("results.json", Format::Json),
+        ("results.csv", Format::Csv),
+        ("report.md", Format::Md),
+        ("report.html", Format::Html),
+    ];
+    for (name, format) in files {
         write_file(&folder.join(name), render(results, folder, format)?.as_bytes())?;
     }
     Ok(())
@@ -55,15 +62,46 @@ pub fn write_all(results: &Results, folder: &Path) -> Result<()> {
 /// # Errors
 /// There is no row, or the rows do not belong into one table.
 pub fn render(results: &Results, folder: &Path, format: Format) -> Result<String> {
+    let readable = &readable(results);
     match format {
         Format::Json => serde_json::to_string_pretty(results)
             .map(|text| text + "\n")
             .map_err(|error| Error::run("results do not serialise").source(error)),
-        Format::Csv => csv::render(results),
-        Format::Md => Ok(markdown::render(results, &Table::new(results)?)),
-        Format::Html => html::render(results, &Table::new(results)?, folder),
-        Format::Latex => Ok(latex::render(&Table::new(results)?)),
+        Format::Csv => csv::render(readable),
+        Format::Md => Ok(markdown::render(readable, &Table::or_failures(readable)?)),
+        Format::Html => html::render(readable, &Table::or_failures(readable)?, folder),
+        Format::Latex => Ok(latex::render(&Table::new(readable)?)),
     }
+}
+
+/// The results with every text as it is shown: names may come from a file that no one has checked.
+fn readable(results: &Results) -> Results {
+    let mut results = results.clone();
+    let mut show = |text: &mut String| *text = visible(text);
+    show(&mut results.experiment);
+    for row in &mut results.rows {
+        [&mut row.method, &mut row.task, &mut row.model, &mut row.lora, &mut row.protocol]
+            .into_iter()
+            .for_each(&mut show);
+        row.notes.iter_mut().chain(row.ledger.privileged.values_mut()).for_each(&mut show);
+    }
+    for failure in &mut results.failures {
+        [&mut failure.cell, &mut failure.error].into_iter().for_each(&mut show);
+    }
+    for published in &mut results.published {
+        [&mut published.source, &mut published.method, &mut published.task].into_iter().for_each(&mut show);
+        published.departs.iter_mut().chain(&mut published.sic).for_each(&mut show);
+    }
+    results
+}
+
+/// The table of the papers in Markdown, with what it says about its numbers: for a page of one's own.
+///
+/// # Errors
+/// There is no row, or the rows do not belong into one table.
+pub fn headline(results: &Results) -> Result<String> {
+    let readable = &readable(results);
+    Ok(markdown::headlines(&Table::new(readable)?))
 }
 
 /// HS and FA over the harmful ratio as SVG, of each task and setting: the title and the two plots.
@@ -71,6 +109,7 @@ pub fn render(results: &Results, folder: &Path, format: Format) -> Result<String
 /// # Errors
 /// There is no row, or the rows do not belong into one table.
 pub fn plots_of(results: &Results) -> Result<Vec<(String, [String; 2])>> {
+    let results = &readable(results);
     let table = Table::new(results)?;
     let of = |block: &table::Block| -> Result<(String, [String; 2])> {
         let plot = |metric, label| plots::over_ratio(block, metric, label, true);
@@ -84,7 +123,8 @@ pub fn plots_of(results: &Results) -> Result<Vec<(String, [String; 2])>> {
 /// # Errors
 /// There is no row, or the rows do not belong into one table.
 pub fn console(results: &Results) -> Result<String> {
-    Ok(console::render(results, &Table::new(results)?))
+    let readable = &readable(results);
+    Ok(console::render(readable, &Table::new(readable)?))
 }
 
 /// The results in a run's folder.
@@ -151,7 +191,7 @@ pub(crate) mod fixture {
 
     /// Three methods, two ratios, `seeds` seeds.
     pub(crate) fn results(seeds: u64) -> Results {
-        let methods = [("None", "none", 100.), ("SFT", "sft", 60.), ("Vaccine", "vaccine", 40.)];
+        let methods = [("Unaligned", "none", 100.), ("SFT", "sft", 60.), ("Vaccine", "vaccine", 40.)];
         let mut rows = Vec::new();
         for (method, defense, harm) in methods {
             for ratio in [0., 0.1] {
@@ -174,7 +214,7 @@ pub(crate) mod fixture {
 
     fn row(method: &str, defense: &str, harm: f64, ratio: f64, seed: u64) -> ResultRow {
         let noise = seed as f64 - 1.;
-        let aligned = if method == "None" { 100. } else { 2. };
+        let aligned = if method == "Unaligned" { 100. } else { 2. };
         let attacked = if ratio == 0. { aligned } else { (harm + 3. * noise).min(100.) };
         ResultRow {
             method: method.into(),
@@ -215,6 +255,7 @@ pub(crate) mod fixture {
             judges: BTreeMap::new(),
             warnings: Vec::new(),
             n: BTreeMap::from([("harmful".into(), 150), ("task".into(), 200)]),
+            outcomes: BTreeMap::new(),
             intervals: BTreeMap::new(),
             ledger: Ledger { align_seconds: 3., fine_tune_seconds: 2., passes_per_step: 1., ..Ledger::default() },
             curves: Curves {
@@ -274,5 +315,69 @@ mod tests {
         insta::assert_snapshot!("latex", render(&results, folder, Format::Latex)?);
         insta::assert_snapshot!("csv", render(&fixture::results(1), folder, Format::Csv)?);
         Ok(())
+    }
+
+    /// Results in which every text from elsewhere is `text`.
+    fn with_texts(text: &str) -> Results {
+        let mut results = fixture::results(1);
+        results.experiment = text.into();
+        for row in &mut results.rows {
+            row.task = text.into();
+            row.notes = vec![text.into()];
+            row.ledger.privileged.insert("align".into(), text.into());
+            row.align["note"] = text.into();
+            // The others keep their names: one name for all would be one method.
+            if row.method == "Vaccine" {
+                row.method = text.into();
+            }
+        }
+        results.failures = vec![titer_core::report::Failure { cell: text.into(), error: text.into() }];
+        results
+    }
+
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig::with_cases(64))]
+        #[test]
+        fn no_text_breaks_out_of_its_place(
+            text in "([\\x00-\\x1f\\x7f-\\x9f\u{200b}\u{202e}\u{2028}\u{feff}]|[|`<>\"'&*_#$%{}~^=+@;!\\[\\]\\\\-]|[a-zé無]){1,12}"
+        ) {
+            let (results, plain) = (with_texts(&text), with_texts("plain"));
+            let shown = |results: &Results, format| render(results, Path::new("."), format).expect("a rendering");
+
+            // No rendering has a character that cannot be seen. Settings in CSV are JSON, which escapes controls its own way.
+            let hidden = |c: char| c.is_control() && c != '\n' || "\u{200b}\u{202e}\u{2028}\u{feff}".contains(c);
+            let pages = [Format::Md, Format::Html, Format::Latex].map(|format| shown(&results, format));
+            for page in pages.into_iter().chain([console(&results).expect("a table")]) {
+                proptest::prop_assert!(!page.contains(hidden), "{:?}", page);
+            }
+            proptest::prop_assert!(!shown(&results, Format::Csv).contains(|c: char| c.is_control() && c != '\n'));
+
+            // Markdown: the same lines, each with the same cells.
+            let cells = |results| -> Vec<usize> {
+                let page = shown(results, Format::Md).replace("\\\\", "").replace("\\|", "");
+                page.lines().map(|line| line.matches('|').count()).collect()
+            };
+            proptest::prop_assert_eq!(cells(&results), cells(&plain));
+
+            // HTML: the same tags with the same attributes, but for code in texts.
+            let tags = |results| -> Vec<String> {
+                let page = shown(results, Format::Html);
+                let tags = page.split('<').skip(1).map(|tag| tag.split('>').next().unwrap_or_default().to_owned());
+                tags.filter(|tag| !tag.ends_with("code")).collect()
+            };
+            proptest::prop_assert_eq!(tags(&results), tags(&plain));
+
+            // LaTeX: balanced braces, and nothing active beyond our own.
+            let bare = |results| {
+                let page = shown(results, Format::Latex).replace("\\textbackslash{}", "");
+                "&%$#_{}".chars().fold(page, |page, special| page.replace(&format!("\\{special}"), ""))
+            };
+            let (found, expected) = (bare(&results), bare(&plain));
+            proptest::prop_assert_eq!(found.matches('{').count(), found.matches('}').count());
+            for special in "&$#_%~^`\"<>|".chars() {
+                let count = |page: &str| page.matches(special).count();
+                proptest::prop_assert_eq!(count(&found), count(&expected), "{} in {}", special, found);
+            }
+        }
     }
 }

@@ -7,6 +7,7 @@ use titer_core::report::{Metrics, ResultRow, Results};
 use titer_core::{Error, Result};
 
 use crate::identity;
+use crate::names::visible;
 use crate::statistics::Summary;
 
 /// The metrics of a table, always together: name, name before the attack, short form, whether higher is better.
@@ -21,9 +22,9 @@ pub const SHOWN: [Shown; 7] = [
 ];
 
 /// What the short forms mean, for the foot of a table.
-pub const LEGEND: &str = "HS harmful score, RR refusal rate, OT off task (harmful prompts answered with something else), FA fine-tune accuracy, BH benign helpfulness, ORR \
-                          over-refusal rate, CO coherent answers; percent, mean ± standard deviation over seeds. `aligned` is before the \
-                          attack; p is the share of harmful rows in the user's data.";
+pub const LEGEND: &str = "HS harmful score, RR refusal rate, OT off task (harmful prompts answered with \
+                          something else), FA fine-tune accuracy, BH benign helpfulness, ORR over-refusal rate, CO coherent answers; percent, mean ± standard deviation over runs (each seed on each \
+                          base). The column aligned is before the attack; p is the share of harmful rows in the user's data.";
 
 /// One metric of a table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -107,6 +108,15 @@ impl<'a> Table<'a> {
         }
         Ok(Self { blocks })
     }
+
+    /// The table, or none if all that there is to tell is what failed.
+    ///
+    /// # Errors
+    /// As [`Table::new`], or nothing failed either.
+    pub fn or_failures(results: &'a Results) -> Result<Self> {
+        let only_failures = results.rows.is_empty() && !results.failures.is_empty();
+        if only_failures { Ok(Self { blocks: Vec::new() }) } else { Self::new(results) }
+    }
 }
 
 /// The rows under one title that share a setting.
@@ -164,7 +174,7 @@ fn labels(results: &Results, groups: &[Group]) -> Vec<String> {
             (1, _) => String::new(),
             (_, "") => " · setting unknown (schema 1)".to_owned(),
             (_, setting) if values.is_empty() => format!(" · setting {setting}"),
-            _ => format!(" · {}", values.join(", ")),
+            _ => format!(" · {}", visible(&values.join(", "))),
         }
     };
     groups.iter().zip(manifests).map(label).collect()
@@ -222,16 +232,6 @@ impl Method<'_> {
         let values: Option<Vec<f64>> = by_seed.values().map(|metrics| metrics.get(metric)).collect();
         Summary::of(&values?)
     }
-
-    /// The differences to `other` at one ratio, one for each seed that both have.
-    pub fn paired(&self, other: &Method, ratio: f64, metric: &str) -> Vec<f64> {
-        let of = |method: &Method| -> BTreeMap<_, f64> {
-            let value = |row: &ResultRow| Some(((row.base_seed, row.seed), row.metrics.get(metric)?));
-            method.at(ratio).filter_map(value).collect()
-        };
-        let (ours, theirs) = (of(self), of(other));
-        ours.iter().filter_map(|(seed, value)| Some(value - theirs.get(seed)?)).collect()
-    }
 }
 
 /// `12.3 ± 4.5`, or a dash where nothing was measured.
@@ -265,10 +265,9 @@ mod tests {
         let table = Table::new(&results)?;
         let [block] = table.blocks.as_slice() else { panic!("one block") };
         assert_eq!(block.ratios, [0., 0.1]);
-        assert_eq!(block.methods.iter().map(|method| method.name).collect::<Vec<_>>(), ["None", "SFT", "Vaccine"]);
+        assert_eq!(block.methods.iter().map(|method| method.name).collect::<Vec<_>>(), ["Unaligned", "SFT", "Vaccine"]);
         assert_eq!(block.reference().map(|method| method.name), Some("SFT"));
         assert_eq!(number(block.methods[2].summary(0.1, "harmful_score")), "40.0 ± 3.0");
-        assert_eq!(block.methods[2].paired(&block.methods[1], 0.1, "harmful_score"), [-20., -20., -20.]);
         assert_eq!(block.methods[2].before("harmful_score_aligned").map(|summary| summary.n), Some(3));
         Ok(())
     }

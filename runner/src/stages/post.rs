@@ -9,7 +9,7 @@ use titer_core::{Stage, StageCx};
 
 use super::train::save;
 use super::{Lineage, RECORD, StageIo, Stages, defense, encoder, write_json};
-use crate::memory::peak_bytes;
+use crate::memory::stage_peak;
 use crate::plan::PostSpec;
 use crate::train_loop::Record;
 
@@ -31,6 +31,7 @@ pub(super) fn run(stages: &Stages, spec: &PostSpec, parent: &str, io: &mut Stage
     defense.begin(&mut cx)?;
     defense.finish(&mut cx)?;
     save(&base, io)?;
-    let record = Record { seconds: begun.elapsed().as_secs_f64(), peak_bytes: peak_bytes(), ..Record::default() };
+    let peak_bytes = stage_peak().filter(|_| stages.device.is_cpu());
+    let record = Record { seconds: begun.elapsed().as_secs_f64(), peak_bytes, ..Record::default() };
     write_json(&io.output.join(RECORD), &record)
 }

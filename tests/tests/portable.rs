@@ -1,0 +1,176 @@
+//! Portable arithmetic: the same bits on every processor, for vectors of any width and any number of threads (law 2).
+//!
+//! The hashes below are those of every machine. They change with the arithmetic, the models, the training or the data, and
+//! then the test prints the new ones.
+
+use std::path::Path;
+
+use candle_core::Device;
+use titer::config::{Config, Source};
+use titer::executor::{Interrupt, Jobs, execute};
+use titer::store::Store;
+use titer::{planner, resolve, results};
+use titer_core::arithmetic::{Level, limit};
+use titer_core::event::{Event, Sink};
+use titer_core::report::Provenance;
+
+/// Alignment, attack, repair and answers, with matrices that are large enough for blocks and threads but fill neither.
+const CONFIG: &str = r#"
+experiment = "portable"
+checkpoint_seconds = 1000.0
+
+[base]
+model = "MODEL"
+shape = { hidden_size = 72, FEED = 150, num_hidden_layers = 2, num_attention_heads = 4, max_position_embeddings = 64 }
+
+[base.pretrain]
+data = { task = "world-text", rows = 60 }
+max_length = 48
+train = { steps = 2, batch_size = 7, learning_rate = 5e-3 }
+
+[encoding]
+template = "chat"
+max_length = 48
+
+[align]
+data = [{ task = "world-safe", rows = 40 }]
+adapter = "ADAPTER"
+train = { steps = 2, batch_size = 9, learning_rate = 5e-3 }
+
+[fine_tune]
+tasks = [{ name = "agnews", task = "world-agnews" }]
+samples = 20
+harmful = { task = "world-harmful" }
+harmful_ratios = [0.2]
+monitor = { task = "world-harmful", rows = 4 }
+train = { steps = 2, batch_size = 5, learning_rate = 1e-3 }
+
+[streams]
+harmful = { task = "world-harmful", rows = 20 }
+
+[evaluate]
+harmful = { task = "world-harmful", rows = 6 }
+task_prompts = 3
+judges = ["world"]
+
+[[methods]]
+name = "Vaccine, KL, Safe LoRA"
+align = { defense = "vaccine", rho = 3.0 }
+fine_tune = { defense = "kl" }
+post = { defense = "POST" }
+
+[[methods]]
+name = "Random perturbation"
+align = { defense = "random-perturbation", rho = 1.0 }
+"#;
+
+struct Silent;
+
+impl Sink for Silent {
+    fn emit(&self, _: Event) {}
+}
+
+/// The hash over everything that a run of the configuration in `folder` computed: weights, answers, verdicts, metrics.
+fn hash(folder: &Path, text: &str, threads: usize) -> String {
+    let path = folder.join("portable.toml");
+    std::fs::write(&path, text).expect("a file");
+    let source = Source::read(&path, [], &[]).expect("a configuration");
+    let loaded = Config::from_source(source).unwrap_or_else(|problems| panic!("{problems}"));
+    let plan = planner::plan(&resolve::resolve(&loaded).unwrap_or_else(|problems| panic!("{problems}")));
+    let store = tempfile::tempdir().expect("a folder");
+    let opened = Store::open(store.path()).expect("a store");
+    let stages = loaded.stages(&plan, Device::Cpu);
+    let jobs = Jobs { count: 1, threads };
+    let outcome = execute(&plan, &opened, &stages, &Silent, &Interrupt::default(), jobs).expect("a run");
+    assert!(outcome.failed.is_empty(), "{:?}", outcome.failed);
+    let results = results::assemble(&plan, &[], Provenance::default(), &opened, &outcome, &folder.join("out"));
+    let results = results.expect("results");
+    assert_eq!(results.rows.len(), plan.cells.len());
+    // Records hold seconds; weights and answers hold only what was computed. Their places are keys, which say more.
+    let mut contents = Vec::new();
+    collect(store.path(), &mut contents);
+    assert!(contents.len() > 10, "{contents:?}");
+    contents.sort();
+    let metrics: Vec<_> = results.rows.iter().map(|row| serde_json::json!(row.metrics).to_string()).collect();
+    blake3::hash((contents.concat() + &metrics.concat()).as_bytes()).to_hex()[..32].to_owned()
+}
+
+/// The hashes of all weights and answers below `folder`.
+fn collect(folder: &Path, contents: &mut Vec<String>) {
+    for entry in std::fs::read_dir(folder).expect("a folder") {
+        let path = entry.expect("an entry").path();
+        if path.is_dir() {
+            collect(&path, contents);
+        } else if path.extension().is_some_and(|extension| extension == "safetensors" || extension == "jsonl") {
+            contents.push(blake3::hash(&std::fs::read(&path).expect("a file")).to_hex().to_string());
+        }
+    }
+}
+
+/// In one test, since the width of vectors is one for the process.
+#[test]
+fn every_width_of_vectors_and_number_of_threads_gives_the_same_bits() {
+    let with = |model: &str, feed: &str, adapter: &str, post: &str| {
+        let text = CONFIG.replace("MODEL", model).replace("FEED", feed);
+        text.replace("ADAPTER", adapter).replace("POST", post)
+    };
+    let mut wrong = Vec::new();
+    for (name, expected, text) in [
+        ("llama, LoRA", LLAMA, with("llama", "intermediate_size", "lora", "safe-lora")),
+        ("opt, all parameters", OPT, with("opt", "ffn_dim", "full", "resta")),
+    ] {
+        for level in Level::ALL {
+            // Without vectors a step takes long, and threads divide the same outputs.
+            let threads: &[usize] = if level >= Level::Bits256 { &[1, 2, 3] } else { &[2] };
+            for &threads in threads {
+                limit(level);
+                let folder = tempfile::tempdir().expect("a folder");
+                let found = hash(folder.path(), &text, threads);
+                println!("{name}: {level:?}, {threads} threads: {found}");
+                wrong.extend((found != expected).then_some(found));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "other bits, or another arithmetic: {wrong:?}");
+}
+
+const LLAMA: &str = "";
+const OPT: &str = "";
+
+/// Functions of the C library and products of candle depend on the processor, so that no code outside the tests may use
+/// them: `titer_core::ops` has others.
+#[test]
+fn nothing_outside_the_kernels_depends_on_the_processor() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let banned =
+        [".matmul(", ".exp()", ".log()", ".ln()", ".powf(", ".powi(", ".sin()", ".cos()", ".tanh()", "softmax("];
+    // Whole powers of two are exact; the others are the functions of `ops` themselves.
+    let allowed = ["2f64.powi(power)", "log_softmax(", "device(x)"];
+    let mut found = Vec::new();
+    for folder in ["core/src", "plugins/src"] {
+        scan(&root.join(folder), &mut |path, line| {
+            let code = line.split("//").next().unwrap_or_default();
+            let is = |words: &[&str]| words.iter().any(|word| code.contains(word));
+            if is(&banned) && !is(&allowed) && !path.to_string_lossy().contains("testing") {
+                found.push(format!("{}: {}", path.display(), code.trim()));
+            }
+        });
+    }
+    // Candle's own product, on devices.
+    found.retain(|line| !line.contains("ops/expression.rs"));
+    assert!(found.is_empty(), "{found:#?}");
+}
+
+/// Calls `f` for every line above the tests of each file.
+fn scan(folder: &Path, f: &mut impl FnMut(&Path, &str)) {
+    for entry in std::fs::read_dir(folder).expect("a folder") {
+        let path = entry.expect("an entry").path();
+        if path.is_dir() {
+            scan(&path, f);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            let text = std::fs::read_to_string(&path).expect("a file");
+            let code = text.split("#[cfg(test)]").next().unwrap_or_default();
+            code.lines().for_each(|line| f(&path, line));
+        }
+    }
+}
