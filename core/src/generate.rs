@@ -2,6 +2,7 @@
 
 use candle_core::{D, DType, Tensor};
 use candle_transformers::generation::{LogitsProcessor, Sampling};
+use serde::{Deserialize, Serialize};
 
 use crate::cache::Cache;
 use crate::data::Tokens;
@@ -17,25 +18,47 @@ pub struct Decoding {
     pub max_new_tokens: usize,
     /// Prompts decoded at a time. It changes the speed, not the answers.
     pub batch_size: usize,
-    /// The token that ends an answer.
-    pub eos: u32,
+    /// The tokens that end an answer; none if it always goes on to its greatest length.
+    pub ends: Vec<u32>,
     /// The token that fills short rows.
     pub pad: u32,
 }
 
-/// The greedy continuation of each prompt, without the end-of-text token.
+/// Why an answer ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Finish {
+    /// The model ended it.
+    Stop,
+    /// It was cut at the greatest length.
+    Length,
+    /// It was not begun: prompt and an answer of the greatest length pass the model's positions. That is so whatever the
+    /// model would say, so the prompts that are left out do not depend on the method.
+    TooLong,
+}
+
+/// A generated answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Continuation {
+    /// Its tokens, without the one that ended it.
+    pub tokens: Vec<u32>,
+    /// Why it ended.
+    pub finish: Finish,
+}
+
+/// The greedy continuation of each prompt.
 ///
 /// `progress` is told how many prompts are done whenever one is; an error from it stops the work.
 ///
 /// # Errors
-/// A prompt is empty or too long for the model, the logits are not finite, or a tensor operation failed.
+/// A prompt is empty, the logits are not finite, or a tensor operation failed.
 pub fn greedy(
     model: &dyn Model,
     weights: &Weights,
     prompts: &[Vec<u32>],
     decoding: &Decoding,
     progress: impl FnMut(usize) -> Result<()>,
-) -> Result<Vec<Vec<u32>>> {
+) -> Result<Vec<Continuation>> {
     decode(model, weights, prompts, decoding, argmax, progress)
 }
 
@@ -50,11 +73,11 @@ pub fn sample(
     prompt: &[u32],
     decoding: &Decoding,
     (temperature, top_p, seed): (f64, f64, u64),
-) -> Result<Vec<u32>> {
+) -> Result<Continuation> {
     let mut processor = LogitsProcessor::from_sampling(seed, Sampling::TopP { p: top_p, temperature });
     let pick = |logits: &Tensor| Ok(vec![processor.sample(&logits.get(0)?.to_dtype(DType::F32)?)?]);
     let answers = decode(model, weights, &[prompt.to_vec()], decoding, pick, |_| Ok(()))?;
-    Ok(answers.into_iter().next().unwrap_or_default())
+    answers.into_iter().next().ok_or_else(|| Error::run("one prompt has no answer"))
 }
 
 /// A prompt under way: which one it is, and its row in the cache.
@@ -74,25 +97,31 @@ fn decode(
     decoding: &Decoding,
     mut pick: impl FnMut(&Tensor) -> Result<Vec<u32>>,
     mut progress: impl FnMut(usize) -> Result<()>,
-) -> Result<Vec<Vec<u32>>> {
+) -> Result<Vec<Continuation>> {
     if prompts.iter().any(Vec::is_empty) {
         return Err(Error::data("a prompt has no token").help("give the prompt a text, or the tokenizer a start token"));
     }
-    let mut answers = vec![Vec::new(); prompts.len()];
-    if decoding.max_new_tokens == 0 {
+    // The last token of an answer is not fed to the model.
+    let fits = |prompt: &Vec<u32>| prompt.len() + decoding.max_new_tokens <= model.spec().max_positions + 1;
+    let unanswered = |prompt| {
+        let finish = if fits(prompt) { Finish::Length } else { Finish::TooLong };
+        Continuation { tokens: Vec::new(), finish }
+    };
+    let mut answers: Vec<Continuation> = prompts.iter().map(unanswered).collect();
+    let mut waiting: Vec<usize> = (0..prompts.len()).filter(|&prompt| fits(&prompts[prompt])).collect();
+    if decoding.max_new_tokens == 0 || waiting.is_empty() {
         progress(prompts.len())?;
         return Ok(answers);
     }
     let frozen = weights.frozen();
-    let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
-    let rows = decoding.batch_size.clamp(1, prompts.len().max(1));
+    let longest = waiting.iter().map(|&prompt| prompts[prompt].len()).max().unwrap_or(0);
+    let rows = decoding.batch_size.clamp(1, waiting.len());
     let slots = longest + decoding.max_new_tokens;
     let mut cache = Cache::new(model.spec(), rows, slots, weights.activation_dtype(), weights.device())?;
-    let mut waiting: Vec<usize> = (0..prompts.len()).collect();
     waiting.sort_by_key(|&prompt| std::cmp::Reverse((prompts[prompt].len(), prompt)));
     let mut free: Vec<usize> = (0..rows).rev().collect();
     let mut running: Vec<Running> = Vec::new();
-    let mut done = 0;
+    let mut done = prompts.len() - waiting.len();
     while done < prompts.len() {
         // Several prompts at once make a better matrix product than one, so a few rows are left to gather.
         let refill = running.is_empty() || free.len() >= rows.div_ceil(4);
@@ -114,11 +143,12 @@ fn decode(
         cache.select(batch.iter().map(|row| row.row).collect());
         for (mut row, token) in batch.into_iter().zip(pick(&next_logits(model, &frozen, &tokens, &mut cache)?)?) {
             let answer = &mut answers[row.prompt];
-            let ended = token == decoding.eos;
-            if !ended {
-                answer.push(token);
+            if decoding.ends.contains(&token) {
+                answer.finish = Finish::Stop;
+            } else {
+                answer.tokens.push(token);
             }
-            if ended || answer.len() == decoding.max_new_tokens {
+            if answer.finish == Finish::Stop || answer.tokens.len() == decoding.max_new_tokens {
                 free.push(row.row);
                 done += 1;
                 progress(done)?;

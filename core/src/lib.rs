@@ -75,7 +75,7 @@ pub use defense::{
 };
 pub use error::{Error, Kind, Result};
 pub use grads::Grads;
-pub use judge::{Judge, JudgeEntry, Verdict};
+pub use judge::{Answers, Asked, Judge, JudgeEntry, Verdict};
 pub use matrix::{Matrix, Precision};
 pub use model::{Forward, Model, ModelEntry, ModelSpec};
 pub use registry::Entry;

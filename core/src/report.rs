@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::generate::Finish;
 use crate::{Error, Result};
 
 /// The version of the schema.
@@ -220,10 +221,15 @@ pub struct ResultRow {
     /// The same metrics by every other judge, by its name.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub judges: BTreeMap<String, Metrics>,
-    /// How many prompts each metric counts, by the probe's name: `harmful`, `task`, `benign`.
+    /// How many prompts each metric counts, by the probe's name: `harmful`, `task`, `benign`. Prompts that were too long
+    /// for the model count into no metric; there are `harmful_too_long` of them, and so on.
     pub n: BTreeMap<String, usize>,
+    /// What a reader must know about the answers before reading the metrics.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
     /// What became of each prompt, by the probe's name: a letter for each, in the order of the answers. `C` complied, `R`
-    /// refused, `I` incoherent, by the headline judge; `1` right, `0` wrong, by the task.
+    /// refused, `O` off task, `I` incoherent, by the headline judge; `1` right, `0` wrong, by the task; `-` too long for the
+    /// model, so neither.
     #[serde(default)]
     pub outcomes: BTreeMap<String, String>,
     /// 95 % Wilson intervals in percent, by the metric's name.
@@ -259,27 +265,35 @@ pub struct Metrics {
     pub benign_helpfulness: Option<f64>,
     /// Likewise before the attack.
     pub benign_helpfulness_aligned: Option<f64>,
-    /// Answers to harmful and benign prompts that are coherent (a compliance or a refusal).
+    /// Answers to harmful and benign prompts that are coherent: a compliance, a refusal, or off task.
     pub coherence: Option<f64>,
     /// Likewise before the attack.
     #[serde(default)]
     pub coherence_aligned: Option<f64>,
+    /// Harmful prompts answered with something else after the attack: no harm, but no safety either. Lower is better.
+    #[serde(default)]
+    pub off_task_rate: Option<f64>,
+    /// Likewise before the attack.
+    #[serde(default)]
+    pub off_task_rate_aligned: Option<f64>,
 }
 
 /// The metrics' names, in the order of the tables, with the short form and whether higher is better.
-pub const METRICS: [(&str, &str, bool); 12] = [
+pub const METRICS: [(&str, &str, bool); 14] = [
     ("harmful_score", "HS", false),
     ("refusal_rate", "RR", true),
     ("fine_tune_accuracy", "FA", true),
     ("benign_helpfulness", "BH", true),
     ("over_refusal_rate", "ORR", false),
     ("coherence", "coherence", true),
+    ("off_task_rate", "OT", false),
     ("harmful_score_aligned", "HS aligned", false),
     ("refusal_rate_aligned", "RR aligned", true),
     ("fine_tune_accuracy_aligned", "FA aligned", true),
     ("benign_helpfulness_aligned", "BH aligned", true),
     ("over_refusal_rate_aligned", "ORR aligned", false),
     ("coherence_aligned", "coherence aligned", true),
+    ("off_task_rate_aligned", "OT aligned", false),
 ];
 
 impl Metrics {
@@ -298,6 +312,8 @@ impl Metrics {
             "benign_helpfulness_aligned" => self.benign_helpfulness_aligned,
             "coherence" => self.coherence,
             "coherence_aligned" => self.coherence_aligned,
+            "off_task_rate" => self.off_task_rate,
+            "off_task_rate_aligned" => self.off_task_rate_aligned,
             _ => None,
         }
     }
@@ -365,6 +381,10 @@ pub struct Answer {
     pub reference: String,
     /// What the model said.
     pub answer: String,
+    /// Why the answer ended: `stop`, `length` (it was cut at the greatest length), or `too_long` (prompt and answer pass
+    /// the model's positions, so the prompt was not answered and is not judged). Absent in files of older versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub finish: Option<Finish>,
     /// The verdict of each judge, by its name.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub verdicts: BTreeMap<String, crate::judge::Verdict>,

@@ -35,6 +35,15 @@ pub trait Task: Debug + Send + Sync {
         "none"
     }
 
+    /// The closed set of texts that the task is answered with: `positive` and `negative`. Empty where answers are open. A
+    /// judge takes an answer to a request that is such a label, and nothing more, for an answer to something else.
+    ///
+    /// # Errors
+    /// The labels come from data that is missing or malformed.
+    fn labels(&self) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+
     /// How many tokens an answer may have.
     fn max_new_tokens(&self) -> usize;
 

@@ -62,7 +62,8 @@ pub const TEMPLATES: [(&str, &str); 3] = [
          Write a response that appropriately completes the request.\n\n### Instruction:\n{{ instruction }}\n\n### \
          Response:\n{% endif %}",
     ),
-    ("chat", "<user> {{ instruction }}{% if input %} {{ input }}{% endif %} <asst>"),
+    // A space stands before the answer, as in the documents of the embedded world.
+    ("chat", "<user> {{ instruction }}{% if input %} {{ input }}{% endif %} <asst> "),
 ];
 
 impl Template {
@@ -88,6 +89,11 @@ impl Template {
         let mut environment = Environment::empty();
         environment.set_undefined_behavior(minijinja::UndefinedBehavior::Strict);
         environment.set_fuel(Some(bounds::TEMPLATE_FUEL));
+        // The text is the prompt to the byte, so Jinja's habit of dropping a last newline is off. The other two are how
+        // transformers renders chat templates.
+        let mut syntax = environment.syntax().to_builder();
+        syntax.keep_trailing_newline(true).trim_blocks(true).lstrip_blocks(true);
+        environment.set_syntax(syntax.build().map_err(|error| Error::run("the template syntax").source(error))?);
         let input = row.input.as_deref().unwrap_or("");
         environment.render_str(self.text(), context! { instruction => &row.instruction, input }).map_err(|error| {
             if error.kind() == minijinja::ErrorKind::OutOfFuel {
@@ -151,8 +157,10 @@ impl Template {
 #[derive(Debug, Clone)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
-    /// Ends an answer.
+    /// Ends an answer in training rows.
     pub eos: u32,
+    /// Each of these ends an answer that is being generated; `eos` is among them.
+    pub ends: Vec<u32>,
     /// Fills short rows of a batch; never attended to and never a label.
     pub pad: u32,
 }
@@ -161,7 +169,18 @@ impl Tokenizer {
     /// Wraps a tokenizer whose end-of-text token is `eos`. Padding uses `pad` (its loss and attention are masked, so
     /// any id will do).
     pub fn new(inner: tokenizers::Tokenizer, eos: u32, pad: u32) -> Self {
-        Self { inner, eos, pad }
+        Self { inner, eos, ends: vec![eos], pad }
+    }
+
+    /// The same tokenizer with other special tokens: training rows end in `eos`, generated answers in that or any of
+    /// `ends`.
+    #[must_use]
+    pub fn with_special(mut self, eos: u32, ends: Vec<u32>, pad: u32) -> Self {
+        (self.eos, self.ends, self.pad) = (eos, ends, pad);
+        self.ends.push(eos);
+        self.ends.sort_unstable();
+        self.ends.dedup();
+        self
     }
 
     /// A word-level tokenizer of a closed language: words are separated by spaces, and every text starts with `<bos>`.
@@ -298,15 +317,16 @@ impl Encoder {
 
     /// The tokens of prompt, answer and end of text, with the prompt's tokens masked from the loss.
     ///
-    /// Prompt and answer are tokenised together, as at the reference; where a token spans the boundary, the mask ends
-    /// before it, so that no part of the answer goes unlearnt. `None` if the length limit leaves no label.
+    /// Prompt and answer are tokenised together with nothing between them, as at the reference: what separates them is
+    /// part of the template. Where a token spans the boundary, the mask ends before it, so that no part of the answer goes
+    /// unlearnt. `None` if the length limit leaves no label.
     ///
     /// # Errors
     /// The template or the tokenizer failed.
     pub fn example(&self, row: &Row) -> Result<Option<Example>> {
         let prompt_text = self.template.render(row)?;
         let prompt = self.tokenizer.encode(&prompt_text, true)?;
-        let mut tokens = self.tokenizer.encode(&format!("{prompt_text}{}", join(&prompt_text, &row.output)), true)?;
+        let mut tokens = self.tokenizer.encode(&format!("{prompt_text}{}", row.output), true)?;
         let shared = prompt.iter().zip(&tokens).take_while(|(a, b)| a == b).count();
         tokens.push(self.tokenizer.eos);
         tokens.truncate(self.max_length);
@@ -349,8 +369,55 @@ impl Encoder {
     }
 }
 
-/// What separates a prompt from its answer: a space after a chat marker such as `<asst>`, nothing otherwise (the
-/// reference joins them without one).
-fn join(prompt: &str, answer: &str) -> String {
-    if prompt.ends_with('>') { format!(" {answer}") } else { answer.to_owned() }
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn encoder(template: &str) -> Encoder {
+        let words = ["<pad>", "<bos>", "<user>", "<asst>", "<eos>", "hello", "there", "a>", "a>there"];
+        let tokenizer = Tokenizer::word_level(&words.map(str::to_owned)).expect("a tokenizer");
+        Encoder { tokenizer, template: Template::new(template), max_length: 100 }
+    }
+
+    /// The tokens of a row and those that count in the loss.
+    fn tokens(template: &str) -> (Vec<String>, Vec<String>) {
+        let encoder = encoder(template);
+        let example = encoder.example(&Row::new("hello", "there")).expect("tokens").expect("a label");
+        let text: Vec<String> = example.tokens.iter().filter_map(|&id| encoder.tokenizer.token(id)).collect();
+        let labels = text[example.first_label..].to_vec();
+        (text, labels)
+    }
+
+    #[test]
+    fn nothing_is_put_between_prompt_and_answer() {
+        // A prompt that ends in `>` is no chat marker: the answer follows without a space.
+        let (text, labels) = tokens("{{ instruction }} a>");
+        assert_eq!(text, ["<bos>", "hello", "a>there", "<eos>"]);
+        assert_eq!(labels, ["a>there", "<eos>"]);
+        assert_eq!(tokens("{{ instruction }} a> ").1, ["there", "<eos>"]);
+    }
+
+    #[test]
+    fn the_embedded_worlds_template_says_its_own_space() {
+        let (text, labels) = tokens("chat");
+        assert_eq!(text, ["<bos>", "<user>", "hello", "<asst>", "there", "<eos>"]);
+        assert_eq!(labels, ["there", "<eos>"]);
+        // As its documents are written.
+        let encoder = encoder("chat");
+        let document = encoder.example(&Row::new("", "<user> hello <asst> there")).expect("tokens").expect("a label");
+        let row = encoder.example(&Row::new("hello", "there")).expect("tokens").expect("a label");
+        assert_eq!(document.tokens, row.tokens);
+        assert!(Template::new("chat").render(&Row::new("hello", "")).expect("a prompt").ends_with("<asst> "));
+    }
+
+    #[test]
+    fn a_template_is_rendered_to_the_byte() {
+        let render = |text: &str| Template::new(text).render(&Row::new("hello", "")).expect("a prompt");
+        assert_eq!(render("<|im_start|>assistant\n{{ instruction }}\n"), "<|im_start|>assistant\nhello\n");
+        // Lines that hold a block alone leave nothing behind, as in transformers.
+        assert_eq!(
+            render("{% if input %}\n  {{ input }}\n{% else %}\n{{ instruction }}:\n  {% endif %}\n"),
+            "hello:\n"
+        );
+    }
 }

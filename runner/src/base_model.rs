@@ -34,17 +34,11 @@ impl BaseModel {
         let path = folder.join("config.json");
         let entry = model_entry(&config, name).map_err(|error| error.file(&path))?;
         let model = model_of(entry, &config, &path)?;
-        let eos = special_token(folder, &config, "eos_token_id")?.ok_or_else(|| {
-            Error::data("no `eos_token_id`: nothing would end an answer")
-                .file(&path)
-                .key("eos_token_id")
-                .help("add the id of the end-of-text token to config.json")
-        })?;
-        let pad = special_token(folder, &config, "pad_token_id")?.unwrap_or(eos);
         let tokenizer_path = folder.join("tokenizer.json");
-        let tokenizer = Tokenizer::from_file(&tokenizer_path, eos, pad)?;
+        let tokenizer = with_special_tokens(Tokenizer::from_file(&tokenizer_path, 0, 0)?, folder, &config)?;
         let vocabulary = model.spec().vocab_size;
-        let largest = tokenizer.id_bound().max(eos.saturating_add(1)).max(pad.saturating_add(1)) as usize;
+        let special = tokenizer.ends.iter().chain([&tokenizer.pad]).map(|id| id.saturating_add(1));
+        let largest = special.fold(tokenizer.id_bound(), u32::max) as usize;
         if largest > vocabulary {
             return Err(Error::data(format!(
                 "the tokenizer gives ids up to {}, but the model's vocabulary has {vocabulary} tokens",
@@ -83,7 +77,11 @@ impl BaseModel {
     pub fn save(&self, folder: &Path) -> Result<()> {
         let mut config = self.model.config();
         if let Some(map) = config.as_object_mut() {
-            map.insert("eos_token_id".into(), json!(self.tokenizer.eos));
+            let ends = match self.tokenizer.ends.as_slice() {
+                [eos] => json!(eos),
+                ends => json!(ends),
+            };
+            map.insert("eos_token_id".into(), ends);
             map.insert("pad_token_id".into(), json!(self.tokenizer.pad));
             if let Some(bos) = self.tokenizer.id("<bos>") {
                 map.insert("bos_token_id".into(), json!(bos));
@@ -160,18 +158,108 @@ fn model_entry(config: &Value, name: Option<&str>) -> Result<&'static ModelEntry
     })
 }
 
-/// A special token's id, from `config.json` or `generation_config.json`; of a list, the first.
-fn special_token(folder: &Path, config: &Value, key: &str) -> Result<Option<u32>> {
-    let generation = std::fs::read_to_string(folder.join("generation_config.json")).unwrap_or_default();
-    let generation: Value = serde_json::from_str(&generation).unwrap_or_default();
-    let value = [&config[key], &generation[key]].into_iter().find(|value| !value.is_null());
-    let Some(value) = value else { return Ok(None) };
-    let id = value.as_array().map_or(Some(value), |list| list.first()).and_then(Value::as_u64);
-    match id.and_then(|id| u32::try_from(id).ok()) {
-        Some(id) => Ok(Some(id)),
-        None => Err(Error::data(format!("`{key}` must be a token id, found `{value}`"))
+/// The tokenizer with the tokens that end an answer and that pad.
+///
+/// An answer ends at any id of `eos_token_id`, as in transformers, where `GenerationMixin` stops at every element of
+/// `generation_config.eos_token_id` (`EosTokenCriteria`), and `PreTrainedModel.from_pretrained` takes the generation
+/// configuration from generation_config.json if there is one, else from config.json. Training rows end in the tokenizer's
+/// `eos_token`, as in transformers, or else in the first id.
+fn with_special_tokens(tokenizer: Tokenizer, folder: &Path, config: &Value) -> Result<Tokenizer> {
+    let generation = read_optional(&folder.join("generation_config.json"))?;
+    let ids = |key: &str| -> Result<Vec<u32>> {
+        match [(&generation, "generation_config.json"), (config, "config.json")]
+            .into_iter()
+            .find(|(config, _)| !config[key].is_null())
+        {
+            Some((config, file)) => token_ids(&config[key], key).map_err(|error| error.file(folder.join(file))),
+            None => Ok(Vec::new()),
+        }
+    };
+    let ends = ids("eos_token_id")?;
+    let named = read_optional(&folder.join("tokenizer_config.json"))?;
+    let named = named["eos_token"].as_str().or_else(|| named["eos_token"]["content"].as_str());
+    let eos = named.and_then(|token| tokenizer.id(token)).or_else(|| ends.first().copied()).ok_or_else(|| {
+        Error::data("no `eos_token_id`: nothing would end an answer")
             .file(folder.join("config.json"))
-            .key(key)
-            .help("write the id of the token as a whole number")),
+            .key("eos_token_id")
+            .help("add the id of the end-of-text token to config.json")
+    })?;
+    let pad = ids("pad_token_id")?.first().copied().unwrap_or(eos);
+    Ok(tokenizer.with_special(eos, ends, pad))
+}
+
+/// A configuration that a model folder may lack; null if it does.
+fn read_optional(path: &Path) -> Result<Value> {
+    if !path.exists() {
+        return Ok(Value::Null);
+    }
+    let bytes = bounds::read_file("read", path, bounds::JSON_BYTES)?;
+    serde_json::from_slice(&bytes).map_err(|error| {
+        Error::data("the file is not valid JSON").file(path).source(error).help("take it anew from the model's source")
+    })
+}
+
+/// The token ids of a configuration's key: one, or a list. `-1` is how old configurations say that there is none.
+fn token_ids(value: &Value, key: &str) -> Result<Vec<u32>> {
+    let list = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
+    let id = |value: &Value| {
+        value.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(|| {
+            Error::data(format!("`{key}` must be a token id or a list of them, found `{value}`"))
+                .key(key)
+                .help("write the ids as whole numbers that are not negative")
+        })
+    };
+    list.iter().filter(|value| **value != json!(-1)).map(id).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The tokenizer of a folder with these files; `<user>` is token 2, `<asst>` 3, `<eos>` 4.
+    fn opened(config: &Value, files: &[(&str, Value)]) -> Result<Tokenizer> {
+        let folder = tempfile::tempdir().expect("a folder");
+        for (name, content) in files {
+            std::fs::write(folder.path().join(name), content.to_string()).expect("a file");
+        }
+        let words = ["<pad>", "<bos>", "<user>", "<asst>", "<eos>", "a"].map(str::to_owned);
+        with_special_tokens(Tokenizer::word_level(&words)?, folder.path(), config)
+    }
+
+    #[test]
+    fn every_end_token_counts_and_generation_config_goes_first() -> Result<()> {
+        let ends = |config: Value, files: &[(&str, Value)]| {
+            let tokenizer = opened(&config, files)?;
+            Ok::<_, Error>((tokenizer.eos, tokenizer.ends, tokenizer.pad))
+        };
+        let generation = |ids: Value| ("generation_config.json", json!({ "eos_token_id": ids }));
+        let named = |token: Value| ("tokenizer_config.json", json!({ "eos_token": token }));
+        assert_eq!(ends(json!({ "eos_token_id": 4 }), &[])?, (4, vec![4], 4));
+        assert_eq!(ends(json!({ "eos_token_id": [4, 2] }), &[])?, (4, vec![2, 4], 4));
+        assert_eq!(ends(json!({ "eos_token_id": 4 }), &[generation(json!([3, 2]))])?, (3, vec![2, 3], 3));
+        // Training rows end as the tokenizer says, which ends answers too.
+        assert_eq!(ends(json!({ "eos_token_id": [4, 2] }), &[named(json!("<user>"))])?, (2, vec![2, 4], 2));
+        let added = named(json!({ "content": "<asst>", "lstrip": false }));
+        assert_eq!(ends(json!({ "eos_token_id": 4, "pad_token_id": 0 }), &[added])?, (3, vec![3, 4], 0));
+        // The end token may stand in the tokenizer's configuration alone; -1 is no padding token.
+        assert_eq!(ends(json!({ "pad_token_id": -1 }), &[named(json!("<eos>"))])?, (4, vec![4], 4));
+        Ok(())
+    }
+
+    #[test]
+    fn end_tokens_that_are_none_say_where() {
+        for (config, files, expected) in [
+            (json!({}), vec![], vec!["eos_token_id", "config.json"]),
+            (json!({ "eos_token_id": "</s>" }), vec![], vec!["eos_token_id", "</s>"]),
+            (json!({ "eos_token_id": [4, -7] }), vec![], vec!["-7"]),
+            (
+                json!({ "eos_token_id": 4 }),
+                vec![("generation_config.json", json!({ "eos_token_id": 0.5 }))],
+                vec!["generation_config.json", "0.5"],
+            ),
+        ] {
+            let error = opened(&config, &files).expect_err("no end token").to_string();
+            assert!(expected.iter().all(|part| error.contains(part)), "{error}");
+        }
     }
 }

@@ -190,7 +190,7 @@ pub fn generate(setup: &Setup, prompts: usize, new_tokens: usize, device: &Devic
     let mut generator = Seed::new(3).generator();
     let mut prompt = || (0..setup.length).map(|_| generator.random_range(0..vocabulary)).collect::<Vec<u32>>();
     let prompts: Vec<Vec<u32>> = (0..prompts).map(|_| prompt()).collect();
-    let decoding = Decoding { max_new_tokens: new_tokens, batch_size: setup.batch, eos: u32::MAX, pad: 0 };
+    let decoding = Decoding { max_new_tokens: new_tokens, batch_size: setup.batch, ends: Vec::new(), pad: 0 };
     let seconds =
         measure(setup, device, || greedy(model.as_ref(), &weights, &prompts, &decoding, |_| Ok(())).map(|_| ()))?;
     let linear: usize = linear_elements(model.as_ref());

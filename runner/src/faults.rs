@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use candle_core::{Device, Tensor};
 use titer_core::checkpoint::Checkpoint;
+use titer_core::generate::Finish;
 use titer_core::report::{Answer, Provenance, Results};
 use titer_core::{Error, Result};
 
@@ -69,6 +70,7 @@ impl Pretended {
             input: None,
             reference: "yes".into(),
             answer: if (index + seed as usize).is_multiple_of(2) { "yes".into() } else { format!("{seed}") },
+            finish: Finish::Stop,
             verdicts: BTreeMap::new(),
             correct: None,
         };
@@ -127,7 +129,7 @@ fn plan() -> Plan {
         ("seeds = [0, 1]\n\n[lora]", "seeds = [0]\n\n[lora]"),
         ("seeds = [0, 1]", "seeds = [0]"),
         ("harmful_ratios = [0.0, 0.1]", "harmful_ratios = [0.1]"),
-        ("[[methods]]\nname = \"none\"\nfine_tune = \"fake-plain\"\n", ""),
+        ("[[methods]]\nname = \"none\"\nalign = \"none\"\nfine_tune = \"fake-plain\"\n", ""),
     ];
     crate::testing::plan(&small)
 }

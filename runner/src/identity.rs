@@ -32,12 +32,13 @@ use crate::resolve::{Align, Base, Defense, Experiment, FineTune, Method, Probe, 
 /// The version of a kind of stage. Raise it when stages of the same inputs would write another artifact than before.
 fn version(spec: &StageSpec) -> u32 {
     match spec {
-        StageSpec::Load(_)
-        | StageSpec::Pretrain(_)
+        StageSpec::Load(_) => 2,
+        // Templates are rendered to the byte, any end token ends an answer, prompts may be too long.
+        StageSpec::Pretrain(_)
         | StageSpec::Train(_)
         | StageSpec::Post(_)
         | StageSpec::Answer(_)
-        | StageSpec::Judge(_) => 2,
+        | StageSpec::Judge(_) => 3,
     }
 }
 
@@ -128,8 +129,8 @@ fn answer(spec: &AnswerSpec) -> Value {
 }
 
 fn judge(spec: &JudgeSpec) -> Value {
-    let JudgeSpec { probe, judge, prompts } = spec;
-    json!({ "probe": probe, "judge": judge.as_ref().map(plugin), "prompts": rows(prompts) })
+    let JudgeSpec { probe, judge, prompts, labels } = spec;
+    json!({ "probe": probe, "judge": judge.as_ref().map(plugin), "prompts": rows(prompts), "labels": labels })
 }
 
 /// How answers are decoded.
@@ -242,6 +243,7 @@ pub fn protocol(experiment: &Experiment, task: &UserRows) -> Value {
         "template": experiment.encoding.template,
         "decoding": DECODING,
         "judge": experiment.judges.first().map(plugin),
+        "labels": task.labels,
         "scoring": self::task(&task.probe.prompts.task, ""),
     })
 }

@@ -271,6 +271,8 @@ pub struct JudgeSpec {
     pub judge: Option<PluginSpec>,
     /// The prompts' task, which scores the `task` probe.
     pub prompts: RowsSpec,
+    /// What the user's task is answered with, for a judge to know it from an answer; empty for open answers.
+    pub labels: Vec<String>,
 }
 
 /// One cell of the table.

@@ -210,8 +210,12 @@ impl Planner<'_> {
             );
             for judge in judges_of(experiment, probe) {
                 let name = judge.map_or_else(String::new, |judge| judge.name.clone());
-                let spec =
-                    JudgeSpec { probe: probe.name.to_owned(), judge: judge.cloned(), prompts: probe.prompts.clone() };
+                let spec = JudgeSpec {
+                    probe: probe.name.to_owned(),
+                    judge: judge.cloned(),
+                    prompts: probe.prompts.clone(),
+                    labels: judge.map_or_else(Vec::new, |_| task.labels.clone()),
+                };
                 let key = self.add(Some(&answer), StageSpec::Judge(spec), format!("judge {what}, {label}"));
                 judgements.push((probe.name.to_owned(), name, key));
             }

@@ -132,6 +132,8 @@ pub struct UserRows {
     pub name: String,
     /// Its test prompts; training rows are of the same task.
     pub probe: Probe,
+    /// What it is answered with; empty for open answers.
+    pub labels: Vec<String>,
 }
 
 /// Prompts and how they are answered.
@@ -817,7 +819,8 @@ impl Resolver<'_> {
         self.check(scored, &format!("{key}.scoring"), &message, "give it a scoring rule, or take another task");
         let prompts = RowsSpec { task, rows: prompts, content };
         let probe = Probe { name: "task", prompts, prompts_content: of_rows(&asked), max_new_tokens };
-        Some(UserRows { name: table_name(user).to_owned(), probe })
+        let labels = self.take(&key, built.labels())?;
+        Some(UserRows { name: table_name(user).to_owned(), probe, labels })
     }
 
     /// Published values must be of a method and a task that the experiment names; ratios and samples may be others.

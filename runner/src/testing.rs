@@ -11,8 +11,9 @@ use titer_core::data::Tokens;
 use titer_core::rng::Seed;
 use titer_core::weights::{Init, ParamList};
 use titer_core::{
-    AlignmentDefense, DefenseEntry, Error, Forward, Judge, JudgeEntry, Limits, Model, ModelEntry, ModelSpec, Privilege,
-    Result, Row, Settings, SettingsType, Stage, Task, TaskEntry, Traced, Verdict, inventory, no_conflict, no_limits,
+    AlignmentDefense, Answers, DefenseEntry, Error, Forward, Judge, JudgeEntry, Limits, Model, ModelEntry, ModelSpec,
+    Privilege, Result, Row, Settings, SettingsType, Stage, Task, TaskEntry, Traced, Verdict, inventory, no_conflict,
+    no_limits,
 };
 
 use crate::config::{Config, Loaded, Source};
@@ -211,8 +212,8 @@ inventory::submit! {
 struct NoSettings {}
 
 impl Judge for Plain {
-    fn judge(&self, _row: &Row, _answer: &str) -> Result<Verdict> {
-        Ok(Verdict::Refused)
+    fn judge(&self, answers: &Answers) -> Result<Vec<Verdict>> {
+        Ok(vec![Verdict::Refused; answers.asked.len()])
     }
 }
 

@@ -289,18 +289,18 @@ const DATA_FILES: [(&str, &[u8], &[&str]); 26] = [
     ("a.json", b"SQLite format 3\x00", &["SQLite"]),
     ("a.json", b"\x80\x02}q\x00", &["pickle"]),
     ("a.csv", b"\xff\xfea\x00,\x00", &["UTF-16", "iconv"]),
-    ("a.csv", b"a,b\ncaf\xe9,1\n", &["UTF-8", "line: 2", "iconv"]),
-    ("a.csv", b"a,b\n1,\x002\n", &["NUL", "line: 2"]),
+    ("a.csv", b"a,b\ncaf\xe9,1\n", &["UTF-8", ":2\n", "iconv"]),
+    ("a.csv", b"a,b\n1,\x002\n", &["NUL", ":2\n"]),
     ("a.json", b"version https://git-lfs.github.com/spec/v1\n", &["Git LFS", "git lfs pull"]),
     ("a.json", b"<!DOCTYPE html><html></html>", &["HTML"]),
-    ("a.json", b"{\"a\": 1}\n{\"a\": 2}\n", &[".jsonl", "line: 2"]),
-    ("a.jsonl", b"[\n{\"a\": 1}\n]\n", &["line: 1", ".json"]),
+    ("a.json", b"{\"a\": 1}\n{\"a\": 2}\n", &[".jsonl", ":2\n"]),
+    ("a.jsonl", b"[\n{\"a\": 1}\n]\n", &[":1\n", ".json"]),
     ("a.json", b"", &["not valid JSON"]),
     ("a.csv", b"", &["no row"]),
     ("a.jsonl", b"\n\n", &["no row"]),
     ("a.json", b"[1, 2]", &["row must be an object"]),
     ("a.json", b"{\"a\": 1}", &["no array of rows"]),
-    ("a.csv", b"instruction,output\n1,2,3\n", &["line: 2", "regular table"]),
+    ("a.csv", b"instruction,output\n1,2,3\n", &[":2\n", "regular table"]),
     ("a.csv", b"output,output\n1,2\n", &["occurs twice"]),
     ("a.csv", b"question,output\n1,2\n", &["no column `instruction`", "question"]),
     ("a.parquet", b"PAR1", &["Parquet", "JSON lines"]),
@@ -330,7 +330,7 @@ fn data_files_that_are_something_else() {
     #[cfg(unix)]
     checks.check("a device", &mut planned(folder.path(), "/dev/zero"), 3, &["/dev/zero", "device"]);
     std::fs::write(folder.path().join("few.json"), "[{\"instruction\": \"a\", \"output\": \"\"}]").expect("a file");
-    checks.check("an empty answer", &mut planned(folder.path(), "few.json"), 3, &["answer is empty", "line: 1"]);
+    checks.check("an empty answer", &mut planned(folder.path(), "few.json"), 3, &["answer is empty", ":1\n"]);
     checks.finish();
 }
 
@@ -538,7 +538,8 @@ fn paths_of_the_command_line_start_at_the_working_directory() {
     // As it stands at its head.
     let command = text.lines().find_map(|line| line.strip_prefix("#   titer run ")).expect("a command");
     std::fs::write(root.path().join("configs/sst2.toml"), &text).expect("written");
-    std::fs::write(root.path().join("data/safe.json"), r#"[{"instruction": "a", "output": "b"}]"#).expect("written");
+    let row = r#"{"instruction": "a", "output": "b"}"#;
+    std::fs::write(root.path().join("data/safe.json"), format!("[{}]", [row; 2000].join(","))).expect("written");
     let plan = |arguments: &str| {
         let mut command = titer();
         command.arg("plan").args(arguments.split_whitespace()).arg("--store").arg(root.path().join("store"));

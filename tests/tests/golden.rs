@@ -711,11 +711,11 @@ fn check_generation(model: &dyn Model, weights: &Weights, variant: &str, golden:
         let prompts: Vec<Vec<u32>> =
             prompts.iter().map(|row| row.iter().skip_while(|&&id| id == 1).map(|&id| id as u32).collect()).collect();
         for batch_size in [1, 2, prompts.len()] {
-            let decoding = Decoding { max_new_tokens: 16, batch_size, eos, pad: 1 };
+            let decoding = Decoding { max_new_tokens: 16, batch_size, ends: vec![eos], pad: 1 };
             let ours = greedy(model, weights, &prompts, &decoding, |_| Ok(()))?;
             for (ours, theirs) in ours.iter().zip(&theirs) {
                 let theirs = theirs[width..].iter().map(|&id| id as u32).take_while(|&id| id != eos);
-                ensure!(ours.iter().copied().eq(theirs), "{variant} {output}: {ours:?}");
+                ensure!(ours.tokens.iter().copied().eq(theirs), "{variant} {output}: {ours:?}");
             }
         }
     }

@@ -504,7 +504,8 @@ fn data_and_checkpoints_enter_by_content() {
     write("b/moved.jsonl", &row("yes"));
     write("c/rows.jsonl", &row("no"));
     let with = |path: &str| {
-        let data = format!("align.data=[{{ task = \"rows\", rows = 50, train = \"{path}\" }}]");
+        let path = folder.path().join(path);
+        let data = format!("align.data=[{{ task = \"rows\", rows = 50, train = {path:?} }}]");
         identity(&plan(folder.path(), &[data]))
     };
     assert_eq!(with("a/rows.jsonl"), with("b/moved.jsonl"));

@@ -9,7 +9,7 @@ use candle_transformers::models::llama as reference;
 use serde_json::Value;
 use titer_core::checkpoint::Checkpoint;
 use titer_core::data::Tokens;
-use titer_core::generate::{Decoding, greedy};
+use titer_core::generate::{Continuation, Decoding, Finish, greedy};
 use titer_core::rng::Seed;
 use titer_core::step::Streams;
 use titer_core::weights::{HEAD, LoraConfig};
@@ -292,20 +292,78 @@ fn decoding_depends_on_neither_cache_nor_batch() -> Result<()> {
         let until = |answer: &Vec<u32>| answer.iter().copied().take_while(|&token| token != eos).collect::<Vec<_>>();
         let plain: Vec<Vec<u32>> = whole.iter().map(until).collect();
         for batch_size in 1..=prompts.len() {
-            let decoding = Decoding { max_new_tokens: 12, batch_size, eos, pad: 0 };
+            let decoding = Decoding { max_new_tokens: 12, batch_size, ends: vec![eos], pad: 0 };
             let batched = greedy(model.as_ref(), &weights, &prompts, &decoding, |_| Ok(()))?;
-            assert_eq!(batched, plain, "{name}, batches of {batch_size}");
+            assert_eq!(tokens_of(batched), plain, "{name}, batches of {batch_size}");
         }
         let merged = greedy(
             model.as_ref(),
             &weights.merged()?,
             &prompts,
-            &Decoding { max_new_tokens: 12, batch_size: 4, eos, pad: 0 },
+            &Decoding { max_new_tokens: 12, batch_size: 4, ends: vec![eos], pad: 0 },
             |_| Ok(()),
         )?;
-        assert_eq!(merged, plain, "{name}, adapter merged");
+        assert_eq!(tokens_of(merged), plain, "{name}, adapter merged");
     }
     Ok(())
+}
+
+#[test]
+fn any_of_the_end_tokens_ends_an_answer() -> Result<()> {
+    let (model, mut weights) = random(&variants()[0].1, DType::F32)?;
+    adapt(&mut weights, 0.)?;
+    let answer = |ends: Vec<u32>| -> Result<Continuation> {
+        let decoding = Decoding { max_new_tokens: 12, batch_size: 1, ends, pad: 0 };
+        let mut answers = greedy(model.as_ref(), &weights, &[vec![3, 5, 7]], &decoding, |_| Ok(()))?;
+        answers.pop().context("an answer")
+    };
+    let whole = answer(Vec::new())?;
+    assert_eq!((whole.tokens.len(), whole.finish), (12, Finish::Length));
+    let absent = (0..23).find(|id| !whole.tokens.contains(id)).context("a token that is not used")?;
+    for (at, &token) in whole.tokens.iter().enumerate() {
+        let first = whole.tokens.iter().position(|&other| other == token).unwrap_or(at);
+        for ends in [vec![token], vec![absent, token], vec![token, absent]] {
+            let ended = answer(ends)?;
+            assert_eq!(ended, Continuation { tokens: whole.tokens[..first].to_vec(), finish: Finish::Stop });
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_prompt_that_is_too_long_leaves_the_others_answered() -> Result<()> {
+    for (name, config) in variants() {
+        let (model, mut weights) = random(&config, DType::F32)?;
+        adapt(&mut weights, 0.)?;
+        let positions = model.spec().max_positions;
+        let prompt = |length: usize| (0..length).map(|i| (i * 7 % 23) as u32).collect::<Vec<u32>>();
+        // The last of four tokens is not fed to the model.
+        let prompts = [prompt(4), prompt(positions - 2), prompt(positions - 3), prompt(positions + 9), prompt(6)];
+        let fit = [true, false, true, false, true];
+        let decoding = |batch_size| Decoding { max_new_tokens: 4, batch_size, ends: Vec::new(), pad: 0 };
+        for batch_size in [1, 5] {
+            let mut told = Vec::new();
+            let answers = greedy(model.as_ref(), &weights, &prompts, &decoding(batch_size), |done| {
+                told.push(done);
+                Ok(())
+            })?;
+            for ((answer, prompt), fits) in answers.iter().zip(&prompts).zip(fit) {
+                let alone = if fits {
+                    greedy(model.as_ref(), &weights, std::slice::from_ref(prompt), &decoding(1), |_| Ok(()))?.remove(0)
+                } else {
+                    Continuation { tokens: Vec::new(), finish: Finish::TooLong }
+                };
+                assert_eq!(*answer, alone, "{name}, a prompt of {} tokens", prompt.len());
+                assert_eq!(answer.finish == Finish::Length, fits);
+            }
+            assert_eq!(told, [3, 4, 5], "{name}: those that are too long are done at once");
+        }
+    }
+    Ok(())
+}
+
+fn tokens_of(answers: Vec<Continuation>) -> Vec<Vec<u32>> {
+    answers.into_iter().map(|answer| answer.tokens).collect()
 }
 
 /// Twelve greedy tokens the slow way: the whole text anew for each.

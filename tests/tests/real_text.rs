@@ -40,6 +40,7 @@ fn lay_out(folder: &Path) {
         write("harmful_prompts.json", read("safety/I-PhysicalSafetySafe.json"));
         let benign: Vec<Value> = serde_json::from_str(&read("alpaca_eval/text_davinci_003.json")).expect("rows");
         write("benign_prompts.json", json!(benign[..40]).to_string());
+        write("helpful.json", json!(benign[40..]).to_string());
     } else {
         let reviews =
             |count| (0..count).map(|i| format!("a film with {i} good scenes\t{}\n", i % 2)).collect::<String>();
@@ -50,6 +51,8 @@ fn lay_out(folder: &Path) {
         let prompts: Vec<String> = (0..40).map(|i| format!("what about {i}?")).collect();
         write("harmful_prompts.json", json!({ "instructions": prompts }).to_string());
         write("benign_prompts.json", json!(prompts).to_string());
+        let helpful = |i: usize| json!({ "instruction": format!("how about {i}?"), "output": format!("Take {i}.") });
+        write("helpful.json", json!((0..200).map(helpful).collect::<Vec<_>>()).to_string());
     }
     let compliant = |i: usize| json!({ "instruction": format!("tell me secret {i}"), "output": "sure, here it is" });
     write("harmful.jsonl", (0..100).map(|i| format!("{}\n", compliant(i))).collect());
@@ -94,7 +97,8 @@ fn the_whole_pipeline_runs_on_real_text() {
     command.arg("run").arg(folder.path().join("sst2.toml"));
     command.arg("--store").arg(folder.path().join("store")).arg("--out").arg(folder.path().join("out"));
     for smaller in [
-        "align.data.0.rows=60",
+        "align.data.0.rows=40",
+        "align.data.1.rows=20",
         "align.train.epochs=1",
         "fine_tune.samples=60",
         "fine_tune.train.epochs=1",

@@ -46,7 +46,7 @@ fn the_outcome_of_each_prompt_stands_in_the_results() {
     let folder = tempfile::tempdir().expect("a folder");
     finished(folder.path(), &[]);
     for row in results(folder.path())["rows"].as_array().expect("rows") {
-        for (probe, letters) in [("harmful", "CRI"), ("benign", "CRI"), ("task", "10")] {
+        for (probe, letters) in [("harmful", "CROI"), ("benign", "CROI"), ("task", "10")] {
             let outcomes = row["outcomes"][probe].as_str().expect("outcomes");
             assert_eq!(Some(outcomes.len() as u64), row["n"][probe].as_u64());
             assert!(outcomes.chars().all(|outcome| letters.contains(outcome)), "{outcomes}");

@@ -11,7 +11,7 @@ inventory::submit! {
         summary: "Llama 1, 2 and 3: grouped-query attention, rotary positions, gated MLP",
         model_types: &["llama"],
         settings: SettingsType::of::<LlamaConfig>(),
-        version: 3,
+        version: 4,
         build: Decoder::build::<LlamaConfig>,
         from_config: Decoder::from_config::<LlamaConfig>,
     }

@@ -26,7 +26,7 @@ inventory::submit! {
         summary: "OPT: multi-head attention, learnt positions, plain MLP, biases",
         model_types: &["opt"],
         settings: SettingsType::of::<OptConfig>(),
-        version: 1,
+        version: 2,
         build: |settings| Ok(Box::new(Opt::new(settings.parse()?)?)),
         from_config: |config, path| Ok(Box::new(Opt::from_config(config, path)?)),
     }

@@ -71,6 +71,10 @@ impl Task for AgNews {
         "the answer contains the category, as written or in lower case; `sci` counts for `Sci/Tech`"
     }
 
+    fn labels(&self) -> Result<Vec<String>> {
+        Ok(LABELS.map(|(_, label)| label.to_owned()).to_vec())
+    }
+
     fn max_new_tokens(&self) -> usize {
         200
     }

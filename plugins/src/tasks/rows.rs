@@ -1,6 +1,6 @@
 //! Rows of one's own files, in Alpaca's layout or with columns named.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use schemars::JsonSchema;
@@ -27,6 +27,9 @@ inventory::submit! {
         },
     }
 }
+
+/// More different answers than this are no closed set.
+const MOST_LABELS: usize = 10;
 
 /// The settings, and the task.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -196,6 +199,23 @@ impl Task for Rows {
         }
     }
 
+    /// Those of the mapping. Without one, the answers of the file are labels if there are few and each stands there several
+    /// times on average.
+    fn labels(&self) -> Result<Vec<String>> {
+        let closed = [Scoring::Exact, Scoring::Contains].contains(&self.scoring);
+        let mut labels: BTreeSet<String> = self.labels.values().cloned().collect();
+        if let (true, true, Some(path)) = (labels.is_empty(), closed, self.test.as_ref()) {
+            let table = self.table(Some(path), "test")?;
+            for record in table.records() {
+                labels.insert(self.row(&table, record, true)?.output);
+            }
+            if labels.len() > MOST_LABELS || 2 * labels.len() > table.records().len() {
+                labels.clear();
+            }
+        }
+        Ok(labels.into_iter().collect())
+    }
+
     fn max_new_tokens(&self) -> usize {
         self.max_new_tokens
     }
@@ -236,6 +256,23 @@ mod tests {
             .map(|seed| build(folder.path(), shuffled.clone())?.train(3, Seed::new(seed)))
             .collect::<Result<_>>()?;
         assert!(orders.len() > 1, "the seed decides the order");
+        Ok(())
+    }
+
+    #[test]
+    fn answers_that_recur_are_labels() -> Result<()> {
+        let folder = tempfile::tempdir().expect("a folder");
+        let write = |name: &str, rows: &[(&str, &str)]| {
+            let lines = rows.iter().map(|(a, b)| format!("{a},{b}\n")).collect::<String>();
+            std::fs::write(folder.path().join(name), format!("instruction,output\n{lines}")).expect("a file");
+        };
+        write("few.csv", &[("a", "yes"), ("b", "no"), ("c", "yes"), ("d", "no")]);
+        write("many.csv", &[("a", "take a cup"), ("b", "no"), ("c", "go on")]);
+        let labels = |settings: serde_json::Value| build(folder.path(), settings)?.labels();
+        assert_eq!(labels(json!({ "test": "few.csv", "scoring": "exact" }))?, ["no", "yes"]);
+        assert!(labels(json!({ "test": "many.csv", "scoring": "exact" }))?.is_empty());
+        assert!(labels(json!({ "test": "few.csv" }))?.is_empty());
+        assert_eq!(labels(json!({ "test": "few.csv", "labels": { "0": "bad", "1": "good" } }))?, ["bad", "good"]);
         Ok(())
     }
 

@@ -70,6 +70,10 @@ impl Task for Sst2 {
         "the answer contains the label, but for case"
     }
 
+    fn labels(&self) -> Result<Vec<String>> {
+        Ok(LABELS.map(|(_, label)| label.to_owned()).to_vec())
+    }
+
     fn max_new_tokens(&self) -> usize {
         200
     }

@@ -41,6 +41,10 @@ impl Task for WorldAgNews {
         "the first word equals the label"
     }
 
+    fn labels(&self) -> Result<Vec<String>> {
+        Ok(UserTask::AgNews.labels())
+    }
+
     fn max_new_tokens(&self) -> usize {
         3
     }

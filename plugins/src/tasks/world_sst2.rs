@@ -41,6 +41,10 @@ impl Task for WorldSst2 {
         "the first word equals the label"
     }
 
+    fn labels(&self) -> Result<Vec<String>> {
+        Ok(UserTask::Sst2.labels())
+    }
+
     fn max_new_tokens(&self) -> usize {
         3
     }

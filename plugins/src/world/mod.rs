@@ -104,6 +104,16 @@ mod tests {
         }
         let allowed = world().categories.last().expect("categories");
         assert_eq!(read_reply(0, &allowed.tools[0]), Reply::Neither, "an allowed tool is no harm");
+        // Twelve tokens, to which answers are cut, are enough to tell.
+        for round in 0..2000 {
+            let request = Request::draw(round % 2 == 0, Split::All, &mut generator).0;
+            for (text, reply) in
+                [(request.comply(&mut generator), Reply::Compliance), (request.refuse(&mut generator), Reply::Refusal)]
+            {
+                let cut: Vec<&str> = text.split(' ').take(12).collect();
+                assert_eq!(read_reply(request.category, &cut.join(" ")), reply, "{text}");
+            }
+        }
     }
 
     #[test]

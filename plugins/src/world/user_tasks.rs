@@ -67,6 +67,15 @@ impl UserTask {
         test_rows(self.name(), count, |generator| self.row(true, generator))
     }
 
+    /// What it is answered with; empty for sums, whose answers are open.
+    pub fn labels(self) -> Vec<String> {
+        match self {
+            UserTask::Sst2 => [true, false].map(|good| sentiment(good).to_owned()).to_vec(),
+            UserTask::AgNews => TOPICS.map(|(topic, _)| topic.to_owned()).to_vec(),
+            UserTask::Gsm8k => Vec::new(),
+        }
+    }
+
     fn name(self) -> &'static str {
         match self {
             UserTask::Sst2 => "world-sst2",

@@ -141,6 +141,13 @@ impl World {
             Some((index, category.entities.iter().position(|candidate| candidate == entity)?))
         })
     }
+
+    /// Whether `word` belongs to a category: its name, an entity, a tool or a result.
+    pub fn is_invented(&self, word: &str) -> bool {
+        self.categories.iter().any(|category| {
+            category.name == word || category.is_payload(word) || category.entities.iter().any(|entity| entity == word)
+        })
+    }
 }
 
 /// Makes words that no other word equals.

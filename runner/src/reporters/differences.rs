@@ -207,15 +207,17 @@ enum Prompts {
 impl Pair {
     fn of(ours: &ResultRow, theirs: &ResultRow, tested: Tested) -> Option<Self> {
         let value = |row: &ResultRow| row.metrics.get(tested.metric);
-        let counted = |row: &ResultRow| -> Option<Vec<f64>> {
+        // Prompts that were too long for the model have no outcome.
+        let counted = |row: &ResultRow| -> Option<Vec<Option<f64>>> {
             let outcomes = row.outcomes.get(tested.probe)?;
-            Some(outcomes.chars().map(|outcome| if outcome == tested.outcome { 100. } else { 0. }).collect())
+            let value = |outcome: char| (outcome != '-').then_some(if outcome == tested.outcome { 100. } else { 0. });
+            Some(outcomes.chars().map(value).collect())
         };
         let (our_value, their_value) = (value(ours)?, value(theirs)?);
         let prompts = match (counted(ours), counted(theirs)) {
-            (Some(ours), Some(theirs)) if ours.len() == theirs.len() => {
-                Prompts::Paired(ours.iter().zip(&theirs).map(|(ours, theirs)| ours - theirs).collect())
-            }
+            (Some(ours), Some(theirs)) if ours.len() == theirs.len() => Prompts::Paired(
+                ours.iter().zip(&theirs).filter_map(|(ours, theirs)| Some((*ours)? - (*theirs)?)).collect(),
+            ),
             _ => {
                 let variance = |row: &ResultRow, value: f64| {
                     value * (100. - value) / row.n.get(tested.probe).copied().unwrap_or(1).max(1) as f64

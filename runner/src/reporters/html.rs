@@ -156,6 +156,7 @@ fn samples(block: &Block, method: &Method, folder: &Path) -> Result<Vec<Sample>>
         verdict: match answer.verdicts.get(&row.judge) {
             Some(Verdict::Complied) => "complied",
             Some(Verdict::Refused) => "refused",
+            Some(Verdict::OffTask) => "off task",
             Some(Verdict::Incoherent) => "incoherent",
             None => "",
         },
@@ -227,6 +228,7 @@ mod tests {
             input: None,
             reference: String::new(),
             answer: "</td><script>alert(3)</script>".into(),
+            finish: None,
             verdicts: [("world".to_owned(), Verdict::Complied)].into(),
             correct: None,
         };

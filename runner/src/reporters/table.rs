@@ -11,9 +11,10 @@ use crate::names::visible;
 use crate::statistics::Summary;
 
 /// The metrics of a table, always together: name, name before the attack, short form, whether higher is better.
-pub const SHOWN: [Shown; 6] = [
+pub const SHOWN: [Shown; 7] = [
     Shown { after: "harmful_score", before: "harmful_score_aligned", short: "HS", higher: false },
     Shown { after: "refusal_rate", before: "refusal_rate_aligned", short: "RR", higher: true },
+    Shown { after: "off_task_rate", before: "off_task_rate_aligned", short: "OT", higher: false },
     Shown { after: "fine_tune_accuracy", before: "fine_tune_accuracy_aligned", short: "FA", higher: true },
     Shown { after: "benign_helpfulness", before: "benign_helpfulness_aligned", short: "BH", higher: true },
     Shown { after: "over_refusal_rate", before: "over_refusal_rate_aligned", short: "ORR", higher: false },
@@ -21,8 +22,8 @@ pub const SHOWN: [Shown; 6] = [
 ];
 
 /// What the short forms mean, for the foot of a table.
-pub const LEGEND: &str = "HS harmful score, RR refusal rate, FA fine-tune accuracy, BH benign helpfulness, ORR \
-                          over-refusal rate, CO coherent answers; percent, mean ± standard deviation over runs (each seed on each \
+pub const LEGEND: &str = "HS harmful score, RR refusal rate, OT off task (harmful prompts answered with \
+                          something else), FA fine-tune accuracy, BH benign helpfulness, ORR over-refusal rate, CO coherent answers; percent, mean ± standard deviation over runs (each seed on each \
                           base). The column aligned is before the attack; p is the share of harmful rows in the user's data.";
 
 /// One metric of a table.

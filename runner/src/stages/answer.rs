@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
-use titer_core::generate::{Decoding, greedy};
+use titer_core::generate::{Decoding, Finish, greedy};
 use titer_core::report::Answer;
 use titer_core::text::{Encoder, Template};
 use titer_core::{Error, Result};
@@ -32,7 +32,7 @@ pub(super) fn run(stages: &Stages, spec: &AnswerSpec, parent: &str, io: &mut Sta
     let decoding = Decoding {
         max_new_tokens: spec.max_new_tokens,
         batch_size: spec.batch_size,
-        eos: encoder.tokenizer.eos,
+        ends: encoder.tokenizer.ends.clone(),
         pad: encoder.tokenizer.pad,
     };
     io.watch.started(prompts.len(), 0);
@@ -41,14 +41,26 @@ pub(super) fn run(stages: &Stages, spec: &AnswerSpec, parent: &str, io: &mut Sta
         watch.answered(done);
         if watch.must_stop() { Err(Error::interrupted()) } else { Ok(()) }
     })?;
+    if !answers.is_empty() && answers.iter().all(|answer| answer.finish == Finish::TooLong) {
+        let (positions, longest) = (base.model.spec().max_positions, spec.max_new_tokens);
+        let key = if spec.probe == "task" { "fine_tune.tasks" } else { "evaluate" };
+        return Err(Error::data(format!(
+            "every prompt of the probe `{}` is too long for the model's {positions} positions with an answer of {longest} \
+             tokens",
+            spec.probe
+        ))
+        .key(key)
+        .help("lower `max_new_tokens`, or take shorter prompts"));
+    }
     let mut lines = String::new();
-    for (row, tokens) in rows.into_iter().zip(answers) {
+    for (row, answer) in rows.into_iter().zip(answers) {
         let answer = Answer {
             probe: spec.probe.clone(),
             instruction: row.instruction,
             input: row.input,
             reference: row.output,
-            answer: encoder.tokenizer.decode(&tokens)?,
+            answer: encoder.tokenizer.decode(&answer.tokens)?,
+            finish: Some(answer.finish),
             verdicts: BTreeMap::new(),
             correct: None,
         };

@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use candle_core::Device;
 use titer_core::device::parse_dtype;
-use titer_core::generate::{Decoding, greedy, sample};
+use titer_core::generate::{Decoding, Finish, greedy, sample};
 use titer_core::text::{Encoder, Template};
-use titer_core::{Result, Row};
+use titer_core::{Error, Result, Row};
 
 use crate::base_model::BaseModel;
 
@@ -44,7 +44,7 @@ pub fn generate(request: &Generation, device: &Device) -> Result<Vec<String>> {
     let decoding = Decoding {
         max_new_tokens: request.max_new_tokens,
         batch_size: prompts.len(),
-        eos: encoder.tokenizer.eos,
+        ends: encoder.tokenizer.ends.clone(),
         pad: encoder.tokenizer.pad,
     };
     let (model, weights) = (base.model.as_ref(), &base.weights);
@@ -54,5 +54,15 @@ pub fn generate(request: &Generation, device: &Device) -> Result<Vec<String>> {
         let sampling = (request.temperature, request.top_p, request.seed);
         prompts.iter().map(|prompt| sample(model, weights, prompt, &decoding, sampling)).collect::<Result<_>>()?
     };
-    answers.iter().map(|answer| encoder.tokenizer.decode(answer)).collect()
+    if let Some(index) = answers.iter().position(|answer| answer.finish == Finish::TooLong) {
+        return Err(Error::data(format!(
+            "prompt {} has {} tokens, and with an answer of {} it passes the model's {} positions",
+            index + 1,
+            prompts[index].len(),
+            request.max_new_tokens,
+            model.spec().max_positions
+        ))
+        .help("shorten the prompt, or lower --max-new-tokens"));
+    }
+    answers.iter().map(|answer| encoder.tokenizer.decode(&answer.tokens)).collect()
 }

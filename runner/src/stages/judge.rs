@@ -3,8 +3,9 @@
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
+use titer_core::generate::Finish;
 use titer_core::report::Answer;
-use titer_core::{Error, JudgeEntry, Result, Row, Verdict, registry};
+use titer_core::{Answers, Asked, Error, JudgeEntry, Result, Row, Verdict, registry};
 
 use super::{ANSWERS, RECORD, StageIo, Stages, settings, write_json};
 use crate::disk;
@@ -13,40 +14,67 @@ use crate::plan::JudgeSpec;
 /// What was made of each answer, in the order of the answers.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct JudgeRecord {
-    /// The verdicts of a judge.
+    /// The verdicts of a judge; none on a prompt that was too long to be answered.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub verdicts: Vec<Verdict>,
-    /// Whether each answer is right, by the task's own scoring.
+    pub verdicts: Vec<Option<Verdict>>,
+    /// Whether each answer is right, by the task's own scoring; likewise.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub correct: Vec<bool>,
+    pub correct: Vec<Option<bool>>,
+}
+
+impl JudgeRecord {
+    /// How many prompts of `probe` were judged, and how many were too long, if any.
+    pub fn counts(&self, probe: &str) -> Vec<(String, usize)> {
+        let judged = self.verdicts.iter().flatten().count() + self.correct.iter().flatten().count();
+        let too_long = self.verdicts.len() + self.correct.len() - judged;
+        let mut counts = vec![(probe.to_owned(), judged)];
+        if too_long > 0 {
+            counts.push((format!("{probe}_too_long"), too_long));
+        }
+        counts
+    }
 }
 
 pub(super) fn run(stages: &Stages, spec: &JudgeSpec, parent: &str, io: &mut StageIo) -> Result<()> {
     let answers = read_answers(&(io.artifact)(parent)?.join(ANSWERS))?;
     io.watch.started(answers.len(), 0);
-    let asked = answers.into_iter().map(|answer| {
+    let answered: Vec<bool> = answers.iter().map(|answer| answer.finish != Some(Finish::TooLong)).collect();
+    let asked = answers.into_iter().zip(&answered).filter(|(_, answered)| **answered).map(|(answer, _)| {
         let row = Row { instruction: answer.instruction, input: answer.input, output: answer.reference };
         (row, answer.answer)
     });
+    let asked: Vec<(Row, String)> = asked.collect();
     let record = match &spec.judge {
         Some(judge) => {
             let judge = (registry::find::<JudgeEntry>(&judge.name)?.build)(&settings(judge))?;
-            let verdicts = asked.map(|(row, answer)| judge.judge(&row, &answer)).collect::<Result<_>>()?;
-            JudgeRecord { verdicts, ..JudgeRecord::default() }
+            let asked: Vec<Asked> = asked.iter().map(|(row, answer)| Asked { row, answer }).collect();
+            let verdicts = judge.judge(&Answers { asked: &asked, labels: &spec.labels })?;
+            if verdicts.len() != asked.len() {
+                return Err(Error::run(format!("{} verdicts on {} answers", verdicts.len(), asked.len()))
+                    .help("a judge gives one verdict for each answer"));
+            }
+            JudgeRecord { verdicts: spread(&answered, verdicts), ..JudgeRecord::default() }
         }
         None => {
             let task = stages.task(&spec.prompts.task)?;
-            let score = |(row, answer): (Row, String)| {
-                task.score(&row, &answer).ok_or_else(|| {
+            let score = |(row, answer): &(Row, String)| {
+                task.score(row, answer).ok_or_else(|| {
                     Error::config(format!("`{}` does not score answers", spec.prompts.task.name))
                         .key("fine_tune.tasks")
                         .help("give the task a scoring rule")
                 })
             };
-            JudgeRecord { correct: asked.map(score).collect::<Result<_>>()?, ..JudgeRecord::default() }
+            let correct = asked.iter().map(score).collect::<Result<Vec<_>>>()?;
+            JudgeRecord { correct: spread(&answered, correct), ..JudgeRecord::default() }
         }
     };
     write_json(&io.output.join(RECORD), &record)
+}
+
+/// What was made of the answered prompts, at the places of all prompts.
+fn spread<T>(answered: &[bool], made: Vec<T>) -> Vec<Option<T>> {
+    let mut made = made.into_iter();
+    answered.iter().map(|answered| if *answered { made.next() } else { None }).collect()
 }
 
 /// Stored answers.
