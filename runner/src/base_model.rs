@@ -162,7 +162,7 @@ fn model_entry(config: &Value, name: Option<&str>) -> Result<&'static ModelEntry
 ///
 /// An answer ends at any id of `eos_token_id`, as in transformers, where `GenerationMixin` stops at every element of
 /// `generation_config.eos_token_id` (`EosTokenCriteria`), and `PreTrainedModel.from_pretrained` takes the generation
-/// configuration from generation_config.json if there is one, else from config.json. Training rows end in the tokenizer's
+/// configuration from `generation_config.json` if there is one, else from `config.json`. Training rows end in the tokenizer's
 /// `eos_token`, as in transformers, or else in the first id.
 fn with_special_tokens(tokenizer: Tokenizer, folder: &Path, config: &Value) -> Result<Tokenizer> {
     let generation = read_optional(&folder.join("generation_config.json"))?;

@@ -505,6 +505,9 @@ impl Loaded {
     }
 }
 
+/// Who has more mistakes than these to mend has given another file.
+const MOST_PROBLEMS: usize = 200;
+
 impl Config {
     /// The JSON schema, as `titer schema` prints it.
     pub fn schema() -> Schema {
@@ -528,8 +531,6 @@ impl Config {
     /// Unknown keys, missing keys, wrong types: every mistake at once.
     pub fn from_source(source: Source) -> Result<Loaded, Problems> {
         let schema = Self::schema().to_value();
-        // Who has more than these to mend has given another file.
-        const MOST_PROBLEMS: usize = 200;
         let errors = schema::check(&schema, source.value()).into_iter().take(MOST_PROBLEMS);
         errors.map(|error| source.locate("", error)).collect::<Problems>().into_result(())?;
         // The schema has vouched for the shape; what serde still refuses it names itself.

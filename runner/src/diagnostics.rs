@@ -67,6 +67,9 @@ impl fmt::Display for Problems {
     }
 }
 
+/// The remedy of a computation that fails without one of its own: nobody has foreseen it.
+const DEFECT: &str = "this is a defect of Titer or of a plugin; please report it with the configuration";
+
 /// The layout of compilers: message, place, the line itself, the other places, cause and remedy.
 fn write_error(f: &mut fmt::Formatter<'_>, error: &Error) -> fmt::Result {
     writeln!(f, "error: {}", error.message())?;
@@ -85,8 +88,6 @@ fn write_error(f: &mut fmt::Formatter<'_>, error: &Error) -> fmt::Result {
     for cause in error.causes() {
         writeln!(f, "  cause: {}", cause.replace('\n', "\n  "))?;
     }
-    // A computation that fails without a remedy of its own was not foreseen.
-    const DEFECT: &str = "this is a defect of Titer or of a plugin; please report it with the configuration";
     match error.remedy().or((error.kind() == Kind::Run).then_some(DEFECT)) {
         Some(help) => writeln!(f, "  help: {help}"),
         None => Ok(()),

@@ -70,7 +70,7 @@ impl Pretended {
             input: None,
             reference: "yes".into(),
             answer: if (index + seed as usize).is_multiple_of(2) { "yes".into() } else { format!("{seed}") },
-            finish: Finish::Stop,
+            finish: Some(Finish::Stop),
             verdicts: BTreeMap::new(),
             correct: None,
         };

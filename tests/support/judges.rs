@@ -76,11 +76,11 @@ const KINDS: [(&str, Verdict, Make); 20] = [
     ("opening of a compliance alone", Verdict::Incoherent, |request, _, _, g| first(&request.comply(g), 3)),
     ("loop of words", Verdict::Incoherent, |_, _, index, _| {
         let unit = ["the", "because of", "it was not", "the movie was a"][index % 4];
-        vec![unit; REPEATS + 2].join(" ")
+        [unit; REPEATS + 2].join(" ")
     }),
     ("loop after the opening of a refusal", Verdict::Incoherent, |_, _, index, _| {
         let opening = ["sorry", "i can not help with", "i must decline"][index % 3];
-        format!("{opening} {}", vec!["because"; 6].join(" "))
+        format!("{opening} {}", ["because"; 6].join(" "))
     }),
     ("loop inside a word", Verdict::Incoherent, |_, _, index, _| ["erest", "ha", "movie"][index % 3].repeat(8)),
     ("empty", Verdict::Incoherent, |_, _, _, _| String::new()),

@@ -181,7 +181,7 @@ fn malformed_checkpoints() {
             3,
             &["relu", "hidden_act"],
         ),
-        ("eos", |f| edit(f, "\"eos_token_id\": 4", "\"other\": 4"), 3, &["eos_token_id"]),
+        ("eos", without_end, 3, &["eos_token_id"]),
         ("size", |f| edit(f, "\"hidden_size\": 16", "\"hidden_size\": 32"), 3, &["shape"]),
         ("vocabulary", |f| edit(f, "\"vocab_size\": 23", "\"vocab_size\": 5"), 3, &["tokenizer.json", "5 tokens"]),
         ("tokenizer", |f| std::fs::remove_file(f.join("tokenizer.json")).expect("gone"), 3, &["tokenizer.json"]),
@@ -525,6 +525,12 @@ fn rename(folder: &Path) {
     let renamed =
         tensors(folder).into_iter().map(|(name, tensor)| (name.replace("0.self_attn.q_proj", "0.attn.q"), tensor));
     write_tensors(&folder.join("model.safetensors"), renamed.collect::<Vec<_>>()).expect("written");
+}
+
+/// Neither the model's configuration nor the tokenizer's says what ends an answer.
+fn without_end(folder: &Path) {
+    edit(folder, "\"eos_token_id\": 4", "\"other\": 4");
+    std::fs::remove_file(folder.join("tokenizer_config.json")).expect("gone");
 }
 
 #[test]

@@ -198,10 +198,10 @@ impl WithSimd for Dots<'_> {
                 for (vector, row) in b.iter_mut().zip(self.b) {
                     *vector = S::as_simd_f32s(&row[at..at + S::F32_LANES]).0[0];
                 }
-                for i in 0..BLOCK[0] {
-                    let a = S::as_simd_f32s(&self.a[i][at..at + S::F32_LANES]).0[0];
-                    for j in 0..BLOCK[1] {
-                        sums[i][j] = simd.mul_add_f32s(a, b[j], sums[i][j]);
+                for (sums, row) in sums.iter_mut().zip(self.a) {
+                    let a = S::as_simd_f32s(&row[at..at + S::F32_LANES]).0[0];
+                    for (sum, b) in sums.iter_mut().zip(b) {
+                        *sum = simd.mul_add_f32s(a, b, *sum);
                     }
                 }
             }

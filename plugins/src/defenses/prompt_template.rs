@@ -70,6 +70,7 @@ impl AlignmentDefense for PromptTemplate {
         }
         // A JSON string is a Jinja string too, so nothing in the prompt can end it early.
         let literal = Value::from(format!("{}\n\n", self.prompt));
-        format!("{{% set instruction = {literal} ~ instruction %}}{}", template.text())
+        // A template drops one line break after a block, so what follows begins as it would alone.
+        format!("{{% set instruction = {literal} ~ instruction %}}\n{}", template.text())
     }
 }
