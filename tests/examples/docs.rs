@@ -111,7 +111,10 @@ impl Timing {
         let peak = peak.map_or_else(String::new, |peak| {
             format!("; at most {:.0} MiB held by a stage of training", peak as f64 / f64::from(1 << 20))
         });
-        format!("Measured on {cores} CPU cores: {} stages in {:.0} s ({cold}){peak}.", self.ran, self.seconds)
+        format!(
+            "Measured on {cores} CPU cores: {} stages in {:.0} s ({cold}){peak}. Metrics hash: `{}`.",
+            self.ran, self.seconds, results.metrics_hash
+        )
     }
 }
 
