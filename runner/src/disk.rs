@@ -1,6 +1,6 @@
 //! All that a run changes on disk, and what it reads of its own: the stage store and the results folder.
 //!
-//! Each function is one operation with an error that names the file and the remedy. They all ask [`fault::check`] first,
+//! Each function is one operation with an error that names the file and the remedy. They all ask `fault::check` first,
 //! which in the tests of this crate lets any one of them fail, and which is an empty function everywhere else. The faults
 //! are built for tests alone, rather than a feature or an environment variable, so that nothing can switch them on in a
 //! program that people use. Files that a user brings (configurations, data, checkpoints) are not read through here.

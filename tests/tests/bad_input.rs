@@ -545,7 +545,7 @@ fn paths_of_the_command_line_start_at_the_working_directory() {
     let command = text.lines().find_map(|line| line.strip_prefix("#   titer run ")).expect("a command");
     std::fs::write(root.path().join("configs/sst2.toml"), &text).expect("written");
     let row = r#"{"instruction": "a", "output": "b"}"#;
-    std::fs::write(root.path().join("data/safe.json"), format!("[{}]", [row; 2000].join(","))).expect("written");
+    std::fs::write(root.path().join("data/safe.json"), format!("[{}]", vec![row; 2000].join(","))).expect("written");
     let plan = |arguments: &str| {
         let mut command = titer();
         command.arg("plan").args(arguments.split_whitespace()).arg("--store").arg(root.path().join("store"));
