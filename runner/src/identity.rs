@@ -174,8 +174,20 @@ fn encoding(spec: &EncodingSpec) -> Value {
 
 fn training(spec: &OptimSpec) -> Value {
     // Checkpointing changes no bit: the conformance suite holds every defense to that.
-    let OptimSpec { steps, batch_size, accumulate, bucket, checkpointing: _, .. } = spec;
-    let OptimSpec { learning_rate, schedule, warmup, weight_decay, betas, eps, clip, .. } = spec;
+    let OptimSpec {
+        steps,
+        batch_size,
+        accumulate,
+        bucket,
+        learning_rate,
+        schedule,
+        warmup,
+        weight_decay,
+        betas,
+        eps,
+        clip,
+        checkpointing: _,
+    } = spec;
     let (unit, count) = match steps {
         Steps::Steps(count) => ("steps", count),
         Steps::Epochs(count) => ("epochs", count),
@@ -236,7 +248,6 @@ pub fn protocol(experiment: &Experiment, task: &UserRows) -> Value {
         );
     }
     // Only of the user's task does the task itself say which answer is right.
-    let PluginSpec { .. } = &task.probe.prompts.task;
     json!({
         "version": ROW,
         "probes": probes,
@@ -251,7 +262,9 @@ pub fn protocol(experiment: &Experiment, task: &UserRows) -> Value {
 /// What is attacked, and how: all that the cells of a block share.
 pub fn setting(experiment: &Experiment, user: &UserRows, base: &Base) -> Value {
     let Experiment { encoding, align, fine_tune, arithmetic, .. } = experiment;
-    let FineTune { harmful, mode, adapter, monitor: _, optim, .. } = fine_tune;
+    // The lists are coordinates, and the monitor only looks on.
+    let FineTune { tasks: _, samples: _, harmful, ratios: _, learning_rates: _, mode, adapter, monitor: _, optim } =
+        fine_tune;
     let base = match base {
         Base::Load(spec) => load(spec),
         Base::Pretrain(spec) => without(pretrain(spec), "seed"),

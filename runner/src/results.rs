@@ -267,17 +267,19 @@ impl Probe {
             |answer: &Answer| judge.is_some_and(|judge| answer.verdicts.get(judge) == Some(&Verdict::Refused));
         let mut times: BTreeMap<&str, usize> = BTreeMap::new();
         // The labels of the user's task are few, so there one answer may well be the most frequent.
-        for answer in self.answers.iter().filter(|answer| probe != "task" && !refused(answer)) {
+        let given = |answer: &&Answer| answer.finish != Some(Finish::TooLong);
+        let answered = self.answers.iter().filter(given).count();
+        for answer in self.answers.iter().filter(given).filter(|answer| probe != "task" && !refused(answer)) {
             *times.entry(answer.answer.trim()).or_default() += 1;
         }
         if let Some((text, count)) = times.into_iter().max_by_key(|(_, count)| *count)
             && count >= SAME_ANSWERS
-            && 2 * count > all
+            && 2 * count > answered
         {
             let shown: String = text.chars().take(SHOWN_LETTERS).collect();
             let cut = if shown.len() < text.len() { "…" } else { "" };
             warnings.push(format!(
-                "answers do not depend on the prompt: {count} of {all} answers to {probe} prompts {when} are “{shown}{cut}”"
+                "answers do not depend on the prompt: {count} of {answered} answers to {probe} prompts {when} are “{shown}{cut}”"
             ));
         }
         warnings

@@ -24,8 +24,10 @@ const VECTORS: usize = 2;
 const WIDEST: usize = VECTORS * 16;
 /// Columns of `B` that one task packs at a time and then reads for all its rows: with [`DEPTH`], a quarter of a megabyte.
 const COLUMNS: usize = 256;
-/// Rows of `C` that one task computes at a time.
+/// The fewest rows of `C` that are worth a task.
 const ROWS: usize = 96;
+/// Tasks for each thread, so that none waits long for the last.
+const TASKS: usize = 4;
 /// Multiply-adds that are worth a second thread.
 const WORTH: usize = 1 << 17;
 
@@ -108,19 +110,21 @@ pub(super) unsafe fn multiply<T: Lanes>(
         accumulate,
         alpha,
     };
-    let [tall, wide] = [m.div_ceil(ROWS), n.div_ceil(COLUMNS)];
-    // With few columns each task packs them for itself; otherwise a task keeps its columns for all rows.
+    // Every task packs its columns for itself, so it has all rows unless there are too few tasks for the threads.
+    let wide = n.div_ceil(COLUMNS);
+    let parallel = threads > 1 && m * n * k >= WORTH;
+    let tall = if parallel { (TASKS * threads).div_ceil(wide.max(1)).min(m.div_ceil(ROWS)) } else { 1 };
+    let height = m.div_ceil(tall.max(1)).max(1);
+    let tall = m.div_ceil(height);
     let task = |task: usize| {
-        let (row, column) = (task / wide * ROWS, task % wide * COLUMNS);
-        let rows = row..m.min(row + ROWS);
-        dispatch(Part { product: &product, rows, columns: column..n.min(column + COLUMNS) });
+        let (row, column) = (task / wide * height, task % wide * COLUMNS);
+        let (rows, columns) = (row..m.min(row + height), column..n.min(column + COLUMNS));
+        dispatch(Part { product: &product, rows, columns });
     };
-    if threads > 1 && m * n * k >= WORTH && tall * wide > 1 {
+    if parallel {
         (0..tall * wide).into_par_iter().for_each(task);
     } else {
-        for column in (0..n).step_by(COLUMNS) {
-            dispatch(Part { product: &product, rows: 0..m, columns: column..n.min(column + COLUMNS) });
-        }
+        (0..tall * wide).for_each(task);
     }
 }
 

@@ -113,7 +113,7 @@ impl Found {
             ("coordinates", row.coordinates.clone()),
             ("setting", manifest(&results.settings, &row.setting)),
             ("protocol", manifest(&results.protocols, &row.protocol)),
-            ("artifacts", json!(row.artifacts)),
+            ("artifacts", if row.artifacts.is_empty() { Value::Null } else { json!(row.artifacts) }),
             ("run", made),
         ]
     }
