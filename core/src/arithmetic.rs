@@ -3,6 +3,9 @@
 //! *Portable* arithmetic gives the same bits on every processor and for every number of threads. Each sum has one order:
 //! products of matrices sum over blocks of a fixed size, and within a block by one chain of fused multiply-adds; other sums
 //! run over a fixed number of lanes. Vector width and threads only decide how many such sums are computed at once.
+//! Known gap: sums of f32 tensors in candle expressions, such as the losses that some defenses add, are candle's own, whose
+//! order depends on whether the processor has AVX2 or NEON.
+//!
 //! *Native* arithmetic leaves large products to the fastest unit of the processor, which sums in another order.
 //!
 //! The choice is made once for the process, before any work. [`identity`] is its name in the keys of stages, so results
