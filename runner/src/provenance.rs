@@ -6,7 +6,7 @@ use serde_json::json;
 use titer_core::Result;
 use titer_core::registry::all;
 use titer_core::report::{PluginOrigin, Provenance};
-use titer_core::{DefenseEntry, JudgeEntry, ModelEntry, TaskEntry};
+use titer_core::{DefenseEntry, Entry, JudgeEntry, ModelEntry, TaskEntry};
 
 use crate::config::Loaded;
 use crate::environment;
@@ -38,23 +38,14 @@ pub fn of(loaded: &Loaded, plan: &Plan, device: &str) -> Result<Provenance> {
 
 /// The plugin crates from elsewhere that are part of this process.
 fn plugin_origins() -> Result<BTreeSet<PluginOrigin>> {
-    let mut origins = Vec::new();
-    for entry in all::<DefenseEntry>()? {
-        origins.extend(plugins::origin(entry)?);
+    fn of<E: Entry>() -> Result<Vec<PluginOrigin>> {
+        let origin = |origin: plugins::Origin| PluginOrigin {
+            plugin: origin.plugin,
+            file: origin.file.map(|file| file.display().to_string()),
+            blake3: origin.blake3,
+        };
+        all::<E>()?.into_iter().filter_map(|entry| Some(plugins::origin(entry).transpose()?.map(origin))).collect()
     }
-    for entry in all::<ModelEntry>()? {
-        origins.extend(plugins::origin(entry)?);
-    }
-    for entry in all::<TaskEntry>()? {
-        origins.extend(plugins::origin(entry)?);
-    }
-    for entry in all::<JudgeEntry>()? {
-        origins.extend(plugins::origin(entry)?);
-    }
-    let origin = |origin: plugins::Origin| PluginOrigin {
-        plugin: origin.plugin,
-        file: origin.file.map(|file| file.display().to_string()),
-        blake3: origin.blake3,
-    };
-    Ok(origins.into_iter().map(origin).collect())
+    let all = [of::<DefenseEntry>()?, of::<ModelEntry>()?, of::<TaskEntry>()?, of::<JudgeEntry>()?];
+    Ok(all.into_iter().flatten().collect())
 }
