@@ -1,10 +1,11 @@
-//! Exponentials, logarithms and products of matrices in candle expressions, such as a defense's own loss. Candle's own
-//! depend on the processor on the host: they come from the C library, and from blocks tuned to the caches.
+//! Exponentials, logarithms, sums and products of matrices in candle expressions, such as a defense's own loss. Candle's
+//! own depend on the processor on the host: on its C library, its caches and the width of its vectors.
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Shape, Tensor, WithDType};
+use candle_core::{D, Tensor};
 
-use super::host::Real;
-use super::{CandleResult, Gemm};
+use super::fused::computed;
+use super::host::{Real, by_dtype, read, rows, tensor};
+use super::{Gemm, last_dim, math};
 use crate::Result;
 
 /// `eˣ` of every element, differentiable.
@@ -12,7 +13,11 @@ use crate::Result;
 /// # Errors
 /// A tensor operation failed.
 pub fn exp(x: &Tensor) -> Result<Tensor> {
-    host_or(x, Function::Exp, Tensor::exp)
+    if !x.device().is_cpu() {
+        return Ok(x.exp()?);
+    }
+    let y = by_dtype!(x.dtype(), exponentials(x))?;
+    computed("exp", &[x], &y, |_, y, gradient| Ok(vec![Some((gradient * y)?)]))
 }
 
 /// `ln x` of every element, differentiable.
@@ -20,16 +25,57 @@ pub fn exp(x: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// A tensor operation failed.
 pub fn ln(x: &Tensor) -> Result<Tensor> {
-    host_or(x, Function::Ln, Tensor::log)
+    if !x.device().is_cpu() {
+        return Ok(x.log()?);
+    }
+    let y = by_dtype!(x.dtype(), logarithms(x))?;
+    computed("ln", &[x], &y, |x, _, gradient| Ok(vec![Some((gradient / x[0])?)]))
+}
+
+/// The sum over the last dimension, which stays with size 1, differentiable.
+///
+/// # Errors
+/// A tensor operation failed.
+pub fn sum_last(x: &Tensor) -> Result<Tensor> {
+    if !x.device().is_cpu() {
+        return Ok(x.sum_keepdim(D::Minus1)?);
+    }
+    let y = by_dtype!(x.dtype(), sums(x))?;
+    computed("sum", &[x], &y, |x, _, gradient| Ok(vec![Some(gradient.broadcast_as(x[0].shape())?)]))
+}
+
+/// The sum of all elements, a scalar, differentiable.
+///
+/// # Errors
+/// A tensor operation failed.
+pub fn sum_all(x: &Tensor) -> Result<Tensor> {
+    Ok(sum_last(&x.flatten_all()?)?.squeeze(0)?)
+}
+
+/// The mean of all elements, a scalar, differentiable.
+///
+/// # Errors
+/// A tensor operation failed.
+pub fn mean_all(x: &Tensor) -> Result<Tensor> {
+    Ok((sum_all(x)? / x.elem_count() as f64)?)
 }
 
 /// `x − ln Σ eˣ` over dimension `dim`, differentiable.
 ///
 /// # Errors
-/// A tensor operation failed.
+/// There is no such dimension, or a tensor operation failed.
 pub fn log_softmax(x: &Tensor, dim: usize) -> Result<Tensor> {
-    let shifted = x.broadcast_sub(&x.max_keepdim(dim)?.detach())?;
-    Ok(shifted.broadcast_sub(&ln(&exp(&shifted)?.sum_keepdim(dim)?)?)?)
+    if !x.device().is_cpu() {
+        let shifted = x.broadcast_sub(&x.max_keepdim(dim)?.detach())?;
+        return Ok(shifted.broadcast_sub(&shifted.exp()?.sum_keepdim(dim)?.log()?)?);
+    }
+    if dim + 1 != x.rank() {
+        return Ok(log_softmax(&x.transpose(dim, D::Minus1)?, x.rank() - 1)?.transpose(dim, D::Minus1)?);
+    }
+    let y = by_dtype!(x.dtype(), log_chances(x))?;
+    computed("log_softmax", &[x], &y, |_, y, gradient| {
+        Ok(vec![Some(by_dtype!(y.dtype(), log_chances_backward(y, gradient))?)])
+    })
 }
 
 /// `A B` for matrices of f32 or f64, differentiable.
@@ -37,141 +83,184 @@ pub fn log_softmax(x: &Tensor, dim: usize) -> Result<Tensor> {
 /// # Errors
 /// The inner sizes differ, or a tensor operation failed.
 pub fn matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    Ok(if a.device().is_cpu() { a.contiguous()?.apply_op2(&b.contiguous()?, MatMul)? } else { a.matmul(b)? })
+    if !a.device().is_cpu() {
+        return Ok(a.matmul(b)?);
+    }
+    computed("matmul", &[a, b], &Gemm::NN.product(a, b)?, |inputs, _, gradient| {
+        let [a, b] = inputs else { unreachable!("a product has two factors") };
+        Ok(vec![Some(Gemm::NT.product(gradient, b)?), Some(Gemm::TN.product(a, gradient)?)])
+    })
 }
 
-struct MatMul;
-
-impl CustomOp2 for MatMul {
-    fn name(&self) -> &'static str {
-        "matmul"
-    }
-
-    fn cpu_fwd(
-        &self,
-        a: &CpuStorage,
-        a_layout: &Layout,
-        b: &CpuStorage,
-        b_layout: &Layout,
-    ) -> CandleResult<(CpuStorage, Shape)> {
-        let shape = |layout: &Layout| layout.shape().clone();
-        match (a, b) {
-            (CpuStorage::F32(a), CpuStorage::F32(b)) => {
-                let of =
-                    |values: &[f32], layout: &Layout| Tensor::from_slice(part(values, layout)?, shape(layout), CPU);
-                product(&of(a, a_layout)?, &of(b, b_layout)?, |c| {
-                    Ok(f32::to_cpu_storage_owned(c.flatten_all()?.to_vec1()?))
-                })
-            }
-            (CpuStorage::F64(a), CpuStorage::F64(b)) => {
-                let of =
-                    |values: &[f64], layout: &Layout| Tensor::from_slice(part(values, layout)?, shape(layout), CPU);
-                product(&of(a, a_layout)?, &of(b, b_layout)?, |c| {
-                    Ok(f64::to_cpu_storage_owned(c.flatten_all()?.to_vec1()?))
-                })
-            }
-            _ => candle_core::bail!("matmul takes two matrices of f32 or of f64 on the host"),
-        }
-    }
-
-    fn bwd(
-        &self,
-        a: &Tensor,
-        b: &Tensor,
-        _: &Tensor,
-        gradient: &Tensor,
-    ) -> CandleResult<(Option<Tensor>, Option<Tensor>)> {
-        let (da, db) = (Gemm::NT.product(gradient, b), Gemm::TN.product(a, gradient));
-        Ok((Some(da.map_err(candle_core::Error::wrap)?), Some(db.map_err(candle_core::Error::wrap)?)))
-    }
+fn exponentials<T: Real>(x: &Tensor) -> Result<Tensor> {
+    map(x, T::portable_exp)
 }
 
-const CPU: &candle_core::Device = &candle_core::Device::Cpu;
-
-fn part<'a, T>(values: &'a [T], layout: &Layout) -> CandleResult<&'a [T]> {
-    match layout.contiguous_offsets() {
-        Some((from, to)) => Ok(&values[from..to]),
-        None => candle_core::bail!("matmul takes contiguous matrices"),
-    }
+fn logarithms<T: Real>(x: &Tensor) -> Result<Tensor> {
+    map(x, T::portable_ln)
 }
 
-fn product(
-    a: &Tensor,
-    b: &Tensor,
-    storage: impl FnOnce(&Tensor) -> CandleResult<CpuStorage>,
-) -> CandleResult<(CpuStorage, Shape)> {
-    let c = Gemm::NN.product(a, b).map_err(candle_core::Error::wrap)?;
-    Ok((storage(&c)?, c.shape().clone()))
+fn map<T: Real>(x: &Tensor, f: impl Fn(T) -> T) -> Result<Tensor> {
+    read(x, |values: &[T]| tensor(values.iter().map(|&value| f(value)).collect(), x.dims()))
 }
 
-fn host_or(x: &Tensor, function: Function, device: fn(&Tensor) -> CandleResult<Tensor>) -> Result<Tensor> {
-    Ok(if x.device().is_cpu() { x.contiguous()?.apply_op1(function)? } else { device(x)? })
+fn sums<T: Real>(x: &Tensor) -> Result<Tensor> {
+    let width = last_dim(x);
+    let mut shape = x.dims().to_vec();
+    shape.pop();
+    shape.push(1);
+    let mut sums = vec![T::zero(); shape.iter().product()];
+    read(x, |x: &[T]| {
+        rows(
+            &mut sums,
+            1,
+            #[inline(always)]
+            |first, part| {
+                for (row, sum) in part.iter_mut().enumerate() {
+                    *sum = math::sum(&x[(first + row) * width..][..width]);
+                }
+            },
+        );
+        Ok(())
+    })?;
+    tensor(sums, &shape)
 }
 
-#[derive(Debug, Clone, Copy)]
-enum Function {
-    Exp,
-    Ln,
+fn log_chances<T: Real>(x: &Tensor) -> Result<Tensor> {
+    let width = last_dim(x).max(1);
+    read(x, |x: &[T]| Ok(x.to_vec())).and_then(|mut y| {
+        rows(
+            &mut y,
+            width,
+            #[inline(always)]
+            |_, part| {
+                for row in part.chunks_exact_mut(width) {
+                    let max = math::max(row);
+                    let log = math::sum_by(
+                        row,
+                        #[inline(always)]
+                        |x| (x - max).fast_exp(),
+                    )
+                    .portable_ln();
+                    for x in row {
+                        *x = (*x - max) - log;
+                    }
+                }
+            },
+        );
+        tensor(y, x.dims())
+    })
 }
 
-impl Function {
-    fn of<T: Real>(self, values: &[T]) -> Vec<T> {
-        match self {
-            Self::Exp => values.iter().map(|x| x.fast_exp()).collect(),
-            Self::Ln => values.iter().map(|x| x.portable_ln()).collect(),
-        }
-    }
-}
-
-impl CustomOp1 for Function {
-    fn name(&self) -> &'static str {
-        match self {
-            Self::Exp => "exp",
-            Self::Ln => "ln",
-        }
-    }
-
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> CandleResult<(CpuStorage, Shape)> {
-        let Some((from, to)) = layout.contiguous_offsets() else {
-            candle_core::bail!("{} takes contiguous tensors", self.name())
-        };
-        let values = match storage {
-            CpuStorage::F32(values) => f32::to_cpu_storage_owned(self.of(&values[from..to])),
-            CpuStorage::F64(values) => f64::to_cpu_storage_owned(self.of(&values[from..to])),
-            _ => candle_core::bail!("{} takes f32 or f64 on the host", self.name()),
-        };
-        Ok((values, layout.shape().clone()))
-    }
-
-    fn bwd(&self, x: &Tensor, y: &Tensor, gradient: &Tensor) -> CandleResult<Option<Tensor>> {
-        Ok(Some(match self {
-            Self::Exp => (gradient * y)?,
-            Self::Ln => (gradient / x)?,
-        }))
-    }
+/// `g − eʸ Σ g` for the result `y` and its gradient `g`.
+fn log_chances_backward<T: Real>(y: &Tensor, gradient: &Tensor) -> Result<Tensor> {
+    let width = last_dim(y).max(1);
+    let mut dx = read(gradient, |gradient: &[T]| Ok(gradient.to_vec()))?;
+    read(y, |y: &[T]| {
+        rows(
+            &mut dx,
+            width,
+            #[inline(always)]
+            |first, part| {
+                for (dx, y) in part.chunks_exact_mut(width).zip(y[first * width..].chunks_exact(width)) {
+                    let total = math::sum(dx);
+                    dx.iter_mut().zip(y).for_each(|(dx, y)| *dx -= y.fast_exp() * total);
+                }
+            },
+        );
+        Ok(())
+    })?;
+    tensor(dx, y.dims())
 }
 
 #[cfg(test)]
 mod tests {
+    use candle_core::{DType, Var};
+
     use super::*;
     use crate::ops::check::{close, normal};
 
+    fn gradient(y: &Tensor, x: &Var) -> Result<Tensor> {
+        Ok(y.sqr()?.sum_all()?.backward()?.get(x).expect("a gradient").clone())
+    }
+
     #[test]
     fn values_and_gradients_equal_candles() -> Result<()> {
-        let x = normal(&[3, 5], 1)?;
-        let wide = normal(&[5, 4], 2)?;
-        for (ours, theirs) in [
-            (exp(&x)?, x.exp()?),
-            (ln(&exp(&x)?)?, x.exp()?.log()?),
-            (log_softmax(&x, 1)?, candle_nn::ops::log_softmax(&x, 1)?),
-            (matmul(&x, &wide)?, x.matmul(&wide)?),
-            (matmul(&x, &x.t()?)?, x.matmul(&x.t()?)?),
-        ] {
-            close(&ours, &theirs, 1e-12)?;
-            let of = |y: &Tensor| -> Result<Tensor> {
-                Ok(y.sqr()?.sum_all()?.backward()?.get(&x).expect("a gradient").clone())
-            };
-            close(&of(&ours)?, &of(&theirs)?, 1e-10)?;
+        for (dtype, value, slope) in [(DType::F64, 1e-12, 1e-10), (DType::F32, 2e-4, 5e-3)] {
+            let of = |shape: &[usize], seed| Var::from_tensor(&normal(shape, seed)?.to_dtype(dtype)?);
+            // Rows that are longer than a block of a product and no multiple of the lanes.
+            let (x, wide) = (of(&[3, 301], 1)?, of(&[301, 4], 2)?);
+            for (ours, theirs) in [
+                (exp(&x)?, x.exp()?),
+                (ln(&exp(&x)?)?, x.exp()?.log()?),
+                (sum_last(&x)?, x.sum_keepdim(1)?),
+                (sum_last(&x.t()?)?, x.t()?.sum_keepdim(1)?),
+                (sum_all(&x)?, x.sum_all()?),
+                (mean_all(&x)?, x.mean_all()?),
+                (log_softmax(&x, 1)?, candle_nn::ops::log_softmax(&x, 1)?),
+                (log_softmax(&x, 0)?, candle_nn::ops::log_softmax(&x, 0)?),
+                (matmul(&x, &wide)?, x.matmul(&wide)?),
+                (matmul(&x, &x.t()?)?, x.matmul(&x.t()?)?),
+            ] {
+                close(&ours, &theirs, value)?;
+                close(&gradient(&ours, &x)?, &gradient(&theirs, &x)?, slope)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The documented order: lane `i` sums the elements `i`, `i + 32`, …, and the lanes are summed by halves.
+    #[test]
+    fn sums_have_one_order() -> Result<()> {
+        let x = normal(&[2, 1003], 1)?.to_dtype(DType::F32)?;
+        let by_hand = |row: &[f32]| {
+            let mut lanes = [0f32; 32];
+            let (whole, rest) = row.split_at(row.len() / 32 * 32);
+            for chunk in whole.chunks(32) {
+                lanes.iter_mut().zip(chunk).for_each(|(lane, x)| *lane += x);
+            }
+            // The last elements are fewer than half of the lanes.
+            assert!(rest.len() < 16);
+            lanes.iter_mut().zip(rest).for_each(|(lane, x)| *lane += x);
+            for width in [16, 8, 4, 2, 1] {
+                for lane in 0..width {
+                    lanes[lane] += lanes[lane + width];
+                }
+            }
+            lanes[0]
+        };
+        let expected: Vec<f32> = x.to_vec2::<f32>()?.iter().map(|row| by_hand(row)).collect();
+        assert_eq!(sum_last(&x)?.flatten_all()?.to_vec1::<f32>()?, expected);
+        // The gradient of a softmax sums over the row as well.
+        let x = Var::from_tensor(&x)?;
+        let y = log_softmax(&x, 1)?;
+        let weights = normal(&[2, 1003], 2)?.to_dtype(DType::F32)?;
+        let found = (&y * &weights)?.sum_all()?.backward()?.get(&x).expect("a gradient").to_vec2::<f32>()?;
+        for ((found, y), weights) in found.iter().zip(y.to_vec2::<f32>()?).zip(weights.to_vec2::<f32>()?) {
+            let total = by_hand(&weights);
+            let expected: Vec<f32> = weights.iter().zip(y).map(|(weight, y)| weight - math::exp(y) * total).collect();
+            assert_eq!(found, &expected);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn exp_ends_in_zero_and_infinity() -> Result<()> {
+        let x = Tensor::new(&[f32::NEG_INFINITY, -1e4, -100., 0., 88.5, 1e4, f32::NAN], &candle_core::Device::Cpu)?;
+        let y = exp(&x)?.to_vec1::<f32>()?;
+        let exact = |x: f64| x.exp() as f32;
+        assert_eq!(y[..5], [0., 0., exact(-100.), 1., exact(88.5)]);
+        assert!(y[5] == f32::INFINITY && y[6].is_nan());
+        Ok(())
+    }
+
+    #[test]
+    fn nothing_sums_to_zero() -> Result<()> {
+        for shape in [[0, 3], [3, 0]] {
+            let x = Tensor::zeros(&shape, DType::F32, &candle_core::Device::Cpu)?;
+            assert_eq!(sum_last(&x)?.dims(), [shape[0], 1]);
+            assert_eq!(sum_all(&x)?.to_scalar::<f32>()?, 0.);
+            assert_eq!(log_softmax(&x, 1)?.dims(), shape);
         }
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! Operators of the tape as custom operators of candle.
+//! Results that are computed before candle is told of them, with a backward pass of their own.
 
 use std::sync::Mutex;
 
@@ -20,7 +20,32 @@ pub fn fused(inputs: &[&Tensor], f: impl FnOnce(&mut Tape, &[Traced]) -> Result<
     };
     let values: Vec<Traced> = inputs.iter().map(|input| value(input, &mut tape)).collect();
     let result = f(&mut tape, &values)?;
-    let op = Fused { result: result.tensor().contiguous()?, ran: Mutex::new(Some((tape, result))) };
+    let tensor = result.tensor().clone();
+    let ran = Mutex::new(Some((tape, result)));
+    computed("fused", inputs, &tensor, move |inputs, _, gradient| {
+        // Once, since the tape is used up.
+        let Some((tape, result)) = ran.lock().ok().and_then(|mut ran| ran.take()) else {
+            return Err(Error::run("the backward pass of a fused operator runs once: compute its result again"));
+        };
+        let mut found = tape.backward(vec![(result, gradient.clone())])?;
+        Ok(inputs.iter().map(|input| found.take(input)).collect())
+    })
+}
+
+/// Makes `result` a function of one to three `inputs` in candle's eyes: `backward(inputs, result, gradient)` gives the
+/// gradient of each input, given that of the result.
+///
+/// # Errors
+/// More than three inputs.
+pub(super) fn computed<F>(name: &'static str, inputs: &[&Tensor], result: &Tensor, backward: F) -> Result<Tensor>
+where
+    F: Fn(&[&Tensor], &Tensor, &Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync + 'static,
+{
+    let result = result.contiguous()?;
+    if !inputs.iter().any(|input| input.track_op()) {
+        return Ok(result);
+    }
+    let op = Computed { name, result, backward };
     Ok(match inputs {
         [a] => a.apply_op1(op)?,
         [a, b] => a.apply_op2(b, op)?,
@@ -29,13 +54,16 @@ pub fn fused(inputs: &[&Tensor], f: impl FnOnce(&mut Tape, &[Traced]) -> Result<
     })
 }
 
-/// A forward pass that ran already, and the tape of it.
-struct Fused {
+struct Computed<F> {
+    name: &'static str,
     result: Tensor,
-    ran: Mutex<Option<(Tape, Traced)>>,
+    backward: F,
 }
 
-impl Fused {
+impl<F> Computed<F>
+where
+    F: Fn(&[&Tensor], &Tensor, &Tensor) -> Result<Vec<Option<Tensor>>>,
+{
     fn cpu(&self) -> CandleResult<(CpuStorage, Shape)> {
         let (storage, layout) = self.result.storage_and_layout();
         match &*storage {
@@ -58,20 +86,24 @@ impl Fused {
         }
     }
 
-    /// The gradients of `inputs`; once, since the tape is used up.
-    fn gradients<const N: usize>(&self, inputs: [&Tensor; N], gradient: &Tensor) -> CandleResult<[Option<Tensor>; N]> {
-        let ran = self.ran.lock().ok().and_then(|mut ran| ran.take());
-        let Some((tape, result)) = ran else {
-            candle_core::bail!("the backward pass of a fused operator runs once: compute its result again")
-        };
-        let mut found = tape.backward(vec![(result, gradient.clone())]).map_err(candle_core::Error::wrap)?;
-        Ok(inputs.map(|input| found.take(input)))
+    fn gradients<const N: usize>(
+        &self,
+        inputs: [&Tensor; N],
+        result: &Tensor,
+        gradient: &Tensor,
+    ) -> CandleResult<[Option<Tensor>; N]> {
+        let found = (self.backward)(&inputs, result, gradient).map_err(candle_core::Error::wrap)?;
+        let mut found = found.into_iter();
+        Ok(std::array::from_fn(|_| found.next().flatten()))
     }
 }
 
-impl CustomOp1 for Fused {
+impl<F> CustomOp1 for Computed<F>
+where
+    F: Fn(&[&Tensor], &Tensor, &Tensor) -> Result<Vec<Option<Tensor>>>,
+{
     fn name(&self) -> &'static str {
-        "fused"
+        self.name
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> CandleResult<(CpuStorage, Shape)> {
@@ -82,14 +114,17 @@ impl CustomOp1 for Fused {
         self.cuda()
     }
 
-    fn bwd(&self, a: &Tensor, _: &Tensor, gradient: &Tensor) -> CandleResult<Option<Tensor>> {
-        self.gradients([a], gradient).map(|[a]| a)
+    fn bwd(&self, a: &Tensor, result: &Tensor, gradient: &Tensor) -> CandleResult<Option<Tensor>> {
+        self.gradients([a], result, gradient).map(|[a]| a)
     }
 }
 
-impl CustomOp2 for Fused {
+impl<F> CustomOp2 for Computed<F>
+where
+    F: Fn(&[&Tensor], &Tensor, &Tensor) -> Result<Vec<Option<Tensor>>>,
+{
     fn name(&self) -> &'static str {
-        "fused"
+        self.name
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> CandleResult<(CpuStorage, Shape)> {
@@ -104,16 +139,19 @@ impl CustomOp2 for Fused {
         &self,
         a: &Tensor,
         b: &Tensor,
-        _: &Tensor,
+        result: &Tensor,
         gradient: &Tensor,
     ) -> CandleResult<(Option<Tensor>, Option<Tensor>)> {
-        self.gradients([a, b], gradient).map(|[a, b]| (a, b))
+        self.gradients([a, b], result, gradient).map(|[a, b]| (a, b))
     }
 }
 
-impl CustomOp3 for Fused {
+impl<F> CustomOp3 for Computed<F>
+where
+    F: Fn(&[&Tensor], &Tensor, &Tensor) -> Result<Vec<Option<Tensor>>>,
+{
     fn name(&self) -> &'static str {
-        "fused"
+        self.name
     }
 
     fn cpu_fwd(
@@ -145,10 +183,10 @@ impl CustomOp3 for Fused {
         a: &Tensor,
         b: &Tensor,
         c: &Tensor,
-        _: &Tensor,
+        result: &Tensor,
         gradient: &Tensor,
     ) -> CandleResult<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        self.gradients([a, b, c], gradient).map(|[a, b, c]| (a, b, c))
+        self.gradients([a, b, c], result, gradient).map(|[a, b, c]| (a, b, c))
     }
 }
 

@@ -24,6 +24,9 @@ pub(super) trait Real:
     /// `eˣ`, fast where that costs no more than rounding; the same bits on every processor.
     fn fast_exp(self) -> Self;
 
+    /// `eˣ`, the same bits on every processor, also where it is nearly zero or infinite.
+    fn portable_exp(self) -> Self;
+
     /// `ln x`, the same bits on every processor, unlike the C library's.
     fn portable_ln(self) -> Self {
         Self::of(libm::log(self.to_f64()))
@@ -53,6 +56,10 @@ impl Real for f32 {
     #[inline(always)]
     fn fast_exp(self) -> Self {
         math::exp(self)
+    }
+
+    fn portable_exp(self) -> Self {
+        if (-87. ..=88.).contains(&self) { math::exp(self) } else { libm::expf(self) }
     }
 
     fn elements(storage: &mut CpuStorage) -> Option<&mut [Self]> {
@@ -86,6 +93,10 @@ impl Real for f32 {
 impl Real for f64 {
     #[inline(always)]
     fn fast_exp(self) -> Self {
+        libm::exp(self)
+    }
+
+    fn portable_exp(self) -> Self {
         libm::exp(self)
     }
 

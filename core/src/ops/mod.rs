@@ -50,7 +50,7 @@ pub use attention::{Attention, Visibility};
 pub use cross_entropy::{cross_entropy, head_cross_entropy};
 pub use elementwise::{add, embed, select_rows};
 pub(crate) use elementwise::{add_assign, cache_write, multiply, norm, sum};
-pub use expression::{exp, ln, log_softmax, matmul};
+pub use expression::{exp, ln, log_softmax, matmul, mean_all, sum_all, sum_last};
 pub use fused::fused;
 pub use gate::{Activation, swiglu};
 pub use gemm::Gemm;

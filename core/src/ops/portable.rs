@@ -22,7 +22,7 @@ const DEPTH: usize = 256;
 const VECTORS: usize = 2;
 /// The most columns of a tile: two vectors of 512 bits.
 const WIDEST: usize = VECTORS * 16;
-/// Columns of `B` that one task packs at a time and then reads for all its rows: with [`DEPTH`], a quarter of a megabyte.
+/// The most columns of `B` that one task packs and then reads for all its rows: with [`DEPTH`], a quarter of a megabyte.
 const COLUMNS: usize = 256;
 /// The fewest rows of `C` that are worth a task.
 const ROWS: usize = 96;
@@ -110,15 +110,18 @@ pub(super) unsafe fn multiply<T: Lanes>(
         accumulate,
         alpha,
     };
-    // Every task packs its columns for itself, so it has all rows unless there are too few tasks for the threads.
-    let wide = n.div_ceil(COLUMNS);
+    // Every task packs its columns for itself. So the columns are divided among the tasks, and the rows only if there are
+    // too few columns.
     let parallel = threads > 1 && m * n * k >= WORTH;
-    let tall = if parallel { (TASKS * threads).div_ceil(wide.max(1)).min(m.div_ceil(ROWS)) } else { 1 };
+    let tasks = if parallel { TASKS * threads } else { 1 };
+    let width = n.div_ceil(tasks).max(1).next_multiple_of(WIDEST).min(COLUMNS);
+    let wide = n.div_ceil(width);
+    let tall = tasks.div_ceil(wide.max(1)).min(m.div_ceil(ROWS));
     let height = m.div_ceil(tall.max(1)).max(1);
     let tall = m.div_ceil(height);
     let task = |task: usize| {
-        let (row, column) = (task / wide * height, task % wide * COLUMNS);
-        let (rows, columns) = (row..m.min(row + height), column..n.min(column + COLUMNS));
+        let (row, column) = (task / wide * height, task % wide * width);
+        let (rows, columns) = (row..m.min(row + height), column..n.min(column + width));
         dispatch(Part { product: &product, rows, columns });
     };
     if parallel {

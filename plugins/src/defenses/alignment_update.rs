@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use nalgebra::DMatrix;
-use titer_core::ops::Gemm;
+use titer_core::ops::{self, Gemm};
 use titer_core::step::Ancestry;
 use titer_core::weights::Adapter;
 use titer_core::{Conflict, Error, Matrix, Result, Stack, StageCx, Weights};
@@ -55,7 +55,7 @@ impl MatrixUpdate {
             Some(a) => (Gemm::TN.product(x, y)? * Gemm::NT.product(a, a)?)?,
             None => (x * y)?,
         };
-        Ok(terms.sum_all()?.to_scalar()?)
+        Ok(ops::sum_all(&terms)?.to_scalar()?)
     }
 
     /// The Frobenius norm `‖V‖`.

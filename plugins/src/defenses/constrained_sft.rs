@@ -141,9 +141,9 @@ impl AlignmentDefense for ConstrainedSft {
         let (hidden, _) = cx.hidden(&batch.tokens, Sites::none())?;
         let now = log_likelihood(cx, student, &hidden, batch)?;
         let weights = self.label_weights(&now, &before, batch)?;
-        let loss = (weights.detach() * &now)?.mean_all()?.neg()?;
+        let loss = ops::mean_all(&(weights.detach() * &now)?)?.neg()?;
         let grads = cx.backward_loss(&loss)?;
-        let (task, weight) = (now.detach().mean_all()?.neg()?, weights.mean_all()?);
+        let (task, weight) = (ops::mean_all(&now.detach())?.neg()?, ops::mean_all(&weights)?);
         let update = Update::new(grads, Scalar::of(&loss)?).with("task_loss", Scalar::of(&task)?);
         Ok(update.with("mean_weight", Scalar::of(&weight)?))
     }

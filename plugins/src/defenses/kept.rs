@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use titer_core::{Error, Grads, Result, Scalar, State, Weights};
+use titer_core::{Error, Grads, Result, Scalar, State, Weights, ops};
 
 /// Parameters by the role they play in a defense, such as `teacher`. In a checkpoint they are called
 /// `teacher.<parameter>`.
@@ -71,7 +71,7 @@ pub(super) fn pull(weights: &Weights, anchor: &Grads, importance: Option<&Grads>
                 Some(importance) => (&moved * importance)?,
             },
         };
-        value = value.plus(&Scalar::of(&(moved * &force)?.sum_all()?)?.affine(0.5, 0.)?)?;
+        value = value.plus(&Scalar::of(&ops::sum_all(&(moved * &force)?)?)?.affine(0.5, 0.)?)?;
         gradient.push((name.clone(), force));
     }
     Ok((value, gradient.into_iter().collect()))

@@ -102,7 +102,7 @@ impl Kl {
 
 /// `Σ p (log p − log q) / n` of log-probabilities of equal shape, `n` being their first dimension.
 fn divergence(log_p: &Tensor, log_q: &Tensor) -> Result<Tensor> {
-    let sum = (ops::exp(log_p)? * (log_p - log_q)?)?.sum_all()?;
+    let sum = ops::sum_all(&(ops::exp(log_p)? * (log_p - log_q)?)?)?;
     Ok((sum / log_p.dim(0)? as f64)?)
 }
 

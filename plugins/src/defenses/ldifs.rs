@@ -18,7 +18,7 @@ use titer_core::model::sites_of_kind;
 use titer_core::step::Clock;
 use titer_core::{
     AlignmentDefense, DefenseEntry, Error, Limits, Model, Privilege, Quirk, Result, Scalar, SettingsType, Sites, Stage,
-    StageCx, State, StepCx, Update, inventory, no_conflict,
+    StageCx, State, StepCx, Update, inventory, no_conflict, ops,
 };
 
 use super::kept::Kept;
@@ -200,7 +200,7 @@ impl Ldifs {
             }
             Positions::All => (moved, rows * length),
         };
-        let term = (moved.sqr()?.sum_all()? * (0.5 * self.rho * self.reduction.share(count)))?;
+        let term = (ops::sum_all(&moved.sqr()?)? * (0.5 * self.rho * self.reduction.share(count)))?;
         match self.gate {
             None => Ok(term),
             // A selection, not a product: it also drops a term that is not a number.

@@ -177,7 +177,7 @@ fn masked_cross_entropy(cx: &mut StepCx, hidden: &Tensor, ids: &Tensor, mask: &T
     let (at, labels) =
         (Tensor::from_vec(at, count, logits.device())?, Tensor::from_vec(labels, (count, 1), logits.device())?);
     let chances = ops::log_softmax(&logits.index_select(&at, 0)?, 1)?;
-    Ok(chances.gather(&labels, 1)?.mean_all()?.neg()?)
+    Ok(ops::mean_all(&chances.gather(&labels, 1)?)?.neg()?)
 }
 
 /// Where the tokens of `own` differ from those of `other` at the same place, which is 0 beyond its end: `[batch, length,
@@ -194,15 +194,16 @@ fn differing(own: &Tokens, other: &Tokens) -> Result<Tensor> {
 fn discrepancy(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     let n = x.dim(0)?;
     let all = Tensor::cat(&[x, y], 0)?;
-    let squares = all.sqr()?.sum_keepdim(1)?;
+    // Spread over columns by a product, whose backward pass sums in one order, unlike that of a broadcast.
+    let squares = ops::matmul(&ops::sum_last(&all.sqr()?)?, &Tensor::ones((1, 2 * n), all.dtype(), all.device())?)?;
     let products = (ops::matmul(&all, &all.t()?)? * 2.)?;
-    let distances = squares.broadcast_add(&squares.t()?)?.sub(&products)?;
+    let distances = ((&squares + squares.t()?)? - products)?;
     let pairs = (4 * n * n - 2 * n) as f64;
-    let width = (distances.detach().sum_all()? / (4. * pairs))?;
+    let width = (ops::sum_all(&distances.detach())? / (4. * pairs))?;
     let kernel = |power: i32| ops::exp(&distances.broadcast_div(&(&width * 2f64.powi(power))?)?.neg()?);
     let kernels = (0..5).map(kernel).collect::<Result<Vec<Tensor>>>()?;
     let kernel = Tensor::stack(&kernels, 0)?.sum(0)?;
-    let block = |row: usize, column: usize| kernel.narrow(0, row * n, n)?.narrow(1, column * n, n)?.mean_all();
+    let block = |row: usize, column: usize| ops::mean_all(&kernel.narrow(0, row * n, n)?.narrow(1, column * n, n)?);
     Ok((((block(0, 0)? + block(1, 1)?)? - block(0, 1)?)? - block(1, 0)?)?)
 }
 

@@ -1,6 +1,6 @@
 //! TAR: alignment that survives simulated attacks (Tamirisa et al.; ICLR 2025).
 
-use candle_core::{D, Tensor};
+use candle_core::Tensor;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -187,10 +187,11 @@ impl Tar {
         for (site, state) in &now {
             let gap = wide(&(state - before[site].detach())?)?;
             // Not at zero, where the norm has no gradient.
-            let norms = (gap.sqr()?.sum_keepdim(D::Minus1)? + 1e-12)?.sqrt()?;
-            drift.push((norms.broadcast_mul(&mask.to_dtype(norms.dtype())?)?.sum_all()? / tokens)?);
+            let norms = (ops::sum_last(&gap.sqr()?)? + 1e-12)?.sqrt()?;
+            let real = norms.broadcast_mul(&mask.to_dtype(norms.dtype())?)?;
+            drift.push((ops::sum_all(&real)? / tokens)?);
         }
-        let drift = Tensor::stack(&drift, 0)?.mean_all()?;
+        let drift = ops::mean_all(&Tensor::stack(&drift, 0)?)?;
         let retain = self.settings.retain * cx.token_weight();
         let loss = (cx.cross_entropy(&hidden, batch)? + (&drift * retain)?)?;
         let update = Update::new(cx.backward_loss(&loss)?, Scalar::of(&loss)?);
@@ -203,7 +204,7 @@ fn entropy(cx: &mut StepCx, batch: &Batch) -> Result<Tensor> {
     let (hidden, _) = cx.hidden(&batch.tokens, Sites::none())?;
     let logits = cx.logits(&label_rows(&hidden, batch)?)?;
     let log_chances = log_softmax(&logits, 1)?;
-    Ok((ops::exp(&log_chances)? * log_chances)?.sum(1)?.mean_all()?.neg()?)
+    Ok(ops::mean_all(&ops::sum_last(&(ops::exp(&log_chances)? * log_chances)?)?)?.neg()?)
 }
 
 impl AlignmentDefense for Tar {

@@ -1,6 +1,5 @@
 //! Vaccine: perturbation-aware alignment (Huang, Hu, Liu; NeurIPS 2024).
 
-use candle_core::D;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -8,7 +7,7 @@ use titer_core::data::Batch;
 use titer_core::model::sites_of_kind;
 use titer_core::{
     AlignmentDefense, DefenseEntry, Error, Grads, Limits, Privilege, Result, SettingsType, Sites, Stage, StepCx,
-    Update, inventory, no_conflict,
+    Update, inventory, no_conflict, ops,
 };
 
 use super::{MicroBatches, check_strength};
@@ -98,7 +97,8 @@ impl Vaccine {
         match self.norm {
             Norm::Batch => site_grads.normalized(self.rho, 1e-7),
             Norm::Sample => {
-                let squares = site_grads.iter().map(|(_, g)| Ok(g.sqr()?.sum_keepdim((D::Minus1, D::Minus2))?));
+                let squares =
+                    site_grads.iter().map(|(_, g)| Ok(ops::sum_last(&g.sqr()?.flatten_from(1)?)?.unsqueeze(1)?));
                 let total = squares.reduce(|a: Result<_>, b| Ok((a? + b?)?));
                 let Some(total) = total else { return Ok(Grads::default()) };
                 let factor = (total?.sqrt()? + 1e-7)?.recip()?.affine(self.rho, 0.)?;
