@@ -131,6 +131,9 @@ fn log_to_stderr(verbose: u8) {
     let default = format!("warn,titer={level},titer_core={level},titer_plugins={level}");
     let filter = EnvFilter::try_from_env("TITER_LOG").unwrap_or_else(|_| EnvFilter::new(default));
     let logger = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time();
+    // Colours are for terminals; a log file holds text. An empty NO_COLOR counts as unset.
+    let plain = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    let logger = logger.with_ansi(std::io::stderr().is_terminal() && !plain);
     // A second call in one process, as in tests, keeps the first logger.
     let _ = logger.try_init();
 }

@@ -156,58 +156,97 @@ impl Source {
                 .help(format!("write names of tables and keys with dots between them, at most {DEEPEST} of them")));
         }
         let value = match toml::from_str::<toml::Table>(&format!("value = {text}")) {
-            Ok(mut table) => table.remove("value").map_or(Ok(Value::Null), serde_json::to_value),
+            Ok(mut table) => table.remove("value").map_or(Ok(Value::Null), |value| json(value, key)),
             Err(_) => Ok(Value::from(text)),
         };
-        let wrong = |message: String| {
+        let value = value.map_err(|error| error.at("from", shortened(&origin)))?;
+        let (layer_key, layer) = self.layer(key, value).map_err(|message| {
             Error::config(message)
-                .at("from", shortened(&origin))
-                .help("write a value of the key's type; see `titer schema`")
-        };
-        let value = value.map_err(|error| wrong(error.to_string()))?;
-        let (layer_key, layer) = self.layer(key, value).ok_or_else(|| {
-            Error::config(format!("`{key}` leads through a value that is no table"))
                 .at("from", shortened(&origin))
                 .help("name a key of a table, or an index within a list, as in methods.0.name")
         })?;
         let merged = Figment::from(Serialized::defaults(&self.value)).merge(Serialized::default(&layer_key, layer));
-        self.value = merged.extract().map_err(|error| wrong(error.to_string()))?;
+        self.value = merged.extract().map_err(|error| {
+            Error::config(error.to_string())
+                .at("from", shortened(&origin))
+                .help("write a value of the key's type; see `titer schema`")
+        })?;
         self.overrides.push((key.to_owned(), origin));
         Ok(())
     }
 
     /// The layer that sets `key`: its own key and value. Layers replace lists as a whole, so a key that leads into a
-    /// list stands for the list with that one item changed. `None` if the key leads through a value that is no table.
-    fn layer(&self, key: &str, value: Value) -> Option<(String, Value)> {
+    /// list stands for the list with that one item changed. Says why if there is no such place.
+    fn layer(&self, key: &str, value: Value) -> Result<(String, Value), String> {
         let mut at = &self.value;
         for (end, _) in key.match_indices('.') {
-            let name = key[..end].rsplit('.').next()?;
+            let name = key[..end].rsplit('.').next().unwrap_or_default();
             match at.get(name) {
                 None | Some(Value::Null) => break,
                 Some(Value::Object(_)) => at = &at[name],
                 Some(Value::Array(items)) => {
                     let mut list = Value::Array(items.clone());
-                    let slot = key[end + 1..].split('.').try_fold(&mut list, step_into)?;
+                    let (mut slot, mut place) = (&mut list, key[..end].to_owned());
+                    for part in key[end + 1..].split('.') {
+                        slot = step_into(slot, &place, part)?;
+                        place = join(&place, part);
+                    }
                     *slot = value;
-                    return Some((key[..end].to_owned(), list));
+                    return Ok((key[..end].to_owned(), list));
                 }
-                Some(_) => return None,
+                Some(other) => return Err(no_table(&key[..end], other)),
             }
         }
-        Some((key.to_owned(), value))
+        Ok((key.to_owned(), value))
     }
 }
 
-/// The place called `part` under `value`, made if it is a new key.
-fn step_into<'a>(value: &'a mut Value, part: &str) -> Option<&'a mut Value> {
+/// The place called `part` under `value`, made if it is a new key. `place` is the key of `value`.
+fn step_into<'a>(value: &'a mut Value, place: &str, part: &str) -> Result<&'a mut Value, String> {
     if value.is_null() {
         *value = Value::Object(Map::new());
     }
     match value {
-        Value::Object(map) => Some(map.entry(part).or_insert(Value::Null)),
-        Value::Array(items) => items.get_mut(part.parse::<usize>().ok()?),
-        _ => None,
+        Value::Object(map) => Ok(map.entry(part).or_insert(Value::Null)),
+        Value::Array(items) => {
+            let count = items.len();
+            let item = part.parse::<usize>().ok().and_then(|index| items.get_mut(index));
+            item.ok_or_else(|| {
+                format!("the list `{place}` has no entry `{}`: it has {count}, counted from 0", shortened(part))
+            })
+        }
+        other => Err(no_table(place, other)),
     }
+}
+
+fn no_table(place: &str, value: &Value) -> String {
+    format!("`{place}` is `{}`, which is no table and has no keys", shortened(value.to_string().trim_matches('"')))
+}
+
+/// The value of TOML at `key` as JSON, which has neither infinite numbers nor `nan`.
+fn json(value: toml::Value, key: &str) -> Result<Value, Error> {
+    Ok(match value {
+        toml::Value::Float(number) if !number.is_finite() => {
+            return Err(Error::config(format!("expected a finite number, found `{number}`"))
+                .key(key)
+                .help("write a number that is neither infinite nor `nan`"));
+        }
+        toml::Value::Array(items) => {
+            let items = items.into_iter().enumerate();
+            items.map(|(index, item)| json(item, &join(key, &index.to_string()))).collect::<Result<_, _>>()?
+        }
+        toml::Value::Table(table) => {
+            let entries = table.into_iter();
+            let entry = |(name, value): (String, _)| Ok((name.clone(), json(value, &join(key, &name))?));
+            Value::Object(entries.map(entry).collect::<Result<_, Error>>()?)
+        }
+        toml::Value::String(text) => text.into(),
+        toml::Value::Integer(number) => number.into(),
+        toml::Value::Float(number) => number.into(),
+        toml::Value::Boolean(truth) => truth.into(),
+        // No key takes a time; it is shown as it was written.
+        toml::Value::Datetime(time) => time.to_string().into(),
+    })
 }
 
 /// Shows the line that the error is about.
@@ -234,8 +273,10 @@ fn toml_value(text: &str) -> Result<Parsed, Error> {
     let mut lines = BTreeMap::new();
     let starts = LineStarts::of(text);
     toml_lines(&starts, DeTable::parse(text).map_err(malformed)?.get_ref(), "", &mut lines);
-    let value = serde_json::to_value(value)
-        .map_err(|error| Error::config(error.to_string()).help("use TOML values that JSON has, too"))?;
+    let value = json(value.into(), "").map_err(|error| match error.place("key").and_then(|key| lines.get(key)) {
+        Some(line) => error.at("line", line.to_string()),
+        None => error,
+    })?;
     Ok((value, lines))
 }
 

@@ -71,6 +71,20 @@ fn a_mistake_from_outside_the_file_names_its_origin() {
 }
 
 #[test]
+fn an_assignment_that_leads_nowhere_says_where_it_stops() {
+    for (set, message) in [
+        ("methods.9.name=x", "the list `methods` has no entry `9`: it has 2, counted from 0"),
+        ("methods.name=x", "the list `methods` has no entry `name`: it has 2, counted from 0"),
+        ("methods.0.align.rho=5", "`methods.0.align` is `none`, which is no table and has no keys"),
+        ("experiment.name=x", "`experiment` is `demo`, which is no table and has no keys"),
+        ("align.train.learning_rate=nan", "expected a finite number, found `NaN`"),
+    ] {
+        let text = load(&[], &[set]).unwrap_err().to_string();
+        assert!(text.contains(message) && text.contains(&format!("from: --set {set}")), "{text}");
+    }
+}
+
+#[test]
 fn malformed_files_name_the_line() {
     let text = read("a.toml", "experiment = \"x\"\nseeds = [", &[], &[]).unwrap_err().to_string();
     assert!(text.contains("not valid TOML") && text.contains("a.toml:2"), "{text}");
