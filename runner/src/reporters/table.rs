@@ -1,6 +1,6 @@
 //! Result rows as tables: one block per task and setting, methods down, harmful ratios across.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use serde_json::Value;
 use titer_core::report::{Metrics, ResultRow, Results};
@@ -101,9 +101,12 @@ impl<'a> Table<'a> {
         let mut blocks = Vec::new();
         for (title, groups) in titles {
             one_protocol(results, &title, &groups)?;
-            let labels = labels(results, &groups);
+            let settings: Vec<&str> = groups.iter().map(|group| group.setting).collect();
+            let labels = labels(results, &settings);
+            let alone = groups.len() == 1;
             for (group, label) in groups.into_iter().zip(labels) {
-                blocks.push(Block::new(format!("{title}{label}"), &group.rows));
+                let title = if alone { title.clone() } else { format!("{title} · {label}") };
+                blocks.push(Block::new(title, &group.rows));
             }
         }
         Ok(Self { blocks })
@@ -156,28 +159,30 @@ fn list(differences: &[(String, Value, Value)]) -> String {
     text
 }
 
-/// What tells the settings under one title apart; nothing where there is only one.
-fn labels(results: &Results, groups: &[Group]) -> Vec<String> {
-    let manifests: Vec<Option<&Value>> = groups.iter().map(|group| results.settings.get(group.setting)).collect();
-    let mut keys = BTreeSet::new();
-    for manifest in manifests.iter().flatten() {
-        let first = manifests.iter().flatten().next().unwrap_or(manifest);
-        keys.extend(identity::differences(first, manifest).into_iter().map(|(key, ..)| key));
-    }
-    let label = |(group, manifest): (&Group, Option<&Value>)| {
-        let values = keys.iter().take(NAMED).filter_map(|key| {
-            let pointer = format!("/{}", key.replace('.', "/"));
-            Some(format!("{key} = {}", manifest?.pointer(&pointer).unwrap_or(&Value::Null)))
-        });
-        let values: Vec<String> = values.collect();
-        match (groups.len(), group.setting) {
-            (1, _) => String::new(),
-            (_, "") => " · setting unknown (schema 1)".to_owned(),
-            (_, setting) if values.is_empty() => format!(" · setting {setting}"),
-            _ => format!(" · {}", visible(&values.join(", "))),
+/// What tells settings apart, for people: the first keys that differ, with their values, and the ids where that is not
+/// enough.
+pub(super) fn labels(results: &Results, settings: &[&str]) -> Vec<String> {
+    let known: Vec<(&str, &Value)> = settings.iter().filter_map(|id| Some((*id, results.settings.get(*id)?))).collect();
+    let varying = identity::varying(&known.iter().map(|(_, manifest)| *manifest).collect::<Vec<_>>());
+    let label = |id: &&str| match known.iter().position(|(known, _)| known == id) {
+        _ if id.is_empty() => "setting unknown (schema 1)".to_owned(),
+        Some(at) if !varying.is_empty() => {
+            let values = varying.iter().take(NAMED).map(|(key, values)| format!("{key} = {}", values[at]));
+            visible(&values.collect::<Vec<_>>().join(", "))
         }
+        _ => format!("setting {id}"),
     };
-    groups.iter().zip(manifests).map(label).collect()
+    let labels: Vec<String> = settings.iter().map(label).collect();
+    let unique = |(label, id): (&String, &&str)| {
+        let equal = labels.iter().filter(|other| *other == label).count() > 1;
+        if equal { format!("{label}, … (setting {})", shortened(id)) } else { label.clone() }
+    };
+    labels.iter().zip(settings).map(unique).collect()
+}
+
+/// The first digits of an id.
+fn shortened(id: &str) -> &str {
+    id.get(..8).unwrap_or(id)
 }
 
 /// What the rows of a block share.
@@ -256,6 +261,8 @@ pub fn numbers(block: &Block, method: &Method, shown: &Shown) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
     use crate::reporters::fixture;
 
@@ -302,6 +309,46 @@ mod tests {
         let rows: usize = table.blocks.iter().flat_map(|block| &block.methods).map(|method| method.rows.len()).sum();
         assert_eq!(rows, results.rows.len());
         Ok(())
+    }
+
+    /// Two seeds of the fixture as two settings.
+    fn two_settings(manifests: [Value; 2]) -> Vec<String> {
+        let mut results = fixture::results(2);
+        let ids = ["1111111111", "2222222222"];
+        results.settings = ids.into_iter().map(str::to_owned).zip(manifests).collect();
+        for row in &mut results.rows {
+            row.setting = ids[row.seed as usize].into();
+        }
+        Table::new(&results).expect("a table").blocks.into_iter().map(|block| block.title).collect()
+    }
+
+    #[test]
+    fn titles_that_would_be_equal_have_a_part_of_the_id() {
+        // Nine keys differ, and the last alone tells more than two settings apart.
+        let manifest = |last: u32, rest: u32| {
+            let keys = ["a", "b", "c", "d", "e", "f", "g", "h"].map(|key| (key.to_owned(), json!(rest)));
+            let mut map: serde_json::Map<String, Value> = keys.into_iter().collect();
+            map.insert("z".into(), last.into());
+            Value::from(map)
+        };
+        let mut results = fixture::results(3);
+        let ids = ["1111111111", "2222222222", "3333333333"];
+        results.settings =
+            ids.into_iter().map(str::to_owned).zip([manifest(0, 0), manifest(1, 0), manifest(2, 1)]).collect();
+        for row in &mut results.rows {
+            row.setting = ids[row.seed as usize].into();
+        }
+        let titles: Vec<String> =
+            Table::new(&results).expect("a table").blocks.into_iter().map(|block| block.title).collect();
+        assert!(titles[0].ends_with("h = 0, … (setting 11111111)"), "{titles:?}");
+        assert!(titles[1].ends_with("h = 0, … (setting 22222222)"), "{titles:?}");
+        assert!(titles[2].ends_with("h = 1"), "{titles:?}");
+    }
+
+    #[test]
+    fn keys_may_hold_any_sign() {
+        let titles = two_settings([1, 2].map(|value| json!({ "a.b": { "c/d~e": value } })));
+        assert!(titles[0].ends_with(" · a.b.c/d~e = 1") && titles[1].ends_with(" · a.b.c/d~e = 2"), "{titles:?}");
     }
 
     #[test]
