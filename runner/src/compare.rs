@@ -163,6 +163,15 @@ mod tests {
         let both = merged(&[&first, &second]);
         let cells: Vec<&str> = both.failures.iter().map(|failure| failure.cell.as_str()).collect();
         assert_eq!(cells, ["a (run 0 and run 1)", "b (run 0)", "old (run 0)"]);
+        // And they are shown.
+        let folders = [&first, &second].map(|results| {
+            let folder = tempfile::tempdir().expect("a folder");
+            reporters::write_all(results, folder.path()).expect("files");
+            folder
+        });
+        let paths = folders.each_ref().map(|folder| folder.path().to_owned());
+        let text = compare(&paths).expect("a table");
+        assert!(text.contains("failed: b (made-up in ") && text.contains("\n  no memory\n"), "{text}");
     }
 
     #[test]

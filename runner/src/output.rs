@@ -77,14 +77,20 @@ impl OutputFolder {
         Ok((results, former))
     }
 
-    /// Moves results of which not all rows are made again into a folder that is named by their metrics.
+    /// Moves results of which not all rows are made again, or that cannot be read, into a folder that is named by a hash of
+    /// them.
     fn set_aside(&self, again: impl Fn(&ResultRow) -> bool) -> Result<Option<PathBuf>> {
-        // Results that cannot be read have no use.
-        let Ok(former) = reporters::load(&self.path) else { return Ok(None) };
-        if former.rows.iter().all(again) {
+        let results = self.path.join(reporters::RESULTS);
+        if !results.exists() {
             return Ok(None);
         }
-        let folder = self.path.join(format!("{FORMER}{}", &metrics_hash(&former.rows)[..8]));
+        let hash = match reporters::load(&self.path) {
+            Ok(former) if former.rows.iter().all(again) => return Ok(None),
+            Ok(former) => metrics_hash(&former.rows),
+            // They may be of a newer version.
+            Err(_) => disk::hash(&results)?,
+        };
+        let folder = self.path.join(format!("{FORMER}{}", &hash[..8]));
         disk::make_folder(&folder)?;
         // The results go last: if this is interrupted, the next run goes on. What is there already has the same numbers.
         let files = [ANSWERS].into_iter().chain(reporters::FILES.iter().rev().map(|(name, _)| *name));
@@ -173,8 +179,17 @@ mod tests {
         assert_eq!(reporters::load(&kept).unwrap(), more);
         assert_eq!(std::fs::read_to_string(kept.join(ANSWERS).join("a.jsonl")).unwrap(), "more");
         assert_eq!(reporters::load(folder.path()).unwrap(), other);
+        // What cannot be read is kept as it is.
+        std::fs::write(folder.path().join(reporters::RESULTS), "{\"schema\": 9}").unwrap();
+        let unread = write(&other).expect("no one knows its rows");
+        assert_eq!(std::fs::read_to_string(unread.join(reporters::RESULTS)).unwrap(), "{\"schema\": 9}");
+        // A move that was interrupted goes on.
+        let half = folder.path().join(format!("{FORMER}{}", &metrics_hash(&other.rows)[..8]));
+        disk::make_folder(&half).unwrap();
+        disk::rename(&folder.path().join(ANSWERS), &half.join(ANSWERS)).unwrap();
         // Once more: the other's are kept beside them, and the first are there already.
         let kept_other = write(&more).expect("rows would be lost");
+        assert_eq!(kept_other, half);
         assert_eq!(reporters::load(&kept_other).unwrap(), other);
         assert_eq!(write(&other), Some(kept));
     }

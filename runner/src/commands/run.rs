@@ -98,7 +98,7 @@ fn summary(plan: &Plan, results: &Results, out: &Path, former: Option<&Path>) ->
     );
     if let Some(former) = former {
         let former = former.display();
-        let _ = writeln!(text, "the folder held results of cells that are not in this run; they are kept in {former}");
+        let _ = writeln!(text, "the folder held results that are not all part of this run; they are kept in {former}");
     }
     text + &reporters::failures(results)
 }

@@ -6,7 +6,8 @@ use serde::Serialize;
 use titer_core::report::{ResultRow, Results};
 
 use super::differences::{TESTED, Test, Tested, correct, signed, test};
-use super::table::{Block, Method, Table, labels};
+use super::headline;
+use super::table::{Block, Method, Runs, Table, labels};
 
 /// The columns of a line.
 pub(super) const HEADINGS: [&str; 7] = ["method", "p", "metric", "A", "B", "B − A", "what follows"];
@@ -93,6 +94,14 @@ fn runs(method: &Method, ratio: f64) -> BTreeSet<(Option<u64>, u64)> {
     method.at(ratio).map(|row| (row.base_seed, row.seed)).collect()
 }
 
+/// Why two means are not tested.
+fn not_paired(ours: Runs, theirs: Runs) -> String {
+    if ours == theirs {
+        return "not tested: other seeds or bases".to_owned();
+    }
+    format!("not tested: A is over {}, B over {}", headline::runs(ours), headline::runs(theirs))
+}
+
 impl Cell<'_> {
     /// The line of the table, if both settings have the value.
     fn line(&self, [a, b]: [&Block; 2], family: usize) -> Option<[String; 7]> {
@@ -101,11 +110,10 @@ impl Cell<'_> {
         let difference = mean(theirs)? - mean(ours)?;
         let (size, verdict) = match test {
             Some(test) => (test.size(), test.verdict(family)),
-            None => (signed(difference), "not tested: other seeds or bases".to_owned()),
+            None => (signed(difference), not_paired(Runs::of(&ours.cell(*ratio)), Runs::of(&theirs.cell(*ratio)))),
         };
-        let values = [a.after(ours, *ratio, metric), b.after(theirs, *ratio, metric)];
-        let [ours_shown, theirs_shown] = values;
-        Some([ours.name.to_owned(), ratio.to_string(), (*short).to_owned(), ours_shown, theirs_shown, size, verdict])
+        let (in_a, in_b) = (a.after(ours, *ratio, metric), b.after(theirs, *ratio, metric));
+        Some([ours.name.to_owned(), ratio.to_string(), (*short).to_owned(), in_a, in_b, size, verdict])
     }
 }
 
@@ -166,7 +174,12 @@ mod tests {
         let mut results = two_settings(|row| row.seed += 1);
         let sections_of = |results: &Results| Table::new(results).map(|table| sections(results, &table));
         let section = sections_of(&results)?.remove(0);
-        assert!(section.lines.iter().all(|line| line[6].starts_with("not tested")), "{:?}", section.lines);
+        assert!(section.lines.iter().all(|line| line[6] == "not tested: other seeds or bases"), "{:?}", section.lines);
+        let mut fewer = results.clone();
+        fewer.rows.retain(|row| row.setting == "def" || row.seed == 1);
+        let section = sections_of(&fewer)?.remove(0);
+        let why = "not tested: A is over 8 seeds on one base, B over one seed on one base";
+        assert!(section.lines.iter().all(|line| line[6] == why), "{:?}", section.lines);
         // Another model has a title of its own, so it may be measured in another way.
         for row in results.rows.iter_mut().filter(|row| row.setting == "other") {
             row.model = "qwen2".into();

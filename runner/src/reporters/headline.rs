@@ -74,7 +74,7 @@ fn legend(block: &Block) -> String {
 }
 
 /// `3 seeds on one base`, or `5 bases with 3 seeds each`.
-fn runs(Runs { bases, all }: Runs) -> String {
+pub(super) fn runs(Runs { bases, all }: Runs) -> String {
     let seeds = |seeds| if seeds == 1 { "one seed".to_owned() } else { format!("{seeds} seeds") };
     match (bases, all) {
         (1, all) => format!("{} on one base", seeds(all)),

@@ -65,8 +65,8 @@ fn warnings(block: &Block, method: &Method) -> String {
     let coherent = method.rows.iter().flat_map(|row| [row.metrics.coherence, row.metrics.coherence_aligned]).flatten();
     if let Some(coherent) = coherent.reduce(f64::min).filter(|coherent| *coherent < INCOHERENT) {
         text += &format!(
-            "; careful: in one of its runs only {coherent:.0} % of the answers are coherent, so that its HS says nothing \
-             about safety"
+            "; careful: in its worst run only {coherent:.0} % of the answers are coherent, and then HS says nothing about \
+             safety"
         );
     }
     let warnings: BTreeSet<&String> = method.rows.iter().flat_map(|row| &row.warnings).collect();

@@ -90,7 +90,8 @@ pub struct Runs {
 }
 
 impl Runs {
-    fn of(rows: &[&ResultRow]) -> Self {
+    /// Those of some rows.
+    pub fn of(rows: &[&ResultRow]) -> Self {
         let runs: BTreeSet<_> = rows.iter().map(|row| (row.base_seed, row.seed)).collect();
         let bases: BTreeSet<_> = runs.iter().map(|(base, _)| base).collect();
         Self { bases: bases.len(), all: runs.len() }
