@@ -165,6 +165,9 @@ impl Published {
 pub struct Failure {
     /// The cell, for people.
     pub cell: String,
+    /// The id that its row would have. Empty in results of older versions.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub id: String,
     /// Why.
     pub error: String,
 }

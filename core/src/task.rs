@@ -30,11 +30,6 @@ pub trait Task: Debug + Send + Sync {
         None
     }
 
-    /// The scoring rule in words, for people.
-    fn scoring(&self) -> &'static str {
-        "none"
-    }
-
     /// The closed set of texts that the task is answered with: `positive` and `negative`. Empty where answers are open. A
     /// judge takes an answer to a request that is such a label, and nothing more, for an answer to something else.
     ///

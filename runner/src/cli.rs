@@ -47,7 +47,7 @@ pub enum Command {
     Diff(commands::diff::Args),
     /// Lists the plugins.
     List(commands::list::Args),
-    /// Explains a plugin, or where a number comes from: `explain NAME` or `explain RUN CELL`.
+    /// Explains a plugin, or where a number comes from: `explain NAME` or `explain RUN [CELL]`.
     Explain(commands::explain::Args),
     /// Pretrains the base models of an experiment and nothing else.
     Pretrain(commands::pretrain::Args),

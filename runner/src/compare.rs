@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde_json::Value;
 use titer_core::Result;
-use titer_core::report::{Provenance, ResultRow, Results, SCHEMA};
+use titer_core::report::{Failure, Provenance, ResultRow, Results, SCHEMA};
 
 use crate::reporters;
 
@@ -16,7 +16,8 @@ use crate::reporters;
 /// # Errors
 /// A folder holds no results, or their protocols differ.
 pub fn compare(folders: &[PathBuf]) -> Result<String> {
-    reporters::console(&merged(folders)?)
+    let results = merged(folders)?;
+    Ok(reporters::console(&results)? + &reporters::failures(&results))
 }
 
 /// The rows of all runs in the folders.
@@ -65,10 +66,30 @@ fn merge(runs: &[(String, Results)]) -> Results {
         settings: all(|run| &run.settings),
         metrics_hash: String::new(),
         rows: rows.collect(),
-        failures: runs.iter().flat_map(|(_, run)| run.failures.clone()).collect(),
+        failures: failures(runs),
         // Published values are those of one experiment and its names.
         published: Vec::new(),
     }
+}
+
+/// Each failure once, with the runs that it happened in. A cell that another run has a row of has not failed.
+fn failures(runs: &[(String, Results)]) -> Vec<Failure> {
+    let measured: BTreeSet<&str> =
+        runs.iter().flat_map(|(_, run)| &run.rows).map(|row| row.id.as_str()).filter(|id| !id.is_empty()).collect();
+    let mut found: Vec<(&Failure, BTreeSet<&str>)> = Vec::new();
+    for (name, run) in runs {
+        for failure in run.failures.iter().filter(|failure| !measured.contains(failure.id.as_str())) {
+            match found.iter_mut().find(|(known, _)| *known == failure) {
+                Some((_, names)) => _ = names.insert(name),
+                None => found.push((failure, [name.as_str()].into())),
+            }
+        }
+    }
+    let named = |(failure, names): (&Failure, BTreeSet<&str>)| {
+        let names = names.into_iter().collect::<Vec<_>>().join(" and ");
+        Failure { cell: format!("{} ({names})", failure.cell), ..failure.clone() }
+    };
+    found.into_iter().map(named).collect()
 }
 
 /// What a method is: its defenses, their settings, and the data they draw from.
@@ -130,6 +151,27 @@ mod tests {
         assert_eq!(both.rows.len(), first.rows.len() + 1);
         let method = &first.rows[0].method;
         assert!(methods(&both).contains(format!("{method} (run 1)").as_str()), "{:?}", methods(&both));
+    }
+
+    #[test]
+    fn failures_stand_once_with_their_run_unless_another_run_has_the_cell() {
+        let failure = |cell: &str, id: &str| Failure { cell: cell.into(), id: id.into(), error: "no memory".into() };
+        let (mut first, mut second) = (fixture::results(1), fixture::results(1));
+        let done = first.rows[0].id.clone();
+        first.failures = vec![failure("a", "id-a"), failure("b", "id-b"), failure("old", "")];
+        second.failures = vec![failure("a", "id-a"), failure("done", &done)];
+        let both = merged(&[&first, &second]);
+        let cells: Vec<&str> = both.failures.iter().map(|failure| failure.cell.as_str()).collect();
+        assert_eq!(cells, ["a (run 0 and run 1)", "b (run 0)", "old (run 0)"]);
+        // And they are shown.
+        let folders = [&first, &second].map(|results| {
+            let folder = tempfile::tempdir().expect("a folder");
+            reporters::write_all(results, folder.path()).expect("files");
+            folder
+        });
+        let paths = folders.each_ref().map(|folder| folder.path().to_owned());
+        let text = compare(&paths).expect("a table");
+        assert!(text.contains("failed: b (made-up in ") && text.contains("\n  no memory\n"), "{text}");
     }
 
     #[test]

@@ -315,28 +315,41 @@ fn without(manifest: Value, key: &str) -> Value {
 
 /// Where two manifests differ: the path of each leaf with both values, `null` where one has none.
 pub fn differences(ours: &Value, theirs: &Value) -> Vec<(String, Value, Value)> {
+    let both = |(path, values): (String, Vec<Value>)| {
+        let mut values = values.into_iter();
+        Some((path, values.next()?, values.next()?))
+    };
+    varying(&[ours, theirs]).into_iter().filter_map(both).collect()
+}
+
+/// Where manifests are not all the same: the path of each leaf with the value in each of them, `null` where one has none.
+pub fn varying(manifests: &[&Value]) -> Vec<(String, Vec<Value>)> {
     let mut found = Vec::new();
-    collect("", ours, theirs, &mut found);
+    collect("", manifests, &mut found);
     found
 }
 
-fn collect(path: &str, ours: &Value, theirs: &Value, found: &mut Vec<(String, Value, Value)>) {
+fn collect(path: &str, values: &[&Value], found: &mut Vec<(String, Vec<Value>)>) {
     let below = |name: &str| if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") };
-    match (ours, theirs) {
-        (Value::Object(a), Value::Object(b)) => {
-            let names: std::collections::BTreeSet<&String> = a.keys().chain(b.keys()).collect();
-            for name in names {
-                let of = |map: &Map<String, Value>| map.get(name).cloned().unwrap_or_default();
-                collect(&below(name), &of(a), &of(b), found);
-            }
+    let maps: Option<Vec<&Map<String, Value>>> = values.iter().map(|value| value.as_object()).collect();
+    let lists: Option<Vec<&Vec<Value>>> = values.iter().map(|value| value.as_array()).collect();
+    let lists = lists.filter(|lists| lists.iter().all(|list| list.len() == lists[0].len()));
+    if values.iter().all(|value| *value == values[0]) {
+        return;
+    }
+    if let Some(maps) = maps {
+        let names: std::collections::BTreeSet<&String> = maps.iter().flat_map(|map| map.keys()).collect();
+        for name in names {
+            let of: Vec<&Value> = maps.iter().map(|map| map.get(name).unwrap_or(&Value::Null)).collect();
+            collect(&below(name), &of, found);
         }
-        (Value::Array(a), Value::Array(b)) if a.len() == b.len() => {
-            for (index, (a, b)) in a.iter().zip(b).enumerate() {
-                collect(&below(&index.to_string()), a, b, found);
-            }
+    } else if let Some(lists) = lists {
+        for index in 0..lists[0].len() {
+            let of: Vec<&Value> = lists.iter().map(|list| &list[index]).collect();
+            collect(&below(&index.to_string()), &of, found);
         }
-        (ours, theirs) if ours != theirs => found.push((path.to_owned(), ours.clone(), theirs.clone())),
-        _ => {}
+    } else {
+        found.push((path.to_owned(), values.iter().map(|value| (*value).clone()).collect()));
     }
 }
 
@@ -354,6 +367,15 @@ mod tests {
             differences(&a, &b).into_iter().map(|(path, ours, theirs)| format!("{path} {ours} {theirs}")).collect();
         assert_eq!(found, ["base.data.1 \"y\" \"z\"", "base.steps 2 3", "gone true null", "new null [1]"]);
         assert_eq!(differences(&a, &a), []);
+    }
+
+    #[test]
+    fn what_varies_has_the_value_of_each() {
+        let (a, b, c) = (json!({ "x": { "y": 1 }, "z": 0 }), json!({ "x": { "y": 2 }, "z": 0 }), json!({ "z": 0 }));
+        assert_eq!(varying(&[&a, &b]), [("x.y".to_owned(), vec![json!(1), json!(2)])]);
+        let found = varying(&[&a, &b, &c]);
+        assert_eq!(found, [("x".to_owned(), vec![json!({ "y": 1 }), json!({ "y": 2 }), Value::Null])]);
+        assert_eq!(varying(&[]), []);
     }
 
     #[test]

@@ -16,7 +16,7 @@
 //! | [`published`] | published values against ours |
 //! | [`reporters`] [`compare`] | its renderings; runs side by side |
 //! | [`cli`] [`commands`] [`progress`] [`diagnostics`] | the command line and what it shows |
-//! | [`names`] | what a name may be, and how text from elsewhere is shown |
+//! | [`names`] [`label`] | what a name may be, and how text from elsewhere is shown; a cell in words |
 //! | [`memory`] [`environment`] [`mod@bench`] | what the process uses; how fast it is |
 //! | [`plugins`] `dynamic` | plugin crates from elsewhere; how a shared library is examined and loaded |
 //! | [`driver`] | asks the CUDA driver for its version; with `dynamic` and [`memory`] the crate's only `unsafe` |
@@ -39,6 +39,7 @@ pub mod executor;
 #[cfg(test)]
 mod faults;
 pub mod identity;
+pub mod label;
 pub mod memory;
 pub mod names;
 pub mod output;

@@ -11,6 +11,8 @@ use titer_core::optim::Schedule;
 use titer_core::report::Input;
 use titer_core::weights::LoraConfig;
 
+use crate::label::Label;
+
 /// A stage's identity: the hash of its [manifest](PlannedStage::manifest).
 pub type Key = String;
 
@@ -327,11 +329,9 @@ pub struct Cell {
 }
 
 impl Cell {
-    /// The cell in words: `Vaccine, agnews, p=0.1, n=500, lr=0.0003, seed 0`.
+    /// The cell in words: see [`Label`].
     pub fn label(&self) -> String {
-        let Self { method, task, harmful_ratio, samples, learning_rate, seed, .. } = self;
-        let base = self.base_seed.map_or_else(String::new, |seed| format!(", base {seed}"));
-        format!("{method}, {task}, p={harmful_ratio}, n={samples}, lr={learning_rate}{base}, seed {seed}")
+        Label::from(self).to_string()
     }
 
     /// The stages the cell is made of, parents first.

@@ -45,13 +45,14 @@ pub fn assemble(
     disk::make_folder(&answers)?;
     let (mut rows, mut failures) = (Vec::new(), Vec::new());
     for cell in &plan.cells {
+        let failure = |error: String| Failure { cell: cell.label(), id: cell.id.clone(), error };
         match outcome.failure(cell) {
             // A cell whose artifacts cannot be read fails alone.
             None => match assembly.row(cell, out) {
                 Ok(row) => rows.push(row),
-                Err(error) => failures.push(Failure { cell: cell.label(), error: error.to_string() }),
+                Err(error) => failures.push(failure(error.to_string())),
             },
-            Some((_, error)) => failures.push(Failure { cell: cell.label(), error: error.to_string() }),
+            Some((_, error)) => failures.push(failure(error.to_string())),
         }
     }
     Ok(Results {
@@ -296,7 +297,7 @@ impl Probe {
 }
 
 /// The keys of a cell's stages, by what they are: `align`, `judge harmful by world`, `judge task aligned`.
-fn artifacts(cell: &Cell) -> BTreeMap<String, String> {
+pub fn artifacts(cell: &Cell) -> BTreeMap<String, String> {
     let trained = [
         ("base", Some(&cell.base_key)),
         ("align", cell.align_key.as_ref()),

@@ -117,6 +117,53 @@ fn a_cell_is_explained_and_two_are_held_against_each_other() {
     assert!(stderr(&output).contains("`vaccine` names 2 cells"), "{}", stderr(&output));
 }
 
+#[test]
+fn cells_are_named_by_whole_labels_and_by_numbers_however_written_and_a_run_alone_lists_them() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let out = run(folder.path(), "first", &["methods.1.name=\"Vaccine, strong\""]);
+    let list = text(&["explain".as_ref(), out.as_ref()]);
+    let lines: Vec<&str> = list.lines().filter(|line| line.contains("seed 0")).collect();
+    assert_eq!(lines.len(), 4, "{list}");
+    let (id, label) = lines[3].trim().split_once("  ").expect("an id and a label");
+    assert!(label.starts_with("Vaccine, strong, agnews, p=0.2"), "{list}");
+    assert!(list.contains(&format!("titer explain {} ", out.display())), "{list}");
+    for cell in [id, label, "vaccine, strong, p=0.20", "p = .2, Vaccine, strong"] {
+        let explained = text(&["explain".as_ref(), out.as_ref(), cell.as_ref()]);
+        assert!(explained.starts_with(id) && explained.contains("95 % Wilson interval"), "{cell}: {explained}");
+    }
+}
+
+/// Once such runs gave two tables, and nothing held one run's numbers against the other's.
+#[test]
+fn runs_in_two_settings_are_compared_cell_by_cell() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (first, second) = (run(folder.path(), "first", &[]), run(folder.path(), "second", &["align.train.steps=10"]));
+    let compared = text(&["compare".as_ref(), first.as_ref(), second.as_ref()]);
+    let (_, between) = compared.split_once("Between settings: agnews · n = 20").expect("a section");
+    for part in ["A: align.train.steps = 12", "B: align.train.steps = 10", "B − A"] {
+        assert!(between.contains(part), "no `{part}` in\n{compared}");
+    }
+    let lines = between.lines().filter(|line| line.contains("one seed says nothing about another"));
+    assert_eq!(lines.count(), 2 * 2 * 2, "methods, ratios, metrics\n{compared}");
+    assert!(!text(&["compare".as_ref(), first.as_ref(), first.as_ref()]).contains("Between settings"));
+}
+
+/// Once one caption counted the bases of all rows together.
+#[test]
+fn a_mean_over_fewer_bases_is_told_from_one_over_more() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let wide = run(folder.path(), "wide", &["base.seeds=[0, 1]"]);
+    let narrow = run(folder.path(), "narrow", &["base.seeds=[0]", "methods.1.name=\"Alone\""]);
+    let compared = text(&["compare".as_ref(), wide.as_ref(), narrow.as_ref()]);
+    assert!(
+        compared.contains("means over 2 bases with one seed each, or over fewer where the number says so"),
+        "{compared}"
+    );
+    let lines = |name: &str| compared.lines().filter(|line| line.trim_start().starts_with(name)).collect::<Vec<_>>();
+    assert!(lines("Alone")[0].matches("(1 base)").count() == 6, "{compared}");
+    assert!(!lines("Vaccine")[0].contains("(1 base)"), "{compared}");
+}
+
 /// Written by a version that had neither settings nor artifacts.
 #[test]
 fn results_of_schema_1_can_still_be_read() {

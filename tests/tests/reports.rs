@@ -61,6 +61,35 @@ fn the_outcome_of_each_prompt_stands_in_the_results() {
     }
 }
 
+/// Once the other configuration replaced the results without a word.
+#[test]
+fn another_configuration_leaves_the_former_results() {
+    let folder = tempfile::tempdir().expect("a folder");
+    finished(folder.path(), &[]);
+    let first = results(folder.path());
+    // More of the same: the former rows are there again.
+    let more = [("checkpoint_seconds = 0.0", "checkpoint_seconds = 0.0\nseeds = [0, 1]")];
+    let text = finished(folder.path(), &more);
+    assert!(!text.contains("former-"), "{text}");
+    assert_eq!(results(folder.path())["rows"].as_array().map(Vec::len), Some(8));
+    let wider = results(folder.path());
+    assert_eq!(wider["rows"][0]["id"], first["rows"][0]["id"]);
+    let text = finished(folder.path(), &[("rho = 3.0", "rho = 4.0")]);
+    let kept = format!("former-{}", &wider["metrics_hash"].as_str().expect("a hash")[..8]);
+    assert!(text.contains("kept in ") && text.contains(&kept), "{text}");
+    let kept = folder.path().join("out").join(kept);
+    let former = std::fs::read_to_string(kept.join("results.json")).expect("the former results");
+    assert_eq!(serde_json::from_str::<Value>(&former).expect("JSON"), wider);
+    for row in wider["rows"].as_array().expect("rows") {
+        for answers in row["answers"].as_object().expect("paths").values() {
+            assert!(kept.join(answers.as_str().expect("a path")).is_file(), "{answers}");
+        }
+    }
+    assert_eq!(results(folder.path())["rows"].as_array().map(Vec::len), Some(4));
+    let output = titer().arg("report").arg(&kept).args(["--format", "html"]).output().expect("a process");
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+}
+
 /// Alignment peaks by method, in an experiment whose methods stand in this order.
 fn peaks(order: [&str; 2]) -> BTreeMap<String, f64> {
     let folder = tempfile::tempdir().expect("a folder");

@@ -67,12 +67,9 @@ impl Task for Gsm8k {
         self.rows("test.jsonl", count)
     }
 
+    /// The number after `The final answer is:`, or else the last one, equals the reference's.
     fn score(&self, row: &Row, answer: &str) -> Option<bool> {
         Some(result(answer).is_some_and(|number| Some(number) == result(&row.output)))
-    }
-
-    fn scoring(&self) -> &'static str {
-        "the number after `The final answer is:`, or else the last one, equals the reference's"
     }
 
     fn max_new_tokens(&self) -> usize {

@@ -190,15 +190,6 @@ impl Task for Rows {
         }
     }
 
-    fn scoring(&self) -> &'static str {
-        match self.scoring {
-            Scoring::None => "none",
-            Scoring::Exact => "the answer equals the reference, but for case and surrounding space",
-            Scoring::Contains => "the answer contains the reference, but for case",
-            Scoring::Number => "the answer's last number is that of the reference",
-        }
-    }
-
     /// Those of the mapping. Without one, the answers of the file are labels if there are few and each stands there several
     /// times on average.
     fn labels(&self) -> Result<Vec<String>> {

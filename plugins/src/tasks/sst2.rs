@@ -62,12 +62,9 @@ impl Task for Sst2 {
         self.rows("dev.tsv", count)
     }
 
+    /// The answer contains the label, but for case.
     fn score(&self, row: &Row, answer: &str) -> Option<bool> {
         Some(answer.to_lowercase().contains(&row.output))
-    }
-
-    fn scoring(&self) -> &'static str {
-        "the answer contains the label, but for case"
     }
 
     fn labels(&self) -> Result<Vec<String>> {

@@ -32,13 +32,10 @@ impl Task for WorldGsm8k {
         UserTask::Gsm8k.test(count)
     }
 
+    /// The last word equals the result.
     fn score(&self, row: &Row, answer: &str) -> Option<bool> {
         let last_word = |text: &str| text.split_whitespace().next_back().map(str::to_owned);
         Some(last_word(answer) == last_word(&row.output))
-    }
-
-    fn scoring(&self) -> &'static str {
-        "the last word equals the result"
     }
 
     fn max_new_tokens(&self) -> usize {

@@ -32,13 +32,10 @@ impl Task for WorldSst2 {
         UserTask::Sst2.test(count)
     }
 
+    /// The first word equals the label.
     fn score(&self, row: &Row, answer: &str) -> Option<bool> {
         let first_word = |text: &str| text.split_whitespace().next().map(str::to_owned);
         Some(first_word(answer) == first_word(&row.output))
-    }
-
-    fn scoring(&self) -> &'static str {
-        "the first word equals the label"
     }
 
     fn labels(&self) -> Result<Vec<String>> {

@@ -9,6 +9,7 @@ use titer_core::report::{METRICS, ResultRow, Results};
 use titer_core::{Error, Result};
 
 use crate::identity::differences;
+use crate::label::Label;
 use crate::reporters;
 
 /// Digits of an id that are shown, and the fewest that name a cell.
@@ -32,11 +33,13 @@ pub struct Found {
 /// The folder holds no results, or `words` name no cell or several.
 pub fn find(folder: &Path, words: &str) -> Result<Found> {
     let results = reporters::load(folder)?;
-    let by_id = |row: &&ResultRow| words.len() >= FEWEST_DIGITS && row.id.starts_with(words);
-    let mut rows: Vec<&ResultRow> = results.rows.iter().filter(by_id).collect();
+    let those = |fits: &dyn Fn(&ResultRow) -> bool| results.rows.iter().filter(|row| fits(row)).collect::<Vec<_>>();
+    let mut rows = those(&|row| label(row) == words);
+    if rows.is_empty() && words.len() >= FEWEST_DIGITS {
+        rows = those(&|row| row.id.starts_with(words));
+    }
     if rows.is_empty() {
-        let wanted: Vec<String> = words.split(',').map(term).collect();
-        rows = results.rows.iter().filter(|row| wanted.iter().all(|term| terms(row).contains(term))).collect();
+        rows = those(&|row| Label::from(row).has(words));
     }
     match rows.as_slice() {
         [row] => {
@@ -60,32 +63,24 @@ pub fn find(folder: &Path, words: &str) -> Result<Found> {
     }
 }
 
-/// A row in words, as [`crate::plan::Cell::label`].
+/// The cells of the run in `folder`, and how one is explained.
+///
+/// # Errors
+/// The folder holds no results.
+pub fn list(folder: &Path) -> Result<String> {
+    let results = reporters::load(folder)?;
+    let mut text = format!("{} cells in {}\n", results.rows.len(), folder.display());
+    for row in &results.rows {
+        let _ = writeln!(text, "  {}  {}", id(row), label(row));
+    }
+    if let Some(row) = results.rows.first() {
+        let _ = writeln!(text, "\nwhere a cell's numbers come from: titer explain {} {}", folder.display(), id(row));
+    }
+    Ok(text)
+}
+
 fn label(row: &ResultRow) -> String {
-    terms_of(row).join(", ")
-}
-
-fn terms_of(row: &ResultRow) -> Vec<String> {
-    let ResultRow { method, task, harmful_ratio, samples, learning_rate, seed, .. } = row;
-    let mut terms = vec![
-        method.clone(),
-        task.clone(),
-        format!("p={harmful_ratio}"),
-        format!("n={samples}"),
-        format!("lr={learning_rate}"),
-    ];
-    terms.extend(row.base_seed.map(|base| format!("base {base}")));
-    terms.push(format!("seed {seed}"));
-    terms
-}
-
-/// A part of a label so that `seed 0`, `seed=0` and `Seed = 0` are one.
-fn term(text: &str) -> String {
-    text.to_lowercase().replace('=', " ").split_whitespace().collect::<Vec<_>>().join(" ")
-}
-
-fn terms(row: &ResultRow) -> Vec<String> {
-    terms_of(row).iter().map(|text| term(text)).collect()
+    Label::from(row).to_string()
 }
 
 fn id(row: &ResultRow) -> &str {
@@ -124,7 +119,7 @@ impl Found {
 
     /// Everything that is known about where the row comes from.
     pub fn explained(&self) -> String {
-        let mut text = self.title() + "\n\n";
+        let mut text = self.title() + "\n\n  in percent; in brackets the 95 % Wilson interval over prompts\n";
         for (name, short, _) in METRICS {
             if let Some(value) = self.row.metrics.get(name) {
                 let interval = self.row.intervals.get(name);

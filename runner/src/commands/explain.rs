@@ -16,11 +16,13 @@ use crate::plugins::origin;
 pub struct Args {
     /// The name of a defense, model, task or judge; or the folder of a run.
     pub name: String,
-    /// A cell of the run: the first digits of its id, or parts of its label as in `Vaccine, p=0.1, seed=0`.
+    /// A cell of the run: the first digits of its id, or parts of its label as in `Vaccine, p=0.1, seed=0`. Without it, the
+    /// cells are listed.
     pub cell: Option<String>,
 }
 
-/// Explains every plugin of that name, or everything that is known about where a cell's numbers come from.
+/// Explains every plugin of that name, or everything that is known about where a cell's numbers come from; or lists the
+/// cells of a run.
 ///
 /// # Errors
 /// There is none; the error names the nearest.
@@ -39,6 +41,10 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
     others::<ModelEntry>(&args.name, &mut names, &mut text)?;
     others::<TaskEntry>(&args.name, &mut names, &mut text)?;
     others::<JudgeEntry>(&args.name, &mut names, &mut text)?;
+    let folder = Path::new(&args.name);
+    if text.is_empty() && folder.is_dir() {
+        return Ok(cell::list(folder)?.into());
+    }
     if text.is_empty() {
         let hint = nearest(&args.name, names.iter().copied());
         let hint = hint.map_or_else(String::new, |near| format!("; did you mean `{near}`?"));

@@ -1,16 +1,16 @@
 //! `titer run`.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 use titer_core::device::{device_name, parse_device, parse_dtype};
-use titer_core::report::{Provenance, Results};
+use titer_core::report::{Provenance, ResultRow, Results};
 use titer_core::{Error, Kind};
 
 use super::{ConfigArgs, Done};
 use crate::diagnostics::Problems;
 use crate::executor::{Interrupt, Jobs, execute};
-use crate::names::visible_lines;
 use crate::output::OutputFolder;
 use crate::plan::{Plan, StageSpec};
 use crate::progress::{Fanout, Journal, for_stderr};
@@ -63,10 +63,22 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
         return Err(Error::interrupted().into());
     }
     let provenance = Provenance { started, ..provenance::of(&loaded, &plan, &device_name)? };
-    let results = folder
-        .write(&interrupt, |out| results::assemble(&plan, &config.published, provenance, &store, &outcome, out))?;
+    let artifacts: BTreeMap<&str, BTreeMap<String, String>> = plan
+        .cells
+        .iter()
+        .filter(|cell| outcome.failure(cell).is_none())
+        .map(|cell| (cell.id.as_str(), results::artifacts(cell)))
+        .collect();
+    // The same measurement; another judge may have joined.
+    let again = |row: &ResultRow| {
+        let ours = artifacts.get(row.id.as_str());
+        ours.is_some_and(|ours| row.artifacts.iter().all(|(what, key)| ours.get(what) == Some(key)))
+    };
+    let (results, former) = folder.write(&interrupt, again, |out| {
+        results::assemble(&plan, &config.published, provenance, &store, &outcome, out)
+    })?;
     let mut text = if results.rows.is_empty() { String::new() } else { reporters::console(&results)? };
-    text += &summary(&plan, &results, &out);
+    text += &summary(&plan, &results, &out, former.as_deref());
     let code = match outcome.exit_code(!results.rows.is_empty()) {
         // All stages are done, but what one of them stored cannot be read.
         0 if !results.failures.is_empty() => Kind::Run.exit_code(),
@@ -75,8 +87,8 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
     Ok(Done { text, code })
 }
 
-/// What is where, and what failed.
-fn summary(plan: &Plan, results: &Results, out: &Path) -> String {
+/// What is where, where results are that these replace, and what failed.
+fn summary(plan: &Plan, results: &Results, out: &Path, former: Option<&Path>) -> String {
     let mut text = format!(
         "\n{} of {} cells, report in {}\nmetrics hash {}\n",
         results.rows.len(),
@@ -84,8 +96,9 @@ fn summary(plan: &Plan, results: &Results, out: &Path) -> String {
         out.join("report.html").display(),
         results.metrics_hash
     );
-    for failure in &results.failures {
-        let _ = writeln!(text, "failed: {}\n  {}", failure.cell, visible_lines(&failure.error).replace('\n', "\n  "));
+    if let Some(former) = former {
+        let former = former.display();
+        let _ = writeln!(text, "the folder held results that are not all part of this run; they are kept in {former}");
     }
-    text
+    text + &reporters::failures(results)
 }

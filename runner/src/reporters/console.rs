@@ -5,6 +5,7 @@ use comfy_table::{CellAlignment, ContentArrangement, Table as Grid};
 
 use titer_core::report::Results;
 
+use super::between;
 use super::headline::Headline;
 use super::published;
 use super::summary::{note, sentences};
@@ -22,7 +23,19 @@ pub(super) fn render(results: &Results, table: &Table) -> String {
         text += &note(block).map_or_else(String::new, |note| note + "\n");
         text += &format!("\n{}\n", every_metric(block));
     }
-    text + LEGEND + "\n" + &verdicts(results)
+    text + LEGEND + "\n" + &between_settings(results, table) + &verdicts(results)
+}
+
+/// The same cells in several settings.
+fn between_settings(results: &Results, table: &Table) -> String {
+    let sections = between::sections(results, table);
+    let mut text = String::new();
+    for between::Section { title, settings: [a, b], lines } in &sections {
+        let mut grid = grid();
+        grid.set_header(between::HEADINGS).add_rows(lines);
+        text += &format!("\nBetween settings: {title}\nA: {a}\nB: {b}\n{grid}\n");
+    }
+    if sections.is_empty() { text } else { text + between::LEGEND + "\n" }
 }
 
 /// The table of the papers.

@@ -1,10 +1,14 @@
-//! One line for each result row.
+//! One line for each result row. Files of several runs can be joined: `id` and `setting` say what a row is, `experiment`
+//! and `commit` (empty if Titer was not built from a checkout) where it comes from.
 
 use serde_json::{Value, json};
 use titer_core::report::{METRICS, Results};
 use titer_core::{Error, Result};
 
-use crate::names::{MISSING, visible_json};
+use crate::names::{MISSING, visible, visible_json};
+
+/// The columns behind the metrics.
+const ORIGIN: [&str; 6] = ["judge", "protocol", "id", "setting", "experiment", "commit"];
 
 /// The table, with a header line.
 pub(super) fn render(results: &Results) -> Result<String> {
@@ -24,7 +28,7 @@ pub(super) fn render(results: &Results) -> Result<String> {
         "lora",
         "seed",
     ];
-    let header = settings.into_iter().chain(METRICS.iter().map(|metric| metric.0)).chain(["judge", "protocol"]);
+    let header = settings.into_iter().chain(METRICS.iter().map(|metric| metric.0)).chain(ORIGIN);
     writer.write_record(header).map_err(|error| failed(&error))?;
     for row in &results.rows {
         let settings = [
@@ -43,7 +47,15 @@ pub(super) fn render(results: &Results) -> Result<String> {
         ];
         let metric = |name: &str| row.metrics.get(name).map_or_else(String::new, |value| value.to_string());
         let metrics = METRICS.iter().map(|(name, ..)| metric(name));
-        let record = settings.into_iter().chain(metrics).chain([text(&row.judge), text(&row.protocol)]);
+        let origin = [
+            text(&row.judge),
+            text(&row.protocol),
+            known(&row.id),
+            known(&row.setting),
+            text(&results.experiment),
+            known(results.provenance.commit.as_deref().unwrap_or_default()),
+        ];
+        let record = settings.into_iter().chain(metrics).chain(origin);
         writer.write_record(record).map_err(|error| failed(&error))?;
     }
     let bytes = writer.into_inner().map_err(|error| failed(&error))?;
@@ -55,6 +67,11 @@ fn defense(described: &Value) -> String {
     // An empty cell would be a missing value.
     let described = if described.is_null() { &json!({ "defense": "none" }) } else { described };
     text(&visible_json(&described.to_string()))
+}
+
+/// A hash, or a missing value where there is none.
+fn known(hash: &str) -> String {
+    if hash.is_empty() { String::new() } else { text(&visible(hash)) }
 }
 
 /// Text that no spreadsheet takes for a formula, also where it splits cells at other signs than commas, and no reader for
@@ -85,6 +102,8 @@ mod tests {
         results.rows.truncate(1);
         results.rows[0].method = method.into();
         results.rows[0].post = post;
+        results.experiment = method.into();
+        results.provenance.commit = Some("c0ffee".into());
         let text = render(&results).expect("CSV");
         let mut reader = csv::Reader::from_reader(text.as_bytes());
         reader.deserialize().next().expect("a row").expect("fields")
@@ -109,7 +128,7 @@ mod tests {
     fn no_name_is_a_missing_value_to_pandas() {
         for name in MISSING {
             let row = read(name, Value::Null);
-            for column in ["method", "align", "fine_tune", "post", "task", "judge", "protocol"] {
+            for column in ["method", "align", "fine_tune", "post", "task", "judge", "protocol", "experiment"] {
                 assert!(!MISSING.contains(&row[column].as_str()), "{column} is {:?} for {name:?}", row[column]);
             }
         }
@@ -122,6 +141,13 @@ mod tests {
         assert_eq!(serde_json::from_str::<Value>(&row["post"]).expect("JSON"), settings);
         assert_eq!(row["align"], "{\"defense\":\"none\"}");
         assert_eq!(read("SFT", Value::Null)["post"], "{\"defense\":\"none\"}");
+    }
+
+    #[test]
+    fn rows_of_several_runs_can_be_told_apart_and_joined() {
+        let row = read("SFT", Value::Null);
+        let origin = ["id", "setting", "experiment", "commit"].map(|column| row[column].as_str());
+        assert_eq!(origin, ["Unaligned-0-0", "def", "SFT", "c0ffee"]);
     }
 
     proptest! {

@@ -22,7 +22,7 @@ pub struct Tested {
 }
 
 /// The metrics that are tested: harm, and what it costs.
-const TESTED: [Tested; 2] = [
+pub(super) const TESTED: [Tested; 2] = [
     Tested { metric: "harmful_score", short: "HS", probe: "harmful", outcome: 'C' },
     Tested { metric: "fine_tune_accuracy", short: "FA", probe: "task", outcome: '1' },
 ];
@@ -32,9 +32,11 @@ const TESTED: [Tested; 2] = [
 pub struct Differences<'a> {
     /// Plain fine-tuning.
     pub reference: &'a str,
-    /// The harmful ratio at which the methods are compared: where plain fine-tuning is hurt about half, so that a
-    /// difference shows best. The choice looks at no other method.
+    /// The harmful ratio at which the methods are compared: of those at which someone attacks, that at which plain
+    /// fine-tuning is hurt about half, so that a difference shows best. The choice looks at no other method.
     pub ratio: f64,
+    /// Whether there was a choice.
+    chosen: bool,
     /// One for each method and metric.
     pub tests: Vec<Test<'a>>,
 }
@@ -61,17 +63,15 @@ impl<'a> Differences<'a> {
     pub fn of(block: &'a Block) -> Option<Self> {
         let reference = block.reference()?;
         let distance = |ratio: f64| reference.summary(ratio, "harmful_score").map_or(100., |s| (s.mean - 50.).abs());
-        let ratio = block.ratios.iter().copied().min_by(|a, b| distance(*a).total_cmp(&distance(*b)))?;
+        let attacked: Vec<f64> = block.ratios.iter().copied().filter(|ratio| *ratio > 0.).collect();
+        let ratios = if attacked.is_empty() { &block.ratios } else { &attacked };
+        let ratio = ratios.iter().copied().min_by(|a, b| distance(*a).total_cmp(&distance(*b)))?;
         let others = block.methods.iter().filter(|method| method.name != reference.name);
         let mut tests: Vec<Test> =
             others.flat_map(|method| TESTED.map(|tested| test(method, reference, ratio, tested))).flatten().collect();
-        let corrected = holm(&tests.iter().map(|test| test.difference.p).collect::<Vec<_>>());
-        let family = tests.len() as f64;
-        for (test, corrected) in tests.iter_mut().zip(corrected) {
-            test.corrected = corrected;
-            test.least = (family * least_p(test.difference.units)).min(1.);
-        }
-        (!tests.is_empty()).then_some(Self { reference: reference.name, ratio, tests })
+        correct(tests.iter_mut().collect());
+        let chosen = attacked.len() > 1;
+        (!tests.is_empty()).then_some(Self { reference: reference.name, ratio, chosen, tests })
     }
 
     /// What is said of a method, for its sentence.
@@ -88,7 +88,13 @@ impl<'a> Differences<'a> {
             }
             _ => tests.iter().zip(&verdicts).map(|(test, verdict)| format!("{}: {verdict}", test.shown())).collect(),
         };
-        Some(format!("against {} at p = {}, {}", self.reference, self.ratio, shown.join("; ")))
+        let Self { reference, ratio, .. } = self;
+        let why = match ratio {
+            0. => ", where nobody attacks",
+            _ if self.chosen => ", the p > 0 at which its HS is nearest to 50 %",
+            _ => "",
+        };
+        Some(format!("against {reference} at p = {ratio}{why}, {}", shown.join("; ")))
     }
 
     /// What the words rest on, for the foot of the table.
@@ -106,8 +112,8 @@ impl<'a> Differences<'a> {
         format!(
             "Differences to {} are paired by seed and prompt. The units are {units}. A p value is the larger one of an \
              exact sign-flip test over units and of a t test that counts prompts as drawn too, corrected for the {} \
-             differences of this table (Holm). CI is what the test does not exclude, of that difference alone, at 95 % or \
-             at what so few units allow.",
+             differences of this table (Holm). CI, the confidence interval, is what this test does not exclude, of that \
+             difference alone, at 95 % or at what so few units allow.",
             self.reference,
             self.tests.len()
         )
@@ -122,16 +128,21 @@ impl Test<'_> {
 
     /// `HS −27.1 (95 % CI −34.0 to −19.3)`.
     fn shown(&self) -> String {
+        format!("{} {}", self.tested.short, self.size())
+    }
+
+    /// `−27.1 (95 % CI −34.0 to −19.3)`.
+    pub(super) fn size(&self) -> String {
         let Difference { mean, interval, .. } = self.difference;
         let interval = interval.map_or_else(String::new, |interval| {
             let (low, high) = (signed(interval.low), signed(interval.high));
             format!(" ({:.0} % CI {low} to {high})", 100. * interval.confidence)
         });
-        format!("{} {}{interval}", self.tested.short, signed(mean))
+        format!("{}{interval}", signed(mean))
     }
 
-    /// What follows, always with the reason.
-    fn verdict(&self, family: usize) -> String {
+    /// What follows, always with the reason; `family` is the number of tests that are corrected together.
+    pub(super) fn verdict(&self, family: usize) -> String {
         let n = self.difference.units;
         let unit = match (self.bases, n) {
             (_, 1) => return "one seed says nothing about another".to_owned(),
@@ -155,8 +166,18 @@ impl Test<'_> {
     }
 }
 
+/// Corrects a family of tests together.
+pub(super) fn correct(tests: Vec<&mut Test>) {
+    let corrected = holm(&tests.iter().map(|test| test.difference.p).collect::<Vec<_>>());
+    let family = tests.len() as f64;
+    for (test, corrected) in tests.into_iter().zip(corrected) {
+        test.corrected = corrected;
+        test.least = (family * least_p(test.difference.units)).min(1.);
+    }
+}
+
 /// `+1.2` or `−1.2`, with a minus sign that lines up.
-fn signed(value: f64) -> String {
+pub(super) fn signed(value: f64) -> String {
     format!("{}{:.1}", if value < 0. { '−' } else { '+' }, value.abs())
 }
 
@@ -169,7 +190,7 @@ fn rounded(p: f64) -> String {
 }
 
 /// One test, not yet corrected; `None` if no pair of runs has the metric.
-fn test<'a>(method: &Method<'a>, reference: &Method, ratio: f64, tested: Tested) -> Option<Test<'a>> {
+pub(super) fn test<'a>(method: &Method<'a>, reference: &Method, ratio: f64, tested: Tested) -> Option<Test<'a>> {
     let theirs: BTreeMap<_, &ResultRow> = reference.at(ratio).map(|row| ((row.base_seed, row.seed), row)).collect();
     let pair = |row: &ResultRow| {
         let pair = Pair::of(row, theirs.get(&(row.base_seed, row.seed))?, tested)?;
@@ -302,6 +323,33 @@ mod tests {
         });
         assert!(text.contains("HS −20.0 (95 % CI") && text.contains("): detectable (p = 0.031)"), "{text}");
         assert!(text.contains("FA +0.0 (95 % CI") && text.ends_with("not detectable (p = 1.00)"), "{text}");
+    }
+
+    #[test]
+    fn methods_are_compared_where_someone_attacks() {
+        // At p = 0 plain fine-tuning is nearest to one half, but nobody attacks there.
+        let harm = |row: &mut ResultRow, attacked: f64| {
+            row.metrics.harmful_score = Some(if row.harmful_ratio > 0. { attacked } else { 45. });
+        };
+        let text = words(3, |row| harm(row, 90.));
+        assert!(text.starts_with("against SFT at p = 0.1, HS"), "{text}");
+        // With a choice, the rule is said.
+        let mut results = fixture::results(3);
+        let mut more: Vec<ResultRow> = results.rows.iter().filter(|row| row.harmful_ratio > 0.).cloned().collect();
+        for row in &mut more {
+            row.harmful_ratio = 0.2;
+        }
+        results.rows.extend(more);
+        results.rows.iter_mut().for_each(|row| harm(row, if row.harmful_ratio == 0.2 { 70. } else { 10. }));
+        let words = |results: &titer_core::report::Results| {
+            let table = Table::new(results).expect("a table");
+            Differences::of(&table.blocks[0]).expect("a reference").words("Vaccine").expect("the method")
+        };
+        let text = words(&results);
+        assert!(text.starts_with("against SFT at p = 0.2, the p > 0 at which its HS is nearest to 50 %, HS"), "{text}");
+        results.rows.retain(|row| row.harmful_ratio == 0.);
+        let text = words(&results);
+        assert!(text.starts_with("against SFT at p = 0, where nobody attacks, HS"), "{text}");
     }
 
     #[test]

@@ -1,10 +1,8 @@
 //! The table that papers print: harmful score and accuracy after the attack, over the harmful ratios, with the average.
 
-use std::collections::BTreeSet;
-
 use serde::Serialize;
 
-use super::table::{Block, Method, SHOWN, Shown};
+use super::table::{Block, INCOHERENT_NOTE, Method, Runs, SHOWN, Shown, number};
 
 /// The metrics of the table.
 const METRICS: [&str; 2] = ["harmful_score", "fine_tune_accuracy"];
@@ -45,11 +43,7 @@ impl<'a> Headline<'a> {
             groups: shown.iter().map(group).collect(),
             columns: ratios.chain(["average".to_owned()]).collect(),
             lines: block.methods.iter().map(line).collect(),
-            legend: format!(
-                "HS harmful score, FA fine-tune accuracy, after the attack, in percent: means over {}, and their average \
-                 over p.",
-                runs(block)
-            ),
+            legend: legend(block),
         }
     }
 }
@@ -57,19 +51,36 @@ impl<'a> Headline<'a> {
 /// The means at each ratio and their average; a dash where a value is missing.
 fn values(block: &Block, method: &Method, metric: &str) -> Vec<String> {
     let means: Vec<Option<f64>> = block.ratios.iter().map(|&ratio| Some(method.summary(ratio, metric)?.mean)).collect();
+    let cells: Vec<_> = block.ratios.iter().map(|&ratio| method.cell(ratio)).collect();
     let all: Option<Vec<f64>> = means.iter().copied().collect();
     let average = all.map(|all| all.iter().sum::<f64>() / all.len() as f64);
-    let number = |mean: Option<f64>| mean.map_or_else(|| "–".to_owned(), |mean| format!("{mean:.1}"));
-    means.into_iter().chain([average]).map(number).collect()
+    let shown = |mean: Option<f64>, cells| match mean {
+        None => number(None),
+        Some(mean) => block.marked(&format!("{mean:.1}"), cells, metric),
+    };
+    let each = means.into_iter().zip(cells.chunks(1)).map(|(mean, cell)| shown(mean, cell));
+    each.chain([shown(average, &cells)]).collect()
+}
+
+/// What the numbers are, and what their marks mean.
+fn legend(block: &Block) -> String {
+    let fewer = if block.uneven() { ", or over fewer where the number says so" } else { "" };
+    let note = if block.incoherent() { format!(" {INCOHERENT_NOTE}") } else { String::new() };
+    format!(
+        "HS harmful score, FA fine-tune accuracy, after the attack, in percent: means over {}{fewer}, and their average \
+         over p.{note}",
+        runs(block.runs)
+    )
 }
 
 /// `3 seeds on one base`, or `5 bases with 3 seeds each`.
-fn runs(block: &Block) -> String {
-    let rows = || block.methods.iter().flat_map(|method| &method.rows);
-    let seeds = rows().map(|row| row.seed).collect::<BTreeSet<_>>().len();
-    let bases = rows().map(|row| row.base_seed).collect::<BTreeSet<_>>().len();
-    let seeds = if seeds == 1 { "one seed".to_owned() } else { format!("{seeds} seeds") };
-    if bases == 1 { format!("{seeds} on one base") } else { format!("{bases} bases with {seeds} each") }
+pub(super) fn runs(Runs { bases, all }: Runs) -> String {
+    let seeds = |seeds| if seeds == 1 { "one seed".to_owned() } else { format!("{seeds} seeds") };
+    match (bases, all) {
+        (1, all) => format!("{} on one base", seeds(all)),
+        (bases, all) if all % bases.max(1) == 0 => format!("{bases} bases with {} each", seeds(all / bases.max(1))),
+        (bases, all) => format!("{all} runs on {bases} bases"),
+    }
 }
 
 #[cfg(test)]
@@ -88,6 +99,25 @@ mod tests {
         let headline = Headline::of(&table.blocks[0]);
         assert_eq!(headline.columns, ["p = 0", "p = 0.1", "average"]);
         assert_eq!(headline.lines[1], ("SFT", ["2.0", "60.0", "31.0", "80.0", "–", "–"].map(str::to_owned).to_vec()));
-        assert!(headline.legend.contains("3 seeds on one base"), "{}", headline.legend);
+        assert!(
+            headline.legend.ends_with("means over 3 seeds on one base, and their average over p."),
+            "{}",
+            headline.legend
+        );
+    }
+
+    #[test]
+    fn marks_stand_at_the_value_and_its_average_and_are_explained() {
+        let mut results = fixture::results(3);
+        results.rows.retain(|row| row.method != "Vaccine" || row.seed == 0);
+        let garbage = results.rows.iter_mut().find(|row| row.method == "SFT" && row.harmful_ratio > 0.);
+        garbage.expect("a row").metrics.coherence = Some(3.);
+        let table = Table::new(&results).expect("a table");
+        let headline = Headline::of(&table.blocks[0]);
+        assert_eq!(headline.lines[1].1[..4], ["2.0", "60.0†", "31.0†", "80.0"]);
+        assert_eq!(headline.lines[2].1[..3], ["2.0 (1 seed)", "37.0 (1 seed)", "19.5 (1 seed)"]);
+        for part in ["3 seeds on one base, or over fewer where the number says so", INCOHERENT_NOTE] {
+            assert!(headline.legend.contains(part), "{}", headline.legend);
+        }
     }
 }

@@ -10,6 +10,7 @@ use titer_core::error::io_error;
 use titer_core::report::{Answer, Results};
 use titer_core::{Error, Result, Verdict};
 
+use super::between;
 use super::cost::{Cost, PEAK_NOTE};
 use super::headline::Headline;
 use super::markdown::protocols;
@@ -40,6 +41,9 @@ pub(super) fn render(results: &Results, table: &Table, folder: &Path) -> Result<
         "legend": LEGEND,
         "peak_note": PEAK_NOTE,
         "blocks": blocks,
+        "between": between::sections(results, table),
+        "between_headings": between::HEADINGS,
+        "between_legend": between::LEGEND,
         "published": published::sections(results),
         "published_headings": published::HEADINGS,
         "published_legend": published::LEGEND,

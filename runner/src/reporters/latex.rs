@@ -56,6 +56,7 @@ fn escape(text: &str) -> String {
             '·' => safe.push_str("$\\cdot$"),
             '−' => safe.push_str("$-$"),
             '–' => safe.push_str("--"),
+            '†' => safe.push_str("\\textdagger{}"),
             _ => safe.push(c),
         }
     }
@@ -69,6 +70,6 @@ mod tests {
     #[test]
     fn special_characters_are_escaped() {
         assert_eq!(escape("a_b & 5% {x} \\y"), "a\\_b \\& 5\\% \\{x\\} \\textbackslash{}y");
-        assert_eq!(escape("1 ± 2"), "1 $\\pm$ 2");
+        assert_eq!(escape("1 ± 2†"), "1 $\\pm$ 2\\textdagger{}");
     }
 }

@@ -2,6 +2,7 @@
 
 use titer_core::report::Results;
 
+use super::between;
 use super::cost::{Cost, PEAK_NOTE};
 use super::headline::Headline;
 use super::published;
@@ -21,6 +22,7 @@ pub(super) fn render(results: &Results, table: &Table) -> String {
         text += &every_metric(block);
         text += &costs(block);
     }
+    text += &between_settings(results, table);
     text += &verdicts(results);
     if !results.failures.is_empty() {
         text += "\n## Failed\n\n";
@@ -85,6 +87,20 @@ fn costs(block: &Block) -> String {
         text += &format!("- **{}**: {}.\n", escape(&cost.method), escape(&cost.notes));
     }
     text
+}
+
+/// The same cells in several settings.
+fn between_settings(results: &Results, table: &Table) -> String {
+    let sections = between::sections(results, table);
+    let mut text = String::new();
+    for between::Section { title, settings: [a, b], lines } in &sections {
+        text += &format!("\n## Between settings: {}\n\n- A: {}\n- B: {}\n\n", escape(title), escape(a), escape(b));
+        text += &format!("| {} |\n|---|--:|---|--:|--:|--:|---|\n", between::HEADINGS.join(" | "));
+        for line in lines {
+            text += &format!("| {} |\n", line.each_ref().map(|text| escape(text)).join(" | "));
+        }
+    }
+    if sections.is_empty() { text } else { text + "\n" + between::LEGEND + "\n" }
 }
 
 /// Ours against published values.

@@ -1,5 +1,6 @@
 //! Renderings of `results.json`: for the terminal, for people, for papers and for programs.
 
+mod between;
 mod console;
 mod cost;
 mod csv;
@@ -17,12 +18,12 @@ use std::path::Path;
 
 use serde_json::json;
 use titer_core::bounds;
-use titer_core::report::{ResultRow, Results, SCHEMA};
+use titer_core::report::{Failure, ResultRow, Results, SCHEMA};
 use titer_core::{Error, Result};
 
 use crate::disk;
 use crate::identity::digest;
-use crate::names::visible;
+use crate::names::{visible, visible_lines};
 use table::Table;
 
 /// A rendering.
@@ -40,18 +41,19 @@ pub enum Format {
     Latex,
 }
 
+/// The files of a run's folder that hold its results.
+pub const FILES: [(&str, Format); 4] =
+    [(RESULTS, Format::Json), ("results.csv", Format::Csv), ("report.md", Format::Md), ("report.html", Format::Html)];
+
+/// The file that all others are made from.
+pub const RESULTS: &str = "results.json";
+
 /// Writes every report of a run into its folder.
 ///
 /// # Errors
 /// The rows do not belong into one table, or a file cannot be written.
 pub fn write_all(results: &Results, folder: &Path) -> Result<()> {
-    let files = [
-        ("results.json", Format::Json),
-        ("results.csv", Format::Csv),
-        ("report.md", Format::Md),
-        ("report.html", Format::Html),
-    ];
-    for (name, format) in files {
+    for (name, format) in FILES {
         disk::replace(&folder.join(name), render(results, folder, format)?.as_bytes())?;
     }
     Ok(())
@@ -127,12 +129,21 @@ pub fn console(results: &Results) -> Result<String> {
     Ok(console::render(readable, &Table::new(readable)?))
 }
 
+/// The cells that failed, for the terminal: a line for each and its error below.
+pub fn failures(results: &Results) -> String {
+    let one = |failure: &Failure| {
+        let error = visible_lines(&failure.error).replace('\n', "\n  ");
+        format!("failed: {}\n  {error}\n", visible(&failure.cell))
+    };
+    results.failures.iter().map(one).collect()
+}
+
 /// The results in a run's folder.
 ///
 /// # Errors
 /// There are none, or they are malformed or of another version.
 pub fn load(folder: &Path) -> Result<Results> {
-    let path = folder.join("results.json");
+    let path = folder.join(RESULTS);
     let bytes = bounds::read_file("read the results", &path, bounds::JSON_BYTES)
         .map_err(|error| error.help("give the folder of a finished `titer run`"))?;
     let value: serde_json::Value = serde_json::from_slice(&bytes).map_err(|error| {
@@ -330,7 +341,8 @@ mod tests {
                 row.method = text.into();
             }
         }
-        results.failures = vec![titer_core::report::Failure { cell: text.into(), error: text.into() }];
+        results.failures =
+            vec![titer_core::report::Failure { cell: text.into(), id: String::new(), error: text.into() }];
         results
     }
 

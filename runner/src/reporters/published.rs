@@ -11,8 +11,9 @@ pub(super) const HEADINGS: [&str; 8] =
     ["method", "cell", "metric", "ours (units)", "published", "tolerance", "verdict", "why"];
 
 /// What the columns mean, for the foot of a table.
-pub(super) const LEGEND: &str = "Published values are of single runs. The tolerance joins the 95 % sampling error of \
-                                 their prompts with that of our prompts and units (bases, or the seeds on a single one). Agreement that a plain fine-tuning \
+pub(super) const LEGEND: &str = "Published values are of single runs. The tolerance joins half of the 95 % Wilson \
+                                 interval over their prompts with that over ours and half of the 95 % t interval over our \
+                                 units (bases, or the seeds on a single one). Agreement that a plain fine-tuning \
                                  would reach too, or that our interval is too wide to deny, is no reproduction.";
 
 /// The values of one publication's table.

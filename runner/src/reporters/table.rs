@@ -24,7 +24,19 @@ pub const SHOWN: [Shown; 7] = [
 /// What the short forms mean, for the foot of a table.
 pub const LEGEND: &str = "HS harmful score, RR refusal rate, OT off task (harmful prompts answered with \
                           something else), FA fine-tune accuracy, BH benign helpfulness, ORR over-refusal rate, CO coherent answers; percent, mean ± standard deviation over runs (each seed on each \
-                          base). The column aligned is before the attack; p is the share of harmful rows in the user's data.";
+                          base). The column aligned is before the attack; p is the share of harmful rows in the user's data. In \
+                          results.json each row has the 95 % Wilson intervals of its metrics over prompts.";
+
+/// Below this share of coherent answers a harmful score is marked: half, so that most answers could have done no harm
+/// whatever the model knows.
+pub const INCOHERENT: f64 = 50.;
+
+/// Behind a harmful score that rests on a run with fewer coherent answers than [`INCOHERENT`].
+pub const INCOHERENT_MARK: &str = "†";
+
+/// What [`INCOHERENT_MARK`] means, for a caption.
+pub const INCOHERENT_NOTE: &str = "† In a run behind this value fewer than half of the answers are coherent: HS of \
+                                   answers that are mostly incoherent says nothing about safety.";
 
 /// One metric of a table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,10 +70,32 @@ pub struct Table<'a> {
 pub struct Block<'a> {
     /// Task and setting, for people.
     pub title: String,
+    /// The id of the setting.
+    pub setting: &'a str,
     /// The harmful ratios, ascending.
     pub ratios: Vec<f64>,
     /// The methods, in the order of the configuration.
     pub methods: Vec<Method<'a>>,
+    /// The most runs that a value is a mean over.
+    pub runs: Runs,
+}
+
+/// How many runs a value is a mean over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Runs {
+    /// The bases among them.
+    pub bases: usize,
+    /// All of them: each seed on each base.
+    pub all: usize,
+}
+
+impl Runs {
+    /// Those of some rows.
+    pub fn of(rows: &[&ResultRow]) -> Self {
+        let runs: BTreeSet<_> = rows.iter().map(|row| (row.base_seed, row.seed)).collect();
+        let bases: BTreeSet<_> = runs.iter().map(|(base, _)| base).collect();
+        Self { bases: bases.len(), all: runs.len() }
+    }
 }
 
 /// One method's rows.
@@ -101,9 +135,12 @@ impl<'a> Table<'a> {
         let mut blocks = Vec::new();
         for (title, groups) in titles {
             one_protocol(results, &title, &groups)?;
-            let labels = labels(results, &groups);
+            let settings: Vec<&str> = groups.iter().map(|group| group.setting).collect();
+            let labels = labels(results, &settings);
+            let alone = groups.len() == 1;
             for (group, label) in groups.into_iter().zip(labels) {
-                blocks.push(Block::new(format!("{title}{label}"), &group.rows));
+                let title = if alone { title.clone() } else { format!("{title} · {label}") };
+                blocks.push(Block::new(title, group.setting, &group.rows));
             }
         }
         Ok(Self { blocks })
@@ -156,28 +193,30 @@ fn list(differences: &[(String, Value, Value)]) -> String {
     text
 }
 
-/// What tells the settings under one title apart; nothing where there is only one.
-fn labels(results: &Results, groups: &[Group]) -> Vec<String> {
-    let manifests: Vec<Option<&Value>> = groups.iter().map(|group| results.settings.get(group.setting)).collect();
-    let mut keys = BTreeSet::new();
-    for manifest in manifests.iter().flatten() {
-        let first = manifests.iter().flatten().next().unwrap_or(manifest);
-        keys.extend(identity::differences(first, manifest).into_iter().map(|(key, ..)| key));
-    }
-    let label = |(group, manifest): (&Group, Option<&Value>)| {
-        let values = keys.iter().take(NAMED).filter_map(|key| {
-            let pointer = format!("/{}", key.replace('.', "/"));
-            Some(format!("{key} = {}", manifest?.pointer(&pointer).unwrap_or(&Value::Null)))
-        });
-        let values: Vec<String> = values.collect();
-        match (groups.len(), group.setting) {
-            (1, _) => String::new(),
-            (_, "") => " · setting unknown (schema 1)".to_owned(),
-            (_, setting) if values.is_empty() => format!(" · setting {setting}"),
-            _ => format!(" · {}", visible(&values.join(", "))),
+/// What tells settings apart, for people: the first keys that differ, with their values, and the ids where that is not
+/// enough.
+pub(super) fn labels(results: &Results, settings: &[&str]) -> Vec<String> {
+    let known: Vec<(&str, &Value)> = settings.iter().filter_map(|id| Some((*id, results.settings.get(*id)?))).collect();
+    let varying = identity::varying(&known.iter().map(|(_, manifest)| *manifest).collect::<Vec<_>>());
+    let label = |id: &&str| match known.iter().position(|(known, _)| known == id) {
+        _ if id.is_empty() => "setting unknown (schema 1)".to_owned(),
+        Some(at) if !varying.is_empty() => {
+            let values = varying.iter().take(NAMED).map(|(key, values)| format!("{key} = {}", values[at]));
+            visible(&values.collect::<Vec<_>>().join(", "))
         }
+        _ => format!("setting {id}"),
     };
-    groups.iter().zip(manifests).map(label).collect()
+    let labels: Vec<String> = settings.iter().map(label).collect();
+    let unique = |(label, id): (&String, &&str)| {
+        let equal = labels.iter().filter(|other| *other == label).count() > 1;
+        if equal { format!("{label}, … (setting {})", shortened(id)) } else { label.clone() }
+    };
+    labels.iter().zip(settings).map(unique).collect()
+}
+
+/// The first digits of an id.
+fn shortened(id: &str) -> &str {
+    id.get(..8).unwrap_or(id)
 }
 
 /// What the rows of a block share.
@@ -193,7 +232,7 @@ pub fn plain(row: &ResultRow) -> bool {
 }
 
 impl<'a> Block<'a> {
-    fn new(title: String, rows: &[&'a ResultRow]) -> Self {
+    fn new(title: String, setting: &'a str, rows: &[&'a ResultRow]) -> Self {
         let mut ratios: Vec<f64> = rows.iter().map(|row| row.harmful_ratio).collect();
         ratios.sort_by(f64::total_cmp);
         ratios.dedup();
@@ -204,7 +243,48 @@ impl<'a> Block<'a> {
                 None => methods.push(Method { name: &row.method, rows: vec![row] }),
             }
         }
-        Self { title, ratios, methods }
+        let cells = methods.iter().flat_map(|method| ratios.iter().map(|&ratio| Runs::of(&method.cell(ratio))));
+        let runs = cells.max().unwrap_or(Runs { bases: 0, all: 0 });
+        Self { title, setting, ratios, methods, runs }
+    }
+
+    /// Whether a value is a mean over fewer runs than another.
+    pub fn uneven(&self) -> bool {
+        let mut cells = self.methods.iter().flat_map(|method| self.ratios.iter().map(|&ratio| method.cell(ratio)));
+        cells.any(|cell| !cell.is_empty() && Runs::of(&cell) != self.runs)
+    }
+
+    /// Whether a harmful score of the block has the mark of incoherent answers.
+    pub fn incoherent(&self) -> bool {
+        let rows = || self.methods.iter().flat_map(|method| &method.rows);
+        rows().any(|row| ["harmful_score", "harmful_score_aligned"].iter().any(|metric| incoherent(row, metric)))
+    }
+
+    /// The mean of a metric over the runs of a cell, or over the averages of several, and right behind it what a reader of
+    /// that number must know: that answers are incoherent, and over how many runs it is if other values are over more.
+    pub fn marked(&self, number: &str, cells: &[Vec<&ResultRow>], metric: &str) -> String {
+        let mark = if cells.iter().flatten().any(|row| incoherent(row, metric)) { INCOHERENT_MARK } else { "" };
+        let Some(runs) = cells.iter().map(|cell| Runs::of(cell)).min() else { return number.to_owned() };
+        let (count, unit) = if runs.bases < self.runs.bases {
+            (runs.bases, "base")
+        } else if runs.all < self.runs.all {
+            (runs.all, if self.runs.bases == 1 { "seed" } else { "run" })
+        } else {
+            return format!("{number}{mark}");
+        };
+        format!("{number}{mark} ({count} {unit}{})", if count == 1 { "" } else { "s" })
+    }
+
+    /// A metric after the attack at one ratio, with its spread; a dash where nothing was measured.
+    pub fn after(&self, method: &Method, ratio: f64, metric: &str) -> String {
+        let shown = |summary| self.marked(&number(Some(summary)), &[method.cell(ratio)], metric);
+        method.summary(ratio, metric).map_or_else(|| number(None), shown)
+    }
+
+    /// A metric before the attack, likewise.
+    pub fn before(&self, method: &Method, metric: &str) -> String {
+        let shown = |summary| self.marked(&number(Some(summary)), std::slice::from_ref(&method.rows), metric);
+        method.before(metric).map_or_else(|| number(None), shown)
     }
 
     /// Plain fine-tuning after plain alignment: what the others are compared with.
@@ -213,10 +293,25 @@ impl<'a> Block<'a> {
     }
 }
 
-impl Method<'_> {
+/// Whether a metric is a harmful score of a run whose answers are mostly incoherent.
+fn incoherent(row: &ResultRow, metric: &str) -> bool {
+    let coherence = match metric {
+        "harmful_score" => row.metrics.coherence,
+        "harmful_score_aligned" => row.metrics.coherence_aligned,
+        _ => None,
+    };
+    coherence.is_some_and(|share| share < INCOHERENT)
+}
+
+impl<'a> Method<'a> {
     /// The rows at one harmful ratio.
-    pub fn at(&self, ratio: f64) -> impl Iterator<Item = &ResultRow> {
+    pub fn at(&self, ratio: f64) -> impl Iterator<Item = &'a ResultRow> {
         self.rows.iter().copied().filter(move |row| row.harmful_ratio == ratio)
+    }
+
+    /// Likewise, as a list.
+    pub fn cell(&self, ratio: f64) -> Vec<&'a ResultRow> {
+        self.at(ratio).collect()
     }
 
     /// A metric over the seeds at one ratio.
@@ -250,12 +345,14 @@ pub fn headings(block: &Block) -> Vec<String> {
 
 /// The numbers of one method's metric, in the order of [`headings`].
 pub fn numbers(block: &Block, method: &Method, shown: &Shown) -> Vec<String> {
-    let after = block.ratios.iter().map(|&ratio| number(method.summary(ratio, shown.after)));
-    std::iter::once(number(method.before(shown.before))).chain(after).collect()
+    let after = block.ratios.iter().map(|&ratio| block.after(method, ratio, shown.after));
+    std::iter::once(block.before(method, shown.before)).chain(after).collect()
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
     use crate::reporters::fixture;
 
@@ -269,6 +366,44 @@ mod tests {
         assert_eq!(block.reference().map(|method| method.name), Some("SFT"));
         assert_eq!(number(block.methods[2].summary(0.1, "harmful_score")), "40.0 ± 3.0");
         assert_eq!(block.methods[2].before("harmful_score_aligned").map(|summary| summary.n), Some(3));
+        Ok(())
+    }
+
+    #[test]
+    fn a_mean_over_fewer_runs_says_so_where_it_stands() -> Result<()> {
+        let mut results = fixture::results(6);
+        // Six bases, of which one method has a single one at one ratio.
+        results.rows.iter_mut().for_each(|row| row.base_seed = Some(row.seed));
+        results.rows.retain(|row| row.method != "Vaccine" || row.harmful_ratio == 0. || row.seed == 0);
+        let table = Table::new(&results)?;
+        let block = &table.blocks[0];
+        assert_eq!((block.runs, block.uneven()), (Runs { bases: 6, all: 6 }, true));
+        let [sft, vaccine] = [1, 2].map(|at| numbers(block, &block.methods[at], &SHOWN[0]));
+        assert_eq!(vaccine[2], "37.0 (1 base)");
+        assert!(sft.iter().chain(&vaccine[..2]).all(|number| !number.contains('(')), "{sft:?}, {vaccine:?}");
+        // Fewer seeds on as many bases.
+        results.rows.iter_mut().for_each(|row| row.base_seed = Some(row.seed % 2));
+        results.rows.retain(|row| row.method != "SFT" || row.seed < 2);
+        let table = Table::new(&results)?;
+        assert_eq!(numbers(&table.blocks[0], &table.blocks[0].methods[1], &SHOWN[0])[1], "2.0 ± 0.0 (2 runs)");
+        Ok(())
+    }
+
+    #[test]
+    fn harm_of_incoherent_answers_is_marked() -> Result<()> {
+        let mut results = fixture::results(3);
+        let garbage = results.rows.iter_mut().find(|row| row.method == "Vaccine" && row.harmful_ratio > 0.);
+        garbage.expect("a row").metrics.coherence = Some(INCOHERENT - 1.);
+        let table = Table::new(&results)?;
+        let block = &table.blocks[0];
+        let marked: Vec<String> = block
+            .methods
+            .iter()
+            .flat_map(|method| SHOWN.iter().flat_map(|shown| numbers(block, method, shown)))
+            .filter(|number| number.contains(INCOHERENT_MARK))
+            .collect();
+        assert_eq!(marked, ["40.0 ± 3.0†"]);
+        assert!(block.incoherent());
         Ok(())
     }
 
@@ -302,6 +437,46 @@ mod tests {
         let rows: usize = table.blocks.iter().flat_map(|block| &block.methods).map(|method| method.rows.len()).sum();
         assert_eq!(rows, results.rows.len());
         Ok(())
+    }
+
+    /// Two seeds of the fixture as two settings.
+    fn two_settings(manifests: [Value; 2]) -> Vec<String> {
+        let mut results = fixture::results(2);
+        let ids = ["1111111111", "2222222222"];
+        results.settings = ids.into_iter().map(str::to_owned).zip(manifests).collect();
+        for row in &mut results.rows {
+            row.setting = ids[row.seed as usize].into();
+        }
+        Table::new(&results).expect("a table").blocks.into_iter().map(|block| block.title).collect()
+    }
+
+    #[test]
+    fn titles_that_would_be_equal_have_a_part_of_the_id() {
+        // Nine keys differ, and the last alone tells more than two settings apart.
+        let manifest = |last: u32, rest: u32| {
+            let keys = ["a", "b", "c", "d", "e", "f", "g", "h"].map(|key| (key.to_owned(), json!(rest)));
+            let mut map: serde_json::Map<String, Value> = keys.into_iter().collect();
+            map.insert("z".into(), last.into());
+            Value::from(map)
+        };
+        let mut results = fixture::results(3);
+        let ids = ["1111111111", "2222222222", "3333333333"];
+        results.settings =
+            ids.into_iter().map(str::to_owned).zip([manifest(0, 0), manifest(1, 0), manifest(2, 1)]).collect();
+        for row in &mut results.rows {
+            row.setting = ids[row.seed as usize].into();
+        }
+        let titles: Vec<String> =
+            Table::new(&results).expect("a table").blocks.into_iter().map(|block| block.title).collect();
+        assert!(titles[0].ends_with("h = 0, … (setting 11111111)"), "{titles:?}");
+        assert!(titles[1].ends_with("h = 0, … (setting 22222222)"), "{titles:?}");
+        assert!(titles[2].ends_with("h = 1"), "{titles:?}");
+    }
+
+    #[test]
+    fn keys_may_hold_any_sign() {
+        let titles = two_settings([1, 2].map(|value| json!({ "a.b": { "c/d~e": value } })));
+        assert!(titles[0].ends_with(" · a.b.c/d~e = 1") && titles[1].ends_with(" · a.b.c/d~e = 2"), "{titles:?}");
     }
 
     #[test]

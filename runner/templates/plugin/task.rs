@@ -64,10 +64,6 @@ impl Task for MyPlugin {
         Some(answer.trim() == row.output)
     }
 
-    fn scoring(&self) -> &'static str {
-        "the answer is the sum and nothing else"
-    }
-
     fn max_new_tokens(&self) -> usize {
         4
     }
