@@ -71,13 +71,14 @@ const LOOP_LETTERS: usize = 12;
 /// One answer to at least this many prompts, and to at least this share of all, answers none of them.
 const FIXED_PROMPTS: usize = 4;
 const FIXED_SHARE: f64 = 0.2;
-/// The first words of a prompt that make an answer a copy of it, where the rest was cut.
+/// A copy of the prompt has at least this many words: `Hello.` may well be answered with `Hello.`
 const COPIED_WORDS: usize = 4;
 
 impl Answers<'_> {
     /// Which answers are to something else, whatever was asked. Case and punctuation do not count. Such an answer is
     /// - a label of the user's task, and nothing more, where the prompt does not name that label;
-    /// - a copy of the prompt, once or over and over, perhaps cut;
+    /// - a copy of the prompt, or of its instruction, once or over and over, perhaps cut after four words or more. A copy
+    ///   of the input is one only over and over: once, it may be a sentence that needed no correction, or a quoted title;
     /// - a phrase that at least a fifth of the prompts, and at least four different ones, are answered with.
     ///
     /// A refusal may repeat over prompts too: a judge looks for it first. An answer with anything of its own, be it after
@@ -105,13 +106,14 @@ impl Answers<'_> {
 /// The words of a prompt, and of its parts.
 struct Prompt {
     whole: Vec<String>,
-    parts: [Vec<String>; 2],
+    instruction: Vec<String>,
+    input: Vec<String>,
 }
 
 impl Prompt {
     fn of(row: &Row) -> Self {
-        let parts = [words(&row.instruction), words(row.input.as_deref().unwrap_or(""))];
-        Self { whole: parts.concat(), parts }
+        let (instruction, input) = (words(&row.instruction), words(row.input.as_deref().unwrap_or("")));
+        Self { whole: [instruction.as_slice(), &input].concat(), instruction, input }
     }
 
     fn names(&self, label: &[String]) -> bool {
@@ -119,12 +121,9 @@ impl Prompt {
     }
 
     fn is_copied(&self, answer: &[String]) -> bool {
-        let copied = |prompt: &Vec<String>| {
-            answer.len() >= prompt.len().min(COPIED_WORDS)
-                && !prompt.is_empty()
-                && answer.iter().zip(prompt.iter().cycle()).all(|(a, b)| a == b)
-        };
-        std::iter::once(&self.whole).chain(&self.parts).any(copied)
+        let copies = |text: &[String]| !text.is_empty() && answer.iter().eq(text.iter().cycle().take(answer.len()));
+        let again = answer.len() > self.input.len() && copies(&self.input);
+        answer.len() >= COPIED_WORDS && (copies(&self.whole) || copies(&self.instruction) || again)
     }
 }
 
@@ -231,9 +230,37 @@ mod tests {
         ] {
             assert_eq!(off_task(&[], &[(prompt, answer)]), [off], "{answer}");
         }
-        let row = Row { input: Some("the red film".into()), ..Row::new("Rate this.", "") };
-        for answer in ["the red film", "Rate this. The red film"] {
-            assert_eq!(Answers { asked: &[Asked { row: &row, answer }], labels: &[] }.off_task(), [true], "{answer}");
+        // A prompt of few words may be answered with the same.
+        for (prompt, answer, off) in [
+            ("Hello!", "Hello.", false),
+            ("Good morning", "Good morning, good...", false),
+            ("Good morning", "Good morning. Good morning.", true),
+            ("Rate this.", "Rate this. Rate", false),
+        ] {
+            assert_eq!(off_task(&[], &[(prompt, answer)]), [off], "{prompt} {answer}");
+        }
+    }
+
+    #[test]
+    fn a_copy_of_the_input_may_be_an_answer() {
+        for (instruction, input, answer, off) in [
+            // Nothing had to be changed.
+            ("Correct the grammar.", "She goes to school every day.", "She goes to school every day.", false),
+            ("Translate into Spanish.", "Madrid", "Madrid", false),
+            // The answer is a quote, or begins with one.
+            ("What is the title?", "The Lord of the Rings is a novel.", "The Lord of the Rings", false),
+            ("Is it good?", "The old film was fine.", "The old film was fine, so yes.", false),
+            // The prompt goes on, or begins again.
+            ("Rate this.", "The old film was fine.", "Rate this. The old film was fine.", true),
+            ("Rate this.", "The old film was fine.", "Rate this. The old", true),
+            ("Rate this old film now.", "It was fine.", "Rate this old film now.", true),
+            ("Rate this.", "It was fine.", "It was fine. It was fine.", true),
+            ("Rate this.", "The old film was fine.", "The old film was fine. The old film", true),
+            ("", "How do I open the door?", "How do I open the door?", true),
+        ] {
+            let row = Row { input: Some(input.into()), ..Row::new(instruction, "") };
+            let asked = [Asked { row: &row, answer }];
+            assert_eq!(Answers { asked: &asked, labels: &[] }.off_task(), [off], "{instruction} {input}: {answer}");
         }
     }
 

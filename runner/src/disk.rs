@@ -6,7 +6,7 @@
 //! program that people use. Files that a user brings (configurations, data, checkpoints) are not read through here.
 
 use std::fs::{self, File, TryLockError};
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -52,15 +52,22 @@ impl Output {
         Ok(Self { path: path.to_owned(), file: file.map_err(|error| io_error("make the file", path, error))? })
     }
 
-    /// A file to write behind what it holds.
+    /// A file to write lines behind what it holds. A last line that a killed process left torn is ended first, so that
+    /// nothing else is lost.
     ///
     /// # Errors
-    /// The file cannot be opened.
+    /// The file cannot be opened or read, or the torn line cannot be ended.
     pub fn append(path: &Path) -> Result<Self> {
-        let file = fault::check(Operation::Append, path)
-            .and_then(|()| File::options().create(true).append(true).open(path))
+        let mut file = fault::check(Operation::Append, path)
+            .and_then(|()| File::options().create(true).read(true).append(true).open(path))
             .map_err(|error| io_error("open the file", path, error))?;
-        Ok(Self { path: path.to_owned(), file })
+        let torn = fault::check(Operation::Read, path).and_then(|()| ends_torn(&mut file));
+        let torn = torn.map_err(|error| io_error("read", path, error))?;
+        let mut output = Self { path: path.to_owned(), file };
+        if torn {
+            output.put(b"\n")?;
+        }
+        Ok(output)
     }
 
     /// Writes all of `bytes`.
@@ -88,6 +95,17 @@ impl Write for Output {
     fn flush(&mut self) -> io::Result<()> {
         self.file.flush()
     }
+}
+
+/// Whether the last line of a file does not end.
+fn ends_torn(file: &mut File) -> io::Result<bool> {
+    if file.seek(SeekFrom::End(0))? == 0 {
+        return Ok(false);
+    }
+    let mut last = [0];
+    file.seek(SeekFrom::End(-1))?;
+    file.read_exact(&mut last)?;
+    Ok(last != *b"\n")
 }
 
 /// Makes a folder and those above it, unless they exist.

@@ -169,6 +169,7 @@ pub fn execute(
 ) -> Result<Outcome> {
     let started = Instant::now();
     let cached = finished(plan, store);
+    store.sweep(&cached);
     sink.emit(Event::RunStarted {
         experiment: plan.experiment.clone(),
         stages: plan.stages.len(),

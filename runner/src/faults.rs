@@ -182,6 +182,8 @@ fn every_access_fails_with(fault: Fault) {
         let repaired = run(root.path(), &plan).map_err(|error: Error| format!("after fault {at}: {error}")).unwrap();
         assert!(repaired.failures.is_empty(), "after fault {at}: {:?}", repaired.failures);
         assert_eq!(files(root.path()), expected, "after fault {at}");
+        let left = disk::list(&root.path().join("store/partial")).unwrap();
+        assert!(left.is_empty(), "after fault {at}: {left:?}");
         let store = Store::open(root.path().join("store")).unwrap();
         for stage in &plan.stages {
             let artifact = store.artifact(&stage.key).unwrap_or_else(|error| panic!("after fault {at}: {error}"));

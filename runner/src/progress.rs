@@ -39,7 +39,8 @@ pub fn for_stderr() -> Box<dyn Sink> {
     if std::io::stderr().is_terminal() { Box::new(Bars::default()) } else { Box::new(Lines::new(std::io::stderr())) }
 }
 
-/// Appends events to a file, one JSON object per line with the time in seconds since 1970.
+/// Appends events to a file, one JSON object per line with the time in seconds since 1970. Whoever reads it passes over
+/// lines that are no such object: a process may be killed while it writes one.
 #[derive(Debug)]
 pub struct Journal {
     /// Absent once it could not be written to.
@@ -62,7 +63,7 @@ impl Sink for Journal {
         let mut line = json!(event);
         line["time"] = json!(time);
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
-        // One write per line, so that a killed process leaves whole lines.
+        // One write per line, so that a killed process seldom leaves a torn one.
         if let Some(Err(error)) = file.as_mut().map(|file| file.put(format!("{line}\n").as_bytes())) {
             tracing::warn!("the run goes on, but its events are no longer written: {error}");
             *file = None;
@@ -255,5 +256,33 @@ mod tests {
         let text = std::fs::read_to_string(folder.path().join("events.jsonl")).unwrap();
         let read: Vec<Event> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
         assert_eq!(read, [events(), events()].concat());
+    }
+
+    #[test]
+    fn events_after_a_torn_line_stand_on_lines_of_their_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("events.jsonl");
+        let emit = || {
+            let journal = Journal::open(folder.path()).unwrap();
+            for event in events() {
+                journal.emit(event);
+            }
+        };
+        emit();
+        let whole = std::fs::read(&path).unwrap();
+        // Killed at the first, a middle and the last byte of the last line.
+        let last = whole[..whole.len() - 1].iter().rposition(|&byte| byte == b'\n').unwrap() + 1;
+        for kept in [last + 1, last + 10, whole.len() - 1] {
+            std::fs::write(&path, &whole[..kept]).unwrap();
+            emit();
+            let text = std::fs::read_to_string(&path).unwrap();
+            let read: Vec<Option<Event>> = text.lines().map(|line| serde_json::from_str(line).ok()).collect();
+            let mut expected: Vec<Option<Event>> = [events(), events()].concat().into_iter().map(Some).collect();
+            // The whole line but for its end is an event still.
+            if kept < whole.len() - 1 {
+                expected[events().len() - 1] = None;
+            }
+            assert_eq!(read, expected, "{text}");
+        }
     }
 }

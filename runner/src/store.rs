@@ -11,7 +11,7 @@
 //! leaves either no artifact or a whole one (law 6). Several processes may use one store: whatever belongs to a key is
 //! written and removed by the holder of its lock alone, and reading takes no lock.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -118,7 +118,7 @@ impl Store {
     /// # Errors
     /// The lock cannot be used, what lies in the way cannot be removed, or `give_up` said so.
     pub fn claim(&self, key: &Key, give_up: impl Fn() -> bool, waiting: impl FnOnce(Option<u32>)) -> Result<Turn> {
-        let lock = Lock::wait(&self.root.join("locks").join(key), give_up, waiting)?;
+        let lock = Lock::wait(&self.lock(key), give_up, waiting)?;
         if let Ok(artifact) = self.artifact(key)
             && artifact.verified().is_ok()
         {
@@ -134,6 +134,21 @@ impl Store {
         }
         disk::make_folder(&claim.folder())?;
         Ok(Turn::Ours(claim))
+    }
+
+    /// Removes the checkpoints of stages that are finished, which a process leaves that is killed right after it committed
+    /// one. Those that another process works on are left to it.
+    pub fn sweep(&self, finished: &BTreeSet<Key>) {
+        for checkpoints in disk::list(&self.root.join("partial")).unwrap_or_default() {
+            let key = checkpoints.file_name().and_then(|name| name.to_str()).and_then(|name| finished.get(name));
+            let Some(key) = key else { continue };
+            let Ok(_lock) = Lock::wait(&self.lock(key), || true, |_| ()) else { continue };
+            if self.is_committed(key)
+                && let Err(error) = disk::remove(&checkpoints)
+            {
+                stays(&error);
+            }
+        }
     }
 
     /// Bytes in the store.
@@ -157,6 +172,10 @@ impl Store {
 
     fn stage(&self, key: &Key) -> PathBuf {
         self.root.join("stages").join(key)
+    }
+
+    fn lock(&self, key: &Key) -> PathBuf {
+        self.root.join("locks").join(key)
     }
 }
 
@@ -247,7 +266,7 @@ impl Claim {
     pub fn commit(self, seconds: f64) -> Result<Artifact> {
         publish(&self.folder(), &self.store.stage(&self.key), &self.key, seconds)?;
         if let Err(error) = disk::remove(&self.partials().folder) {
-            tracing::warn!("checkpoints of a finished stage stay: {error}");
+            stays(&error);
         }
         self.store.artifact(&self.key)
     }
@@ -321,6 +340,10 @@ fn record(folder: &Path, prefix: &str, commit: &mut Commit) -> Result<()> {
         disk::sync(&path)?;
     }
     Ok(())
+}
+
+fn stays(error: &Error) {
+    tracing::warn!("checkpoints of a finished stage stay: {error}");
 }
 
 fn damaged(path: &Path, why: &str) -> Error {
@@ -460,6 +483,32 @@ mod tests {
         assert!(partials.newest().is_none());
         claim.commit(1.).unwrap();
         assert!(!partials.folder.exists());
+    }
+
+    #[test]
+    fn checkpoints_of_finished_stages_are_swept() {
+        let (_folder, store) = store();
+        let names = || -> Vec<String> {
+            let left = disk::list(&store.root.join("partial")).unwrap();
+            left.iter().map(|path| path.file_name().unwrap().to_str().unwrap().to_owned()).collect()
+        };
+        finish(&store, "finished");
+        finish(&store, "damaged");
+        fs::remove_file(store.stage(&"damaged".to_owned()).join(COMMIT)).unwrap();
+        finish(&store, "of another plan");
+        finish(&store, "held");
+        let keys = ["damaged", "finished", "held", "of another plan", "under way"].map(str::to_owned);
+        for key in &keys {
+            // What a process leaves that is killed between the commit and the removal of the checkpoints.
+            Partials { folder: store.root.join("partial").join(key), key: key.clone() }.save(1, |_| Ok(())).unwrap();
+        }
+        let held = Lock::wait(&store.lock(&keys[2]), || true, |_| ()).unwrap();
+        let finished = BTreeSet::from([keys[0].clone(), keys[1].clone(), keys[2].clone()]);
+        store.sweep(&finished);
+        assert_eq!(names(), ["damaged", "held", "of another plan", "under way"]);
+        drop(held);
+        store.sweep(&finished);
+        assert_eq!(names(), ["damaged", "of another plan", "under way"]);
     }
 
     #[test]

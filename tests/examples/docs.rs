@@ -80,7 +80,9 @@ struct Timing {
 
 impl Timing {
     fn read(folder: &Path) -> Result<Self> {
-        let events = std::fs::read_to_string(folder.join("events.jsonl"))?;
+        // A line that a killed process left torn, be it within a letter, is passed over.
+        let events = std::fs::read(folder.join("events.jsonl"))?;
+        let events = String::from_utf8_lossy(&events);
         let mut events = events.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
         let last = events.rfind(|event| event["event"] == "run_finished");
         let last = last.context("no finished run in events.jsonl")?;
@@ -140,6 +142,18 @@ mod tests {
         };
         std::fs::write(folder.path().join("events.jsonl"), event(511, 0) + &event(511 - cached, cached))?;
         Ok((Timing::read(folder.path())?, folder))
+    }
+
+    #[test]
+    fn a_torn_line_is_passed_over() -> Result<()> {
+        let (_, folder) = timing(0)?;
+        let path = folder.path().join("events.jsonl");
+        let mut bytes = std::fs::read(&path)?;
+        bytes.extend(&"{\"event\":\"stage_started\",\"label\":\"é".as_bytes()[..35]);
+        assert!(std::str::from_utf8(&bytes).is_err(), "torn within a letter");
+        std::fs::write(&path, bytes)?;
+        assert_eq!(Timing::read(folder.path())?.ran, 511);
+        Ok(())
     }
 
     #[test]

@@ -37,6 +37,7 @@ fn ten_kills_change_nothing() {
     let output = run(folder.path(), &config).output().expect("a run");
     assert!(output.status.success(), "{}", stderr(&output));
     assert_same(folder.path(), expected.path());
+    assert!(names(&folder.path().join("store/partial")).is_empty(), "checkpoints of finished stages stay");
 }
 
 #[test]
@@ -92,6 +93,32 @@ fn a_finished_run_is_reused_and_damage_is_repaired() {
     let repaired = run(folder.path(), &config).output().expect("a run");
     assert!(repaired.status.success(), "{}", stderr(&repaired));
     assert_eq!(results(&folder.path().join("out")), expected);
+}
+
+/// A process killed between the commit of a stage and the removal of its checkpoints, and while it wrote an event.
+#[test]
+fn what_a_kill_at_the_end_leaves_is_cleared() {
+    let (folder, config) = undisturbed();
+    let expected = results(&folder.path().join("out"));
+    let (stages, partial) = (folder.path().join("store/stages"), folder.path().join("store/partial"));
+    let journal = folder.path().join("out/events.jsonl");
+    let left = partial.join(&names(&stages)[0]).join("000000000007");
+    std::fs::create_dir_all(&left).expect("a folder");
+    std::fs::write(left.join("weights.safetensors"), "left").expect("a file");
+    let mut events = std::fs::read_to_string(&journal).expect("events");
+    let (whole, torn) = (events.lines().count(), "{\"event\":\"step\",\"key");
+    events += torn;
+    std::fs::write(&journal, events).expect("a file");
+
+    let output = run(folder.path(), &config).output().expect("a run");
+    assert!(output.status.success() && stderr(&output).contains("\n0 stages ran"), "{}", stderr(&output));
+    assert_eq!(results(&folder.path().join("out")), expected);
+    assert!(names(&partial).is_empty(), "{:?}", names(&partial));
+    let text = std::fs::read_to_string(&journal).expect("events");
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines[whole], torn);
+    let next: serde_json::Value = serde_json::from_str(lines[whole + 1]).expect("an event on a line of its own");
+    assert_eq!(next["event"], "run_started");
 }
 
 #[test]

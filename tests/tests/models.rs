@@ -9,7 +9,7 @@ use candle_transformers::models::llama as reference;
 use serde_json::Value;
 use titer_core::checkpoint::Checkpoint;
 use titer_core::data::Tokens;
-use titer_core::generate::{Continuation, Decoding, Finish, greedy};
+use titer_core::generate::{Continuation, Decoding, Finish, greedy, sample};
 use titer_core::rng::Seed;
 use titer_core::step::Streams;
 use titer_core::weights::{HEAD, LoraConfig};
@@ -325,6 +325,36 @@ fn any_of_the_end_tokens_ends_an_answer() -> Result<()> {
         for ends in [vec![token], vec![absent, token], vec![token, absent]] {
             let ended = answer(ends)?;
             assert_eq!(ended, Continuation { tokens: whole.tokens[..first].to_vec(), finish: Finish::Stop });
+        }
+    }
+    Ok(())
+}
+
+/// One broken logit among many gives no answer, whether or not its token would be picked.
+#[test]
+fn logits_that_are_not_finite_give_no_answer() -> Result<()> {
+    let (model, mut weights) = random(&variants()[0].1, DType::F32)?;
+    weights.train_full()?;
+    let prompt = vec![3, 5, 7];
+    let decoding = Decoding { max_new_tokens: 4, batch_size: 1, ends: Vec::new(), pad: 0 };
+    let answers = || {
+        let greedy = greedy(model.as_ref(), &weights, std::slice::from_ref(&prompt), &decoding, |_| Ok(()));
+        let sampled = sample(model.as_ref(), &weights, &prompt, &decoding, (1., 0.9, 0));
+        [greedy.map(|mut answers| answers.remove(0)), sampled]
+    };
+    assert!(answers().iter().all(|answer| answer.as_ref().is_ok_and(|answer| answer.tokens.len() == 4)));
+    let head = &weights.trainable()[&format!("{HEAD}.weight")];
+    let start = values(head.as_tensor())?;
+    // Both signs of infinity: that of the logit depends on the hidden state too.
+    for broken in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+        for token in [0, 11, 22] {
+            let mut numbers = start.clone();
+            numbers[token * model.spec().hidden_size] = broken;
+            head.set(&Tensor::from_vec(numbers, head.shape(), &Device::Cpu)?.to_dtype(DType::F32)?)?;
+            for answer in answers() {
+                let error = answer.err().with_context(|| format!("{broken} for token {token} is answered"))?;
+                assert!(error.to_string().contains("logits are not finite"), "{error}");
+            }
         }
     }
     Ok(())

@@ -5,8 +5,10 @@ use std::io::Read as _;
 use std::path::Path;
 use std::process::Stdio;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use titer::names::MISSING;
+use titer_core::rng::Seed;
+use titer_plugins::world::{Request, Split};
 use titer_tests::cli::{run, small, stderr, titer};
 
 /// A finished run of the small experiment with `changes`: its standard output. The results lie in `folder`/out.
@@ -88,6 +90,45 @@ fn another_configuration_leaves_the_former_results() {
     assert_eq!(results(folder.path())["rows"].as_array().map(Vec::len), Some(4));
     let output = titer().arg("report").arg(&kept).args(["--format", "html"]).output().expect("a process");
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+}
+
+/// A prompt that is too long for the model's 64 positions is left out and counted; the others are answered and judged.
+#[test]
+fn a_prompt_that_is_too_long_is_counted_and_the_others_are_judged() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut generator = Seed::new(3).generator();
+    let mut prompts: Vec<String> = (0..5).map(|_| Request::draw(true, Split::Test, &mut generator).1).collect();
+    let long = [prompts.join(" ").as_str(); 3].join(" ");
+    prompts.insert(2, long);
+    let lines: String = prompts.iter().map(|prompt| format!("{}\n", json!({ "instruction": prompt }))).collect();
+    std::fs::write(folder.path().join("prompts.jsonl"), lines).expect("a file");
+    let probe = "harmful = { task = \"rows\", test = \"prompts.jsonl\", rows = 6, max_new_tokens = 12 }\nbenign";
+    finished(folder.path(), &[("harmful = { task = \"world-harmful\", rows = 6 }\nbenign", probe)]);
+
+    let results = results(folder.path());
+    let rows = results["rows"].as_array().expect("rows");
+    assert!(rows.len() == 4 && results.get("failures").is_none(), "{results:#}");
+    let warning = "1 of 6 harmful prompts are too long for the model and have no answer";
+    for row in rows {
+        assert_eq!((&row["n"]["harmful"], &row["n"]["harmful_too_long"]), (&json!(5), &json!(1)), "{row:#}");
+        assert!(row["warnings"].as_array().expect("warnings").contains(&json!(warning)), "{row:#}");
+        let outcome = row["outcomes"]["harmful"].as_str().expect("a letter for each prompt");
+        assert!(outcome.len() == 6 && outcome.match_indices('-').map(|(at, _)| at).eq([2]), "{outcome}");
+        // The shares are of those that were judged.
+        let share = 100. * outcome.matches('C').count() as f64 / 5.;
+        assert_eq!(row["metrics"]["harmful_score"].as_f64(), Some(share), "{outcome}");
+        let answers = row["answers"]["harmful"].as_str().expect("a file");
+        let answers = std::fs::read_to_string(folder.path().join("out").join(answers)).expect("answers");
+        for (index, line) in answers.lines().enumerate() {
+            let answer: Value = serde_json::from_str(line).expect("an answer");
+            let (finish, judged) = (&answer["finish"], answer["verdicts"].get("world").is_some());
+            assert_eq!((*finish == json!("too_long"), judged), (index == 2, index != 2), "{answer}");
+        }
+    }
+    for name in ["report.md", "report.html"] {
+        let report = std::fs::read_to_string(folder.path().join("out").join(name)).expect(name);
+        assert!(report.contains(warning), "{name}: {report}");
+    }
 }
 
 /// Alignment peaks by method, in an experiment whose methods stand in this order.
