@@ -10,7 +10,6 @@ use super::portable::Lanes;
 pub(super) use super::simd::simd;
 use super::{CandleResult, math};
 use crate::Result;
-use crate::arithmetic::{Arithmetic, chosen};
 
 /// Real numbers that the host kernels compute with.
 pub(super) trait Real:
@@ -67,6 +66,7 @@ impl Real for f32 {
     }
 
     #[allow(unsafe_code, reason = "products take pointers")]
+    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables, reason = "other processors have no tile unit"))]
     unsafe fn multiply_specially(
         c: Matrix<*mut Self>,
         accumulate: bool,
@@ -81,7 +81,7 @@ impl Real for f32 {
                 return true;
             }
             #[cfg(target_arch = "x86_64")]
-            if chosen() == Arithmetic::Native && super::amx::suits(&c, &a, &b) {
+            if crate::arithmetic::chosen() == crate::arithmetic::Arithmetic::Native && super::amx::suits(&c, &a, &b) {
                 super::amx::multiply(c, accumulate, alpha, a, b, threads);
                 return true;
             }
