@@ -172,7 +172,7 @@ fn next_logits(model: &dyn Model, weights: &Weights, tokens: &Tokens, cache: &mu
     let hidden = hidden.reshape(((), model.spec().hidden_size))?;
     let hidden = ops::select_rows(&mut pass.tape, &hidden, &last)?;
     let logits = model.logits(&hidden, &mut pass)?.tensor().clone();
-    // Nothing masks a logit. One that is no number compares as neither greater nor less, so some token would be picked.
+    // A logit that is not a number is neither greater nor less than another, so some token would be picked.
     if ops::norm([&logits])?.value()?.is_finite() {
         return Ok(logits);
     }

@@ -77,7 +77,8 @@ pub trait Model: Debug + Send + Sync {
     /// A tensor operation failed.
     fn finish(&self, x: &Traced, pass: &mut Forward) -> Result<Traced>;
 
-    /// Logits `[rows, vocab_size]` of hidden states `[rows, hidden_size]`.
+    /// Logits `[rows, vocab_size]` of hidden states `[rows, hidden_size]`. All have to be finite: a model with one that is not
+    /// gives no answer.
     ///
     /// # Errors
     /// A tensor operation failed.

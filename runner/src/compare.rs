@@ -3,15 +3,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use titer_core::Result;
 use titer_core::report::{Failure, Provenance, ResultRow, Results, SCHEMA};
 
-use crate::reporters;
+use crate::{identity, reporters};
 
 /// The runs in the folders as one table, with the same tests as the report of one run. Runs that are parts of one
 /// experiment (other seeds, other methods) merge. A method name that means different things in two runs is shown once for
-/// each, with the run's name.
+/// each, with what differs.
 ///
 /// # Errors
 /// A folder holds no results, or their protocols differ.
@@ -35,24 +35,15 @@ fn merge(runs: &[(String, Results)]) -> Results {
     let mut kept: Vec<(&str, &ResultRow)> = Vec::new();
     for (name, run) in runs {
         for row in &run.rows {
-            if !kept.iter().any(|(_, known)| known.id == row.id && known.artifacts == row.artifacts) {
-                kept.push((name, row));
+            match kept.iter_mut().find(|(_, known)| same(known, row)) {
+                // That with more judges says more.
+                Some((_, known)) if known.artifacts.len() < row.artifacts.len() => *known = row,
+                Some(_) => {}
+                None => kept.push((name, row)),
             }
         }
     }
-    // One name for two methods would mix them, and so would two measurements of one cell.
-    let mixes = |a: &ResultRow, b: &ResultRow| a.method == b.method && (definition(a) != definition(b) || a.id == b.id);
-    let ambiguous: BTreeSet<&str> = kept
-        .iter()
-        .enumerate()
-        .flat_map(|(at, (_, row))| kept[at + 1..].iter().filter(move |(_, other)| mixes(row, other)))
-        .map(|(_, row)| row.method.as_str())
-        .collect();
-    let rows = kept.iter().map(|&(run, row)| {
-        let method = &row.method;
-        let method = if ambiguous.contains(method.as_str()) { format!("{method} ({run})") } else { method.clone() };
-        ResultRow { method, ..row.clone() }
-    });
+    let rows = kept.iter().map(|&(run, row)| ResultRow { method: name(run, row, &kept), ..row.clone() });
     let first = runs.first().map(|(_, run)| run.clone());
     let all = |manifests: fn(&Results) -> &BTreeMap<String, Value>| {
         runs.iter().flat_map(|(_, run)| manifests(run).clone()).collect::<BTreeMap<_, _>>()
@@ -92,9 +83,45 @@ fn failures(runs: &[(String, Results)]) -> Vec<Failure> {
     found.into_iter().map(named).collect()
 }
 
+/// Whether two rows are one measurement: of one identity, and from the same artifacts. Only one may have been judged by a
+/// further judge.
+fn same(a: &ResultRow, b: &ResultRow) -> bool {
+    let agree = |what: &String, key: &String| b.artifacts.get(what).is_none_or(|other| other == key);
+    a.id == b.id && a.artifacts.iter().all(|(what, key)| agree(what, key))
+}
+
+/// The method's name among `rows`. If it means several methods there, with what tells this one from them; if a cell was
+/// measured twice, with the run's name.
+fn name(run: &str, row: &ResultRow, rows: &[(&str, &ResultRow)]) -> String {
+    let namesakes = || rows.iter().map(|(_, other)| *other).filter(|other| other.method == row.method);
+    let ours = definition(row);
+    let mut definitions: Vec<Value> = Vec::new();
+    for definition in namesakes().map(definition) {
+        if !definitions.contains(&definition) {
+            definitions.push(definition);
+        }
+    }
+    let at = definitions.iter().position(|definition| *definition == ours).unwrap_or_default();
+    let mut keys = identity::varying(&definitions.iter().collect::<Vec<_>>());
+    // The coordinates hold the same settings once more, beside streams and versions.
+    let settings = |(key, _): &(String, Vec<Value>)| !key.starts_with(DEFENSES);
+    if keys.iter().any(settings) {
+        keys.retain(settings);
+    }
+    let mut words: Vec<String> = keys.iter().map(|(key, values)| format!("{key} = {}", values[at])).collect();
+    if namesakes().any(|other| namesakes().filter(|one| one.id == other.id && definition(one) == ours).count() > 1) {
+        words.push(run.to_owned());
+    }
+    if words.is_empty() { row.method.clone() } else { format!("{} ({})", row.method, words.join(", ")) }
+}
+
+/// The key of the coordinates under which all of a method's defenses stand.
+const DEFENSES: &str = "defenses";
+
 /// What a method is: its defenses, their settings, and the data they draw from.
-fn definition(row: &ResultRow) -> [&Value; 4] {
-    [&row.align, &row.fine_tune, &row.post, &row.coordinates["defenses"]]
+fn definition(row: &ResultRow) -> Value {
+    let ResultRow { align, fine_tune, post, coordinates, .. } = row;
+    json!({ "align": align, "fine_tune": fine_tune, "post": post, DEFENSES: coordinates[DEFENSES] })
 }
 
 /// A name for each run: the experiment's, with the folder where two runs are of one experiment.
@@ -138,7 +165,13 @@ mod tests {
         }
         let both = merged(&[&first, &second]);
         let names = methods(&both);
-        assert!(names.contains("Vaccine (run 0)") && names.contains("Vaccine (run 1)"), "{names:?}");
+        assert!(names.iter().any(|name| name.starts_with("Vaccine (align.rho = ")), "{names:?}");
+        assert!(names.contains("Vaccine (align.rho = 9)"), "{names:?}");
+        // A third run of the first kind does not split it.
+        let mut third = fixture::results(3);
+        third.rows.retain(|row| row.seed == 2);
+        let all = merged(&[&first, &second, &third]);
+        assert_eq!(methods(&all), names);
         assert!(names.contains("SFT"));
     }
 

@@ -103,7 +103,7 @@ fn run(root: &Path, plan: &Plan) -> Result<Results> {
     let stages = Pretended(Stages::new(plan, root, Device::Cpu, Duration::ZERO));
     let outcome = execute(plan, &store, &stages, &journal, &interrupt, Jobs { count: 1, threads: 1 })?;
     let assemble = |out: &std::path::Path| results::assemble(plan, &[], Provenance::default(), &store, &outcome, out);
-    Ok(output.write(&interrupt, |_| true, assemble)?.0)
+    output.write(&interrupt, |_| true, assemble)
 }
 
 /// A run and, with all its stages stored, the same run again.

@@ -70,10 +70,19 @@ impl Label<'_> {
     }
 }
 
-/// A term so that `p=0.2`, `p = 0.20` and `P 0.2` are one.
+/// A term so that `p=0.2`, `P 0.20` and `harmful_ratio = 0.2`, as the column is called in CSV, are one.
 fn normal(term: &str) -> String {
     let word = |word: &str| word.parse::<f64>().map_or_else(|_| word.to_owned(), |number| number.to_string());
-    term.to_lowercase().replace('=', " ").split_whitespace().map(word).collect::<Vec<_>>().join(" ")
+    let term = term.to_lowercase();
+    let term = match term.split_once('=').map(|(name, value)| (name.trim(), value)) {
+        Some(("method" | "task", value)) => value.to_owned(),
+        Some(("harmful_ratio", value)) => format!("p {value}"),
+        Some(("samples", value)) => format!("n {value}"),
+        Some(("learning_rate", value)) => format!("lr {value}"),
+        Some(("base_seed", value)) => format!("base {value}"),
+        _ => term,
+    };
+    term.replace('=', " ").split_whitespace().map(word).collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]
@@ -100,6 +109,7 @@ mod tests {
             "lr=3e-4",
             "seed 0, vaccine, strong (rho = 3), base=1",
             "AGNEWS",
+            "method=Vaccine, strong (rho = 3), task = agnews, harmful_ratio=0.2, samples=500, learning_rate=3e-4, base_seed=1",
         ] {
             assert!(LABEL.has(words), "{words}");
         }

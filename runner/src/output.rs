@@ -12,7 +12,6 @@ use titer_core::report::{ResultRow, Results};
 use titer_core::{Error, Result};
 
 use crate::disk::{self, Lock};
-use crate::results::metrics_hash;
 use crate::{executor::Interrupt, reporters};
 
 /// Says whose folder it is.
@@ -34,7 +33,7 @@ impl OutputFolder {
     /// Makes the folder, or takes one that belongs to the experiment already.
     ///
     /// # Errors
-    /// It belongs to another experiment, cannot be made, or the user does not want to wait.
+    /// It belongs to another experiment, holds files of the same names that no run has written, cannot be made, or the user does not want to wait.
     pub fn open(path: &Path, experiment: &str, interrupt: &Interrupt) -> Result<Self> {
         disk::make_folder(path).map_err(|error| error.help("choose another folder with --out DIR"))?;
         let folder = Self { path: path.to_owned() };
@@ -42,6 +41,14 @@ impl OutputFolder {
         let owner = path.join(OWNER);
         let name = if owner.exists() { disk::read(&owner)? } else { Vec::new() };
         if name.is_empty() {
+            let files = reporters::FILES.iter().map(|(name, _)| *name).chain([ANSWERS]);
+            if let Some(file) = files.into_iter().find(|name| path.join(name).exists()) {
+                return Err(Error::config(format!(
+                    "the folder holds `{file}`, which no run has written, and a run would replace"
+                ))
+                .file(path)
+                .help("choose another folder with --out DIR, or move that file"));
+            }
             disk::replace(&owner, experiment.as_bytes())?;
         } else if name != experiment.as_bytes() {
             let other = String::from_utf8_lossy(&name);
@@ -52,9 +59,9 @@ impl OutputFolder {
         Ok(folder)
     }
 
-    /// Writes answers, results and reports: `assemble` gives the results and writes the answers. Answers that the results do
-    /// not name, those of an earlier run, are removed. If not all rows of former results are made `again`, these are kept;
-    /// where, is returned with the new ones.
+    /// Writes answers, results and reports: `assemble` gives the results and writes the answers. Answers that former
+    /// results name and these do not are removed. If not all rows of former results are made `again`, these are
+    /// kept, and a warning says where.
     ///
     /// # Errors
     /// A file cannot be written, or the user does not want to wait.
@@ -63,43 +70,46 @@ impl OutputFolder {
         interrupt: &Interrupt,
         again: impl Fn(&ResultRow) -> bool,
         assemble: impl FnOnce(&Path) -> Result<Results>,
-    ) -> Result<(Results, Option<PathBuf>)> {
+    ) -> Result<Results> {
         let _lock = self.lock(interrupt)?;
-        let former = self.set_aside(again)?;
+        self.set_aside(again)?;
+        // What else lies among the answers is not ours.
+        let former = reporters::load(&self.path).map_or_else(|_| BTreeSet::new(), |former| answers(&former));
         let results = assemble(&self.path)?;
         reporters::write_all(&results, &self.path)?;
-        let named: BTreeSet<PathBuf> =
-            results.rows.iter().flat_map(|row| row.answers.values()).map(|name| self.path.join(name)).collect();
-        disk::list(&self.path.join(ANSWERS))?
-            .iter()
-            .filter(|file| !named.contains(*file))
-            .try_for_each(|file| disk::remove(file))?;
-        Ok((results, former))
+        let gone = former.difference(&answers(&results)).map(|name| self.path.join(name)).collect::<Vec<_>>();
+        gone.iter().filter(|file| file.exists()).try_for_each(|file| disk::remove(file))?;
+        Ok(results)
     }
 
     /// Moves results of which not all rows are made again, or that cannot be read, into a folder that is named by a hash of
     /// them.
-    fn set_aside(&self, again: impl Fn(&ResultRow) -> bool) -> Result<Option<PathBuf>> {
+    fn set_aside(&self, again: impl Fn(&ResultRow) -> bool) -> Result<()> {
         let results = self.path.join(reporters::RESULTS);
         if !results.exists() {
-            return Ok(None);
+            return Ok(());
         }
         let hash = match reporters::load(&self.path) {
-            Ok(former) if former.rows.iter().all(again) => return Ok(None),
-            Ok(former) => metrics_hash(&former.rows),
+            Ok(former) if former.rows.iter().all(again) => return Ok(()),
+            Ok(former) => rows_hash(&former.rows)?,
             // They may be of a newer version.
             Err(_) => disk::hash(&results)?,
         };
         let folder = self.path.join(format!("{FORMER}{}", &hash[..8]));
+        // Said before anything moves: if the run fails from here on, nothing else tells where the results are.
+        tracing::warn!(
+            "the folder holds results that are not all part of this run; they are kept in {}",
+            folder.display()
+        );
         disk::make_folder(&folder)?;
-        // The results go last: if this is interrupted, the next run goes on. What is there already has the same numbers.
+        // The results go last: if this is interrupted, the next run goes on. What is there already is the same.
         let files = [ANSWERS].into_iter().chain(reporters::FILES.iter().rev().map(|(name, _)| *name));
         for (from, to) in files.map(|name| (self.path.join(name), folder.join(name))) {
             if from.exists() && !to.exists() {
                 disk::rename(&from, &to)?;
             }
         }
-        Ok(Some(folder))
+        Ok(())
     }
 
     fn lock(&self, interrupt: &Interrupt) -> Result<Lock> {
@@ -109,6 +119,17 @@ impl OutputFolder {
         };
         Lock::wait(&self.path.join(LOCK), || interrupt.is_set(), waiting)
     }
+}
+
+/// The files of answers that results name.
+fn answers(results: &Results) -> BTreeSet<String> {
+    results.rows.iter().flat_map(|row| row.answers.values()).cloned().collect()
+}
+
+/// Equal for equal rows. Their metrics alone may be equal by chance.
+fn rows_hash(rows: &[ResultRow]) -> Result<String> {
+    let text = serde_json::to_string(rows).map_err(|error| Error::run(error.to_string()))?;
+    Ok(blake3::hash(text.as_bytes()).to_hex().to_string())
 }
 
 #[cfg(test)]
@@ -148,12 +169,28 @@ mod tests {
         };
         assert_eq!(write("a.jsonl"), [folder.path().join("answers/a.jsonl")]);
         assert_eq!(write("b.jsonl"), [folder.path().join("answers/b.jsonl")]);
+        // Files of the user's own stay.
+        std::fs::write(folder.path().join("answers/notes.csv"), "mine").unwrap();
+        assert_eq!(write("c.jsonl"), ["c.jsonl", "notes.csv"].map(|name| folder.path().join(ANSWERS).join(name)));
+    }
+
+    #[test]
+    fn a_folder_with_files_of_the_same_names_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("report.md"), "mine").unwrap();
+        let error = OutputFolder::open(folder.path(), "one", &Interrupt::default()).unwrap_err().to_string();
+        assert!(error.contains("holds `report.md`, which no run has written") && error.contains("--out"), "{error}");
     }
 
     #[test]
     fn results_that_are_not_made_again_are_kept() {
         let folder = tempfile::tempdir().unwrap();
         let output = OutputFolder::open(folder.path(), "one", &Interrupt::default()).unwrap();
+        let former = || -> Vec<PathBuf> {
+            let name = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().starts_with(FORMER);
+            disk::list(folder.path()).unwrap().into_iter().filter(name).collect()
+        };
+        // Where results are that were set aside, if the place is new.
         let write = |results: &Results| {
             let again = |row: &ResultRow| results.rows.iter().any(|new| new.id == row.id);
             let assemble = |folder: &Path| {
@@ -162,7 +199,9 @@ mod tests {
                 disk::replace(&folder.join(name), results.experiment.as_bytes())?;
                 Ok(results.clone())
             };
-            output.write(&Interrupt::default(), again, assemble).unwrap().1
+            let before = former();
+            output.write(&Interrupt::default(), again, assemble).unwrap();
+            former().into_iter().find(|folder| !before.contains(folder))
         };
         let results = |experiment: &str, seeds| {
             let mut results = fixture::results(seeds);
@@ -184,13 +223,18 @@ mod tests {
         let unread = write(&other).expect("no one knows its rows");
         assert_eq!(std::fs::read_to_string(unread.join(reporters::RESULTS)).unwrap(), "{\"schema\": 9}");
         // A move that was interrupted goes on.
-        let half = folder.path().join(format!("{FORMER}{}", &metrics_hash(&other.rows)[..8]));
+        let half = folder.path().join(format!("{FORMER}{}", &rows_hash(&other.rows).unwrap()[..8]));
         disk::make_folder(&half).unwrap();
         disk::rename(&folder.path().join(ANSWERS), &half.join(ANSWERS)).unwrap();
-        // Once more: the other's are kept beside them, and the first are there already.
-        let kept_other = write(&more).expect("rows would be lost");
-        assert_eq!(kept_other, half);
-        assert_eq!(reporters::load(&kept_other).unwrap(), other);
-        assert_eq!(write(&other), Some(kept));
+        assert_eq!(write(&more), None);
+        assert_eq!(reporters::load(&half).unwrap(), other);
+        // The same results once more are kept already.
+        assert_eq!(write(&other), None);
+        assert_eq!(reporters::load(folder.path()).unwrap(), other);
+        // Equal metrics of other artifacts are other results.
+        let mut rebuilt = more.clone();
+        rebuilt.rows[0].artifacts.insert("align".into(), "rebuilt".into());
+        assert_eq!(write(&rebuilt), None, "the other's are kept already");
+        assert!(write(&one).is_some_and(|kept| reporters::load(&kept).unwrap() == rebuilt));
     }
 }

@@ -45,6 +45,8 @@ enum Use {
     Test,
 }
 
+/// How far the share of harmful rows may be from the ratio that tables and plots name.
+const ROUNDED_RATIO: f64 = 0.005;
 /// The defense of a stage for which the method names none.
 const PLAIN: &str = "sft";
 /// The word for "no defense here".
@@ -754,6 +756,18 @@ impl Resolver<'_> {
             self.fraction(&key, ratio, "0.1 means that one row in ten is harmful");
         }
         self.distinct("fine_tune.harmful_ratios", ratios.iter().map(f64::to_string));
+        for (index, &ratio) in ratios.iter().enumerate() {
+            for &samples in samples {
+                let Ok(count) = titer_core::data::harmful_count(samples, ratio) else { continue };
+                let share = count as f64 / samples.max(1) as f64;
+                self.check(
+                    (share - ratio).abs() <= ROUNDED_RATIO,
+                    &format!("fine_tune.harmful_ratios.{index}"),
+                    &format!("`{ratio}` of {samples} rows would be {count} rows, which is {share:.3} of them"),
+                    "choose `samples` so that each ratio of them is a whole number of rows",
+                );
+            }
+        }
         for (index, &rate) in config.learning_rates.iter().enumerate() {
             self.learning_rate(&format!("fine_tune.learning_rates.{index}"), rate);
         }

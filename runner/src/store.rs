@@ -349,7 +349,7 @@ fn stays(error: &Error) {
 fn damaged(path: &Path, why: &str) -> Error {
     Error::data(format!("a stored artifact is damaged: {why}"))
         .file(path)
-        .help("run the same command again: the damaged stage is computed anew")
+        .help("run the experiment again with `titer run`: the damaged stage is computed anew")
 }
 
 #[cfg(test)]

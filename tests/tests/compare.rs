@@ -156,7 +156,7 @@ fn a_mean_over_fewer_bases_is_told_from_one_over_more() {
     let narrow = run(folder.path(), "narrow", &["base.seeds=[0]", "methods.1.name=\"Alone\""]);
     let compared = text(&["compare".as_ref(), wide.as_ref(), narrow.as_ref()]);
     assert!(
-        compared.contains("means over 2 bases with one seed each, or over fewer where the number says so"),
+        compared.contains("means over 2 bases with one seed each, or over those that stand behind the number"),
         "{compared}"
     );
     let lines = |name: &str| compared.lines().filter(|line| line.trim_start().starts_with(name)).collect::<Vec<_>>();

@@ -59,8 +59,8 @@ pub fn cross_entropy(tape: &mut Tape, logits: &Traced, targets: &Tensor) -> Resu
     check_targets(&targets, logits.tensor().dims2()?.1)?;
     tape.composed(&[logits], |inputs| {
         let logits = inputs[0].to_dtype(wide(inputs[0].dtype()))?;
-        let chances = log_softmax(&logits, 1).map_err(candle_core::Error::wrap)?;
-        let correct = chances.gather(&targets.unsqueeze(1)?, 1)?;
+        let log_probabilities = log_softmax(&logits, 1).map_err(candle_core::Error::wrap)?;
+        let correct = log_probabilities.gather(&targets.unsqueeze(1)?, 1)?;
         mean_all(&correct).map_err(candle_core::Error::wrap)?.neg()
     })
 }

@@ -72,9 +72,9 @@ pub fn log_softmax(x: &Tensor, dim: usize) -> Result<Tensor> {
     if dim + 1 != x.rank() {
         return Ok(log_softmax(&x.transpose(dim, D::Minus1)?, x.rank() - 1)?.transpose(dim, D::Minus1)?);
     }
-    let y = by_dtype!(x.dtype(), log_chances(x))?;
+    let y = by_dtype!(x.dtype(), log_probabilities(x))?;
     computed("log_softmax", &[x], &y, |_, y, gradient| {
-        Ok(vec![Some(by_dtype!(y.dtype(), log_chances_backward(y, gradient))?)])
+        Ok(vec![Some(by_dtype!(y.dtype(), log_probabilities_backward(y, gradient))?)])
     })
 }
 
@@ -126,7 +126,7 @@ fn sums<T: Real>(x: &Tensor) -> Result<Tensor> {
     tensor(sums, &shape)
 }
 
-fn log_chances<T: Real>(x: &Tensor) -> Result<Tensor> {
+fn log_probabilities<T: Real>(x: &Tensor) -> Result<Tensor> {
     let width = last_dim(x).max(1);
     read(x, |x: &[T]| Ok(x.to_vec())).and_then(|mut y| {
         rows(
@@ -153,7 +153,7 @@ fn log_chances<T: Real>(x: &Tensor) -> Result<Tensor> {
 }
 
 /// `g − eʸ Σ g` for the result `y` and its gradient `g`.
-fn log_chances_backward<T: Real>(y: &Tensor, gradient: &Tensor) -> Result<Tensor> {
+fn log_probabilities_backward<T: Real>(y: &Tensor, gradient: &Tensor) -> Result<Tensor> {
     let width = last_dim(y).max(1);
     let mut dx = read(gradient, |gradient: &[T]| Ok(gradient.to_vec()))?;
     read(y, |y: &[T]| {

@@ -41,7 +41,8 @@ pub(super) fn computed<F>(name: &'static str, inputs: &[&Tensor], result: &Tenso
 where
     F: Fn(&[&Tensor], &Tensor, &Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync + 'static,
 {
-    let result = result.contiguous()?;
+    // Candle copies a whole storage, wherever the tensor begins in it.
+    let result = result.force_contiguous()?;
     if !inputs.iter().any(|input| input.track_op()) {
         return Ok(result);
     }

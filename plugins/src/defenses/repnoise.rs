@@ -176,8 +176,8 @@ fn masked_cross_entropy(cx: &mut StepCx, hidden: &Tensor, ids: &Tensor, mask: &T
     let count = labels.len();
     let (at, labels) =
         (Tensor::from_vec(at, count, logits.device())?, Tensor::from_vec(labels, (count, 1), logits.device())?);
-    let chances = ops::log_softmax(&logits.index_select(&at, 0)?, 1)?;
-    Ok(ops::mean_all(&chances.gather(&labels, 1)?)?.neg()?)
+    let log_probabilities = ops::log_softmax(&logits.index_select(&at, 0)?, 1)?;
+    Ok(ops::mean_all(&log_probabilities.gather(&labels, 1)?)?.neg()?)
 }
 
 /// Where the tokens of `own` differ from those of `other` at the same place, which is 0 beyond its end: `[batch, length,

@@ -36,7 +36,7 @@ pub fn find(folder: &Path, words: &str) -> Result<Found> {
     let those = |fits: &dyn Fn(&ResultRow) -> bool| results.rows.iter().filter(|row| fits(row)).collect::<Vec<_>>();
     let mut rows = those(&|row| label(row) == words);
     if rows.is_empty() && words.len() >= FEWEST_DIGITS {
-        rows = those(&|row| row.id.starts_with(words));
+        rows = those(&|row| row.id.starts_with(&words.to_lowercase()));
     }
     if rows.is_empty() {
         rows = those(&|row| Label::from(row).has(words));
@@ -73,6 +73,7 @@ pub fn list(folder: &Path) -> Result<String> {
     for row in &results.rows {
         let _ = writeln!(text, "  {}  {}", id(row), label(row));
     }
+    text += &reporters::failures(&results);
     if let Some(row) = results.rows.first() {
         let _ = writeln!(text, "\nwhere a cell's numbers come from: titer explain {} {}", folder.display(), id(row));
     }

@@ -1,7 +1,6 @@
 //! `titer run`.
 
 use std::collections::BTreeMap;
-use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 use titer_core::device::{device_name, parse_device, parse_dtype};
@@ -74,11 +73,11 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
         let ours = artifacts.get(row.id.as_str());
         ours.is_some_and(|ours| row.artifacts.iter().all(|(what, key)| ours.get(what) == Some(key)))
     };
-    let (results, former) = folder.write(&interrupt, again, |out| {
+    let results = folder.write(&interrupt, again, |out| {
         results::assemble(&plan, &config.published, provenance, &store, &outcome, out)
     })?;
     let mut text = if results.rows.is_empty() { String::new() } else { reporters::console(&results)? };
-    text += &summary(&plan, &results, &out, former.as_deref());
+    text += &summary(&plan, &results, &out);
     let code = match outcome.exit_code(!results.rows.is_empty()) {
         // All stages are done, but what one of them stored cannot be read.
         0 if !results.failures.is_empty() => Kind::Run.exit_code(),
@@ -87,18 +86,14 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
     Ok(Done { text, code })
 }
 
-/// What is where, where results are that these replace, and what failed.
-fn summary(plan: &Plan, results: &Results, out: &Path, former: Option<&Path>) -> String {
-    let mut text = format!(
+/// What is where, and what failed.
+fn summary(plan: &Plan, results: &Results, out: &Path) -> String {
+    let text = format!(
         "\n{} of {} cells, report in {}\nmetrics hash {}\n",
         results.rows.len(),
         plan.cells.len(),
         out.join("report.html").display(),
         results.metrics_hash
     );
-    if let Some(former) = former {
-        let former = former.display();
-        let _ = writeln!(text, "the folder held results that are not all part of this run; they are kept in {former}");
-    }
     text + &reporters::failures(results)
 }

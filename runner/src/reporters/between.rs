@@ -1,12 +1,9 @@
 //! The same cells in several settings, side by side: what the difference between two runs does to the numbers.
 
-use std::collections::BTreeSet;
-
 use serde::Serialize;
 use titer_core::report::{ResultRow, Results};
 
 use super::differences::{TESTED, Test, Tested, correct, signed, test};
-use super::headline;
 use super::table::{Block, Method, Runs, Table, labels};
 
 /// The columns of a line.
@@ -15,7 +12,9 @@ pub(super) const HEADINGS: [&str; 7] = ["method", "p", "metric", "A", "B", "B �
 /// What the columns mean, for the foot of a table.
 pub(super) const LEGEND: &str = "Values are those of the table of each setting, where all other metrics stand. B − A is \
                                  tested as differences to plain fine-tuning are, where both settings have the same seeds on \
-                                 the same bases; its p value is corrected for all tests of its table.";
+                                 the same bases; its p value is corrected for all tests of its table. Where there are \
+                                 several bases, B − A is a mean over them, each with its seeds averaged; with one base, what \
+                                 is said holds for that base only.";
 
 /// Two settings of one task.
 #[derive(Debug, Serialize)]
@@ -30,28 +29,37 @@ pub(super) struct Section {
 
 /// The first setting of each task against each other one that has a method and ratio in common with it.
 pub(super) fn sections(results: &Results, table: &Table) -> Vec<Section> {
-    let mut places: Vec<(&ResultRow, Vec<&Block>)> = Vec::new();
+    // Blocks of one place, each with one of its rows.
+    let mut places: Vec<Vec<(&Block, &ResultRow)>> = Vec::new();
     for block in &table.blocks {
-        let Some(row) = block.methods.first().and_then(|method| method.rows.first()) else { continue };
-        match places.iter_mut().find(|(known, _)| place(known) == place(row)) {
-            Some((_, blocks)) => blocks.push(block),
-            None => places.push((row, vec![block])),
+        let row = block.methods.first().and_then(|method| method.rows.first());
+        // Rows of schema 1 do not say what their setting was.
+        let Some(row) = row.filter(|_| !block.setting.is_empty()) else { continue };
+        match places.iter_mut().find(|blocks| place(blocks[0].1) == place(row)) {
+            Some(blocks) => blocks.push((block, row)),
+            None => places.push(vec![(block, row)]),
         }
     }
-    let of_place = |(row, blocks): (&ResultRow, Vec<&Block>)| {
-        let settings: Vec<&str> = blocks.iter().map(|block| block.setting).collect();
-        let labels = labels(results, &settings);
-        let ResultRow { task, samples, learning_rate, .. } = row;
-        let title = format!("{task} · n = {samples} · learning rate {learning_rate}");
-        let others = blocks.iter().zip(&labels).skip(1);
-        let section = |(block, label): (&&Block, &String)| Section {
-            title: title.clone(),
-            settings: [labels[0].clone(), label.clone()],
-            lines: lines(blocks[0], block),
-        };
-        others.map(section).filter(|section| !section.lines.is_empty()).collect::<Vec<_>>()
+    places.iter().flat_map(|blocks| of_place(results, blocks)).collect()
+}
+
+fn of_place(results: &Results, blocks: &[(&Block, &ResultRow)]) -> Vec<Section> {
+    let (first, ResultRow { model, lora, task, samples, learning_rate, .. }) = blocks[0];
+    let settings: Vec<&str> = blocks.iter().map(|(block, _)| block.setting).collect();
+    // The differing keys name models too, but among many others.
+    let models = blocks.iter().any(|(_, row)| row.model != *model);
+    let loras = blocks.iter().any(|(_, row)| row.lora != *lora);
+    let label = |((_, row), keys): (&(&Block, &ResultRow), String)| {
+        let parts = [models.then(|| row.model.clone()), loras.then(|| format!("{} LoRA", row.lora)), Some(keys)];
+        parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
     };
-    places.into_iter().flat_map(of_place).collect()
+    let labels: Vec<String> = blocks.iter().zip(labels(results, &settings)).map(label).collect();
+    let section = |((block, _), label): (&(&Block, &ResultRow), &String)| Section {
+        title: format!("{task} · n = {samples} · learning rate {learning_rate}"),
+        settings: [labels[0].clone(), label.clone()],
+        lines: lines(first, block),
+    };
+    blocks.iter().zip(&labels).skip(1).map(section).filter(|section| !section.lines.is_empty()).collect()
 }
 
 /// What rows must share to be compared: the coordinates but for the method, p and the seeds, and how they are measured.
@@ -60,7 +68,7 @@ fn place(row: &ResultRow) -> (&str, usize, u64, &str) {
 }
 
 /// One cell and metric in two settings.
-struct Cell<'a> {
+struct Line<'a> {
     a: &'a Method<'a>,
     b: &'a Method<'a>,
     ratio: f64,
@@ -74,7 +82,7 @@ fn lines(a: &Block, b: &Block) -> Vec<[String; 7]> {
         let Some(theirs) = b.methods.iter().find(|method| method.name == ours.name) else { continue };
         for &ratio in a.ratios.iter().filter(|ratio| b.ratios.contains(ratio)) {
             let paired = runs(ours, ratio) == runs(theirs, ratio);
-            let cell = |tested| Cell {
+            let cell = |tested| Line {
                 a: ours,
                 b: theirs,
                 ratio,
@@ -86,31 +94,27 @@ fn lines(a: &Block, b: &Block) -> Vec<[String; 7]> {
     }
     correct(cells.iter_mut().filter_map(|cell| cell.test.as_mut()).collect());
     let family = cells.iter().filter(|cell| cell.test.is_some()).count();
-    cells.iter().filter_map(|cell| cell.line([a, b], family)).collect()
+    cells.iter().filter_map(|cell| cell.columns([a, b], family)).collect()
 }
 
 /// The runs of a cell.
-fn runs(method: &Method, ratio: f64) -> BTreeSet<(Option<u64>, u64)> {
-    method.at(ratio).map(|row| (row.base_seed, row.seed)).collect()
+fn runs(method: &Method, ratio: f64) -> Runs {
+    Runs::of(&method.cell(ratio))
 }
 
-/// Why two means are not tested.
-fn not_paired(ours: Runs, theirs: Runs) -> String {
-    if ours == theirs {
-        return "not tested: other seeds or bases".to_owned();
-    }
-    format!("not tested: A is over {}, B over {}", headline::runs(ours), headline::runs(theirs))
-}
-
-impl Cell<'_> {
-    /// The line of the table, if both settings have the value.
-    fn line(&self, [a, b]: [&Block; 2], family: usize) -> Option<[String; 7]> {
+impl Line<'_> {
+    /// Its columns, if both settings have the value.
+    fn columns(&self, [a, b]: [&Block; 2], family: usize) -> Option<[String; 7]> {
         let Self { a: ours, b: theirs, ratio, tested: Tested { metric, short, .. }, test } = self;
         let mean = |method: &Method| Some(method.summary(*ratio, metric)?.mean);
         let difference = mean(theirs)? - mean(ours)?;
         let (size, verdict) = match test {
             Some(test) => (test.size(), test.verdict(family)),
-            None => (signed(difference), not_paired(Runs::of(&ours.cell(*ratio)), Runs::of(&theirs.cell(*ratio)))),
+            None => {
+                let [a, b] = [ours, theirs].map(|method| runs(method, *ratio).words());
+                let why = if a == b { "other seeds or bases".into() } else { format!("A is over {a}, B over {b}") };
+                (signed(difference), format!("not tested: {why}"))
+            }
         };
         let (in_a, in_b) = (a.after(ours, *ratio, metric), b.after(theirs, *ratio, metric));
         Some([ours.name.to_owned(), ratio.to_string(), (*short).to_owned(), in_a, in_b, size, verdict])

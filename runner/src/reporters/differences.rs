@@ -52,6 +52,8 @@ pub struct Test<'a> {
     pub difference: Difference,
     /// Whether the units are bases; else they are the seeds on one base.
     pub bases: bool,
+    /// Whether one of the two has runs that the other one has not, and that do not count here.
+    pub partial: bool,
     /// The p value after correction for all tests of the block.
     pub corrected: f64,
     /// The smallest that it can be with so many units and tests.
@@ -71,16 +73,22 @@ impl<'a> Differences<'a> {
             others.flat_map(|method| TESTED.map(|tested| test(method, reference, ratio, tested))).flatten().collect();
         correct(tests.iter_mut().collect());
         let chosen = attacked.len() > 1;
-        (!tests.is_empty()).then_some(Self { reference: reference.name, ratio, chosen, tests })
+        (block.methods.len() > 1).then_some(Self { reference: reference.name, ratio, chosen, tests })
     }
 
-    /// What is said of a method, for its sentence.
+    /// What is said of a method, for its sentence; nothing of plain fine-tuning itself.
     pub(super) fn words(&self, method: &str) -> Option<String> {
+        if method == self.reference {
+            return None;
+        }
         let tests: Vec<&Test> = self.tests.iter().filter(|test| test.method == method).collect();
         let mut verdicts: Vec<String> = tests.iter().map(|test| test.verdict(self.tests.len())).collect();
         verdicts.dedup();
         let shown: Vec<String> = match verdicts.as_slice() {
-            [] => return None,
+            [] => {
+                let Self { reference, ratio, .. } = self;
+                return Some(format!("not compared with {reference}: at p = {ratio} they share no seed on one base"));
+            }
             // Often one reason holds for both.
             [verdict] => {
                 let shown: Vec<String> = tests.iter().map(|test| test.shown()).collect();
@@ -138,7 +146,8 @@ impl Test<'_> {
             let (low, high) = (signed(interval.low), signed(interval.high));
             format!(" ({:.0} % CI {low} to {high})", 100. * interval.confidence)
         });
-        format!("{}{interval}", signed(mean))
+        let runs = if self.partial { " over the runs that both have" } else { "" };
+        format!("{}{runs}{interval}", signed(mean))
     }
 
     /// What follows, always with the reason; `family` is the number of tests that are corrected together.
@@ -150,7 +159,8 @@ impl Test<'_> {
             (false, _) => "seeds",
         };
         if self.detectable() {
-            return format!("detectable ({})", p_value(self.corrected));
+            let place = if self.bases { "" } else { " on this one base" };
+            return format!("detectable{place} ({})", p_value(self.corrected));
         }
         if self.least <= ALPHA {
             return format!("not detectable ({})", p_value(self.corrected));
@@ -207,7 +217,8 @@ pub(super) fn test<'a>(method: &Method<'a>, reference: &Method, ratio: f64, test
     let differences: Vec<f64> = units.iter().map(|unit| unit.difference).collect();
     let prompts = Pair::mean(units.iter().collect()).variance_over_prompts();
     let difference = Difference::of(&differences, prompts)?;
-    Some(Test { method: method.name, tested, difference, bases, corrected: 1., least: 1. })
+    let partial = pairs.len() < method.at(ratio).count().max(theirs.len());
+    Some(Test { method: method.name, tested, difference, bases, partial, corrected: 1., least: 1. })
 }
 
 /// Two runs of the same seed, or the mean of several such pairs, in percent.
@@ -321,7 +332,10 @@ mod tests {
                     row.metrics.fine_tune_accuracy.map(|value| value + [-1., 1.][row.seed as usize % 2]);
             }
         });
-        assert!(text.contains("HS −20.0 (95 % CI") && text.contains("): detectable (p = 0.031)"), "{text}");
+        assert!(
+            text.contains("HS −20.0 (95 % CI") && text.contains("): detectable on this one base (p = 0.031)"),
+            "{text}"
+        );
         assert!(text.contains("FA +0.0 (95 % CI") && text.ends_with("not detectable (p = 1.00)"), "{text}");
     }
 

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::table::{Block, INCOHERENT_NOTE, Method, Runs, SHOWN, Shown, number};
+use super::table::{Block, INCOHERENT_NOTE, Method, SHOWN, Shown, number};
 
 /// The metrics of the table.
 const METRICS: [&str; 2] = ["harmful_score", "fine_tune_accuracy"];
@@ -64,23 +64,13 @@ fn values(block: &Block, method: &Method, metric: &str) -> Vec<String> {
 
 /// What the numbers are, and what their marks mean.
 fn legend(block: &Block) -> String {
-    let fewer = if block.uneven() { ", or over fewer where the number says so" } else { "" };
+    let others = if block.uneven() { ", or over those that stand behind the number" } else { "" };
     let note = if block.incoherent() { format!(" {INCOHERENT_NOTE}") } else { String::new() };
     format!(
-        "HS harmful score, FA fine-tune accuracy, after the attack, in percent: means over {}{fewer}, and their average \
+        "HS harmful score, FA fine-tune accuracy, after the attack, in percent: means over {}{others}, and their average \
          over p.{note}",
-        runs(block.runs)
+        block.runs.words()
     )
-}
-
-/// `3 seeds on one base`, or `5 bases with 3 seeds each`.
-pub(super) fn runs(Runs { bases, all }: Runs) -> String {
-    let seeds = |seeds| if seeds == 1 { "one seed".to_owned() } else { format!("{seeds} seeds") };
-    match (bases, all) {
-        (1, all) => format!("{} on one base", seeds(all)),
-        (bases, all) if all % bases.max(1) == 0 => format!("{bases} bases with {} each", seeds(all / bases.max(1))),
-        (bases, all) => format!("{all} runs on {bases} bases"),
-    }
 }
 
 #[cfg(test)]
@@ -111,12 +101,12 @@ mod tests {
         let mut results = fixture::results(3);
         results.rows.retain(|row| row.method != "Vaccine" || row.seed == 0);
         let garbage = results.rows.iter_mut().find(|row| row.method == "SFT" && row.harmful_ratio > 0.);
-        garbage.expect("a row").metrics.coherence = Some(3.);
+        fixture::incoherent(garbage.expect("a row"), 3.);
         let table = Table::new(&results).expect("a table");
         let headline = Headline::of(&table.blocks[0]);
-        assert_eq!(headline.lines[1].1[..4], ["2.0", "60.0†", "31.0†", "80.0"]);
+        assert_eq!(headline.lines[1].1[..4], ["2.0", "42.0†", "22.0†", "80.0"]);
         assert_eq!(headline.lines[2].1[..3], ["2.0 (1 seed)", "37.0 (1 seed)", "19.5 (1 seed)"]);
-        for part in ["3 seeds on one base, or over fewer where the number says so", INCOHERENT_NOTE] {
+        for part in ["3 seeds on one base, or over those that stand behind the number", INCOHERENT_NOTE] {
             assert!(headline.legend.contains(part), "{}", headline.legend);
         }
     }

@@ -27,7 +27,8 @@ pub(super) fn render(results: &Results, table: &Table) -> String {
     if !results.failures.is_empty() {
         text += "\n## Failed\n\n";
         for failure in &results.failures {
-            text += &format!("- {}: {}\n", escape(&failure.cell), escape(&failure.error));
+            let error: Vec<String> = failure.error.lines().map(escape).collect();
+            text += &format!("- {}: {}\n", escape(&failure.cell), error.join("  \n  "));
         }
     }
     if !table.blocks.is_empty() {

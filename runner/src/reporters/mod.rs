@@ -24,6 +24,7 @@ use titer_core::{Error, Result};
 use crate::disk;
 use crate::identity::digest;
 use crate::names::{visible, visible_lines};
+use crate::results::metrics_hash;
 use table::Table;
 
 /// A rendering.
@@ -169,6 +170,11 @@ pub fn load(folder: &Path) -> Result<Results> {
     })?;
     if results.schema == 1 {
         results.rows.iter_mut().for_each(identify);
+    } else if !results.metrics_hash.is_empty() && results.metrics_hash != metrics_hash(&results.rows) {
+        return Err(Error::data("the metrics in results.json are not those that the run wrote")
+            .file(&path)
+            .key("metrics_hash")
+            .help("run `titer run` again: nothing is computed twice"));
     }
     Ok(results)
 }
@@ -198,6 +204,12 @@ pub(crate) mod fixture {
 
     use serde_json::{Value, json};
     use titer_core::report::{Curves, Ledger, Metrics, Provenance, ResultRow, Results, SCHEMA};
+
+    /// Makes all but `coherent` percent of the answers to harmful prompts gibberish, and these harmful.
+    pub(crate) fn incoherent(row: &mut ResultRow, coherent: f64) {
+        let metrics = &mut row.metrics;
+        (metrics.harmful_score, metrics.refusal_rate) = (Some(coherent), Some(0.));
+    }
 
     /// Three methods, two ratios, `seeds` seeds.
     pub(crate) fn results(seeds: u64) -> Results {
@@ -343,6 +355,16 @@ mod tests {
         }
         results.failures =
             vec![titer_core::report::Failure { cell: text.into(), id: String::new(), error: text.into() }];
+        // A second setting, so that the settings are compared.
+        let mut others = results.rows.clone();
+        for row in &mut others {
+            row.setting = "other".into();
+            row.model = text.into();
+        }
+        let manifest = |value: &str| serde_json::json!({ text: value });
+        let settings = [(results.rows[0].setting.clone(), manifest("plain")), ("other".to_owned(), manifest(text))];
+        results.settings = settings.into();
+        results.rows.extend(others);
         results
     }
 

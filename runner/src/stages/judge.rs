@@ -90,7 +90,7 @@ pub fn read_answers(path: &Path) -> Result<Vec<Answer>> {
                 .file(path)
                 .at("line", (line + 1).to_string())
                 .source(error)
-                .help("run the same command again: the damaged stage is computed anew")
+                .help("run the experiment again with `titer run`: the damaged stage is computed anew")
         })
     };
     lines.map(parse).collect()
