@@ -175,6 +175,17 @@ mod tests {
         assert!(names.contains("SFT"));
     }
 
+    #[test]
+    fn a_row_that_a_further_judge_has_judged_is_the_same_row() {
+        let (first, mut second) = (fixture::results(2), fixture::results(2));
+        for row in &mut second.rows {
+            row.artifacts.insert("judge refusal-phrases harmful".into(), "more".into());
+        }
+        for both in [merged(&[&first, &second]), merged(&[&second, &first])] {
+            assert_eq!(both.rows, second.rows);
+        }
+    }
+
     /// As when code changed without a new version, or a device rounds in another way each time.
     #[test]
     fn two_measurements_of_one_cell_are_both_shown() {

@@ -982,6 +982,7 @@ mod tests {
             ("seeds = [0, 1]\n\n[lora]", "seeds = []\n\n[lora]", "the list is empty: nothing would run"),
             ("seeds = [0, 1]\n\n[lora]", "seeds = [1, 1]\n\n[lora]", "`1` appears twice"),
             ("harmful_ratios = [0.0, 0.1]", "harmful_ratios = [0.0, 1.1]", "must lie in [0, 1], found `1.1`"),
+            ("samples = 40", "samples = 3", "`0.1` of 3 rows would be 0 rows, which is 0.000 of them"),
             ("\"q_proj\"", "\"q_prj\"", "no linear layer `q_prj`; did you mean `q_proj`?"),
             ("\"fake-model\"", "\"fake-modl\"", "unknown model `fake-modl`; did you mean `fake-model`?"),
             ("\"fake-judge\"", "\"fake-juge\"", "unknown judge `fake-juge`; did you mean `fake-judge`?"),

@@ -318,6 +318,16 @@ mod tests {
             let error = load(folder.path()).expect_err(expected);
             assert!(error.to_string().contains(expected), "{error}");
         }
+        // Numbers that somebody edited.
+        let mut results = fixture::results(1);
+        results.metrics_hash = metrics_hash(&results.rows);
+        let write = |results: &Results| std::fs::write(&path, json!(results).to_string()).expect("a file");
+        write(&results);
+        assert_eq!(load(folder.path()).expect("results"), results);
+        results.rows[0].metrics.harmful_score = Some(1.);
+        write(&results);
+        let error = load(folder.path()).expect_err("edited").to_string();
+        assert!(error.contains("not those that the run wrote"), "{error}");
     }
 
     #[test]
