@@ -33,17 +33,22 @@ pub fn merged(folders: &[PathBuf]) -> Result<Results> {
 /// once, and everything else is shown.
 fn merge(runs: &[(String, Results)]) -> Results {
     let mut kept: Vec<(&str, &ResultRow)> = Vec::new();
+    let mut places: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
     for (name, run) in runs {
         for row in &run.rows {
-            match kept.iter_mut().find(|(_, known)| same(known, row)) {
+            let places = places.entry(&row.id).or_default();
+            match places.iter().find(|at| same(kept[**at].1, row)) {
                 // That with more judges says more.
-                Some((_, known)) if known.artifacts.len() < row.artifacts.len() => *known = row,
+                Some(&at) if kept[at].1.artifacts.len() < row.artifacts.len() => kept[at].1 = row,
                 Some(_) => {}
-                None => kept.push((name, row)),
+                None => {
+                    places.push(kept.len());
+                    kept.push((name, row));
+                }
             }
         }
     }
-    let rows = kept.iter().map(|&(run, row)| ResultRow { method: name(run, row, &kept), ..row.clone() });
+    let rows = kept.iter().zip(methods(&kept)).map(|((_, row), method)| ResultRow { method, ..(*row).clone() });
     let first = runs.first().map(|(_, run)| run.clone());
     let all = |manifests: fn(&Results) -> &BTreeMap<String, Value>| {
         runs.iter().flat_map(|(_, run)| manifests(run).clone()).collect::<BTreeMap<_, _>>()
@@ -90,29 +95,41 @@ fn same(a: &ResultRow, b: &ResultRow) -> bool {
     a.id == b.id && a.artifacts.iter().all(|(what, key)| agree(what, key))
 }
 
-/// The method's name among `rows`. If it means several methods there, with what tells this one from them; if a cell was
-/// measured twice, with the run's name.
-fn name(run: &str, row: &ResultRow, rows: &[(&str, &ResultRow)]) -> String {
-    let namesakes = || rows.iter().map(|(_, other)| *other).filter(|other| other.method == row.method);
-    let ours = definition(row);
-    let mut definitions: Vec<Value> = Vec::new();
-    for definition in namesakes().map(definition) {
-        if !definitions.contains(&definition) {
-            definitions.push(definition);
+/// The name of each row's method. One that means several methods gets what tells them apart; one whose cells were measured
+/// twice gets the run's name.
+fn methods(rows: &[(&str, &ResultRow)]) -> Vec<String> {
+    let definitions: Vec<Value> = rows.iter().map(|(_, row)| definition(row)).collect();
+    let mut meanings: BTreeMap<&str, Vec<&Value>> = BTreeMap::new();
+    let (mut cells, mut twice) = (BTreeSet::new(), BTreeSet::new());
+    for ((_, row), definition) in rows.iter().zip(&definitions) {
+        let meanings = meanings.entry(&row.method).or_default();
+        if !meanings.contains(&definition) {
+            meanings.push(definition);
+        }
+        let meaning = (&row.method, meanings.iter().position(|other| *other == definition));
+        if !cells.insert((meaning, &row.id)) {
+            twice.insert(meaning);
         }
     }
-    let at = definitions.iter().position(|definition| *definition == ours).unwrap_or_default();
-    let mut keys = identity::varying(&definitions.iter().collect::<Vec<_>>());
-    // The coordinates hold the same settings once more, beside streams and versions.
-    let settings = |(key, _): &(String, Vec<Value>)| !key.starts_with(DEFENSES);
-    if keys.iter().any(settings) {
-        keys.retain(settings);
-    }
-    let mut words: Vec<String> = keys.iter().map(|(key, values)| format!("{key} = {}", values[at])).collect();
-    if namesakes().any(|other| namesakes().filter(|one| one.id == other.id && definition(one) == ours).count() > 1) {
-        words.push(run.to_owned());
-    }
-    if words.is_empty() { row.method.clone() } else { format!("{} ({})", row.method, words.join(", ")) }
+    let differing = |meanings: &Vec<&Value>| {
+        let mut keys = identity::varying(meanings);
+        // The coordinates hold the same settings once more, beside streams and versions.
+        let settings = |(key, _): &(String, Vec<Value>)| !key.starts_with(DEFENSES);
+        if keys.iter().any(settings) {
+            keys.retain(settings);
+        }
+        keys
+    };
+    let keys: BTreeMap<&str, _> = meanings.iter().map(|(method, meanings)| (*method, differing(meanings))).collect();
+    let name = |((run, row), definition): (&(&str, &ResultRow), &Value)| {
+        let at = meanings[row.method.as_str()].iter().position(|other| *other == definition);
+        let words =
+            keys[row.method.as_str()].iter().map(|(key, values)| format!("{key} = {}", values[at.unwrap_or(0)]));
+        let run = twice.contains(&(&row.method, at)).then(|| (*run).to_owned());
+        let words = words.chain(run).collect::<Vec<_>>().join(", ");
+        if words.is_empty() { row.method.clone() } else { format!("{} ({words})", row.method) }
+    };
+    rows.iter().zip(&definitions).map(name).collect()
 }
 
 /// The key of the coordinates under which all of a method's defenses stand.
@@ -144,7 +161,7 @@ mod tests {
         merge(&runs)
     }
 
-    fn methods(results: &Results) -> BTreeSet<&str> {
+    fn method_names(results: &Results) -> BTreeSet<&str> {
         results.rows.iter().map(|row| row.method.as_str()).collect()
     }
 
@@ -153,7 +170,7 @@ mod tests {
         let (first, second) = (fixture::results(2), fixture::results(3));
         let both = merged(&[&first, &second]);
         assert_eq!(both.rows.len(), second.rows.len(), "the third seed is new, the others are not");
-        assert_eq!(methods(&both), methods(&first));
+        assert_eq!(method_names(&both), method_names(&first));
     }
 
     #[test]
@@ -164,14 +181,14 @@ mod tests {
             row.id += "-rho-9";
         }
         let both = merged(&[&first, &second]);
-        let names = methods(&both);
+        let names = method_names(&both);
         assert!(names.iter().any(|name| name.starts_with("Vaccine (align.rho = ")), "{names:?}");
         assert!(names.contains("Vaccine (align.rho = 9)"), "{names:?}");
         // A third run of the first kind does not split it.
         let mut third = fixture::results(3);
         third.rows.retain(|row| row.seed == 2);
         let all = merged(&[&first, &second, &third]);
-        assert_eq!(methods(&all), names);
+        assert_eq!(method_names(&all), names);
         assert!(names.contains("SFT"));
     }
 
@@ -194,7 +211,7 @@ mod tests {
         let both = merged(&[&first, &second]);
         assert_eq!(both.rows.len(), first.rows.len() + 1);
         let method = &first.rows[0].method;
-        assert!(methods(&both).contains(format!("{method} (run 1)").as_str()), "{:?}", methods(&both));
+        assert!(method_names(&both).contains(format!("{method} (run 1)").as_str()), "{:?}", method_names(&both));
     }
 
     #[test]
