@@ -25,7 +25,8 @@
 //! 4. A declared objective's gradient equals finite differences; Vaccine's perturbation has global norm `rho`.
 //! 5. Every trainable parameter receives a gradient, or the model says which do not and why.
 //! 6. An artifact exists only after its commit record. Its key is written out field by field: configuration, data by
-//!    content, parent, plugin versions, arithmetic; the artifact names it. So a wrong hit is impossible and an unchanged stage never runs twice.
+//!    content, parent, plugin versions, arithmetic; the artifact names it. So a wrong hit is impossible and an unchanged
+//!    stage never runs twice.
 //! 7. Every number carries protocol, setting and coordinates, each as a readable manifest with a hash. A table refuses to
 //!    mix protocols, keeps settings apart and drops no row.
 //! 8. Nothing outside [`device`] and the kernels knows CUDA; nothing outside the plugin loader, the allocator that counts

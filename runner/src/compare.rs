@@ -101,15 +101,18 @@ fn methods(rows: &[(&str, &ResultRow)]) -> Vec<String> {
     let definitions: Vec<Value> = rows.iter().map(|(_, row)| definition(row)).collect();
     let mut meanings: BTreeMap<&str, Vec<&Value>> = BTreeMap::new();
     let (mut cells, mut twice) = (BTreeSet::new(), BTreeSet::new());
+    // Of each row, which of its method's meanings it has.
+    let mut places = Vec::with_capacity(rows.len());
     for ((_, row), definition) in rows.iter().zip(&definitions) {
         let meanings = meanings.entry(&row.method).or_default();
-        if !meanings.contains(&definition) {
+        let at = meanings.iter().position(|other| *other == definition).unwrap_or_else(|| {
             meanings.push(definition);
+            meanings.len() - 1
+        });
+        if !cells.insert((&row.method, at, &row.id)) {
+            twice.insert((&row.method, at));
         }
-        let meaning = (&row.method, meanings.iter().position(|other| *other == definition));
-        if !cells.insert((meaning, &row.id)) {
-            twice.insert(meaning);
-        }
+        places.push(at);
     }
     let differing = |meanings: &Vec<&Value>| {
         let mut keys = identity::varying(meanings);
@@ -121,15 +124,13 @@ fn methods(rows: &[(&str, &ResultRow)]) -> Vec<String> {
         keys
     };
     let keys: BTreeMap<&str, _> = meanings.iter().map(|(method, meanings)| (*method, differing(meanings))).collect();
-    let name = |((run, row), definition): (&(&str, &ResultRow), &Value)| {
-        let at = meanings[row.method.as_str()].iter().position(|other| *other == definition);
-        let words =
-            keys[row.method.as_str()].iter().map(|(key, values)| format!("{key} = {}", values[at.unwrap_or(0)]));
+    let name = |((run, row), at): (&(&str, &ResultRow), usize)| {
+        let words = keys[row.method.as_str()].iter().map(|(key, values)| format!("{key} = {}", values[at]));
         let run = twice.contains(&(&row.method, at)).then(|| (*run).to_owned());
         let words = words.chain(run).collect::<Vec<_>>().join(", ");
         if words.is_empty() { row.method.clone() } else { format!("{} ({words})", row.method) }
     };
-    rows.iter().zip(&definitions).map(name).collect()
+    rows.iter().zip(places).map(name).collect()
 }
 
 /// The key of the coordinates under which all of a method's defenses stand.

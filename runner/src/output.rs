@@ -8,10 +8,12 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use serde_json::json;
 use titer_core::report::{ResultRow, Results};
 use titer_core::{Error, Result};
 
 use crate::disk::{self, Lock};
+use crate::identity::digest;
 use crate::{executor::Interrupt, reporters};
 
 /// Says whose folder it is.
@@ -33,7 +35,8 @@ impl OutputFolder {
     /// Makes the folder, or takes one that belongs to the experiment already.
     ///
     /// # Errors
-    /// It belongs to another experiment, holds files of the same names that no run has written, cannot be made, or the user does not want to wait.
+    /// It belongs to another experiment, holds files of the same names that no run has written, cannot be made, or the user
+    /// does not want to wait.
     pub fn open(path: &Path, experiment: &str, interrupt: &Interrupt) -> Result<Self> {
         disk::make_folder(path).map_err(|error| error.help("choose another folder with --out DIR"))?;
         let folder = Self { path: path.to_owned() };
@@ -72,9 +75,8 @@ impl OutputFolder {
         assemble: impl FnOnce(&Path) -> Result<Results>,
     ) -> Result<Results> {
         let _lock = self.lock(interrupt)?;
-        self.set_aside(again)?;
         // What else lies among the answers is not ours.
-        let former = reporters::load(&self.path).map_or_else(|_| BTreeSet::new(), |former| answers(&former));
+        let former = self.set_aside(again)?.map_or_else(BTreeSet::new, |former| answers(&former));
         let results = assemble(&self.path)?;
         reporters::write_all(&results, &self.path)?;
         let gone = former.difference(&answers(&results)).map(|name| self.path.join(name)).collect::<Vec<_>>();
@@ -83,15 +85,16 @@ impl OutputFolder {
     }
 
     /// Moves results of which not all rows are made again, or that cannot be read, into a folder that is named by a hash of
-    /// them.
-    fn set_aside(&self, again: impl Fn(&ResultRow) -> bool) -> Result<()> {
+    /// them. Others are returned.
+    fn set_aside(&self, again: impl Fn(&ResultRow) -> bool) -> Result<Option<Results>> {
         let results = self.path.join(reporters::RESULTS);
         if !results.exists() {
-            return Ok(());
+            return Ok(None);
         }
         let hash = match reporters::load(&self.path) {
-            Ok(former) if former.rows.iter().all(again) => return Ok(()),
-            Ok(former) => rows_hash(&former.rows)?,
+            Ok(former) if former.rows.iter().all(again) => return Ok(Some(former)),
+            // Of whole rows: their metrics alone may be equal by chance.
+            Ok(former) => digest(&json!(former.rows)),
             // They may be of a newer version.
             Err(_) => disk::hash(&results)?,
         };
@@ -109,7 +112,7 @@ impl OutputFolder {
                 disk::rename(&from, &to)?;
             }
         }
-        Ok(())
+        Ok(None)
     }
 
     fn lock(&self, interrupt: &Interrupt) -> Result<Lock> {
@@ -124,12 +127,6 @@ impl OutputFolder {
 /// The files of answers that results name.
 fn answers(results: &Results) -> BTreeSet<String> {
     results.rows.iter().flat_map(|row| row.answers.values()).cloned().collect()
-}
-
-/// Equal for equal rows. Their metrics alone may be equal by chance.
-fn rows_hash(rows: &[ResultRow]) -> Result<String> {
-    let text = serde_json::to_string(rows).map_err(|error| Error::run(error.to_string()))?;
-    Ok(blake3::hash(text.as_bytes()).to_hex().to_string())
 }
 
 #[cfg(test)]
@@ -223,7 +220,7 @@ mod tests {
         let unread = write(&other).expect("no one knows its rows");
         assert_eq!(std::fs::read_to_string(unread.join(reporters::RESULTS)).unwrap(), "{\"schema\": 9}");
         // A move that was interrupted goes on.
-        let half = folder.path().join(format!("{FORMER}{}", &rows_hash(&other.rows).unwrap()[..8]));
+        let half = folder.path().join(format!("{FORMER}{}", &digest(&json!(other.rows))[..8]));
         disk::make_folder(&half).unwrap();
         disk::rename(&folder.path().join(ANSWERS), &half.join(ANSWERS)).unwrap();
         assert_eq!(write(&more), None);

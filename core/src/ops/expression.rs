@@ -128,28 +128,27 @@ fn sums<T: Real>(x: &Tensor) -> Result<Tensor> {
 
 fn log_probabilities<T: Real>(x: &Tensor) -> Result<Tensor> {
     let width = last_dim(x).max(1);
-    read(x, |x: &[T]| Ok(x.to_vec())).and_then(|mut y| {
-        rows(
-            &mut y,
-            width,
-            #[inline(always)]
-            |_, part| {
-                for row in part.chunks_exact_mut(width) {
-                    let max = math::max(row);
-                    let log = math::sum_by(
-                        row,
-                        #[inline(always)]
-                        |x| (x - max).fast_exp(),
-                    )
-                    .portable_ln();
-                    for x in row {
-                        *x = (*x - max) - log;
-                    }
+    let mut y = read(x, |x: &[T]| Ok(x.to_vec()))?;
+    rows(
+        &mut y,
+        width,
+        #[inline(always)]
+        |_, part| {
+            for row in part.chunks_exact_mut(width) {
+                let max = math::max(row);
+                let log = math::sum_by(
+                    row,
+                    #[inline(always)]
+                    |x| (x - max).fast_exp(),
+                )
+                .portable_ln();
+                for x in row {
+                    *x = (*x - max) - log;
                 }
-            },
-        );
-        tensor(y, x.dims())
-    })
+            }
+        },
+    );
+    tensor(y, x.dims())
 }
 
 /// `g − eʸ Σ g` for the result `y` and its gradient `g`.

@@ -23,8 +23,10 @@ pub(super) trait Real:
     /// `eˣ`, fast where that costs no more than rounding; the same bits on every processor.
     fn fast_exp(self) -> Self;
 
-    /// `eˣ`, the same bits on every processor, also where it is nearly zero or infinite.
-    fn portable_exp(self) -> Self;
+    /// Likewise, also where it is nearly zero or infinite.
+    fn portable_exp(self) -> Self {
+        self.fast_exp()
+    }
 
     /// `ln x`, the same bits on every processor, unlike the C library's.
     fn portable_ln(self) -> Self {
@@ -93,10 +95,6 @@ impl Real for f32 {
 impl Real for f64 {
     #[inline(always)]
     fn fast_exp(self) -> Self {
-        libm::exp(self)
-    }
-
-    fn portable_exp(self) -> Self {
         libm::exp(self)
     }
 

@@ -203,8 +203,8 @@ impl Tar {
 fn entropy(cx: &mut StepCx, batch: &Batch) -> Result<Tensor> {
     let (hidden, _) = cx.hidden(&batch.tokens, Sites::none())?;
     let logits = cx.logits(&label_rows(&hidden, batch)?)?;
-    let log_chances = log_softmax(&logits, 1)?;
-    Ok(ops::mean_all(&ops::sum_last(&(ops::exp(&log_chances)? * log_chances)?)?)?.neg()?)
+    let log_probabilities = log_softmax(&logits, 1)?;
+    Ok(ops::mean_all(&ops::sum_last(&(ops::exp(&log_probabilities)? * log_probabilities)?)?)?.neg()?)
 }
 
 impl AlignmentDefense for Tar {

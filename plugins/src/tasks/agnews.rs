@@ -61,9 +61,8 @@ impl Task for AgNews {
         self.rows("test.csv", count)
     }
 
-    /// The answer contains the category, as written or in lower case; `sci` counts for `Sci/Tech`.
+    /// As in the reference: the answer contains the category, as written or in lower case; `sci` counts for `Sci/Tech`.
     fn score(&self, row: &Row, answer: &str) -> Option<bool> {
-        // The reference accepts each category as written or in lower case, and `sci` for `Sci/Tech`.
         let lower = if row.output == "Sci/Tech" { "sci".to_owned() } else { row.output.to_lowercase() };
         Some(answer.contains(&row.output) || answer.contains(&lower))
     }

@@ -23,8 +23,9 @@ pub const SHOWN: [Shown; 7] = [
 
 /// What the short forms mean, for the foot of a table.
 pub const LEGEND: &str = "HS harmful score, RR refusal rate, OT off task (harmful prompts answered with \
-                          something else), FA fine-tune accuracy, BH benign helpfulness, ORR over-refusal rate, CO coherent answers; percent, mean ± standard deviation over runs (each seed on each \
-                          base). The column aligned is before the attack; p is the share of harmful rows in the user's data. † \
+                          something else), FA fine-tune accuracy, BH benign helpfulness, ORR over-refusal rate, CO \
+                          coherent answers; percent, mean ± standard deviation over runs (each seed on each base). \
+                          The column aligned is before the attack; p is the share of harmful rows in the user's data. † \
                           marks HS where fewer than half of the answers to harmful prompts are coherent: it says nothing \
                           about safety. In results.json each row has the 95 % Wilson intervals of its metrics over prompts.";
 
@@ -490,13 +491,13 @@ mod tests {
         Ok(())
     }
 
-    /// Two seeds of the fixture as two settings.
-    fn two_settings(manifests: [Value; 2]) -> Vec<String> {
-        let mut results = fixture::results(2);
-        let ids = ["1111111111", "2222222222"];
-        results.settings = ids.into_iter().map(str::to_owned).zip(manifests).collect();
+    /// The titles of as many settings, `1111111111`, `2222222222` and so on, each of one seed of the fixture.
+    fn titles<const N: usize>(manifests: [Value; N]) -> Vec<String> {
+        let mut results = fixture::results(N as u64);
+        let ids: Vec<String> = (1..=N).map(|at| at.to_string().repeat(10)).collect();
+        results.settings = ids.iter().cloned().zip(manifests).collect();
         for row in &mut results.rows {
-            row.setting = ids[row.seed as usize].into();
+            row.setting = ids[row.seed as usize].clone();
         }
         Table::new(&results).expect("a table").blocks.into_iter().map(|block| block.title).collect()
     }
@@ -510,15 +511,7 @@ mod tests {
             map.insert("z".into(), last.into());
             Value::from(map)
         };
-        let mut results = fixture::results(3);
-        let ids = ["1111111111", "2222222222", "3333333333"];
-        results.settings =
-            ids.into_iter().map(str::to_owned).zip([manifest(0, 0), manifest(1, 0), manifest(2, 1)]).collect();
-        for row in &mut results.rows {
-            row.setting = ids[row.seed as usize].into();
-        }
-        let titles: Vec<String> =
-            Table::new(&results).expect("a table").blocks.into_iter().map(|block| block.title).collect();
+        let titles = titles([manifest(0, 0), manifest(1, 0), manifest(2, 1)]);
         assert!(titles[0].ends_with("h = 0, and 1 more (setting 11111111)"), "{titles:?}");
         assert!(titles[1].ends_with("h = 0, and 1 more (setting 22222222)"), "{titles:?}");
         assert!(titles[2].ends_with("h = 1, and 1 more"), "{titles:?}");
@@ -526,7 +519,7 @@ mod tests {
 
     #[test]
     fn keys_may_hold_any_sign() {
-        let titles = two_settings([1, 2].map(|value| json!({ "a.b": { "c/d~e": value } })));
+        let titles = titles([1, 2].map(|value| json!({ "a.b": { "c/d~e": value } })));
         assert!(titles[0].ends_with(" · a.b.c/d~e = 1") && titles[1].ends_with(" · a.b.c/d~e = 2"), "{titles:?}");
     }
 
