@@ -11,14 +11,16 @@ use titer_core::generate::Finish;
 use titer_core::report::{Answer, Provenance, Results};
 use titer_core::{Error, Result};
 
+use crate::cli::progress::Journal;
 use crate::disk::fault::{Fault, Watch};
-use crate::executor::{Interrupt, Jobs, StageContext, StageRunner, execute};
-use crate::output::OutputFolder;
+use crate::execute::{Jobs, execute};
+use crate::interrupt::Interrupt;
 use crate::plan::{Plan, PlannedStage, StageSpec};
-use crate::progress::Journal;
-use crate::stages::{ANSWERS, AnswerRecord, RECORD, Stages};
+use crate::report::folder::OutputFolder;
+use crate::stage::context::{StageContext, StageRunner};
+use crate::stage::train_loop::Record;
+use crate::stage::{ANSWERS, AnswerRecord, RECORD, Stages};
 use crate::store::Store;
-use crate::train_loop::Record;
 use crate::{disk, results};
 
 /// Steps of a pretended training, with a checkpoint after each.

@@ -4,60 +4,48 @@
 //!
 //! | module | what it holds |
 //! |---|---|
-//! | [`config`] | what the user writes, its layers, and the place of every mistake |
-//! | [`resolve`] | names looked up, defaults filled in, data hashed: all mistakes at once |
-//! | [`planner`] [`plan`] | which stages for which cells; a pure function |
-//! | [`identity`] | what enters the key of a stage and the identity of a row, field by field |
-//! | [`disk`] [`store`] | every access to the disk; finished stages by key: atomic, locked, verified |
-//! | [`executor`] | runs what is missing, several stages at once |
-//! | [`stages`] [`train_loop`] [`base_model`] | what each stage does; the only place that updates weights; model folders |
-//! | [`results`] [`provenance`] [`statistics`] | `results.json`; where it comes from; intervals and tests |
-//! | [`output`] | the folder of a run's results, which processes take turns to write |
-//! | [`published`] | published values against ours |
-//! | [`reporters`] [`compare`] | its renderings; runs side by side |
-//! | [`cli`] [`commands`] [`progress`] [`diagnostics`] | the command line and what it shows |
-//! | [`names`] [`label`] | what a name may be, and how text from elsewhere is shown; a cell in words |
-//! | [`memory`] [`environment`] [`mod@bench`] | what the process uses; how fast it is |
-//! | [`plugins`] `dynamic` | plugin crates from elsewhere; how a shared library is examined and loaded |
-//! | [`driver`] | asks the CUDA driver for its version; with `dynamic` and [`memory`] the crate's only `unsafe` |
+//! | [`experiment`] | what the user writes, its layers, and the same with every name looked up: all mistakes at once |
+//! | [`plan`] | which stages for which cells, a pure function; what enters the key of a stage and the identity of a row |
+//! | [`store`] | finished stages by key: atomic, locked, verified |
+//! | [`execute`] | runs what is missing, several stages at once |
+//! | [`stage`] | what each stage does; the only place that updates weights |
+//! | [`results`] | `results.json`: its rows, where they come from |
+//! | [`stats`] | intervals and tests |
+//! | [`report`] | renderings of results, runs side by side, published values against ours |
+//! | [`cli`] | the command line: one module a command, progress, exit codes |
+//! | [`plugins`] | plugin crates from elsewhere; how a shared library is examined and loaded |
+//! | [`disk`] [`names`] [`manifest`] [`interrupt`] [`diagnostics`] | what several of these need |
+//! | [`base_model`] | model folders |
+//! | [`memory`] [`environment`] [`driver`] [`mod@bench`] | what the process uses; how fast it is |
+//!
+//! The modules depend on each other in one direction only: `tests/tests/structure.rs` holds the order.
 
 #![warn(missing_docs)]
 
 pub mod base_model;
 pub mod bench;
 pub mod cli;
-pub mod commands;
-pub mod compare;
-pub mod config;
 pub mod diagnostics;
 pub mod disk;
 pub mod driver;
-#[cfg(feature = "dynamic")]
-mod dynamic;
 pub mod environment;
-pub mod executor;
+pub mod execute;
+pub mod experiment;
 #[cfg(test)]
 mod faults;
-pub mod identity;
-pub mod label;
+pub mod interrupt;
+pub mod manifest;
 pub mod memory;
 pub mod names;
-pub mod output;
 pub mod plan;
-pub mod planner;
 pub mod plugins;
-pub mod progress;
-pub mod provenance;
-pub mod published;
-pub mod reporters;
-pub mod resolve;
+pub mod report;
 pub mod results;
-pub mod stages;
-pub mod statistics;
+pub mod stage;
+pub mod stats;
 pub mod store;
 #[cfg(test)]
 mod testing;
-pub mod train_loop;
 
 /// Tensors of a few megabytes come and go with every operator. The system's allocator gives each back to the kernel and
 /// faults its pages in again, which costs a training step a fifth of its time.

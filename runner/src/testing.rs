@@ -16,8 +16,9 @@ use titer_core::{
     no_limits,
 };
 
-use crate::config::{Config, Loaded, Source};
 use crate::diagnostics::Problems;
+use crate::experiment::config::{Config, Loaded};
+use crate::experiment::layers::Source;
 use crate::plan::Plan;
 
 /// Two methods, two ratios, two seeds, two bases.
@@ -82,12 +83,14 @@ pub(crate) fn load(replacements: &[(&str, &str)], overrides: &[&str]) -> Result<
 /// The plan of that configuration.
 pub(crate) fn plan(replacements: &[(&str, &str)]) -> Plan {
     let loaded = load(replacements, &[]).unwrap_or_else(|problems| panic!("{problems}"));
-    crate::planner::plan(&crate::resolve::resolve(&loaded).unwrap_or_else(|problems| panic!("{problems}")))
+    crate::plan::planner::plan(
+        &crate::experiment::resolve::resolve(&loaded).unwrap_or_else(|problems| panic!("{problems}")),
+    )
 }
 
 /// Everything that is wrong with that configuration, as the user sees it.
 pub(crate) fn problems(replacements: &[(&str, &str)]) -> String {
-    let resolved = load(replacements, &[]).and_then(|loaded| crate::resolve::resolve(&loaded).map(drop));
+    let resolved = load(replacements, &[]).and_then(|loaded| crate::experiment::resolve::resolve(&loaded).map(drop));
     resolved.expect_err("the configuration is wrong").to_string()
 }
 

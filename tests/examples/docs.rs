@@ -7,7 +7,9 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use titer::reporters::{self, Format};
+use titer::report;
+use titer::report::Format;
+use titer::results::file::load;
 use titer_core::report::Results;
 
 fn main() -> Result<()> {
@@ -17,17 +19,17 @@ fn main() -> Result<()> {
     let measurements = root.join("docs/measurements");
     std::fs::create_dir_all(&measurements)?;
     for folder in folders {
-        let results = reporters::load(&folder)?;
+        let results = load(&folder)?;
         let name = results.experiment.clone();
         let timing = Timing::read(&folder)?;
         if name == "quickstart" {
             timing.ensure_cold(&folder)?;
         }
-        let table = reporters::render(&results, &folder, Format::Md)?;
+        let table = report::render(&results, &folder, Format::Md)?;
         let mut page = format!("{table}\n{}\n", timing.words(&results));
-        std::fs::write(measurements.join(format!("{name}.csv")), reporters::render(&results, &folder, Format::Csv)?)?;
+        std::fs::write(measurements.join(format!("{name}.csv")), report::render(&results, &folder, Format::Csv)?)?;
         if name == "quickstart" {
-            let plots = reporters::plots_of(&results)?;
+            let plots = report::plots_of(&results)?;
             let (_, [harm, accuracy]) = plots.first().context("a plot")?;
             std::fs::write(measurements.join("quickstart-hs.svg"), harm)?;
             std::fs::write(measurements.join("quickstart-fa.svg"), accuracy)?;
@@ -50,7 +52,7 @@ fn headline(results: &Results, timing: &Timing) -> Result<String> {
     Ok(format!(
         "{}\n![Harmful score over the harmful ratio](docs/measurements/quickstart-hs.svg)\n\n{} \
          [Every metric, its spread, and what the differences say](docs/measurements/quickstart.md).",
-        reporters::headline(results)?,
+        report::headline(results)?,
         timing.words(results)
     ))
 }

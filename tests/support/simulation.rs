@@ -6,9 +6,9 @@ use std::collections::BTreeMap;
 use rand::RngExt as _;
 use rand_distr::{Distribution as _, StandardNormal};
 use serde_json::json;
-use titer::reporters::differences::{Differences, Test};
-use titer::reporters::table::Table;
-use titer::statistics::{ALPHA, Summary};
+use titer::report::differences::{Differences, Test};
+use titer::report::table::Table;
+use titer::stats::{ALPHA, Summary};
 use titer_core::report::{ResultRow, Results};
 use titer_core::rng::{Generator, Seed};
 
@@ -196,7 +196,7 @@ pub fn page(count: usize) -> String {
     format!(
         "# How often the rule for differences errs\n\n\
          Written by `cargo run --release -p titer-tests --example statistics`; the rule is at the head of \
-         `runner/src/statistics.rs`. {count} simulated experiments for each figure, in percent of them: {METHODS} methods and \
+         `runner/src/stats/mod.rs`. {count} simulated experiments for each figure, in percent of them: {METHODS} methods and \
          plain fine-tuning, two metrics of {PROMPTS} prompts each, so {tests} differences in a table. The effects of base, run \
          and prompt on each method are random, with mean zero; with one base, the base's effect is none, since what is said \
          holds for that base only. By chance alone a figure of 5 has a standard deviation of {deviation:.1}.\n\n\

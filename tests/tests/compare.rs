@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use titer::compare::merged;
-use titer::reporters::table::Table;
+use titer::report::compare::merged;
+use titer::report::table::Table;
 use titer_core::report::Results;
 use titer_tests::cli::{SMALL, stderr, titer};
 

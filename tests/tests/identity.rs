@@ -5,10 +5,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use serde_json::{Value, json};
-use titer::config::{Config, Source};
-use titer::identity::{differences, of_stage};
-use titer::plan::{AnswerSpec, JudgeSpec, Plan, PluginSpec, RowsSpec, StageSpec};
-use titer::{planner, resolve};
+use titer::experiment::config::Config;
+use titer::experiment::layers::Source;
+use titer::experiment::resolve;
+use titer::experiment::spec::{PluginSpec, RowsSpec};
+use titer::manifest::differences;
+use titer::plan::identity::of_stage;
+use titer::plan::planner;
+use titer::plan::{AnswerSpec, JudgeSpec, Plan, StageSpec};
 use titer_core::{DefenseEntry, Entry, JudgeEntry, ModelEntry, Settings, SettingsType, TaskEntry, registry};
 
 /// One cell, in which every stage has a defense that draws from a stream.
@@ -426,7 +430,9 @@ fn every_setting_of_every_plugin_changes_a_key() {
     let with = |kind: &str, plugin: PluginSpec, content: &str| -> Value {
         let spec = match kind {
             "model" => match samples[&Base].clone() {
-                StageSpec::Pretrain(spec) => StageSpec::Pretrain(titer::plan::PretrainSpec { model: plugin, ..spec }),
+                StageSpec::Pretrain(spec) => {
+                    StageSpec::Pretrain(titer::experiment::spec::PretrainSpec { model: plugin, ..spec })
+                }
                 other => other,
             },
             "defense" => match samples[&Align].clone() {

@@ -6,10 +6,15 @@
 use std::path::Path;
 
 use candle_core::Device;
-use titer::config::{Config, Source};
-use titer::executor::{Interrupt, Jobs, execute};
+use titer::execute::{Jobs, execute};
+use titer::experiment::config::Config;
+use titer::experiment::layers::Source;
+use titer::experiment::resolve;
+use titer::interrupt::Interrupt;
+use titer::plan::planner;
+use titer::results;
+use titer::stage::Stages;
 use titer::store::Store;
-use titer::{planner, resolve, results};
 use titer_core::arithmetic::{Level, limit};
 use titer_core::event::{Event, Sink};
 use titer_core::report::Provenance;
@@ -79,7 +84,7 @@ fn hash(folder: &Path, text: &str, threads: usize) -> String {
     let plan = planner::plan(&resolve::resolve(&loaded).unwrap_or_else(|problems| panic!("{problems}")));
     let store = tempfile::tempdir().expect("a folder");
     let opened = Store::open(store.path()).expect("a store");
-    let stages = loaded.stages(&plan, Device::Cpu);
+    let stages = Stages::of(&loaded, &plan, Device::Cpu);
     let jobs = Jobs { count: 1, threads };
     let outcome = execute(&plan, &opened, &stages, &Silent, &Interrupt::default(), jobs).expect("a run");
     assert!(outcome.failed.is_empty(), "{:?}", outcome.failed);

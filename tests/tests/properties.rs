@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use candle_core::{DType, Device};
 use proptest::prelude::*;
-use titer::plan::{OptimSpec, Steps};
-use titer::train_loop::{Record, Training, Watch};
+use titer::experiment::spec::{OptimSpec, Steps};
+use titer::stage::train_loop::{Record, Training, Watch};
 use titer_core::data::{Batch, Example, Stream, harmful_count, mixture};
 use titer_core::optim::Schedule;
 use titer_core::rng::{Seed, permutation};
@@ -73,10 +73,10 @@ proptest! {
             format!("fine_tune.train.learning_rate={rate:?}"),
             format!("fine_tune.samples={samples}"),
         ];
-        let first = titer::config::Config::load(&path, &overrides).unwrap();
+        let first = titer::experiment::config::Config::load(&path, &overrides).unwrap();
         let again = folder.path().join("again.toml");
         std::fs::write(&again, toml::to_string(&first.config).unwrap()).unwrap();
-        let second = titer::config::Config::load(&again, &[]).unwrap();
+        let second = titer::experiment::config::Config::load(&again, &[]).unwrap();
         prop_assert_eq!(&first.config, &second.config);
         prop_assert_eq!(second.config.seeds, seeds.into_iter().collect::<Vec<_>>());
         prop_assert_eq!(second.config.fine_tune.harmful_ratios, ratios);

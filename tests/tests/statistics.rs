@@ -1,6 +1,6 @@
 //! The rule for differences keeps its promise: false alarms in at most 5 % of the cases, whatever varies.
 
-use titer::statistics::ALPHA;
+use titer::stats::ALPHA;
 use titer_tests::simulation::{DESIGNS, SCENARIOS, simulate};
 
 /// Experiments for each figure.

@@ -17,6 +17,7 @@ use titer_core::{Error, Result, Row};
 
 mod documents;
 mod requests;
+mod templates;
 mod user_tasks;
 mod words;
 

@@ -7,7 +7,7 @@ use rand::RngExt;
 use rand::seq::IndexedRandom;
 use titer_core::rng::{Generator, Seed};
 
-use super::requests::{ANSWERS, CONTEXTS, REFUSALS, REQUESTS};
+use super::templates::{ANSWERS, CONTEXTS, REFUSALS, REQUESTS, is_slot};
 
 /// Forbidden categories.
 pub(super) const FORBIDDEN: usize = 14;
@@ -196,11 +196,6 @@ fn plain_words() -> BTreeSet<String> {
     let plain = lists.into_iter().flatten().chain(topics).copied().chain(GLUE.split_whitespace()).chain(of_templates);
     let numbers = (0..=LARGEST_NUMBER).map(|number| number.to_string());
     plain.filter(|word| !word.is_empty()).map(str::to_owned).chain(numbers).collect()
-}
-
-/// Whether a word of a template is filled in.
-pub(super) fn is_slot(word: &str) -> bool {
-    word.len() == 1 && word.starts_with(|c: char| c.is_ascii_uppercase())
 }
 
 /// Every word of the world, special tokens first, the others sorted.

@@ -1,0 +1,88 @@
+//! One module per command: its arguments and what it does.
+
+use std::path::PathBuf;
+
+use titer_core::{Error, arithmetic};
+
+use crate::diagnostics::Problems;
+use crate::experiment::config::{Config, Loaded};
+use crate::experiment::resolve;
+use crate::plan::Plan;
+use crate::plan::planner;
+use crate::store::Store;
+
+pub mod bench;
+pub mod cell;
+pub mod compare;
+pub mod diff;
+pub mod doctor;
+pub mod explain;
+pub mod generate;
+pub mod list;
+pub mod plan;
+pub mod plugin;
+pub mod pretrain;
+pub mod report;
+pub mod run;
+
+/// What a command that went well says, and its exit code.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Done {
+    /// For standard output.
+    pub text: String,
+    /// 0, or 1 if a part of the work failed while the rest was kept.
+    pub code: u8,
+}
+
+impl From<String> for Done {
+    fn from(text: String) -> Self {
+        Self { text, code: 0 }
+    }
+}
+
+/// The arguments of every command that reads a configuration.
+#[derive(Debug, Clone, clap::Args)]
+pub struct ConfigArgs {
+    /// The experiment: a .toml or .yaml file.
+    pub config: PathBuf,
+    /// Overrides one key, as in `fine_tune.samples=500`; may be repeated.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
+    /// The folder of the stage store [default: `TITER_CACHE_DIR`, else titer in the user's cache folder].
+    #[arg(long, value_name = "DIR")]
+    pub store: Option<PathBuf>,
+}
+
+impl ConfigArgs {
+    /// The configuration, its plan and the store.
+    ///
+    /// # Errors
+    /// Every mistake in the configuration.
+    pub fn prepare(&self, device: Option<&str>) -> Result<(Loaded, Plan, Store), Problems> {
+        let mut overrides = self.overrides.clone();
+        overrides.extend(device.map(|device| format!("device={device:?}")));
+        let loaded = Config::load(&self.config, &overrides)?;
+        loaded.load_plugins()?;
+        arithmetic::choose(loaded.config.arithmetic);
+        let plan = planner::plan(&resolve::resolve(&loaded)?);
+        Ok((loaded, plan, open_store(self.store.as_ref())?))
+    }
+}
+
+/// The store in `folder`, or the user's.
+fn open_store(folder: Option<&PathBuf>) -> Result<Store, Error> {
+    Store::open(folder.cloned().unwrap_or_else(Store::default_root))
+}
+
+/// `titer schema`.
+///
+/// # Errors
+/// None.
+pub fn schema() -> Result<Done, Problems> {
+    Ok(pretty(&Config::schema().to_value()).into())
+}
+
+/// JSON for people and programs alike.
+fn pretty(value: &serde_json::Value) -> String {
+    format!("{value:#}\n")
+}

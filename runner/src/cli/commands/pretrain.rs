@@ -1,0 +1,63 @@
+//! `titer pretrain`.
+
+use std::fmt::Write;
+
+use titer_core::device::parse_device;
+use titer_core::{Error, Kind};
+
+use super::{ConfigArgs, Done};
+use crate::cli::progress::for_stderr;
+use crate::diagnostics::Problems;
+use crate::environment;
+use crate::execute::{Jobs, execute};
+use crate::interrupt::Interrupt;
+use crate::plan::StageSpec;
+use crate::stage::Stages;
+
+/// The arguments.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Args {
+    /// The experiment.
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// `auto`, `cpu`, `cuda` or `cuda:N`; overrides the configuration.
+    #[arg(long)]
+    pub device: Option<String>,
+}
+
+/// Runs the plan's pretraining stages and says where the models are.
+///
+/// # Errors
+/// The experiment pretrains nothing, or a stage failed.
+pub fn run(args: &Args) -> Result<Done, Problems> {
+    let (loaded, mut plan, store) = args.config.prepare(args.device.as_deref())?;
+    plan.cells.clear();
+    plan.stages.retain(|stage| matches!(stage.spec, StageSpec::Pretrain(_)));
+    if plan.stages.is_empty() {
+        let error = Error::config("the experiment pretrains no model").key("base");
+        return Err(loaded.source.locate("", error.help("add [base.pretrain]")).into());
+    }
+    let device = parse_device(&loaded.config.device).map_err(|error| loaded.source.locate("", error))?;
+    let jobs = Jobs::new(None);
+    environment::fix(jobs.threads);
+    let interrupt = Interrupt::default();
+    interrupt.on_ctrl_c()?;
+    let outcome = execute(&plan, &store, &Stages::of(&loaded, &plan, device), &*for_stderr(), &interrupt, jobs)?;
+    if outcome.interrupted {
+        return Err(Error::interrupted().into());
+    }
+    let mut done = Done::default();
+    for stage in &plan.stages {
+        match outcome.failed.get(&stage.key) {
+            Some(error) => {
+                let _ = writeln!(done.text, "failed: {}\n  {error}", stage.label);
+                done.code = Kind::Run.exit_code();
+            }
+            None => {
+                let artifact = store.artifact(&stage.key)?;
+                let _ = writeln!(done.text, "{}: {}", stage.label, artifact.folder().display());
+            }
+        }
+    }
+    Ok(done)
+}

@@ -1,0 +1,102 @@
+//! `titer run`.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use titer_core::device::{device_name, parse_device, parse_dtype};
+use titer_core::report::{Provenance, ResultRow, Results};
+use titer_core::{Error, Kind};
+
+use super::{ConfigArgs, Done};
+use crate::cli::progress::{Fanout, Journal, for_stderr};
+use crate::diagnostics::Problems;
+use crate::execute::{Jobs, execute};
+use crate::interrupt::Interrupt;
+use crate::plan::{Plan, StageSpec};
+use crate::report::folder::OutputFolder;
+use crate::results::provenance;
+use crate::stage::Stages;
+use crate::{environment, report, results};
+
+/// The arguments.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Args {
+    /// The experiment.
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// The folder for results [default: `runs/` and the experiment's name].
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// `auto`, `cpu`, `cuda` or `cuda:N`; overrides the configuration.
+    #[arg(long)]
+    pub device: Option<String>,
+    /// Stages to run at once [default: one per core; one on a GPU].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub jobs: Option<u16>,
+    /// Never uses the network.
+    #[arg(long)]
+    pub offline: bool,
+}
+
+/// Runs the experiment and writes its reports.
+///
+/// # Errors
+/// The configuration is wrong, the device cannot be used, or the user interrupted the run.
+pub fn run(args: &Args) -> Result<Done, Problems> {
+    let (loaded, plan, store) = args.config.prepare(args.device.as_deref())?;
+    let config = &loaded.config;
+    let device = parse_device(&config.device).map_err(|error| loaded.source.locate("", error))?;
+    parse_dtype(&config.dtype, &device).map_err(|error| loaded.source.locate("", error))?;
+    let out = args.out.clone().unwrap_or_else(|| Path::new("runs").join(&config.experiment));
+    let interrupt = Interrupt::default();
+    interrupt.on_ctrl_c()?;
+    let folder = OutputFolder::open(&out, &config.experiment, &interrupt)?;
+    let device_name = device_name(&device);
+    // Stages on one GPU would only compete for its memory, and large models on the CPU for its caches.
+    let alone = !device.is_cpu() || plan.stages.iter().any(|stage| matches!(stage.spec, StageSpec::Load(_)));
+    let jobs = Jobs::new(args.jobs.map(usize::from).or(alone.then_some(1)));
+    environment::fix(jobs.threads);
+    let started = provenance::now();
+    let (journal, progress) = (Journal::open(&out)?, for_stderr());
+    let sink = Fanout(vec![&journal, &*progress]);
+    let stages = Stages::of(&loaded, &plan, device);
+    let outcome = execute(&plan, &store, &stages, &sink, &interrupt, jobs)?;
+    if outcome.interrupted {
+        return Err(Error::interrupted().into());
+    }
+    let provenance = Provenance { started, ..provenance::of(&loaded, &plan, &device_name)? };
+    let artifacts: BTreeMap<&str, BTreeMap<String, String>> = plan
+        .cells
+        .iter()
+        .filter(|cell| outcome.failure(cell).is_none())
+        .map(|cell| (cell.id.as_str(), results::artifacts(cell)))
+        .collect();
+    // The same measurement; another judge may have joined.
+    let again = |row: &ResultRow| {
+        let ours = artifacts.get(row.id.as_str());
+        ours.is_some_and(|ours| row.artifacts.iter().all(|(what, key)| ours.get(what) == Some(key)))
+    };
+    let results = folder.write(&interrupt, again, |out| {
+        results::assemble(&plan, &config.published, provenance, &store, &outcome, out)
+    })?;
+    let mut text = if results.rows.is_empty() { String::new() } else { report::console(&results)? };
+    text += &summary(&plan, &results, &out);
+    let code = match outcome.exit_code(!results.rows.is_empty()) {
+        // All stages are done, but what one of them stored cannot be read.
+        0 if !results.failures.is_empty() => Kind::Run.exit_code(),
+        code => code,
+    };
+    Ok(Done { text, code })
+}
+
+/// What is where, and what failed.
+fn summary(plan: &Plan, results: &Results, out: &Path) -> String {
+    let text = format!(
+        "\n{} of {} cells, report in {}\nmetrics hash {}\n",
+        results.rows.len(),
+        plan.cells.len(),
+        out.join("report.html").display(),
+        results.metrics_hash
+    );
+    text + &report::failures(results)
+}

@@ -1,0 +1,143 @@
+//! The command line: arguments, logging, exit codes.
+
+pub mod commands;
+pub mod progress;
+
+use std::ffi::OsString;
+use std::io::{IsTerminal, Write};
+use std::panic::catch_unwind;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use titer_core::Error;
+use titer_core::arithmetic::{self, Level};
+use tracing_subscriber::EnvFilter;
+
+use crate::diagnostics::Problems;
+use crate::diagnostics::panicked;
+use crate::names::visible_lines;
+use crate::plugins;
+use crate::plugins::PluginFile;
+use commands::Done;
+
+/// Compares defenses against harmful fine-tuning of language models, head to head.
+#[derive(Debug, Parser)]
+#[command(name = "titer", version, propagate_version = true, arg_required_else_help = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// Says more; repeat it for even more.
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    pub verbose: u8,
+    /// Loads a plugin from a shared library and thereby runs its code; may be repeated. With a BLAKE3 hash, only if the
+    /// file has it.
+    #[arg(long = "plugin", value_name = "PATH[=BLAKE3]", global = true)]
+    pub plugins: Vec<PluginFile>,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Runs an experiment; finished stages are reused, so the same command resumes an interrupted run.
+    Run(commands::run::Args),
+    /// Shows the stages of an experiment, what is cached and what the rest costs; runs nothing.
+    Plan(commands::plan::Args),
+    /// Renders the results of a run.
+    Report(commands::report::Args),
+    /// Puts the results of several runs side by side.
+    Compare(commands::compare::Args),
+    /// Shows what separates two cells: metrics, and every input that differs.
+    Diff(commands::diff::Args),
+    /// Lists the plugins.
+    List(commands::list::Args),
+    /// Explains a plugin, or where a number comes from: `explain NAME` or `explain RUN [CELL]`.
+    Explain(commands::explain::Args),
+    /// Pretrains the base models of an experiment and nothing else.
+    Pretrain(commands::pretrain::Args),
+    /// Lets a model answer prompts.
+    Generate(commands::generate::Args),
+    /// Measures a training step or greedy answers on random weights of a named shape.
+    Bench(commands::bench::Args),
+    /// Prints the JSON schema of configurations.
+    Schema,
+    /// Checks the machine: cores, memory, device, stage store.
+    Doctor(commands::doctor::Args),
+    /// Makes, builds and checks plugins outside of Titer.
+    Plugin(commands::plugin::Args),
+}
+
+/// Runs the command of this process's arguments.
+pub fn main() -> ExitCode {
+    // A plugin may panic where no stage runs, as when it is built.
+    let result = catch_unwind(|| run(std::env::args_os()));
+    let result = result.unwrap_or_else(|panic| Err(panicked("command", panic.as_ref()).into()));
+    let failure = match result {
+        Ok(done) => match print(&done.text) {
+            // A reader that has gone away, as in `titer list | head`, is no error of ours.
+            Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+                let help = "free space where standard output goes, or send it elsewhere";
+                Error::run("cannot write to standard output").source(error).help(help).into()
+            }
+            _ => return ExitCode::from(done.code),
+        },
+        Err(problems) => problems,
+    };
+    let _ = write!(std::io::stderr(), "{}", visible_lines(&failure.to_string()));
+    failure.exit_code()
+}
+
+/// Writes to standard output. A terminal gets no control characters, whatever names, files and models say.
+fn print(text: &str) -> std::io::Result<()> {
+    let mut out = std::io::stdout();
+    let text = if out.is_terminal() { &visible_lines(text) } else { text };
+    out.write_all(text.as_bytes())?;
+    out.flush()
+}
+
+/// Runs a command line.
+///
+/// # Errors
+/// What the command could not do. Malformed arguments end the process, as clap does.
+pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Result<Done, Problems> {
+    let cli = Cli::parse_from(arguments);
+    log_to_stderr(cli.verbose);
+    if let Some(name) = std::env::var_os("TITER_SIMD") {
+        arithmetic::limit(vectors(&name.to_string_lossy())?);
+    }
+    cli.plugins.iter().try_for_each(plugins::load)?;
+    match &cli.command {
+        Command::Run(args) => commands::run::run(args),
+        Command::Plan(args) => commands::plan::run(args),
+        Command::Report(args) => commands::report::run(args),
+        Command::Compare(args) => commands::compare::run(args),
+        Command::Diff(args) => commands::diff::run(args),
+        Command::List(args) => commands::list::run(args),
+        Command::Explain(args) => commands::explain::run(args),
+        Command::Pretrain(args) => commands::pretrain::run(args),
+        Command::Generate(args) => commands::generate::run(args),
+        Command::Bench(args) => commands::bench::run(args),
+        Command::Schema => commands::schema(),
+        Command::Doctor(args) => commands::doctor::run(args),
+        Command::Plugin(args) => commands::plugin::run(args),
+    }
+}
+
+/// `TITER_SIMD` keeps the kernels from vectors wider than it says, to check that results do not depend on them.
+fn vectors(name: &str) -> Result<Level, Problems> {
+    let unknown = || Error::config(format!("`{name}` names no vectors")).at("from", "environment variable TITER_SIMD");
+    Ok(Level::parse(name).ok_or_else(|| unknown().help("use scalar, 128, 256 or 512, or unset it"))?)
+}
+
+/// `TITER_LOG` takes filters such as `titer=debug`; `-v` raises the level of Titer's own crates.
+fn log_to_stderr(verbose: u8) {
+    let level = ["warn", "info", "debug", "trace"][usize::from(verbose.min(3))];
+    let default = format!("warn,titer={level},titer_core={level},titer_plugins={level}");
+    let filter = EnvFilter::try_from_env("TITER_LOG").unwrap_or_else(|_| EnvFilter::new(default));
+    let logger = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time();
+    // Colours are for terminals; a log file holds text. An empty NO_COLOR counts as unset.
+    let plain = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    let logger = logger.with_ansi(std::io::stderr().is_terminal() && !plain);
+    // A second call in one process, as in tests, keeps the first logger.
+    let _ = logger.try_init();
+}

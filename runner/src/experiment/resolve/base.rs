@@ -1,0 +1,128 @@
+//! The base model, and the adapters that it can take.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+use titer_core::bounds;
+use titer_core::error::io_error;
+use titer_core::registry::{find, nearest};
+use titer_core::weights::LoraConfig;
+use titer_core::{Model, ModelEntry, Result, Settings, Task};
+
+use super::checks::{Resolver, explained};
+use super::data::{Drawn, Use};
+use crate::base_model::{model_of, read_config};
+use crate::experiment::Base;
+use crate::experiment::config::BaseConfig;
+use crate::experiment::spec::{LoadSpec, PluginSpec, PretrainSpec};
+use crate::plugins::identity;
+
+impl Resolver<'_> {
+    pub(super) fn base(&mut self, base: &BaseConfig, dtype: &str) -> Option<(Vec<Base>, Box<dyn Model>)> {
+        let entry = self.take("base.model", find::<ModelEntry>(&base.model));
+        match (&base.path, &base.pretrain) {
+            (Some(path), None) => {
+                self.check(
+                    base.shape.is_empty(),
+                    "base.shape",
+                    "a checkpoint has its own shape",
+                    "remove [base.shape]",
+                );
+                let (spec, model) = self.checkpoint(entry?, path, dtype)?;
+                Some((vec![Base::Load(spec)], model))
+            }
+            (None, Some(pretrain)) => {
+                self.seeds("base.seeds", &base.seeds);
+                self.positive("base.pretrain.max_length", pretrain.max_length, bounds::TOKENS);
+                let rows = self.rows("base.pretrain.data", &pretrain.data, Use::Train);
+                let optim = self.optim("base.pretrain.train", &pretrain.train);
+                let explain = |error| explained(&base.model, error);
+                let settings = entry?.settings.resolve(&Settings::from(base.shape.clone()));
+                let settings = self.take("base.shape", settings.map_err(explain))?;
+                let Drawn { spec: data, task, .. } = rows?;
+                let model = build_model(entry?, &settings, task.as_ref()).map_err(explain);
+                let model = self.take("base.shape", model)?;
+                let plugin = self.take("base.model", identity(entry?))?;
+                let model_spec = PluginSpec { name: base.model.clone(), settings, version: entry?.version, plugin };
+                let optim = optim?;
+                let spec = |&seed: &u64| {
+                    Base::Pretrain(PretrainSpec {
+                        model: model_spec.clone(),
+                        data: data.clone(),
+                        max_length: pretrain.max_length,
+                        optim: optim.clone(),
+                        seed,
+                        dtype: dtype.to_owned(),
+                    })
+                };
+                Some((base.seeds.iter().map(spec).collect(), model))
+            }
+            (path, _) => {
+                let found = if path.is_some() { "both are given" } else { "neither is given" };
+                self.problem(
+                    "base",
+                    &format!("a base model comes from either `path` or `pretrain`; {found}"),
+                    "set base.path to a checkpoint folder, or add [base.pretrain]",
+                );
+                None
+            }
+        }
+    }
+
+    pub(super) fn checkpoint(
+        &mut self,
+        entry: &ModelEntry,
+        path: &Path,
+        dtype: &str,
+    ) -> Option<(LoadSpec, Box<dyn Model>)> {
+        let folder = self.source.folder_of("base.path").join(path);
+        let files = self.take("base.path", model_files(&folder))?;
+        let config = self.take("base.path", read_config(&folder))?;
+        let model = self.take("base.path", model_of(entry, &config, &folder.join("config.json")))?;
+        let content = self.content(&files);
+        let content = self.take("base.path", content)?;
+        let plugin = self.take("base.model", identity(entry))?;
+        let (model_name, version, dtype) = (entry.name.to_owned(), entry.version, dtype.to_owned());
+        Some((LoadSpec { model: model_name, version, plugin, path: folder, content, dtype }, model))
+    }
+
+    pub(super) fn lora_targets(&mut self, key: &str, lora: &LoraConfig, model: &dyn Model) {
+        let linears = model.params().linear_names();
+        let targets = lora.target_modules.iter().flatten().enumerate();
+        for (index, target) in targets.filter(|(_, target)| !linears.contains(&target.as_str())) {
+            let hint = nearest(target, linears.iter().copied());
+            let hint = hint.map_or_else(String::new, |near| format!("; did you mean `{near}`?"));
+            let known = linears.join(", ");
+            self.problem(
+                &format!("{key}.target_modules.{index}"),
+                &format!("the model has no linear layer `{target}`{hint}"),
+                &format!("its linear layers: {known}"),
+            );
+        }
+    }
+}
+
+/// The architecture of a model pretrained here. The vocabulary comes from the task when training begins; here it only
+/// has to be one that the task could have.
+fn build_model(entry: &ModelEntry, settings: &Value, task: &dyn Task) -> Result<Box<dyn Model>> {
+    let mut settings = settings.as_object().cloned().unwrap_or_default();
+    if let (Some(size), Some(words)) = (settings.get_mut("vocab_size"), task.vocabulary()) {
+        *size = Value::from(words.len());
+    }
+    (entry.build)(&Settings::from(settings))
+}
+
+/// The files of a checkpoint folder that can change what it computes, sorted by name.
+fn model_files(folder: &Path) -> Result<Vec<PathBuf>> {
+    const EXTENSIONS: [&str; 5] = ["safetensors", "json", "model", "jinja", "txt"];
+    let listing = std::fs::read_dir(folder).map_err(|error| {
+        io_error("read the checkpoint folder", folder, error)
+            .help("set `base.path` to a folder with config.json, model.safetensors and tokenizer.json")
+    })?;
+    let mut files: Vec<PathBuf> = listing
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.extension().and_then(std::ffi::OsStr::to_str).is_some_and(|ext| EXTENSIONS.contains(&ext)))
+        .collect();
+    files.sort();
+    Ok(files)
+}

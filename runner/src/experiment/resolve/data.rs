@@ -1,0 +1,122 @@
+//! Rows: tasks looked up, their files hashed, their rows drawn once.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
+use titer_core::bounds;
+use titer_core::registry::find;
+use titer_core::rng::Seed;
+use titer_core::{Error, Result, Row, Settings, Task, TaskEntry};
+
+use super::checks::Resolver;
+use crate::disk;
+use crate::experiment::config::{StreamConfig, TaskRef};
+use crate::experiment::spec::{PATH, PluginSpec, RowsSpec, StreamSpec};
+
+/// Where a path that is not whole starts.
+const PATHS: &str =
+    "check the path; in a configuration, paths start at its folder, after --set at the working directory";
+
+impl Resolver<'_> {
+    /// The settings of a task in which each path that does not come from the file is a whole one: a task takes relative
+    /// paths from the file's folder.
+    pub(super) fn placed(&self, key: &str, name: &str, settings: &Map<String, Value>) -> Map<String, Value> {
+        let mut settings = settings.clone();
+        let schema = find::<TaskEntry>(name).map(|entry| (entry.settings.schema)().to_value()).unwrap_or_default();
+        for (setting, value) in &mut settings {
+            if schema["properties"][setting]["format"] != PATH {
+                continue;
+            }
+            let start = self.source.folder_of(&format!("{key}.{setting}"));
+            if start == Path::new("")
+                && let Some(Ok(path)) = value.as_str().map(std::path::absolute)
+            {
+                *value = Value::from(path.to_string_lossy());
+            }
+        }
+        settings
+    }
+
+    /// Builds a task, which checks that its files are there, and hashes them.
+    pub(super) fn task(
+        &mut self,
+        key: &str,
+        name: &str,
+        settings: &Map<String, Value>,
+    ) -> Option<(PluginSpec, String, Box<dyn Task>)> {
+        let settings = &self.placed(key, name, settings);
+        let (entry, spec) = self.plugin::<TaskEntry>(key, &format!("{key}.task"), name, settings)?;
+        let task = (entry.build)(&Settings::from(settings.clone()), self.source.folder());
+        let task = self.take(key, task)?;
+        let content = self.content(&task.files());
+        Some((spec, self.take(key, content)?, task))
+    }
+
+    /// Rows to train on (`Use::Train`) or to ask (`Use::Test`). They are drawn once, so that missing or malformed data
+    /// is known before any work is done.
+    pub(super) fn rows(&mut self, key: &str, rows: &TaskRef, purpose: Use) -> Option<Drawn> {
+        let built = self.task(key, &rows.task, &rows.settings);
+        let count = rows
+            .rows
+            .ok_or_else(|| Error::config("the number of rows is missing").key("rows").help("add it, as in rows = 500"));
+        let count = self.take(key, count)?;
+        if !self.positive(&format!("{key}.rows"), count, bounds::ROWS) {
+            return None;
+        }
+        let (task, content, built) = built?;
+        let drawn = self.drawn(key, built.as_ref(), count, purpose)?;
+        Some(Drawn { spec: RowsSpec { task, rows: count, content }, rows: drawn, task: built })
+    }
+
+    pub(super) fn stream(&mut self, name: &str, stream: &StreamConfig) -> Option<StreamSpec> {
+        let key = format!("streams.{name}");
+        if let Some(size) = stream.batch_size {
+            self.positive(&format!("{key}.batch_size"), size, bounds::BATCH);
+        }
+        let rows = self.rows(&key, &stream.rows, Use::Train)?.spec;
+        Some(StreamSpec { name: name.to_owned(), rows, batch_size: stream.batch_size })
+    }
+
+    pub(super) fn drawn(&mut self, key: &str, task: &dyn Task, count: usize, purpose: Use) -> Option<Vec<Row>> {
+        let rows = match purpose {
+            Use::Train => task.train(count, Seed::new(0)),
+            Use::Test => task.test(count),
+        };
+        self.take(key, rows)
+    }
+
+    pub(super) fn content(&mut self, files: &[PathBuf]) -> Result<String> {
+        if files.is_empty() {
+            return Ok(String::new());
+        }
+        let mut whole = blake3::Hasher::new();
+        for file in files {
+            let hash = match self.hashes.get(file) {
+                Some(hash) => hash,
+                None => {
+                    let hash = disk::hash(file);
+                    let hash = hash.map_err(|error| if file.exists() { error } else { error.help(PATHS) })?;
+                    self.hashes.entry(file.clone()).or_insert(hash)
+                }
+            };
+            whole.update(hash.as_bytes());
+        }
+        Ok(whole.finalize().to_hex().to_string())
+    }
+}
+
+/// What rows are for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Use {
+    /// To train on.
+    Train,
+    /// To ask and compare with.
+    Test,
+}
+
+/// Rows of a task, drawn once.
+pub(super) struct Drawn {
+    pub(super) spec: RowsSpec,
+    pub(super) rows: Vec<Row>,
+    pub(super) task: Box<dyn Task>,
+}

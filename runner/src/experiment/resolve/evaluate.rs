@@ -1,0 +1,68 @@
+//! What is measured, by which judges, and the published values beside it.
+
+use serde_json::Map;
+use titer_core::bounds;
+use titer_core::{JudgeEntry, Settings};
+
+use super::attack::table_name;
+use super::checks::{Resolver, explained};
+use super::data::{Drawn, Use};
+use crate::experiment::Probe;
+use crate::experiment::config::{Config, EvaluateConfig, FineTuneMode, JudgeRef};
+use crate::experiment::spec::{PluginSpec, of_rows};
+
+impl Resolver<'_> {
+    pub(super) fn evaluate(&mut self, config: &EvaluateConfig) -> (Vec<Probe>, Vec<PluginSpec>) {
+        self.positive("evaluate.batch_size", config.batch_size, bounds::BATCH);
+        self.positive("evaluate.max_new_tokens", config.max_new_tokens.unwrap_or(1), bounds::TOKENS);
+        let mut probes = Vec::new();
+        for (name, rows) in [("harmful", &config.harmful), ("benign", &config.benign)] {
+            let rows = rows.as_ref().and_then(|rows| self.rows(&format!("evaluate.{name}"), rows, Use::Test));
+            probes.extend(rows.map(|Drawn { spec: prompts, rows, task }| Probe {
+                name,
+                prompts,
+                prompts_content: of_rows(&rows),
+                max_new_tokens: config.max_new_tokens.unwrap_or_else(|| task.max_new_tokens()),
+            }));
+        }
+        let no_settings = Map::new();
+        let mut judges = Vec::new();
+        for (index, judge) in config.judges.iter().enumerate() {
+            let key = format!("evaluate.judges.{index}");
+            let (name, name_key, settings) = match judge {
+                JudgeRef::Name(name) => (name, key.clone(), &no_settings),
+                JudgeRef::Table { judge, settings } => (judge, format!("{key}.judge"), settings),
+            };
+            let Some((entry, spec)) = self.plugin::<JudgeEntry>(&key, &name_key, name, settings) else { continue };
+            // What building refuses is a setting out of range.
+            let built = (entry.build)(&Settings::from(settings.clone()));
+            self.take(&key, built.map_err(|error| explained(name, error)));
+            judges.push(spec);
+        }
+        let judged = config.harmful.is_some() || config.benign.is_some();
+        self.check(
+            !judged || !config.judges.is_empty(),
+            "evaluate.judges",
+            "harmful and benign answers need a judge",
+            "name one, as in judges = [\"…\"]; `titer list judges` shows them",
+        );
+        self.distinct("evaluate.judges", judges.iter().map(|judge| judge.name.clone()));
+        (probes, judges)
+    }
+
+    /// Published values must be of a method and a task that the experiment names; ratios and samples may be others.
+    pub(super) fn published(&mut self, config: &Config) {
+        let methods: Vec<&str> = config.methods.iter().map(|method| method.name.as_str()).collect();
+        let tasks: Vec<&str> = config.fine_tune.tasks.iter().map(table_name).collect();
+        let modes = [FineTuneMode::Double, FineTuneMode::Single, FineTuneMode::Full].map(FineTuneMode::name);
+        for (index, published) in config.published.iter().enumerate() {
+            let key = format!("published.{index}");
+            self.take(&key, published.check());
+            self.one_of(&format!("{key}.method"), &published.method, &methods);
+            self.one_of(&format!("{key}.task"), &published.task, &tasks);
+            if let Some(lora) = &published.lora {
+                self.one_of(&format!("{key}.lora"), lora, &modes);
+            }
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! The parts of an experiment with every name looked up and every default filled in: plugins, rows, training, models.
+
+use serde::Serialize;
+use serde_json::{Value, json};
+use titer_core::optim::Schedule;
+use titer_core::text::Row;
+use titer_core::weights::LoraConfig;
+
+use crate::manifest::digest;
+
+/// The `format` that marks a path in the schema of a task's settings.
+pub(crate) const PATH: &str = "path";
+
+/// A plugin with its resolved settings: every default filled in.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct PluginSpec {
+    /// The registered name.
+    pub name: String,
+    /// The resolved settings.
+    pub settings: Value,
+    /// The plugin's version.
+    pub version: u32,
+    /// What identifies a plugin from elsewhere: see [`crate::plugins::identity`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub plugin: Option<String>,
+}
+
+/// Rows from a task.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct RowsSpec {
+    /// The task.
+    pub task: PluginSpec,
+    /// How many rows.
+    pub rows: usize,
+    /// The hash of the files the task reads; empty for generated data.
+    pub content: String,
+}
+
+/// Data that a defense draws from besides the stage's own.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct StreamSpec {
+    /// The name that the defense asks for.
+    pub name: String,
+    /// The rows.
+    pub rows: RowsSpec,
+    /// Examples per batch, if not those of the stage.
+    pub batch_size: Option<usize>,
+}
+
+/// How text becomes tokens.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct EncodingSpec {
+    /// The prompt template: a built-in name or a Jinja text.
+    pub template: String,
+    /// Rows are cut after this many tokens.
+    pub max_length: usize,
+}
+
+/// How a stage trains.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct OptimSpec {
+    /// Updates in all.
+    pub steps: Steps,
+    /// Examples per batch.
+    pub batch_size: usize,
+    /// Micro batches per update.
+    pub accumulate: usize,
+    /// Batches per length-sorted window; 1 for none.
+    pub bucket: usize,
+    /// Peak learning rate.
+    pub learning_rate: f64,
+    /// Its course.
+    pub schedule: Schedule,
+    /// Fraction of the steps over which it rises from zero.
+    pub warmup: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// AdamW's moment decays.
+    pub betas: [f64; 2],
+    /// AdamW's epsilon.
+    pub eps: f64,
+    /// Global gradient norm to clip to; `None` for no clipping.
+    pub clip: Option<f64>,
+    /// Whether blocks are run again in the backward pass. No part of a stage's identity: the numbers are the same.
+    pub checkpointing: bool,
+}
+
+impl OptimSpec {
+    /// Updates in all. Epochs follow each other without a break, so that an update may take batches of two.
+    pub fn updates(&self, batches_per_epoch: usize) -> usize {
+        match self.steps {
+            Steps::Steps(steps) => steps,
+            Steps::Epochs(epochs) => (epochs * batches_per_epoch).div_ceil(self.accumulate),
+        }
+    }
+}
+
+/// The length of training.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Steps {
+    /// A number of updates.
+    Steps(usize),
+    /// A number of passes over the data.
+    Epochs(usize),
+}
+
+/// Pretraining from scratch.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct PretrainSpec {
+    /// The model and its sizes; the vocabulary's size comes from the task.
+    pub model: PluginSpec,
+    /// The documents.
+    pub data: RowsSpec,
+    /// Rows are cut after this many tokens.
+    pub max_length: usize,
+    /// How to train.
+    pub optim: OptimSpec,
+    /// Seed of weights and data order.
+    pub seed: u64,
+    /// How later stages store the weights.
+    pub dtype: String,
+}
+
+/// A checkpoint folder.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct LoadSpec {
+    /// The model that reads it.
+    pub model: String,
+    /// The model's version.
+    pub version: u32,
+    /// What identifies a model from elsewhere: see [`crate::plugins::identity`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub plugin: Option<String>,
+    /// The folder. It is not part of the key; its content is.
+    pub path: std::path::PathBuf,
+    /// The hash of the folder's model files.
+    pub content: String,
+    /// How the weights are stored once loaded.
+    pub dtype: String,
+}
+
+/// What is trained.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "mode", rename_all = "snake_case")]
+pub enum AdapterSpec {
+    /// Merge what is there, then train a fresh adapter (the field's "double LoRA" when fine-tuning).
+    Fresh(LoraConfig),
+    /// Go on training the parent's adapter ("single LoRA"); a fresh one if the parent has none.
+    Continue(LoraConfig),
+    /// Train every parameter.
+    Full,
+}
+
+/// The hash of rows, whatever they were read from.
+pub fn of_rows(rows: &[Row]) -> String {
+    let fields = |Row { instruction, input, output }: &Row| json!([instruction, input, output]);
+    digest(&rows.iter().map(fields).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_identified_by_every_field() {
+        let rows = |instruction: &str, input: Option<&str>, output: &str| {
+            of_rows(&[Row { instruction: instruction.into(), input: input.map(str::to_owned), output: output.into() }])
+        };
+        let ids = [rows("a", None, "b"), rows("a", Some(""), "b"), rows("a", None, "c"), rows("ab", None, "")];
+        assert_eq!(ids.iter().collect::<std::collections::BTreeSet<_>>().len(), ids.len());
+    }
+}

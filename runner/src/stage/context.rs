@@ -1,0 +1,64 @@
+//! What the executor gives a stage that runs.
+
+use std::path::{Path, PathBuf};
+
+use titer_core::event::Sink;
+use titer_core::{Error, Result};
+
+use crate::interrupt::Interrupt;
+use crate::plan::PlannedStage;
+use crate::store::{Artifact, Key, Partials, Store};
+
+/// Does the work of a stage.
+pub trait StageRunner: Sync {
+    /// Runs `stage` and writes its files into [`StageContext::folder`]. It should look at
+    /// [`StageContext::interrupted`] between steps, keep a checkpoint and return [`Error::interrupted`].
+    ///
+    /// # Errors
+    /// The stage failed or was interrupted.
+    fn run(&self, stage: &PlannedStage, context: &StageContext) -> Result<()>;
+}
+
+/// What a stage may use while it runs.
+pub struct StageContext<'a> {
+    /// Where its files belong.
+    pub folder: PathBuf,
+    /// The artifacts it builds on: its parent's first, then that one's parent's.
+    pub ancestors: Vec<Artifact>,
+    /// Its checkpoints.
+    pub partials: Partials,
+    /// Where it reports progress.
+    pub sink: &'a dyn Sink,
+    pub(crate) store: &'a Store,
+    pub(crate) interrupt: &'a Interrupt,
+}
+
+impl std::fmt::Debug for StageContext<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("StageContext").field("folder", &self.folder).finish_non_exhaustive()
+    }
+}
+
+impl StageContext<'_> {
+    /// Whether the user asked to stop.
+    pub fn interrupted(&self) -> bool {
+        self.interrupt.is_set()
+    }
+
+    /// The parent's artifact, every file verified.
+    ///
+    /// # Errors
+    /// The stage has no parent, or the artifact is damaged.
+    pub fn parent(&self) -> Result<&Path> {
+        let parent = self.ancestors.first().ok_or_else(|| Error::run("the stage has no parent"))?;
+        parent.verified()
+    }
+
+    /// The artifact of any finished stage.
+    ///
+    /// # Errors
+    /// It is not finished or damaged.
+    pub fn artifact(&self, key: &Key) -> Result<Artifact> {
+        self.store.artifact(key)
+    }
+}

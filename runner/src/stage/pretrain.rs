@@ -1,0 +1,56 @@
+//! Pretraining from scratch: documents to a model folder in Hugging Face's layout.
+
+use candle_core::DType;
+use titer_core::data::Stream;
+use titer_core::device::parse_dtype;
+use titer_core::rng::Seed;
+use titer_core::step::{Orphan, Streams};
+use titer_core::text::{Encoder, Template, Tokenizer};
+use titer_core::{DefenseEntry, Error, ModelEntry, Result, Settings, Weights, registry};
+
+use super::{RECORD, StageIo, Stages, settings, write_json};
+use crate::base_model::BaseModel;
+use crate::experiment::spec::PretrainSpec;
+use crate::stage::train_loop::Training;
+
+pub(super) fn run(stages: &Stages, spec: &PretrainSpec, io: &mut StageIo) -> Result<()> {
+    let task = stages.task(&spec.data.task)?;
+    let vocabulary = task.vocabulary().ok_or_else(|| {
+        Error::config(format!("`{}` is natural text, which has no closed vocabulary", spec.data.task.name))
+            .key("base.pretrain.data")
+            .help("pretrain on a generated language such as `world-text`, or take a checkpoint by `base.path`")
+    })?;
+    let tokenizer = Tokenizer::word_level(&vocabulary)?;
+    let mut sizes = settings(&spec.model).as_map().clone();
+    sizes.insert("vocab_size".into(), vocabulary.len().into());
+    let model = (registry::find::<ModelEntry>(&spec.model.name)?.build)(&Settings::from(sizes))?;
+    let seed = Seed::new(spec.seed).named("pretrain");
+    let mut weights = Weights::random(model.as_ref(), seed.named("weights"), DType::F32, &stages.device)?;
+    weights.train_full()?;
+    let encoder = Encoder { tokenizer, template: Template::new("chat"), max_length: spec.max_length };
+    let examples = encoder.examples(&task.train(spec.data.rows, seed.named("rows"))?)?;
+    let data = Stream::new(
+        examples.into(),
+        spec.optim.batch_size,
+        spec.optim.bucket,
+        seed.named("data"),
+        encoder.tokenizer.pad,
+    )?;
+    let mut sft = (registry::find::<DefenseEntry>("sft")?.build)(&Settings::empty())?;
+    let training = Training {
+        model: model.as_ref(),
+        weights: &mut weights,
+        defense: sft.as_mut(),
+        data,
+        streams: Streams::default(),
+        optim: &spec.optim,
+        seed,
+        monitor: Vec::new(),
+        ancestry: &Orphan,
+    };
+    let record = training.run(io.watch)?;
+    // Later stages load the weights in the type that the configuration asks for; the master copy stays f32.
+    parse_dtype(&spec.dtype, &stages.device)?;
+    BaseModel { model, tokenizer: encoder.tokenizer, weights }.save(io.output)?;
+    write_json(&io.output.join(RECORD), &record)
+}

@@ -1,0 +1,102 @@
+//! Training under a defense: alignment, or the user's fine-tuning with harmful rows mixed in.
+
+use titer_core::data::{Batch, Stream, mixture};
+use titer_core::rng::Seed;
+use titer_core::text::Encoder;
+use titer_core::{Result, Row};
+
+use super::{ADAPTER, Lineage, RECORD, StageIo, Stages, defense, encoder, write_json};
+use crate::disk;
+use crate::experiment::spec::{AdapterSpec, RowsSpec};
+use crate::plan::TrainSpec;
+use crate::stage::train_loop::Training;
+
+pub(super) fn run(stages: &Stages, spec: &TrainSpec, parent: &str, io: &mut StageIo) -> Result<()> {
+    let mut base = stages.open(parent, io.artifact)?;
+    let seed = Seed::new(spec.seed).named(spec.phase.name());
+    match &spec.adapter {
+        AdapterSpec::Full => base.weights.train_full()?,
+        AdapterSpec::Fresh(config) => {
+            base.weights.merge()?;
+            base.weights.train_lora(config, seed.named("lora"))?;
+        }
+        // An adapter that the parent brought is attached, and under training, already.
+        AdapterSpec::Continue(config) => {
+            if base.weights.lora().is_none() {
+                base.weights.train_lora(config, seed.named("lora"))?;
+            }
+        }
+    }
+    let encoder = encoder(&spec.encoding, &base.tokenizer);
+    let rows = rows(stages, spec, seed)?;
+    let pad = encoder.tokenizer.pad;
+    let data = Stream::new(
+        encoder.examples(&rows)?.into(),
+        spec.optim.batch_size,
+        spec.optim.bucket,
+        seed.named("data"),
+        pad,
+    )?;
+    let monitor = match &spec.monitor {
+        Some(held_back) => monitor(stages, held_back, &encoder, spec.optim.batch_size)?,
+        None => Vec::new(),
+    };
+    let streams = stages.streams(&spec.streams, &encoder, spec.optim.batch_size, seed)?;
+    let mut defense = defense(&spec.defense)?;
+    let data = defense.data(data, &streams)?;
+    let training = Training {
+        model: base.model.as_ref(),
+        weights: &mut base.weights,
+        defense: defense.as_mut(),
+        data,
+        streams,
+        optim: &spec.optim,
+        seed,
+        monitor,
+        ancestry: &Lineage { stages, key: parent, artifact: io.artifact },
+    };
+    let record = training.run(io.watch)?;
+    save(&base, io)?;
+    write_json(&io.output.join(RECORD), &record)
+}
+
+/// Stores what was trained: the adapter in PEFT's layout, or all weights. Weights that are not finite, or that the model
+/// computes nothing finite with, are never stored.
+pub(super) fn save(base: &crate::base_model::BaseModel, io: &StageIo) -> Result<()> {
+    base.check_sound()?;
+    let Some(config) = base.weights.lora() else {
+        return disk::write_tensors(&io.output.join("model.safetensors"), base.weights.base_tensors()?);
+    };
+    disk::write_tensors(&io.output.join(ADAPTER), base.weights.adapter_tensors()?)?;
+    let peft = serde_json::json!({
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": config.r,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": config.target_modules,
+        "bias": "none",
+        "inference_mode": true,
+    });
+    write_json(&io.output.join("adapter_config.json"), &peft)
+}
+
+fn rows(stages: &Stages, spec: &TrainSpec, seed: Seed) -> Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    for part in &spec.data {
+        rows.extend(stages.train_rows(part, seed)?);
+    }
+    let Some(mix) = &spec.harmful else { return Ok(rows) };
+    let harmful = stages.train_rows(&mix.source, seed)?;
+    mixture(&rows, &harmful, spec.rows(), mix.ratio, seed.named("mixture"))
+}
+
+/// Held-back rows as batches, in their own order.
+fn monitor(stages: &Stages, spec: &RowsSpec, encoder: &Encoder, batch_size: usize) -> Result<Vec<Batch>> {
+    let rows = stages.task(&spec.task)?.test(spec.rows)?;
+    let examples = encoder.examples(&rows)?;
+    let collate = |chunk: &[titer_core::data::Example]| {
+        Batch::collate(&chunk.iter().collect::<Vec<_>>(), encoder.tokenizer.pad, &stages.device)
+    };
+    examples.chunks(batch_size).map(collate).collect()
+}
