@@ -88,6 +88,7 @@ fn cells(plan: &serde_json::Value) -> Cells {
     let text = |cell: &serde_json::Value, key: &str| cell[key].as_str().expect("a text").to_owned();
     let cells = plan["cells"].as_array().expect("cells").iter();
     let cell = |cell: &serde_json::Value| {
+        let cell = &cell["coordinates"];
         let (samples, ratio) = (&cell["samples"], &cell["harmful_ratio"]);
         (text(cell, "method"), text(cell, "task"), samples.as_u64().expect("a count"), ratio.to_string())
     };

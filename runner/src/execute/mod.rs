@@ -430,7 +430,10 @@ mod tests {
         assert_eq!(outcome.ran.len(), bench.plan.stages.len() - 12 * 5);
         let (failed, kept): (Vec<_>, Vec<_>) =
             bench.plan.cells.iter().partition(|cell| outcome.failure(cell).is_some());
-        assert!(failed.iter().all(|cell| cell.method == "Shield") && kept.iter().all(|cell| cell.method == "none"));
+        assert!(
+            failed.iter().all(|cell| cell.coordinates["method"] == "Shield")
+                && kept.iter().all(|cell| cell.coordinates["method"] == "none")
+        );
         let (_, error) = outcome.failure(failed[0]).unwrap();
         assert_eq!(error.message(), "the loss is not finite");
         let retry = bench.run(1, |_, _| Ok(()));

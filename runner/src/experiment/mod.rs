@@ -1,5 +1,6 @@
 //! From the file that the user writes to an experiment in which nothing is left to look up.
 
+pub mod axes;
 pub mod config;
 pub mod layers;
 pub mod resolve;
@@ -51,6 +52,16 @@ pub enum Base {
     Load(LoadSpec),
     /// One pretrained here.
     Pretrain(PretrainSpec),
+}
+
+impl Base {
+    /// The seed that it is pretrained with; a checkpoint has none.
+    pub fn seed(&self) -> Option<u64> {
+        match self {
+            Base::Load(_) => None,
+            Base::Pretrain(spec) => Some(spec.seed),
+        }
+    }
 }
 
 /// The alignment stage, without its defense.

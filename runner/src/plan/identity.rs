@@ -15,12 +15,13 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use titer_core::optim::Schedule;
 use titer_core::registry::find;
 use titer_core::weights::LoraConfig;
 use titer_core::{Stage, TaskEntry};
 
+use crate::experiment::axes::{Axis, Point};
 use crate::experiment::config::FineTuneMode;
 use crate::experiment::spec::{
     AdapterSpec, EncodingSpec, LoadSpec, OptimSpec, PATH, PluginSpec, PretrainSpec, RowsSpec, Steps, StreamSpec,
@@ -243,39 +244,41 @@ pub fn protocol(experiment: &Experiment, task: &UserRows) -> Value {
     })
 }
 
-/// What is attacked, and how: all that the cells of a block share.
-pub fn setting(experiment: &Experiment, user: &UserRows, base: &Base) -> Value {
-    let Experiment { encoding, align, fine_tune, arithmetic, .. } = experiment;
-    // The lists are coordinates, and the monitor only looks on.
-    let FineTune { tasks: _, samples: _, harmful, ratios: _, learning_rates: _, mode, adapter, monitor: _, optim } =
+/// What is attacked, and how: all that the cells of a block share. What is a coordinate on one of `axes` is left out.
+pub fn setting(point: &Point, axes: &[Axis]) -> Value {
+    let Experiment { encoding, align, fine_tune, arithmetic, .. } = point.experiment;
+    // The lists and what follows from them are coordinates, and the monitor only looks on.
+    let FineTune { tasks: _, samples: _, harmful, ratios: _, learning_rates: _, mode, adapter: _, monitor: _, optim } =
         fine_tune;
-    let base = match base {
+    let base = match point.base {
         Base::Load(spec) => load(spec),
-        Base::Pretrain(spec) => without(pretrain(spec), "seed"),
+        Base::Pretrain(spec) => pretrain(spec),
     };
-    let align = align.as_ref().map(|Align { data, adapter, optim }| {
+    let align = align.as_ref().map(|Align { data, adapter: _, optim }| {
         json!({
             "data": data.iter().map(rows).collect::<Vec<_>>(),
-            "adapter": self::adapter(adapter),
+            "adapter": point.align_adapter.as_ref().map(adapter),
             "train": training(optim),
         })
     });
-    // How many rows are drawn and at which rate are coordinates.
+    // How many rows are drawn is a coordinate.
     let source = |spec: &RowsSpec| task(&spec.task, &spec.content);
-    json!({
+    let mut setting = json!({
         "version": ROW,
         "base": base,
         "encoding": self::encoding(encoding),
         "align": align,
         "attack": {
-            "user": source(&user.probe.prompts),
+            "user": source(&point.task.probe.prompts),
             "harmful": harmful.as_ref().map(source),
             "mode": FineTuneMode::name(*mode),
-            "adapter": self::adapter(adapter),
-            "train": without(training(optim), "learning_rate"),
+            "adapter": adapter(&point.user_adapter),
+            "train": training(optim),
         },
         "arithmetic": arithmetic,
-    })
+    });
+    axes.iter().flat_map(|axis| axis.in_setting).for_each(|path| remove(&mut setting, path));
+    setting
 }
 
 /// What a method is: its defenses with their settings and the data they draw from besides the stage's own.
@@ -291,8 +294,12 @@ pub fn method(method: &Method) -> Value {
     })
 }
 
-fn without(manifest: Value, key: &str) -> Value {
-    let mut fields: Map<String, Value> = manifest.as_object().cloned().unwrap_or_default();
-    fields.remove(key);
-    fields.into()
+/// Takes the value at a path such as `attack.train.learning_rate` out of a manifest.
+fn remove(manifest: &mut Value, path: &str) {
+    let (parents, name) = path.rsplit_once('.').map_or((None, path), |(parents, name)| (Some(parents), name));
+    let parent =
+        parents.into_iter().flat_map(|parents| parents.split('.')).fold(manifest, |value, part| &mut value[part]);
+    if let Some(fields) = parent.as_object_mut() {
+        fields.remove(name);
+    }
 }

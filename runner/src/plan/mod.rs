@@ -5,20 +5,19 @@
 
 pub mod cost;
 pub mod identity;
-pub mod label;
 pub mod planner;
 
 use std::collections::BTreeMap;
 
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 use titer_core::report::Input;
 
+use crate::experiment::axes::Coordinates;
 use crate::experiment::spec::{
     AdapterSpec, EncodingSpec, LoadSpec, OptimSpec, PluginSpec, PretrainSpec, RowsSpec, StreamSpec,
 };
 use crate::store::Key;
-use label::Label;
 
 /// The whole plan.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -161,8 +160,8 @@ pub struct JudgeSpec {
 /// One cell of the table.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Cell {
-    /// The method's name.
-    pub method: String,
+    /// The value of each axis by its name, and what the method is.
+    pub coordinates: Map<String, Value>,
     /// The alignment defense with its settings, as results.json shows it.
     pub align: Value,
     /// The fine-tuning defense with its settings.
@@ -171,26 +170,12 @@ pub struct Cell {
     pub post: Value,
     /// The base model.
     pub model: String,
-    /// The base's seed.
-    pub base_seed: Option<u64>,
-    /// The user's task, by its name in the configuration.
-    pub task: String,
-    /// Share of harmful rows.
-    pub harmful_ratio: f64,
-    /// Rows of user data.
-    pub samples: usize,
-    /// Peak learning rate of fine-tuning.
-    pub learning_rate: f64,
-    /// The seed.
-    pub seed: u64,
     /// `double`, `single` or `full`.
     pub lora: String,
     /// The id of the protocol: how it is measured.
     pub protocol: String,
     /// The id of the setting: what is attacked, and how.
     pub setting: String,
-    /// Method, task, ratio, samples, rate and seeds.
-    pub coordinates: Value,
     /// The hash of protocol, setting and coordinates.
     pub id: String,
     /// What a reader must know about the combination of defenses.
@@ -210,9 +195,9 @@ pub struct Cell {
 }
 
 impl Cell {
-    /// The cell in words: see [`Label`].
+    /// The cell in words: see [`Coordinates::label`].
     pub fn label(&self) -> String {
-        Label::from(self).to_string()
+        Coordinates::of(&self.coordinates).label()
     }
 
     /// The stages the cell is made of, parents first.

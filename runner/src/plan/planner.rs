@@ -1,43 +1,39 @@
 //! From an experiment to its plan: which stages, in what order, shared by which cells. Pure: no files, no device.
 
 use std::collections::BTreeMap;
-use std::fmt::Write;
 
 use serde_json::{Value, json};
 use titer_core::Stage;
 use titer_core::data::harmful_count;
 
+use super::identity;
+use crate::experiment::axes::{AXES, Axis, Coordinates, DEFENSES, Place, Point, Since};
 use crate::experiment::spec::{OptimSpec, PluginSpec, RowsSpec, Steps};
-use crate::experiment::{Base, Defense, Experiment, Method, Probe, UserRows};
-use crate::manifest;
-use crate::plan::identity;
+use crate::experiment::{Base, Defense, Experiment, Probe, UserRows};
+use crate::manifest::digest;
 use crate::plan::{AnswerSpec, Cell, JudgeSpec, MixSpec, Plan, PlannedStage, PostSpec, StageSpec, TrainSpec};
 use crate::store::Key;
 
 /// The plan of an experiment.
 pub fn plan(experiment: &Experiment) -> Plan {
+    plan_along(experiment, AXES)
+}
+
+/// The plan of an experiment that has these axes.
+pub fn plan_along(experiment: &Experiment, axes: &[Axis]) -> Plan {
     let mut planner = Planner {
         experiment,
+        axes,
         stages: Vec::new(),
         index: BTreeMap::new(),
         protocols: BTreeMap::new(),
         settings: BTreeMap::new(),
     };
-    let mut cells = Vec::new();
-    for method in &experiment.methods {
-        for task in &experiment.fine_tune.tasks {
-            for &samples in &experiment.fine_tune.samples {
-                for &ratio in &experiment.fine_tune.ratios {
-                    for &learning_rate in &experiment.fine_tune.learning_rates {
-                        let attack = Attack { task, samples, ratio, learning_rate };
-                        for &seed in &experiment.seeds {
-                            cells.extend(experiment.bases.iter().map(|base| planner.cell(method, &attack, seed, base)));
-                        }
-                    }
-                }
-            }
-        }
-    }
+    let points = Point::all(experiment, axes);
+    let swept =
+        |axis: &Axis| points.iter().any(|point| point.coordinates[axis.name] != points[0].coordinates[axis.name]);
+    let swept: Vec<&str> = axes.iter().filter(|axis| swept(axis)).map(|axis| axis.name).collect();
+    let cells = points.iter().map(|point| planner.cell(point, &swept)).collect();
     Plan {
         experiment: experiment.name.clone(),
         arithmetic: experiment.arithmetic.clone(),
@@ -49,16 +45,9 @@ pub fn plan(experiment: &Experiment) -> Plan {
     }
 }
 
-/// What the user does in one cell.
-struct Attack<'a> {
-    task: &'a UserRows,
-    samples: usize,
-    ratio: f64,
-    learning_rate: f64,
-}
-
 struct Planner<'a> {
     experiment: &'a Experiment,
+    axes: &'a [Axis],
     stages: Vec<PlannedStage>,
     /// Where each stage already stands in the list.
     index: BTreeMap<Key, usize>,
@@ -70,62 +59,48 @@ struct Planner<'a> {
 type Judgements = Vec<(String, String, Key)>;
 
 impl Planner<'_> {
-    fn cell(&mut self, method: &Method, attack: &Attack, seed: u64, base: &Base) -> Cell {
-        let (base_seed, base_spec, base_label) = match base {
-            Base::Load(spec) => (None, StageSpec::Load(spec.clone()), String::new()),
-            Base::Pretrain(spec) => {
-                (Some(spec.seed), StageSpec::Pretrain(spec.clone()), format!(", base {}", spec.seed))
-            }
+    fn cell(&mut self, point: &Point, swept: &[&str]) -> Cell {
+        let Point { method, task, base, .. } = point;
+        let (verb, base_spec) = match base {
+            Base::Load(spec) => ("load", StageSpec::Load(spec.clone())),
+            Base::Pretrain(spec) => ("pretrain", StageSpec::Pretrain(spec.clone())),
         };
-        let verb = if base_seed.is_some() { "pretrain" } else { "load" };
-        let whose = |what: &str| format!("{what}{base_label}, seed {seed}");
-        let base_key = self.add(None, base_spec, format!("{verb} {}{base_label}", self.experiment.model));
+        let since = |stage| self.terms(point, swept, stage);
+        let (of_base, of_align, of_all) = (since(Since::Base), since(Since::Align), since(Since::FineTune));
+        let name =
+            |verb: &str, terms: &[String]| [&[verb.to_owned()], terms].concat().join(", ").replacen(", ", " ", 1);
+        let based = [vec![self.experiment.model.clone()], of_base.clone()].concat();
+        let base_key = self.add(None, base_spec, name(verb, &based));
 
-        let align_key = self.align(method, seed, &base_key, whose(&format!("align {}", method.name)));
-        let aligned = align_key.clone().unwrap_or_else(|| base_key.clone());
+        let align_key = self.align(point, &base_key, name("align", &of_align));
+        let aligned = align_key.as_ref().unwrap_or(&base_key);
         let aligned_label = match align_key {
-            Some(_) => whose(&format!("{} aligned", method.name)),
-            None => format!("base{base_label}"),
+            Some(_) => format!("{} aligned", of_align.join(", ")),
+            None => [vec!["base model".to_owned()], of_base].concat().join(", "),
         };
         let template = &self.experiment.encoding.template;
-        let aligned_judgements = self.judgements(attack.task, &aligned, template, &aligned_label);
+        let aligned_judgements = self.judgements(task, aligned, template, &aligned_label);
 
-        let setting = self.setting_label(method, attack);
-        let fine_tune_key = self.fine_tune(method, attack, seed, &aligned, whose(&format!("fine-tune {setting}")));
+        let fine_tune_key = self.fine_tune(point, aligned, name("fine-tune", &of_all));
         let post_key = method.post.as_ref().map(|post| {
-            let spec = self.post_spec(post, seed);
-            self.add(Some(&fine_tune_key), StageSpec::Post(spec), whose(&format!("repair {setting}")))
+            let spec = self.post_spec(post, point.seed);
+            self.add(Some(&fine_tune_key), StageSpec::Post(spec), name("repair", &of_all))
         });
         let last = post_key.as_ref().unwrap_or(&fine_tune_key);
         let template = method.serving_template(template);
-        let judgements = self.judgements(attack.task, last, &template, &whose(&setting));
+        let judgements = self.judgements(task, last, &template, &of_all.join(", "));
 
-        let protocol = noted(&mut self.protocols, identity::protocol(self.experiment, attack.task));
-        let setting = noted(&mut self.settings, identity::setting(self.experiment, attack.task, base));
-        let coordinates = json!({
-            "method": method.name,
-            "defenses": identity::method(method),
-            "task": attack.task.name,
-            "harmful_ratio": attack.ratio,
-            "samples": attack.samples,
-            "learning_rate": attack.learning_rate,
-            "seed": seed,
-            "base_seed": base_seed,
-        });
+        let protocol = noted(&mut self.protocols, identity::protocol(self.experiment, task));
+        let setting = noted(&mut self.settings, identity::setting(point, self.axes));
+        let mut coordinates = point.coordinates.clone();
+        coordinates.insert(DEFENSES.to_owned(), identity::method(method));
         Cell {
-            method: method.name.clone(),
             align: method.align.as_ref().map_or_else(|| json!({ "defense": "none" }), |align| described(&align.spec)),
             fine_tune: described(&method.fine_tune.spec),
             post: method.post.as_ref().map_or(Value::Null, |post| described(&post.spec)),
             model: self.experiment.model.clone(),
-            base_seed,
-            task: attack.task.name.clone(),
-            harmful_ratio: attack.ratio,
-            samples: attack.samples,
-            learning_rate: attack.learning_rate,
-            seed,
             lora: self.experiment.fine_tune.mode.name().to_owned(),
-            id: manifest::digest(&json!([protocol, setting, coordinates])),
+            id: digest(&json!([protocol, setting, coordinates])),
             protocol,
             setting,
             coordinates,
@@ -139,8 +114,21 @@ impl Planner<'_> {
         }
     }
 
-    fn align(&mut self, method: &Method, seed: u64, base: &Key, label: String) -> Option<Key> {
-        let (defense, align) = (method.align.as_ref()?, self.experiment.align.as_ref()?);
+    /// What tells a stage from its neighbours, for people: of the axes that it depends on, those that the experiment sweeps
+    /// over, and always method, task, harmful ratio and seeds.
+    fn terms(&self, point: &Point, swept: &[&str], stage: Since) -> Vec<String> {
+        let always = |place: Place, name: &str| place != Place::Blocks || name == "task";
+        let depends = |name: &str| self.axes.iter().any(|axis| axis.name == name && axis.since <= stage);
+        let coordinates = Coordinates::of(&point.coordinates);
+        let shown = coordinates.iter().filter(|coordinate| {
+            let name = coordinate.name.as_str();
+            depends(name) && !coordinate.value.is_empty() && (always(coordinate.place, name) || swept.contains(&name))
+        });
+        shown.map(ToString::to_string).collect()
+    }
+
+    fn align(&mut self, point: &Point, base: &Key, label: String) -> Option<Key> {
+        let (defense, align) = (point.method.align.as_ref()?, self.experiment.align.as_ref()?);
         let spec = TrainSpec {
             phase: Stage::Align,
             defense: defense.spec.clone(),
@@ -150,33 +138,33 @@ impl Planner<'_> {
             monitor: None,
             encoding: self.experiment.encoding.clone(),
             optim: OptimSpec {
-                steps: method.align_steps.map_or(align.optim.steps, Steps::Steps),
+                steps: point.method.align_steps.map_or(align.optim.steps, Steps::Steps),
                 ..align.optim.clone()
             },
-            adapter: align.adapter.clone(),
-            seed,
+            adapter: point.align_adapter.clone()?,
+            seed: point.seed,
         };
         Some(self.add(Some(base), StageSpec::Train(spec), label))
     }
 
-    fn fine_tune(&mut self, method: &Method, attack: &Attack, seed: u64, parent: &Key, label: String) -> Key {
-        let config = &self.experiment.fine_tune;
+    fn fine_tune(&mut self, point: &Point, parent: &Key, label: String) -> Key {
+        let (config, defense) = (&self.experiment.fine_tune, &point.method.fine_tune);
         // The resolver has refused ratios outside [0, 1].
-        let bad = harmful_count(attack.samples, attack.ratio).unwrap_or(0);
-        let user = RowsSpec { rows: attack.samples - bad, ..attack.task.probe.prompts.clone() };
+        let bad = harmful_count(point.samples, point.harmful_ratio).unwrap_or(0);
+        let user = RowsSpec { rows: point.samples - bad, ..point.task.probe.prompts.clone() };
         let harmful = config.harmful.as_ref().filter(|_| bad > 0);
         let spec = TrainSpec {
             phase: Stage::FineTune,
-            defense: method.fine_tune.spec.clone(),
+            defense: defense.spec.clone(),
             data: if user.rows > 0 { vec![user] } else { Vec::new() },
             harmful: harmful
-                .map(|source| MixSpec { source: RowsSpec { rows: bad, ..source.clone() }, ratio: attack.ratio }),
-            streams: method.fine_tune.streams.clone(),
+                .map(|source| MixSpec { source: RowsSpec { rows: bad, ..source.clone() }, ratio: point.harmful_ratio }),
+            streams: defense.streams.clone(),
             monitor: config.monitor.clone(),
             encoding: self.experiment.encoding.clone(),
-            optim: OptimSpec { learning_rate: attack.learning_rate, ..config.optim.clone() },
-            adapter: config.adapter.clone(),
-            seed,
+            optim: OptimSpec { learning_rate: point.learning_rate, ..config.optim.clone() },
+            adapter: point.user_adapter.clone(),
+            seed: point.seed,
         };
         self.add(Some(parent), StageSpec::Train(spec), label)
     }
@@ -223,23 +211,10 @@ impl Planner<'_> {
         judgements
     }
 
-    /// What tells a cell from its neighbours: only what the experiment sweeps over.
-    fn setting_label(&self, method: &Method, attack: &Attack) -> String {
-        let config = &self.experiment.fine_tune;
-        let mut label = format!("{}, {}, p={}", method.name, attack.task.name, attack.ratio);
-        if config.samples.len() > 1 {
-            let _ = write!(label, ", n={}", attack.samples);
-        }
-        if config.learning_rates.len() > 1 {
-            let _ = write!(label, ", lr={}", attack.learning_rate);
-        }
-        label
-    }
-
     /// Adds a stage once and returns its key.
     fn add(&mut self, parent: Option<&Key>, spec: StageSpec, label: String) -> Key {
         let manifest = identity::of_stage(&spec, parent, &self.experiment.arithmetic);
-        let key = manifest::digest(&manifest);
+        let key = digest(&manifest);
         if !self.index.contains_key(&key) {
             self.index.insert(key.clone(), self.stages.len());
             self.stages.push(PlannedStage { key: key.clone(), label, parent: parent.cloned(), spec, manifest });
@@ -264,7 +239,7 @@ fn described(spec: &PluginSpec) -> Value {
 
 /// Keeps a manifest under its hash, which is returned.
 fn noted(manifests: &mut BTreeMap<String, Value>, manifest: Value) -> String {
-    let id = manifest::digest(&manifest);
+    let id = digest(&manifest);
     manifests.insert(id.clone(), manifest);
     id
 }
@@ -311,16 +286,16 @@ mod tests {
     }
 
     #[test]
-    fn cells_are_ordered_by_method_task_ratio_seed_and_base() {
-        let order: Vec<_> = plan(&[])
-            .cells
-            .iter()
-            .map(|cell| (cell.method.clone(), cell.harmful_ratio, cell.seed, cell.base_seed))
-            .take(5)
-            .collect();
-        let none = || "none".to_owned();
-        let expected = [(0., 0, Some(0)), (0., 0, Some(1)), (0., 1, Some(0)), (0., 1, Some(1)), (0.1, 0, Some(0))];
-        assert_eq!(order, expected.map(|(ratio, seed, base)| (none(), ratio, seed, base)));
+    fn cells_are_in_the_order_of_the_axes() {
+        let order: Vec<_> = plan(&[]).cells.iter().map(Cell::label).take(5).collect();
+        let expected = [
+            "p=0, n=40, lr=0.001, base 0, seed 0",
+            "p=0, n=40, lr=0.001, base 0, seed 1",
+            "p=0, n=40, lr=0.001, base 1, seed 0",
+            "p=0, n=40, lr=0.001, base 1, seed 1",
+            "p=0.1, n=40, lr=0.001, base 0, seed 0",
+        ];
+        assert_eq!(order, expected.map(|rest| format!("none, chat, {rest}")));
     }
 
     #[test]

@@ -5,6 +5,7 @@ use titer_core::report::{ResultRow, Results};
 
 use super::differences::{TESTED, Test, Tested, correct, signed, test};
 use super::table::{Block, Method, Runs, Table, labels};
+use crate::experiment::axes::{Coordinate, Coordinates};
 
 /// The columns of a line.
 pub(super) const HEADINGS: [&str; 7] = ["method", "p", "metric", "A", "B", "B − A", "what follows"];
@@ -44,7 +45,9 @@ pub(super) fn sections(results: &Results, table: &Table) -> Vec<Section> {
 }
 
 fn of_place(results: &Results, blocks: &[(&Block, &ResultRow)]) -> Vec<Section> {
-    let (first, ResultRow { model, lora, task, samples, learning_rate, .. }) = blocks[0];
+    let (first, row) = blocks[0];
+    let ResultRow { model, lora, .. } = row;
+    let shared = Coordinates::of_row(row).of_block().map(Coordinate::titled).collect::<Vec<_>>().join(" · ");
     let settings: Vec<&str> = blocks.iter().map(|(block, _)| block.setting).collect();
     // The differing keys name models too, but among many others.
     let models = blocks.iter().any(|(_, row)| row.model != *model);
@@ -55,16 +58,16 @@ fn of_place(results: &Results, blocks: &[(&Block, &ResultRow)]) -> Vec<Section> 
     };
     let labels: Vec<String> = blocks.iter().zip(labels(results, &settings)).map(label).collect();
     let section = |((block, _), label): (&(&Block, &ResultRow), &String)| Section {
-        title: format!("{task} · n = {samples} · learning rate {learning_rate}"),
+        title: shared.clone(),
         settings: [labels[0].clone(), label.clone()],
         lines: lines(first, block),
     };
     blocks.iter().zip(&labels).skip(1).map(section).filter(|section| !section.lines.is_empty()).collect()
 }
 
-/// What rows must share to be compared: the coordinates but for the method, p and the seeds, and how they are measured.
-fn place(row: &ResultRow) -> (&str, usize, u64, &str) {
-    (&row.task, row.samples, row.learning_rate.to_bits(), &row.protocol)
+/// What rows must share to be compared: the coordinates that tell blocks apart, and how they are measured.
+fn place(row: &ResultRow) -> (Vec<Coordinate>, &str) {
+    (Coordinates::of_row(row).of_block().cloned().collect(), &row.protocol)
 }
 
 /// One cell and metric in two settings.

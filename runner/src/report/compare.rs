@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use titer_core::Result;
 use titer_core::report::{Failure, Provenance, ResultRow, Results, SCHEMA};
 
+use crate::experiment::axes::DEFENSES;
 use crate::manifest;
 use crate::report;
 use crate::results::file::load;
@@ -134,9 +135,6 @@ fn methods(rows: &[(&str, &ResultRow)]) -> Vec<String> {
     };
     rows.iter().zip(places).map(name).collect()
 }
-
-/// The key of the coordinates under which all of a method's defenses stand.
-const DEFENSES: &str = "defenses";
 
 /// What a method is: its defenses, their settings, and the data they draw from.
 fn definition(row: &ResultRow) -> Value {

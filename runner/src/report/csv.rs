@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 use titer_core::report::{METRICS, Results};
 use titer_core::{Error, Result};
 
+use crate::experiment::axes::Coordinates;
 use crate::names::{MISSING, visible, visible_json};
 
 /// The columns behind the metrics.
@@ -14,37 +15,24 @@ const ORIGIN: [&str; 6] = ["judge", "protocol", "id", "setting", "experiment", "
 pub(super) fn render(results: &Results) -> Result<String> {
     let failed = |error: &dyn std::fmt::Display| Error::run(format!("cannot write CSV: {error}"));
     let mut writer = csv::Writer::from_writer(Vec::new());
-    let settings = [
-        "method",
-        "align",
-        "fine_tune",
-        "post",
-        "task",
-        "model",
-        "base_seed",
-        "harmful_ratio",
-        "samples",
-        "learning_rate",
-        "lora",
-        "seed",
-    ];
-    let header = settings.into_iter().chain(METRICS.iter().map(|metric| metric.0)).chain(ORIGIN);
+    let rows: Vec<Coordinates> = results.rows.iter().map(Coordinates::of_row).collect();
+    // Rows of other versions may have axes of their own.
+    let mut axes: Vec<&str> = Vec::new();
+    for coordinate in rows.iter().flat_map(Coordinates::iter) {
+        if !axes.contains(&coordinate.name.as_str()) {
+            axes.push(&coordinate.name);
+        }
+    }
+    let settings = axes.iter().copied().chain(["model", "align", "fine_tune", "post", "lora"]);
+    let header = settings.chain(METRICS.iter().map(|metric| metric.0)).chain(ORIGIN);
     writer.write_record(header).map_err(|error| failed(&error))?;
-    for row in &results.rows {
-        let settings = [
-            text(&row.method),
-            defense(&row.align),
-            defense(&row.fine_tune),
-            defense(&row.post),
-            text(&row.task),
-            text(&row.model),
-            row.base_seed.map_or_else(String::new, |seed| seed.to_string()),
-            row.harmful_ratio.to_string(),
-            row.samples.to_string(),
-            row.learning_rate.to_string(),
-            text(&row.lora),
-            row.seed.to_string(),
-        ];
+    for (row, coordinates) in results.rows.iter().zip(&rows) {
+        let axes = axes.iter().map(|axis| {
+            let found = coordinates.iter().find(|coordinate| coordinate.name == *axis);
+            found.map_or_else(String::new, |coordinate| text(&coordinate.value))
+        });
+        let settings =
+            [text(&row.model), defense(&row.align), defense(&row.fine_tune), defense(&row.post), text(&row.lora)];
         let metric = |name: &str| row.metrics.get(name).map_or_else(String::new, |value| value.to_string());
         let metrics = METRICS.iter().map(|(name, ..)| metric(name));
         let origin = [
@@ -55,7 +43,7 @@ pub(super) fn render(results: &Results) -> Result<String> {
             text(&results.experiment),
             known(results.provenance.commit.as_deref().unwrap_or_default()),
         ];
-        let record = settings.into_iter().chain(metrics).chain(origin);
+        let record = axes.chain(settings).chain(metrics).chain(origin);
         writer.write_record(record).map_err(|error| failed(&error))?;
     }
     let bytes = writer.into_inner().map_err(|error| failed(&error))?;

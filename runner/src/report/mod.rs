@@ -83,6 +83,12 @@ fn readable(results: &Results) -> Results {
         [&mut row.method, &mut row.task, &mut row.model, &mut row.lora, &mut row.protocol]
             .into_iter()
             .for_each(&mut show);
+        let coordinates = row.coordinates.as_object_mut().into_iter().flatten();
+        for (_, value) in coordinates {
+            if let serde_json::Value::String(text) = value {
+                show(text);
+            }
+        }
         row.notes.iter_mut().chain(row.ledger.privileged.values_mut()).for_each(&mut show);
     }
     for failure in &mut results.failures {

@@ -18,6 +18,7 @@ use std::collections::BTreeMap;
 
 use titer_core::report::{Metrics, Published, ResultRow, Results};
 
+use crate::experiment::axes::{Coordinate, Coordinates};
 use crate::report::table::plain;
 use crate::stats::{Summary, wilson};
 
@@ -193,7 +194,10 @@ fn measured(results: &Results, published: &Published, metric: Metric, ratio: f64
     if let Some(lora) = published.lora.as_ref().filter(|lora| **lora != first.lora) {
         return Err(format!("published with {lora} LoRA, run with {}", first.lora));
     }
-    let setting = |row: &ResultRow| (row.protocol.clone(), row.setting.clone(), row.learning_rate.to_bits());
+    let setting = |row: &ResultRow| {
+        let block: Vec<Coordinate> = Coordinates::of_row(row).of_block().cloned().collect();
+        (row.protocol.clone(), row.setting.clone(), block)
+    };
     if rows.iter().any(|row| setting(row) != setting(first)) {
         return Err("results of several settings have this cell".into());
     }

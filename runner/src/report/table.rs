@@ -6,6 +6,7 @@ use serde_json::Value;
 use titer_core::report::{Metrics, ResultRow, Results};
 use titer_core::{Error, Result};
 
+use crate::experiment::axes::{Coordinate, Coordinates};
 use crate::manifest;
 use crate::names::visible;
 use crate::stats::Summary;
@@ -240,11 +241,15 @@ fn shortened(id: &str) -> &str {
     id.get(..8).unwrap_or(id)
 }
 
-/// What the rows of a block share.
+/// What the rows of a block share: `agnews · llama · n = 500 · learning rate 0.0003 · double LoRA`.
 fn title(row: &ResultRow) -> String {
-    let ResultRow { model, task, samples, learning_rate, lora, .. } = row;
-    format!("{task} · {model} · n = {samples} · learning rate {learning_rate} · {lora} LoRA")
-        .replace("full LoRA", "all parameters")
+    let lora = if row.lora == "full" { "all parameters".to_owned() } else { format!("{} LoRA", row.lora) };
+    let coordinates = Coordinates::of_row(row);
+    let mut parts: Vec<String> = coordinates.of_block().map(Coordinate::titled).collect();
+    // Which model it is says more than how long it was attacked.
+    parts.insert(1, row.model.clone());
+    parts.push(lora);
+    parts.join(" · ")
 }
 
 /// Whether the method is plain fine-tuning after plain alignment.

@@ -8,13 +8,15 @@ pub mod provenance;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use serde_json::{Value, json};
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value, json};
 use titer_core::generate::Finish;
 use titer_core::report::{Answer, Curves, Failure, Ledger, Metrics, Provenance, Published, ResultRow, Results, SCHEMA};
 use titer_core::{DefenseEntry, Error, Result, Verdict, registry};
 
 use crate::disk;
 use crate::execute::Outcome;
+use crate::experiment::axes::Coordinates;
 use crate::manifest::digest;
 use crate::plan::{Cell, Plan, PlannedStage, StageSpec};
 use crate::stage::train_loop::Record;
@@ -26,6 +28,8 @@ use crate::store::Store;
 /// The folder of stored answers, within a run's.
 pub const ANSWERS_FOLDER: &str = "answers";
 
+/// Letters of a cell in the name of a file; what follows them takes up to 40 more, and 255 are possible.
+const LONGEST_STEM: usize = 200;
 /// So many equal answers, if they are most, are a cause for concern.
 const SAME_ANSWERS: usize = 4;
 /// Of a repeated answer, so many letters are shown.
@@ -90,7 +94,7 @@ struct Assembly<'a> {
 }
 
 impl Assembly<'_> {
-    fn record<T: serde::de::DeserializeOwned>(&self, key: &str) -> Result<T> {
+    fn record<T: DeserializeOwned>(&self, key: &str) -> Result<T> {
         read_json(&self.store.artifact(&key.to_owned())?.file(RECORD)?)
     }
 
@@ -140,21 +144,21 @@ impl Assembly<'_> {
             .flat_map(|((_, probe, _), record)| record.counts(probe))
             .collect();
         Ok(ResultRow {
-            method: cell.method.clone(),
+            method: value(&cell.coordinates, "method")?,
             align: cell.align.clone(),
             fine_tune: cell.fine_tune.clone(),
             post: cell.post.clone(),
             model: cell.model.clone(),
-            base_seed: cell.base_seed,
-            task: cell.task.clone(),
-            harmful_ratio: cell.harmful_ratio,
-            samples: cell.samples,
-            learning_rate: cell.learning_rate,
-            seed: cell.seed,
+            base_seed: value(&cell.coordinates, "base_seed")?,
+            task: value(&cell.coordinates, "task")?,
+            harmful_ratio: value(&cell.coordinates, "harmful_ratio")?,
+            samples: value(&cell.coordinates, "samples")?,
+            learning_rate: value(&cell.coordinates, "learning_rate")?,
+            seed: value(&cell.coordinates, "seed")?,
             lora: cell.lora.clone(),
             protocol: cell.protocol.clone(),
             setting: cell.setting.clone(),
-            coordinates: cell.coordinates.clone(),
+            coordinates: cell.coordinates.clone().into(),
             id: cell.id.clone(),
             artifacts: artifacts(cell),
             notes: cell.notes.clone(),
@@ -409,14 +413,19 @@ fn thin(values: &[f64]) -> Vec<(usize, f64)> {
     values.chunks(run).enumerate().map(mean).collect()
 }
 
+/// A coordinate of its own type.
+fn value<T: DeserializeOwned>(coordinates: &Map<String, Value>, axis: &str) -> Result<T> {
+    serde_json::from_value(coordinates.get(axis).cloned().unwrap_or_default())
+        .map_err(|error| Error::run(format!("a cell of the plan has no fitting coordinate `{axis}`")).source(error))
+}
+
 /// A cell as the stem of a file name: readable, unique through the key of its last stage, and never longer than file names
 /// may be.
 fn file_stem(cell: &Cell) -> String {
-    let short = |name: &str| name.chars().take(60).collect::<String>();
-    let (method, task) = (short(&cell.method), short(&cell.task));
-    let words = format!("{method}-{task}-p{}-seed{}", cell.harmful_ratio, cell.seed);
+    let short = |term: String| term.chars().filter(|c| !"= ".contains(*c)).take(60).collect::<String>();
+    let words: Vec<String> = Coordinates::of(&cell.coordinates).terms().map(short).collect();
     let safe = |c: char| if c.is_ascii_alphanumeric() || ".-".contains(c) { c.to_ascii_lowercase() } else { '-' };
-    let words: String = words.chars().map(safe).collect();
+    let words: String = words.join("-").chars().map(safe).take(LONGEST_STEM).collect();
     let last = cell.post_key.as_ref().unwrap_or(&cell.fine_tune_key);
     format!("{words}-{}", &last[..last.len().min(8)])
 }

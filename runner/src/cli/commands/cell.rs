@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 use titer_core::report::{METRICS, ResultRow, Results};
 use titer_core::{Error, Result};
 
+use crate::experiment::axes::Coordinates;
 use crate::manifest::differences;
-use crate::plan::label::Label;
 use crate::report;
 use crate::results::file::load;
 
@@ -40,7 +40,7 @@ pub fn find(folder: &Path, words: &str) -> Result<Found> {
         rows = those(&|row| row.id.starts_with(&words.to_lowercase()));
     }
     if rows.is_empty() {
-        rows = those(&|row| Label::from(row).has(words));
+        rows = those(&|row| Coordinates::of_row(row).has(words));
     }
     match rows.as_slice() {
         [row] => {
@@ -82,7 +82,7 @@ pub fn list(folder: &Path) -> Result<String> {
 }
 
 fn label(row: &ResultRow) -> String {
-    Label::from(row).to_string()
+    Coordinates::of_row(row).label()
 }
 
 fn id(row: &ResultRow) -> &str {

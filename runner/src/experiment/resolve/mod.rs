@@ -19,7 +19,8 @@ use titer_core::text::Template;
 use titer_core::weights::LoraConfig;
 use titer_core::{Kind, Precision, arithmetic, bounds};
 
-use super::config::{AlignAdapter, Config, FineTuneConfig, FineTuneMode, Loaded};
+use super::axes::AXES;
+use super::config::{AlignAdapter, Config, FineTuneMode, Loaded};
 use super::spec::{AdapterSpec, EncodingSpec};
 use super::{Align, Experiment};
 use crate::diagnostics::Problems;
@@ -126,16 +127,7 @@ pub fn resolve(loaded: &Loaded) -> Result<Experiment, Problems> {
 impl Resolver<'_> {
     /// The product of everything that is swept over.
     fn cells(&mut self, config: &Config) -> bool {
-        let FineTuneConfig { tasks, samples, harmful_ratios, learning_rates, .. } = &config.fine_tune;
-        let axes = [
-            ("methods", config.methods.len()),
-            ("seeds", config.seeds.len()),
-            ("base.seeds", if config.base.pretrain.is_some() { config.base.seeds.len() } else { 1 }),
-            ("fine_tune.tasks", tasks.len()),
-            ("fine_tune.samples", samples.as_slice().len()),
-            ("fine_tune.harmful_ratios", harmful_ratios.len()),
-            ("fine_tune.learning_rates", learning_rates.len().max(1)),
-        ];
+        let axes: Vec<(&str, usize)> = AXES.iter().map(|axis| (axis.key, (axis.listed)(config))).collect();
         let cells = axes.iter().fold(1usize, |cells, (_, length)| cells.saturating_mul(*length));
         let longest = axes.iter().max_by_key(|(_, length)| *length).map_or("methods", |(key, _)| key);
         let message = format!("the experiment has {cells} cells, at most {} are possible", bounds::CELLS);
