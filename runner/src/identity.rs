@@ -16,9 +16,9 @@
 use std::collections::BTreeMap;
 
 use serde_json::{Map, Value, json};
+use titer_core::data::Row;
 use titer_core::optim::Schedule;
 use titer_core::registry::find;
-use titer_core::text::Row;
 use titer_core::weights::LoraConfig;
 use titer_core::{Stage, TaskEntry};
 

@@ -4,8 +4,10 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Tensor};
 
-use crate::weights::factor_names;
-use crate::{Grads, Result, Weights};
+use crate::error::Result;
+use crate::tensor::grads::Grads;
+use crate::weights::parameters::Weights;
+use crate::weights::schema::factor_names;
 
 /// All numbers of some weights by name, adapters included, widened to f64.
 #[derive(Debug, Clone)]

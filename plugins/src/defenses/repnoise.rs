@@ -7,9 +7,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use titer_core::data::{Batch, Tokens};
 use titer_core::model::sites_of_kind;
+use titer_core::tensor::ops;
 use titer_core::{
     AlignmentDefense, DefenseEntry, Limits, Privilege, Quirk, Result, Scalar, SettingsType, Sites, Stage, StepCx,
-    Update, inventory, no_conflict, ops,
+    Update, inventory, no_conflict,
 };
 
 use super::check_strength;
