@@ -19,7 +19,7 @@ use std::sync::OnceLock;
 use rayon::prelude::*;
 
 use crate::kernel::Kernel;
-use crate::matrix::Matrix;
+use crate::matrix::RawMatrix;
 use crate::parallel::Shared;
 
 /// Rows or columns of a tile, and pairs of the inner dimension that it spans.
@@ -91,9 +91,9 @@ fn allowed() -> bool {
 }
 
 /// Whether a product `m × n × k` with these strides can be, and is worth being, computed here.
-pub(crate) fn suits(c: &Matrix<*mut f32>, a: &Matrix<*const f32>, b: &Matrix<*const f32>) -> bool {
+pub(crate) fn suits(c: &RawMatrix<*mut f32>, a: &RawMatrix<*const f32>, b: &RawMatrix<*const f32>) -> bool {
     const WORTH: usize = 1 << 25;
-    let unit = |matrix: &Matrix<*const f32>| matrix.row_stride == 1 || matrix.column_stride == 1;
+    let unit = |matrix: &RawMatrix<*const f32>| matrix.row_stride == 1 || matrix.column_stride == 1;
     c.rows.min(c.columns).min(a.columns) >= PANEL
         && c.rows * c.columns * a.columns >= WORTH
         && c.column_stride == 1
@@ -108,11 +108,11 @@ impl Amx {
     /// [`suits`] is true, the matrices lie in valid memory, and nothing else accesses `C` meanwhile.
     pub(crate) unsafe fn multiply(
         self,
-        c: Matrix<*mut f32>,
+        c: RawMatrix<*mut f32>,
         accumulate: bool,
         alpha: f32,
-        a: Matrix<*const f32>,
-        b: Matrix<*const f32>,
+        a: RawMatrix<*const f32>,
+        b: RawMatrix<*const f32>,
         threads: usize,
     ) {
         let (panels, chunks) = (c.rows.div_ceil(PANEL), c.columns.div_ceil(COLUMNS).next_multiple_of(threads.max(1)));
@@ -120,7 +120,7 @@ impl Amx {
         let width = c.columns.div_ceil(chunks).next_multiple_of(PANEL);
         let chunks = c.columns.div_ceil(width);
         let (left, right) = (Lines::rows(a), Lines::columns(b));
-        let target = Target { data: Shared::new(c.data), stride: c.row_stride, size: [c.rows, c.columns] };
+        let target = Destination { data: Shared::new(c.data), stride: c.row_stride, size: [c.rows, c.columns] };
         let mut packed = LEFT.take();
         for k in (0..a.columns).step_by(DEPTH) {
             let depth = DEPTH.min(a.columns - k);
@@ -170,7 +170,7 @@ fn for_each(count: usize, threads: usize, f: impl Fn(usize) + Sync + Send) {
 
 /// Memory that tiles are packed into, kept by each thread for its next product.
 #[derive(Default)]
-struct Space(Vec<Line>);
+struct PackedTiles(Vec<Line>);
 
 #[derive(Clone, Copy)]
 #[repr(align(64))]
@@ -178,11 +178,11 @@ struct Space(Vec<Line>);
 struct Line([u8; 64]);
 
 thread_local! {
-    static LEFT: Cell<Space> = Cell::default();
-    static RIGHT: Cell<Space> = Cell::default();
+    static LEFT: Cell<PackedTiles> = Cell::default();
+    static RIGHT: Cell<PackedTiles> = Cell::default();
 }
 
-impl Space {
+impl PackedTiles {
     fn resize_at_least(&mut self, bytes: usize) {
         let lines = bytes.div_ceil(size_of::<Line>());
         if self.0.len() < lines {
@@ -214,11 +214,11 @@ enum Across {
 }
 
 impl Lines {
-    fn rows(a: Matrix<*const f32>) -> Self {
+    fn rows(a: RawMatrix<*const f32>) -> Self {
         Self { data: Shared::new(a.data.cast_mut()), count: a.rows, stride: [a.row_stride, a.column_stride] }
     }
 
-    fn columns(b: Matrix<*const f32>) -> Self {
+    fn columns(b: RawMatrix<*const f32>) -> Self {
         Self { data: Shared::new(b.data.cast_mut()), count: b.columns, stride: [b.column_stride, b.row_stride] }
     }
 
@@ -369,13 +369,13 @@ fn exchange<const D: usize>(rows: &mut [__m512i; TILE]) {
 }
 
 /// The matrix `C`.
-struct Target {
+struct Destination {
     data: Shared<f32>,
     stride: usize,
     size: [usize; 2],
 }
 
-impl Target {
+impl Destination {
     /// Adds up `steps` of two packed panels, and writes the sums to the block that begins at `from` or adds them to it.
     ///
     /// # Safety

@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use crate::gemm::{Factor, multiply};
-use crate::matrix::Matrix;
+use crate::matrix::RawMatrix;
 use crate::parallel::{Shared, tasks};
 use crate::reduce::{dot, max, sum};
 use crate::simd::simd;
@@ -191,13 +191,13 @@ impl<'a> Plan<'a> {
     }
 
     /// `count` tokens from `first` on, as a matrix `[count, width]`; `side` 0 for queries, 1 for keys.
-    fn tokens<P>(&self, data: P, side: usize, count: usize) -> Matrix<P> {
-        Matrix::row_major(data, [count, self.shape.width], self.stride[side])
+    fn tokens<P>(&self, data: P, side: usize, count: usize) -> RawMatrix<P> {
+        RawMatrix::row_major(data, [count, self.shape.width], self.stride[side])
     }
 }
 
-fn tile<P>(data: P, rows: usize, columns: usize) -> Matrix<P> {
-    Matrix::row_major(data, [rows, columns], columns)
+fn tile<P>(data: P, rows: usize, columns: usize) -> RawMatrix<P> {
+    RawMatrix::row_major(data, [rows, columns], columns)
 }
 
 /// One head of one row.

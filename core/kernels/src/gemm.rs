@@ -2,7 +2,7 @@
 
 use crate::arithmetic::{Arithmetic, chosen};
 use crate::kernel::Kernel;
-use crate::matrix::{Matrix, View, ViewMut};
+use crate::matrix::{RawMatrix, View, ViewMut};
 use crate::real::Real;
 use crate::{portable, skinny};
 
@@ -15,7 +15,7 @@ pub fn product<T: Factor>(alpha: T, a: View<T>, b: View<T>) -> Vec<T> {
     let mut c = Vec::<T>::with_capacity(size[0] * size[1]);
     // SAFETY: the views lie in their slices, and the product writes every element before it counts as initialised.
     unsafe {
-        let target = Matrix::row_major(c.as_mut_ptr(), size, size[1]);
+        let target = RawMatrix::row_major(c.as_mut_ptr(), size, size[1]);
         multiply(target, false, alpha, a.raw(), b.raw(), threads());
         c.set_len(size[0] * size[1]);
     }
@@ -61,11 +61,11 @@ pub trait Factor: Real {
     /// # Safety
     /// The matrices lie in valid memory, and nothing else accesses `C` meanwhile.
     unsafe fn multiply_specially(
-        _: Matrix<*mut Self>,
+        _: RawMatrix<*mut Self>,
         _accumulate: bool,
         _alpha: Self,
-        _: Matrix<*const Self>,
-        _: Matrix<*const Self>,
+        _: RawMatrix<*const Self>,
+        _: RawMatrix<*const Self>,
         _threads: usize,
     ) -> bool {
         false
@@ -75,11 +75,11 @@ pub trait Factor: Real {
 impl Factor for f32 {
     #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables, reason = "other processors have no tile unit"))]
     unsafe fn multiply_specially(
-        c: Matrix<*mut f32>,
+        c: RawMatrix<*mut f32>,
         accumulate: bool,
         alpha: f32,
-        a: Matrix<*const f32>,
-        b: Matrix<*const f32>,
+        a: RawMatrix<*const f32>,
+        b: RawMatrix<*const f32>,
         threads: usize,
     ) -> bool {
         // SAFETY: the caller's.
@@ -107,11 +107,11 @@ impl Factor for f64 {}
 /// # Safety
 /// The matrices lie in valid memory, and nothing else accesses `C` meanwhile.
 pub(crate) unsafe fn multiply<T: Factor>(
-    c: Matrix<*mut T>,
+    c: RawMatrix<*mut T>,
     accumulate: bool,
     alpha: T,
-    a: Matrix<*const T>,
-    b: Matrix<*const T>,
+    a: RawMatrix<*const T>,
+    b: RawMatrix<*const T>,
     threads: usize,
 ) {
     debug_assert_eq!((c.rows, c.columns, a.columns), (a.rows, b.columns, b.rows));

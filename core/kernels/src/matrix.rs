@@ -2,7 +2,7 @@
 
 /// A matrix behind a pointer, for kernels. `P` is the pointer. Others make a [`View`] or a [`ViewMut`].
 #[derive(Debug, Clone, Copy)]
-pub struct Matrix<P> {
+pub struct RawMatrix<P> {
     pub(crate) rows: usize,
     pub(crate) columns: usize,
     pub(crate) row_stride: usize,
@@ -10,7 +10,7 @@ pub struct Matrix<P> {
     pub(crate) data: P,
 }
 
-impl<P> Matrix<P> {
+impl<P> RawMatrix<P> {
     /// `rows × columns` whose rows are contiguous and `stride` elements apart.
     pub(crate) fn row_major(data: P, [rows, columns]: [usize; 2], stride: usize) -> Self {
         Self { rows, columns, row_stride: stride, column_stride: 1, data }
@@ -67,9 +67,9 @@ impl<'a, T> View<'a, T> {
         [self.rows, self.columns]
     }
 
-    pub(crate) fn raw(&self) -> Matrix<*const T> {
+    pub(crate) fn raw(&self) -> RawMatrix<*const T> {
         let [row_stride, column_stride] = self.strides;
-        Matrix { rows: self.rows, columns: self.columns, row_stride, column_stride, data: self.data.as_ptr() }
+        RawMatrix { rows: self.rows, columns: self.columns, row_stride, column_stride, data: self.data.as_ptr() }
     }
 }
 
@@ -98,8 +98,8 @@ impl<'a, T> ViewMut<'a, T> {
         [self.rows, self.columns]
     }
 
-    pub(crate) fn raw(&mut self) -> Matrix<*mut T> {
-        Matrix::row_major(self.data.as_mut_ptr(), [self.rows, self.columns], self.stride)
+    pub(crate) fn raw(&mut self) -> RawMatrix<*mut T> {
+        RawMatrix::row_major(self.data.as_mut_ptr(), [self.rows, self.columns], self.stride)
     }
 }
 

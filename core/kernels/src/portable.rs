@@ -10,7 +10,7 @@ use std::cell::Cell;
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
-use crate::matrix::Matrix;
+use crate::matrix::RawMatrix;
 use crate::parallel::Shared;
 use crate::real::Lanes;
 use crate::simd::dispatch;
@@ -35,11 +35,11 @@ const WORTH: usize = 1 << 17;
 /// # Safety
 /// The matrices lie in valid memory, and nothing else accesses `C` meanwhile.
 pub(crate) unsafe fn multiply<T: Lanes>(
-    c: Matrix<*mut T>,
+    c: RawMatrix<*mut T>,
     accumulate: bool,
     alpha: T,
-    a: Matrix<*const T>,
-    b: Matrix<*const T>,
+    a: RawMatrix<*const T>,
+    b: RawMatrix<*const T>,
     threads: usize,
 ) {
     // Vectors run along contiguous elements of `C`. Each element is the same sum either way.
@@ -49,7 +49,7 @@ pub(crate) unsafe fn multiply<T: Lanes>(
     }
     let (m, n, k) = (c.rows, c.columns, a.columns);
     let product = Product {
-        c: Matrix {
+        c: RawMatrix {
             data: Shared::new(c.data),
             rows: m,
             columns: n,
@@ -82,15 +82,15 @@ pub(crate) unsafe fn multiply<T: Lanes>(
     }
 }
 
-fn shared<T>(matrix: Matrix<*const T>) -> Matrix<Shared<T>> {
-    let Matrix { rows, columns, row_stride, column_stride, data } = matrix;
-    Matrix { rows, columns, row_stride, column_stride, data: Shared::new(data.cast_mut()) }
+fn shared<T>(matrix: RawMatrix<*const T>) -> RawMatrix<Shared<T>> {
+    let RawMatrix { rows, columns, row_stride, column_stride, data } = matrix;
+    RawMatrix { rows, columns, row_stride, column_stride, data: Shared::new(data.cast_mut()) }
 }
 
 struct Product<T> {
-    c: Matrix<Shared<T>>,
-    a: Matrix<Shared<T>>,
-    b: Matrix<Shared<T>>,
+    c: RawMatrix<Shared<T>>,
+    a: RawMatrix<Shared<T>>,
+    b: RawMatrix<Shared<T>>,
     accumulate: bool,
     alpha: T,
 }
@@ -111,7 +111,7 @@ impl<T: Lanes> WithSimd for Part<'_, T> {
         let (k, width) = (product.a.columns, T::lanes::<S>() * VECTORS);
         let many = size_of::<S::f32s>() >= 64;
         let padded = columns.len().next_multiple_of(width);
-        let mut space = Space::<T>::take(padded * DEPTH.min(k));
+        let mut space = PackedColumns::<T>::take(padded * DEPTH.min(k));
         let mut first = 0;
         // An inner dimension of zero is a sum of nothing.
         loop {
@@ -163,7 +163,7 @@ impl<T: Lanes> WithSimd for Part<'_, T> {
 /// The ranges lie within `B`, and `to` has room for them.
 #[inline(always)]
 unsafe fn pack<T: Lanes>(
-    b: &Matrix<Shared<T>>,
+    b: &RawMatrix<Shared<T>>,
     depths: std::ops::Range<usize>,
     columns: &std::ops::Range<usize>,
     lanes: usize,
@@ -345,7 +345,7 @@ unsafe fn load<T: Lanes, S: Simd>(at: *const T) -> T::Vector<S> {
 }
 
 /// Memory for packed columns that a thread keeps from one product to the next.
-struct Space<T> {
+struct PackedColumns<T> {
     words: Vec<u64>,
     of: std::marker::PhantomData<T>,
 }
@@ -354,7 +354,7 @@ thread_local! {
     static SPACE: Cell<Vec<u64>> = const { Cell::new(Vec::new()) };
 }
 
-impl<T> Space<T> {
+impl<T> PackedColumns<T> {
     fn take(count: usize) -> Self {
         let mut words = SPACE.take();
         let needed = (count * size_of::<T>()).div_ceil(size_of::<u64>());

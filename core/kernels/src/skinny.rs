@@ -7,7 +7,7 @@
 
 use pulp::{Simd, WithSimd};
 
-use crate::matrix::Matrix;
+use crate::matrix::RawMatrix;
 use crate::parallel::{Shared, tasks};
 use crate::simd::dispatch;
 
@@ -32,17 +32,17 @@ const GATHERED: [usize; 2] = [8, 2];
 /// # Safety
 /// The matrices lie in valid memory, and nothing else accesses `C` meanwhile.
 pub(crate) unsafe fn multiply(
-    c: Matrix<*mut f32>,
+    c: RawMatrix<*mut f32>,
     accumulate: bool,
     alpha: f32,
-    a: Matrix<*const f32>,
-    b: Matrix<*const f32>,
+    a: RawMatrix<*const f32>,
+    b: RawMatrix<*const f32>,
 ) -> bool {
     let (m, n, k) = (c.rows, c.columns, a.columns);
     let small = |size: usize, others: [usize; 2]| size <= SMALL && others.iter().all(|&other| other >= LARGE);
     // SAFETY: the caller's, in every branch.
     unsafe {
-        let result = |c: Matrix<*mut f32>| Target {
+        let result = |c: RawMatrix<*mut f32>| Target {
             data: Shared::new(c.data),
             strides: [c.row_stride, c.column_stride],
             accumulate,
@@ -98,7 +98,7 @@ struct Rows {
 }
 
 impl Rows {
-    fn of(matrix: Matrix<*const f32>) -> Self {
+    fn of(matrix: RawMatrix<*const f32>) -> Self {
         debug_assert_eq!(matrix.column_stride, 1);
         let (count, width, stride) = (matrix.rows, matrix.columns, matrix.row_stride);
         Self { data: Shared::new(matrix.data.cast_mut()), count, width, stride }
@@ -123,7 +123,7 @@ struct Copied {
 impl Copied {
     /// # Safety
     /// The matrix lies in valid memory.
-    unsafe fn of(matrix: Matrix<*const f32>) -> Self {
+    unsafe fn of(matrix: RawMatrix<*const f32>) -> Self {
         let at = |at: usize| {
             let (row, column) = (at / matrix.columns, at % matrix.columns);
             // SAFETY: the caller's.

@@ -4,12 +4,13 @@ use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 
+use super::open_pass::OpenPass;
 use super::step_context::{StepCx, named};
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
 use crate::model::loss::loss_of_hidden;
 use crate::model::replay::run_back;
-use crate::nn::forward::{BlockContext, Forward};
+use crate::nn::forward::Forward;
 use crate::nn::sites::Sites;
 use crate::tensor::bridge::{Piece, backward_from, gradient};
 use crate::tensor::grads::Grads;
@@ -17,13 +18,6 @@ use crate::tensor::scalar::Scalar;
 use crate::tensor::tape::Traced;
 use crate::tensor::tokens::Tokens;
 use crate::weights::parameters::Weights;
-
-/// A piece of the model whose results a defense holds, until a loss of them is differentiated.
-#[derive(Debug)]
-pub(super) struct OpenPass {
-    piece: Piece,
-    blocks: BlockContext,
-}
 
 impl StepCx<'_> {
     /// Hidden states `[batch, length, hidden_size]` for a loss of one's own, to be differentiated by
@@ -62,9 +56,9 @@ impl StepCx<'_> {
     ///
     /// # Errors
     /// A tensor operation failed.
-    pub fn finish(&mut self, x: &Tensor) -> Result<Tensor> {
+    pub fn final_norm(&mut self, x: &Tensor) -> Result<Tensor> {
         let model = self.model;
-        self.apply(self.weights, x, |x, pass| model.finish(x, pass))
+        self.apply(self.weights, x, |x, pass| model.final_norm(x, pass))
     }
 
     /// Logits `[rows, vocab_size]` of hidden states `[rows, hidden_size]`, as an operation of a candle expression.

@@ -13,6 +13,7 @@ pub mod alignment_defense;
 pub mod ancestry;
 mod custom_loss;
 pub mod entry;
+mod open_pass;
 pub mod scratch;
 pub mod stage;
 pub mod stage_context;

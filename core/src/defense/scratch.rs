@@ -109,7 +109,7 @@ mod tests {
         fn block(&self, _: usize, x: &Traced, _: &mut Forward) -> Result<Traced> {
             Ok(x.clone())
         }
-        fn finish(&self, x: &Traced, _: &mut Forward) -> Result<Traced> {
+        fn final_norm(&self, x: &Traced, _: &mut Forward) -> Result<Traced> {
             Ok(x.clone())
         }
         fn logits(&self, x: &Traced, _: &mut Forward) -> Result<Traced> {

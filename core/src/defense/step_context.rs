@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use candle_core::Tensor;
 
-use super::custom_loss::OpenPass;
+use super::open_pass::OpenPass;
 use crate::data::batch::Batch;
 use crate::defense::stage::Clock;
 use crate::defense::streams::Streams;
@@ -19,7 +19,7 @@ use crate::nn::sites::Sites;
 use crate::rng::{Generator, Seed, randn};
 use crate::tensor::grads::Grads;
 use crate::tensor::scalar::Scalar;
-use crate::tensor::tape::Gradients;
+use crate::tensor::tape::TapeGradients;
 use crate::tensor::tokens::Tokens;
 use crate::weights::parameters::Weights;
 
@@ -244,7 +244,7 @@ impl<'a> StepCx<'a> {
 }
 
 /// The gradients by the names of the trained parameters, and those of the sites.
-pub(super) fn named(weights: &Weights, mut found: Gradients) -> (Grads, Grads) {
+pub(super) fn named(weights: &Weights, mut found: TapeGradients) -> (Grads, Grads) {
     let trained = weights.trainable().iter();
     let grads = trained.filter_map(|(name, var)| Some((name.clone(), found.take(var.as_tensor())?))).collect();
     (grads, found.into_probes())

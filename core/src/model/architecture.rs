@@ -49,7 +49,7 @@ pub trait Model: Debug + Send + Sync {
     ///
     /// # Errors
     /// A tensor operation failed.
-    fn finish(&self, x: &Traced, pass: &mut Forward) -> Result<Traced>;
+    fn final_norm(&self, x: &Traced, pass: &mut Forward) -> Result<Traced>;
 
     /// Logits `[rows, vocab_size]` of hidden states `[rows, hidden_size]`. All have to be finite: a model with one that is not
     /// gives no answer.
@@ -77,7 +77,7 @@ pub trait Model: Debug + Send + Sync {
         if let Some(cache) = pass.cache.as_deref_mut() {
             cache.advance(&tokens.lengths);
         }
-        self.finish(&x, pass)
+        self.final_norm(&x, pass)
     }
 
     /// Parameters that no loss gradient reaches, each with the reason. Almost always empty.

@@ -5,7 +5,7 @@ use candle_core::Tensor;
 use crate::error::Result;
 use crate::model::architecture::Model;
 use crate::nn::forward::BlockContext;
-use crate::tensor::tape::{Gradients, Replay, Tape, Traced};
+use crate::tensor::tape::{Replay, Tape, TapeGradients, Traced};
 
 /// The backward pass of one forward pass, whose blocks run again if they kept nothing but their input.
 pub(crate) fn run_back(
@@ -13,12 +13,12 @@ pub(crate) fn run_back(
     tape: Tape,
     blocks: &BlockContext,
     seeds: Vec<(Traced, Tensor)>,
-) -> Result<Gradients> {
+) -> Result<TapeGradients> {
     tape.backward_with(seeds, &mut |replay, gradient| run_again(model, blocks, replay, gradient))
 }
 
 /// Runs a block again and then backwards.
-fn run_again(model: &dyn Model, blocks: &BlockContext, replay: &Replay, gradient: Tensor) -> Result<Gradients> {
+fn run_again(model: &dyn Model, blocks: &BlockContext, replay: &Replay, gradient: Tensor) -> Result<TapeGradients> {
     let mut sites = blocks.sites();
     let mut pass = blocks.pass(&mut sites, replay.dropout.clone());
     let x = pass.tape.source(&replay.input);

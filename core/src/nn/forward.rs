@@ -74,7 +74,7 @@ impl<'a> Forward<'a> {
     pub fn matrix(&mut self, id: ParamId) -> Traced<Matrix> {
         match self.weights.get(id) {
             Matrix::Dense(tensor) => (&self.tape.parameter(tensor)).into(),
-            packed @ Matrix::Packed(_) => Traced::constant(packed.clone()),
+            low @ Matrix::LowPrecision(_) => Traced::constant(low.clone()),
         }
     }
 

@@ -39,11 +39,6 @@ impl Linear {
         self.weight
     }
 
-    /// Whether the layer has a bias.
-    pub fn has_bias(&self) -> bool {
-        self.bias.is_some()
-    }
-
     /// `[..., input]` to `[..., output]`.
     ///
     /// # Errors

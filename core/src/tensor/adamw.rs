@@ -8,7 +8,7 @@ use super::scalar::Scalar;
 use crate::error::Result;
 
 /// Updates every parameter in place from its gradient `[n]` times `factor` and its moments `[2, n]`, f32 all three:
-/// `tensors` holds `[parameter, gradient, moments]`. A parameter of another type is widened and rounded back.
+/// `tensors` holds `[parameter, gradient, moments]`. A parameter of another type is converted to f32 and rounded back.
 ///
 /// # Errors
 /// A tensor operation failed.

@@ -338,6 +338,11 @@ pub(super) fn cross_entropy(
     launch(logits, "cross_entropy", rows, &arguments)
 }
 
+/// The mean of all elements.
+pub(super) fn mean(x: &Tensor) -> Result<Tensor> {
+    Ok(x.mean_all()?)
+}
+
 /// A batch of equally spaced row-major matrices; `ld` elements from one row to the next.
 #[derive(Clone, Copy)]
 struct Operand {

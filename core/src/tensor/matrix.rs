@@ -18,48 +18,48 @@ pub enum Matrix {
     /// In the type that is computed in; maybe under training.
     Dense(Tensor),
     /// Frozen, in fewer bits.
-    Packed(Arc<Packed>),
+    LowPrecision(Arc<LowPrecision>),
 }
 
 /// A frozen matrix in fewer bits than it is computed with, plus what was merged into it since.
 #[derive(Debug)]
-pub struct Packed {
-    store: Arc<Store>,
+pub struct LowPrecision {
+    store: Arc<Stored>,
     /// `B: [rows, r]` and `A: [r, columns]` in f32, to be added as `B A`. Rounded onto the stored numbers, most of an
     /// adapter would vanish: its entries are smaller than half a step between two of them.
     low_rank: Option<[Tensor; 2]>,
-    /// The type that widened numbers are wanted in.
+    /// The type that dequantized numbers are wanted in.
     computed: DType,
 }
 
 #[derive(Debug)]
-enum Store {
+enum Stored {
     Half(Tensor),
     Quantized(QTensor),
 }
 
 impl Matrix {
-    fn packed(store: Store, computed: DType) -> Self {
-        Self::Packed(Arc::new(Packed { store: Arc::new(store), low_rank: None, computed }))
+    fn low(store: Stored, computed: DType) -> Self {
+        Self::LowPrecision(Arc::new(LowPrecision { store: Arc::new(store), low_rank: None, computed }))
     }
 
     /// Numbers of 16 bits that are computed with in the type `computed`.
     pub(crate) fn half(tensor: &Tensor, dtype: DType, computed: DType) -> Result<Self> {
-        Ok(Self::packed(Store::Half(tensor.to_dtype(dtype)?), computed))
+        Ok(Self::low(Stored::Half(tensor.to_dtype(dtype)?), computed))
     }
 
     /// Quantized numbers that are computed with in the type `computed`.
     pub(crate) fn quantized(tensor: &Tensor, kind: GgmlDType, computed: DType) -> Result<Self> {
-        Ok(Self::packed(Store::Quantized(QTensor::quantize(tensor, kind)?), computed))
+        Ok(Self::low(Stored::Quantized(QTensor::quantize(tensor, kind)?), computed))
     }
 
     /// The sizes.
     pub fn dims(&self) -> &[usize] {
         match self {
             Self::Dense(tensor) => tensor.dims(),
-            Self::Packed(packed) => match &*packed.store {
-                Store::Half(tensor) => tensor.dims(),
-                Store::Quantized(quantized) => quantized.shape().dims(),
+            Self::LowPrecision(low) => match &*low.store {
+                Stored::Half(tensor) => tensor.dims(),
+                Stored::Quantized(quantized) => quantized.shape().dims(),
             },
         }
     }
@@ -68,7 +68,7 @@ impl Matrix {
     pub fn dtype(&self) -> DType {
         match self {
             Self::Dense(tensor) => tensor.dtype(),
-            Self::Packed(packed) => packed.computed,
+            Self::LowPrecision(low) => low.computed,
         }
     }
 
@@ -77,33 +77,33 @@ impl Matrix {
         let dense = |tensor: &Tensor| tensor.elem_count() * tensor.dtype().size_in_bytes();
         match self {
             Self::Dense(tensor) => dense(tensor),
-            Self::Packed(packed) => {
-                packed.low_rank.iter().flatten().map(dense).sum::<usize>()
-                    + match &*packed.store {
-                        Store::Half(tensor) => dense(tensor),
-                        Store::Quantized(quantized) => quantized.storage_size_in_bytes(),
+            Self::LowPrecision(low) => {
+                low.low_rank.iter().flatten().map(dense).sum::<usize>()
+                    + match &*low.store {
+                        Stored::Half(tensor) => dense(tensor),
+                        Stored::Quantized(quantized) => quantized.storage_size_in_bytes(),
                     }
             }
         }
     }
 
-    /// All numbers, in the type that is computed in. A packed matrix is widened anew at each call.
+    /// All numbers, in the type that is computed in. A matrix in low precision is dequantized anew at each call.
     ///
     /// # Errors
     /// The device failed.
     pub fn dense(&self) -> Result<Tensor> {
         match self {
             Self::Dense(tensor) => Ok(tensor.clone()),
-            Self::Packed(packed) => packed.rows(0..self.dims()[0]),
+            Self::LowPrecision(low) => low.rows(0..self.dims()[0]),
         }
     }
 
     /// All numbers in a type of which nothing is lost: as stored, or f32 for blocks and for what was merged.
     pub(crate) fn exact(&self) -> Result<Tensor> {
         match self {
-            Self::Packed(packed) => match (&*packed.store, &packed.low_rank) {
-                (Store::Half(tensor), None) => Ok(tensor.clone()),
-                _ => packed.wide_rows(0..self.dims()[0]),
+            Self::LowPrecision(low) => match (&*low.store, &low.low_rank) {
+                (Stored::Half(tensor), None) => Ok(tensor.clone()),
+                _ => low.wide_rows(0..self.dims()[0]),
             },
             Self::Dense(tensor) => Ok(tensor.clone()),
         }
@@ -116,33 +116,33 @@ impl Matrix {
     pub fn gather(&self, ids: &Tensor) -> Result<Tensor> {
         match self {
             Self::Dense(tensor) => Ok(tensor.index_select(ids, 0)?),
-            Self::Packed(packed) => {
-                let rows = match &*packed.store {
-                    Store::Half(tensor) => tensor.index_select(ids, 0)?.to_dtype(DType::F32)?,
-                    Store::Quantized(quantized) => quantized.embedding(ids)?,
+            Self::LowPrecision(low) => {
+                let rows = match &*low.store {
+                    Stored::Half(tensor) => tensor.index_select(ids, 0)?.to_dtype(DType::F32)?,
+                    Stored::Quantized(quantized) => quantized.embedding(ids)?,
                 };
-                packed.computed(rows, |b| b.index_select(ids, 0))
+                low.computed(rows, |b| b.index_select(ids, 0))
             }
         }
     }
 
     /// The matrix plus `scale · B A` for `a: [r, columns]` and `b: [rows, r]`. A dense one is rounded to its type; a
-    /// packed one keeps the factors beside the stored numbers, and nothing is rounded.
+    /// low one keeps the factors beside the stored numbers, and nothing is rounded.
     pub(crate) fn plus(&self, scale: f64, b: &Tensor, a: &Tensor) -> Result<Self> {
         match self {
             Self::Dense(tensor) => {
                 let delta = Gemm::NN.times(scale).product(b, a)?;
                 Ok(Self::Dense((tensor.to_dtype(delta.dtype())? + delta)?.to_dtype(tensor.dtype())?))
             }
-            Self::Packed(packed) => {
+            Self::LowPrecision(low) => {
                 let b = (b.to_dtype(DType::F32)? * scale)?;
                 let a = a.to_dtype(DType::F32)?;
-                let low_rank = match &packed.low_rank {
+                let low_rank = match &low.low_rank {
                     None => [b.contiguous()?, a.copy()?],
                     Some([before, earlier]) => [Tensor::cat(&[before, &b], 1)?, Tensor::cat(&[earlier, &a], 0)?],
                 };
-                let (store, computed) = (packed.store.clone(), packed.computed);
-                Ok(Self::Packed(Arc::new(Packed { store, low_rank: Some(low_rank), computed })))
+                let (store, computed) = (low.store.clone(), low.computed);
+                Ok(Self::LowPrecision(Arc::new(LowPrecision { store, low_rank: Some(low_rank), computed })))
             }
         }
     }
@@ -151,7 +151,7 @@ impl Matrix {
     pub(crate) fn detach(&self) -> Self {
         match self {
             Self::Dense(tensor) => Self::Dense(tensor.detach()),
-            packed @ Self::Packed(_) => packed.clone(),
+            low @ Self::LowPrecision(_) => low.clone(),
         }
     }
 
@@ -159,12 +159,12 @@ impl Matrix {
     pub(crate) fn copy(&self) -> Result<Self> {
         match self {
             Self::Dense(tensor) => Ok(Self::Dense(tensor.copy()?)),
-            packed @ Self::Packed(_) => Ok(packed.clone()),
+            low @ Self::LowPrecision(_) => Ok(low.clone()),
         }
     }
 }
 
-impl Packed {
+impl LowPrecision {
     /// The rows `range` as they are computed with, `[n, columns]`.
     pub(crate) fn rows(&self, range: Range<usize>) -> Result<Tensor> {
         Ok(self.wide_rows(range)?.to_dtype(self.computed)?)
@@ -173,11 +173,11 @@ impl Packed {
     /// The rows `range` in f32.
     fn wide_rows(&self, range: Range<usize>) -> Result<Tensor> {
         let rows = match &*self.store {
-            Store::Half(tensor) => tensor.narrow(0, range.start, range.len())?.to_dtype(DType::F32)?,
-            Store::Quantized(quantized) if range.len() == quantized.shape().dims()[0] => {
+            Stored::Half(tensor) => tensor.narrow(0, range.start, range.len())?.to_dtype(DType::F32)?,
+            Stored::Quantized(quantized) if range.len() == quantized.shape().dims()[0] => {
                 quantized.dequantize(&quantized.device())?
             }
-            Store::Quantized(quantized) => {
+            Stored::Quantized(quantized) => {
                 quantized.embedding(&Tensor::arange(range.start as u32, range.end as u32, &quantized.device())?)?
             }
         };
@@ -190,7 +190,7 @@ impl Packed {
         Ok(rows.to_dtype(self.computed)?)
     }
 
-    /// Adds what was merged to freshly widened f32 rows, given how to choose the same rows of `B`.
+    /// Adds what was merged to freshly dequantized f32 rows, given how to choose the same rows of `B`.
     fn add_low_rank(&self, rows: &Tensor, select: impl FnOnce(&Tensor) -> candle_core::Result<Tensor>) -> Result<()> {
         match &self.low_rank {
             None => Ok(()),

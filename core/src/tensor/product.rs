@@ -7,7 +7,7 @@ use titer_kernels::matrix::{View, ViewMut};
 
 use super::gemm::Gemm;
 use super::host::{Element, read, tensor, write};
-use super::matrix::{Matrix, Packed};
+use super::matrix::{LowPrecision, Matrix};
 use crate::error::{Error, Result};
 
 /// Dequantized numbers that exist at a time on the host: few enough to stay in the caches, enough that reading the other
@@ -19,8 +19,8 @@ impl Matrix {
     pub(super) fn product_transposed(&self, x: &Tensor) -> Result<Tensor> {
         match self {
             Self::Dense(w) => Gemm::NT.product(x, w),
-            Self::Packed(_) if !x.device().is_cpu() => Gemm::NT.product(x, &self.dense()?),
-            Self::Packed(_) => {
+            Self::LowPrecision(_) if !x.device().is_cpu() => Gemm::NT.product(x, &self.dense()?),
+            Self::LowPrecision(_) => {
                 let ((n, columns), rows) = (x.dims2()?, self.dims()[0]);
                 self.check_inner(x, 1)?;
                 let mut y = vec![0f32; n * rows];
@@ -41,8 +41,8 @@ impl Matrix {
     pub(super) fn product(&self, g: &Tensor) -> Result<Tensor> {
         match self {
             Self::Dense(w) => Gemm::NN.product(g, w),
-            Self::Packed(_) if !g.device().is_cpu() => Gemm::NN.product(g, &self.dense()?),
-            Self::Packed(_) => {
+            Self::LowPrecision(_) if !g.device().is_cpu() => Gemm::NN.product(g, &self.dense()?),
+            Self::LowPrecision(_) => {
                 let sum = Tensor::zeros((g.dims2()?.0, self.dims()[1]), g.dtype(), g.device())?;
                 self.add_product(&sum, g)?;
                 Ok(sum)
@@ -54,8 +54,8 @@ impl Matrix {
     pub(super) fn add_product(&self, sum: &Tensor, g: &Tensor) -> Result<()> {
         match self {
             Self::Dense(w) => Gemm::NN.add_to(sum, g, w),
-            Self::Packed(_) if !g.device().is_cpu() => Gemm::NN.add_to(sum, g, &self.dense()?),
-            Self::Packed(_) => {
+            Self::LowPrecision(_) if !g.device().is_cpu() => Gemm::NN.add_to(sum, g, &self.dense()?),
+            Self::LowPrecision(_) => {
                 let ((n, rows), columns) = (g.dims2()?, self.dims()[1]);
                 self.check_inner(g, 0)?;
                 if sum.elem_count() != n * columns {
@@ -87,27 +87,27 @@ impl Matrix {
 /// Calls `f` with the rows of a host matrix as they are computed with, chunk after chunk: the index of the first row,
 /// and the numbers. A dense matrix is one chunk.
 pub(super) fn chunks<T: Element>(matrix: &Matrix, mut f: impl FnMut(usize, &[T]) -> Result<()>) -> Result<()> {
-    let packed = match matrix {
+    let low = match matrix {
         Matrix::Dense(tensor) => return read(tensor, |all: &[T]| f(0, all)),
-        Matrix::Packed(packed) => packed,
+        Matrix::LowPrecision(low) => low,
     };
     let (rows, columns) = (matrix.dims()[0], matrix.dims()[1]);
     let step = (CHUNK / columns.max(1)).clamp(1, rows.max(1));
     let mut scratch = vec![T::zero(); step * columns];
     for first in (0..rows).step_by(step) {
         let part = &mut scratch[..step.min(rows - first) * columns];
-        dequantize(packed, first, columns, part)?;
+        dequantize(low, first, columns, part)?;
         f(first, part)?;
     }
     Ok(())
 }
 
 /// Fills `out` with the rows from `first` on, on all threads.
-fn dequantize<T: Element>(packed: &Packed, first: usize, columns: usize, out: &mut [T]) -> Result<()> {
+fn dequantize<T: Element>(low: &LowPrecision, first: usize, columns: usize, out: &mut [T]) -> Result<()> {
     let share = (out.len() / columns).div_ceil(threads());
     out.par_chunks_mut(share * columns).enumerate().try_for_each(|(index, out)| {
         let first = first + index * share;
-        let rows = packed.rows(first..first + out.len() / columns)?;
+        let rows = low.rows(first..first + out.len() / columns)?;
         read(&rows, |rows: &[T]| {
             out.copy_from_slice(rows);
             Ok(())

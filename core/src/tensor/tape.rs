@@ -123,7 +123,7 @@ impl Inputs<'_> {
 /// The backward pass of one operator: takes the gradient of its result and leaves those of its inputs.
 type Backward = Box<dyn FnOnce(Tensor, &mut Inputs) -> Result<()> + Send>;
 
-enum Kind {
+enum NodeKind {
     /// A parameter.
     Leaf(TensorId),
     /// A point whose gradient is asked for.
@@ -148,7 +148,7 @@ struct Node {
     inputs: Vec<Option<usize>>,
     /// The shape of the value as it was recorded; it may have been used in another one.
     shape: Shape,
-    kind: Kind,
+    kind: NodeKind,
 }
 
 /// The record of one forward pass.
@@ -167,12 +167,12 @@ impl std::fmt::Debug for Tape {
 
 /// The gradients that a backward pass found.
 #[derive(Debug, Default)]
-pub struct Gradients {
+pub struct TapeGradients {
     leaves: HashMap<TensorId, Tensor>,
     probes: BTreeMap<String, Tensor>,
 }
 
-impl Gradients {
+impl TapeGradients {
     /// The gradient of the parameter `tensor`, if the loss reaches it.
     pub fn take(&mut self, tensor: &Tensor) -> Option<Tensor> {
         self.leaves.remove(&tensor.id())
@@ -212,7 +212,7 @@ impl Tape {
         let node = match self.leaves.get(&tensor.id()) {
             Some(&node) => node,
             None => {
-                let node = self.push(vec![], tensor, Kind::Leaf(tensor.id()));
+                let node = self.push(vec![], tensor, NodeKind::Leaf(tensor.id()));
                 self.leaves.insert(tensor.id(), node);
                 node
             }
@@ -222,7 +222,7 @@ impl Tape {
 
     /// The same value, whose gradient will be reported under `name`.
     pub fn probe(&mut self, name: &str, value: &Traced) -> Traced {
-        let node = self.push(vec![value.node], &value.tensor, Kind::Probe(name.to_owned()));
+        let node = self.push(vec![value.node], &value.tensor, NodeKind::Probe(name.to_owned()));
         Traced { tensor: value.tensor.clone(), node: Some(node) }
     }
 
@@ -237,19 +237,19 @@ impl Tape {
             return Traced::constant(result);
         }
         let inputs = inputs.iter().map(|input| input.node).collect();
-        let node = self.push(inputs, &result, Kind::Operator(Box::new(backward)));
+        let node = self.push(inputs, &result, NodeKind::Operator(Box::new(backward)));
         Traced { tensor: result, node: Some(node) }
     }
 
     /// The result of a block that will be run again in the backward pass.
     pub(crate) fn record_block(&mut self, result: Tensor, input: &Traced, replay: Replay) -> Traced {
-        let node = self.push(vec![input.node], &result, Kind::Block(Box::new(replay)));
+        let node = self.push(vec![input.node], &result, NodeKind::Block(Box::new(replay)));
         Traced { tensor: result, node: Some(node) }
     }
 
     /// A value whose gradient is wanted, which came from elsewhere.
     pub(crate) fn source(&mut self, tensor: &Tensor) -> Traced {
-        let node = self.push(vec![], tensor, Kind::Leaf(tensor.id()));
+        let node = self.push(vec![], tensor, NodeKind::Leaf(tensor.id()));
         Traced { tensor: tensor.detach(), node: Some(node) }
     }
 
@@ -267,7 +267,7 @@ impl Tape {
     ///
     /// # Errors
     /// A tensor operation failed.
-    pub fn backward(self, seeds: Vec<(Traced, Tensor)>) -> Result<Gradients> {
+    pub fn backward(self, seeds: Vec<(Traced, Tensor)>) -> Result<TapeGradients> {
         self.backward_with(seeds, &mut |_, _| Err(Error::run("this pass keeps no blocks to run again")))
     }
 
@@ -276,37 +276,37 @@ impl Tape {
     pub(crate) fn backward_with(
         mut self,
         seeds: Vec<(Traced, Tensor)>,
-        replay: &mut dyn FnMut(&Replay, Tensor) -> Result<Gradients>,
-    ) -> Result<Gradients> {
+        replay: &mut dyn FnMut(&Replay, Tensor) -> Result<TapeGradients>,
+    ) -> Result<TapeGradients> {
         let mut slots: Vec<Option<Slot>> = Vec::new();
         slots.resize_with(self.nodes.len(), || None);
         for (value, gradient) in seeds {
             Inputs { nodes: &[value.node], slots: &mut slots }.add_shared(0, &gradient)?;
         }
-        let mut found = Gradients::default();
+        let mut found = TapeGradients::default();
         while let Some(Node { inputs, shape, kind }) = self.nodes.pop() {
             let Some(Slot { tensor, .. }) = slots.pop().expect("one slot per node") else { continue };
             let tensor = tensor.contiguous()?.reshape(shape)?;
             let mut into = Inputs { nodes: &inputs, slots: &mut slots };
             match kind {
-                Kind::Leaf(id) => found.add(id, tensor)?,
-                Kind::Probe(name) => {
+                NodeKind::Leaf(id) => found.add(id, tensor)?,
+                NodeKind::Probe(name) => {
                     into.add_shared(0, &tensor)?;
                     found.probes.insert(name, tensor);
                 }
-                Kind::Block(block) => {
+                NodeKind::Block(block) => {
                     let mut inner = replay(&block, tensor)?;
                     inner.take(&block.input).map_or(Ok(()), |gradient| into.add(0, gradient))?;
                     found.probes.append(&mut inner.probes);
                     inner.leaves.into_iter().try_for_each(|(id, gradient)| found.add(id, gradient))?;
                 }
-                Kind::Operator(backward) => backward(tensor, &mut into)?,
+                NodeKind::Operator(backward) => backward(tensor, &mut into)?,
             }
         }
         Ok(found)
     }
 
-    fn push(&mut self, inputs: Vec<Option<usize>>, value: &Tensor, kind: Kind) -> usize {
+    fn push(&mut self, inputs: Vec<Option<usize>>, value: &Tensor, kind: NodeKind) -> usize {
         self.nodes.push(Node { inputs, shape: value.shape().clone(), kind });
         self.nodes.len() - 1
     }

@@ -9,7 +9,7 @@ use crate::tensor::grads::Grads;
 use crate::weights::parameters::Weights;
 use crate::weights::schema::factor_names;
 
-/// All numbers of some weights by name, adapters included, widened to f64.
+/// All numbers of some weights by name, adapters included, converted to f64.
 #[derive(Debug, Clone)]
 pub(super) struct Numbers(BTreeMap<String, Vec<f64>>);
 

@@ -88,8 +88,8 @@ impl Model for Watched<'_> {
         self.model.block(index, x, pass)
     }
 
-    fn finish(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
-        self.model.finish(x, pass)
+    fn final_norm(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
+        self.model.final_norm(x, pass)
     }
 
     fn logits(&self, hidden: &Traced, pass: &mut Forward) -> Result<Traced> {

@@ -8,8 +8,7 @@ use tokenizers::pre_tokenizers::whitespace::WhitespaceSplit;
 use tokenizers::processors::template::TemplateProcessing;
 
 use super::guard::guarded;
-use crate::bounds;
-use crate::bounds::read_file;
+use crate::bounds::{self, read_file};
 use crate::error::{Error, Result};
 
 /// A tokenizer with its special tokens.

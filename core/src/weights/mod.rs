@@ -5,9 +5,10 @@
 //! | [`schema`] | declared parameters: name, shape, initialisation, role |
 //! | [`precision`] | how a base is stored: f32, half precision, quantized |
 //! | [`parameters`] | the numbers: views, snapshots, changes in place |
-//! | [`lora`] | low-rank adapters |
+//! | [`lora`] `adapters` | low-rank adapters; attaching, merging and dropping them |
 //! | `load` [`checkpoint`] | from a seed or a file and back; safetensors files |
 
+mod adapters;
 pub mod checkpoint;
 mod load;
 pub mod lora;

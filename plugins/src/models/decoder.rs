@@ -378,7 +378,7 @@ impl Model for Decoder {
         self.blocks[index].forward(index, x, pass)
     }
 
-    fn finish(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
+    fn final_norm(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
         self.norm.forward(x, pass)
     }
 

@@ -276,7 +276,7 @@ impl Model for Opt {
         self.blocks[index].forward(index, x, self.heads, pass)
     }
 
-    fn finish(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
+    fn final_norm(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
         self.norm.as_ref().map_or_else(|| Ok(x.clone()), |norm| norm.forward(x, pass))
     }
 

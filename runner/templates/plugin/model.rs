@@ -146,7 +146,7 @@ impl Model for MyPlugin {
         ops::add(&mut pass.tape, x, &y)
     }
 
-    fn finish(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
+    fn final_norm(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
         self.norm.forward(x, pass)
     }
 

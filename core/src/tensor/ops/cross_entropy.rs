@@ -165,7 +165,7 @@ fn head_cuda(h: &Tensor, w: &Tensor, targets: &Tensor, [wants_h, wants_w]: [bool
         }
     }
     let dh = wants_h.then(|| Tensor::cat(&parts, 0)?.reshape((count, width))).transpose()?;
-    Ok(Parts { loss: losses.mean_all()?, dh, dw })
+    Ok(Parts { loss: cuda::mean(&losses)?, dh, dw })
 }
 
 #[cfg(test)]

@@ -46,7 +46,7 @@ pub fn linear(
     if let Some(bias) = bias {
         add_bias(&y, bias.tensor())?;
     }
-    let adapter = low_rank.as_ref().map(|low_rank| Adapted::forward(&xs, low_rank, &y)).transpose()?;
+    let adapter = low_rank.as_ref().map(|low_rank| AdapterPass::forward(&xs, low_rank, &y)).transpose()?;
     if let Some(last) = shape.last_mut() {
         *last = w.dims()[0];
     }
@@ -94,7 +94,7 @@ fn wide(dtype: DType) -> DType {
 }
 
 /// What the adapter's part of the backward pass reads again.
-struct Adapted {
+struct AdapterPass {
     a: Tensor,
     b: Tensor,
     scale: f64,
@@ -103,7 +103,7 @@ struct Adapted {
     inner: Tensor,
 }
 
-impl Adapted {
+impl AdapterPass {
     /// Adds the adapter's part to `y`.
     fn forward(x: &Tensor, low_rank: &LowRank, y: &Tensor) -> Result<Self> {
         let cast = |factor: &Traced| factor.tensor().to_dtype(x.dtype());
