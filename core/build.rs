@@ -6,12 +6,16 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
 use std::{fs, io};
 
-const KERNELS: &str = "src/ops/cuda/kernels.cu";
+const KERNELS: &str = "src/tensor/cuda/kernels.cu";
+/// What a core is made of: its own sources and those of its CPU kernels.
+const SOURCES: [&str; 2] = ["src", "kernels/src"];
 const LOCK: &str = "../Cargo.lock";
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
-    println!("cargo::rerun-if-changed=src");
+    for folder in SOURCES {
+        println!("cargo::rerun-if-changed={folder}");
+    }
     for variable in ["NVCC", "CUDA_COMPUTE_CAP"] {
         println!("cargo::rerun-if-env-changed={variable}");
     }
@@ -21,7 +25,7 @@ fn main() {
     }
 }
 
-/// What a shared library must have in common with the runner that loads it: see `src/plugin.rs`.
+/// What a shared library must have in common with the runner that loads it: see `src/registry/plugin.rs`.
 fn fingerprint() {
     let flags = variable("CARGO_ENCODED_RUSTFLAGS").replace('\x1f', " ");
     for (name, value) in [
@@ -66,7 +70,9 @@ fn profile() -> String {
 /// A hash of all sources, with their paths.
 fn sources() -> io::Result<String> {
     let mut files = Vec::new();
-    list(Path::new("src"), &mut files)?;
+    for folder in SOURCES {
+        list(Path::new(folder), &mut files)?;
+    }
     files.sort();
     let mut hasher = DefaultHasher::new();
     for file in files {

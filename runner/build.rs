@@ -25,7 +25,7 @@ fn main() {
 /// Sets `TITER_COMMIT` to the commit of this checkout, with `-dirty` if sources were changed since. Without git, as in a
 /// copy of the sources, it stays unset.
 fn commit() {
-    for sources in ["src", "../core/src", "../plugins/src"] {
+    for sources in ["src", "../core/src", "../core/kernels/src", "../plugins/src"] {
         println!("cargo::rerun-if-changed={sources}");
     }
     // Every commit and checkout adds a line to this file.

@@ -6,8 +6,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use crate::error::io_error;
-use crate::{Error, Result};
+use crate::error::{Error, Result, io_error};
 
 /// Rows of one data set, drawn or asked for.
 pub const ROWS: usize = 1_000_000;

@@ -2,7 +2,8 @@
 
 use candle_core::{DType, Device};
 
-use crate::{Error, Precision, Result};
+use crate::error::{Error, Result};
+use crate::weights::precision::Precision;
 
 /// The device that `name` asks for: `cpu`, `cuda`, `cuda:N`, or `auto`, which takes the first CUDA device that
 /// works and the CPU otherwise.

@@ -6,9 +6,10 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-use crate::registry::Entry;
-use crate::text::Row;
-use crate::{Result, Settings, SettingsType};
+use crate::data::row::Row;
+use crate::error::Result;
+use crate::registry::entry::Entry;
+use crate::registry::settings::{Settings, SettingsType};
 
 /// What a judge makes of an answer.
 ///

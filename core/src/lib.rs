@@ -1,19 +1,25 @@
 //! What a plugin of Titer imports: the three traits, the registry and the training primitives.
 //!
-//! # Code map, in reading order
+//! # Code map, from the lowest floor to the highest
 //!
-//! | module | what it holds |
+//! A file imports from its own floor and from lower ones, never from a higher one; files of different folders never import
+//! each other in a circle. `tests/tests/structure.rs` holds this.
+//!
+//! | floor | what it holds |
 //! |---|---|
-//! | [`defense`] [`model`] [`task`] [`judge`] | one trait each, and the entry that registers it |
-//! | [`registry`] [`settings`] [`plugin`](mod@plugin) | looking plugins up by name; typed settings; plugin crates from elsewhere |
-//! | [`step`] [`sites`] [`grads`] [`scalar`] | the verbs of a defense, activation points, gradient arithmetic |
-//! | [`weights`] [`matrix`] [`checkpoint`] | parameters, LoRA, snapshots; how a base is stored; tensor files |
-//! | [`layers`] [`ops`] [`tape`] | what models are built of; differentiable operators; the backward pass |
-//! | [`text`] [`data`] [`rng`] | templates and tokenizers; streams and mixtures; named generators |
-//! | [`optim`] [`generate`] [`cache`] | AdamW and schedules; batched greedy decoding |
-//! | [`arithmetic`] | what decides the rounding of a result |
-//! | [`bounds`] | upper limits of what a user may ask for; reading files within them |
-//! | [`device`] [`event`] [`report`] [`error`] | device parsing; progress; `results.json`; errors |
+//! | `titer-kernels` (`core/kernels`) | the CPU kernels, a crate of its own: slices in, slices out, all `unsafe` of the CPU |
+//! | [`error`] [`bounds`] [`rng`] [`arithmetic`] [`event`] | errors; limits of what a user may ask for; named generators; what decides rounding; progress |
+//! | [`registry`] | looking plugins up by name; typed settings; plugin crates from elsewhere |
+//! | [`tensor`] | the tape and its operators, gradients, how a matrix is stored, the bridge to candle, the device kernels |
+//! | [`weights`] | declared parameters, LoRA, precision, checkpoints |
+//! | [`device`] [`optim`] | device and dtype parsing; AdamW and schedules |
+//! | [`nn`] | layers, activation points, the key/value cache, what travels along with a forward pass |
+//! | [`data`] | rows, examples, batches, streams, mixtures |
+//! | [`text`] | templates and tokenizers: rows to examples |
+//! | [`model`] | the trait of an architecture; loss, replay and generation for any of them |
+//! | [`task`] [`judge`] | one trait and its entry each |
+//! | [`defense`] | the trait, its entry, and the context that a defense works in |
+//! | [`report`] | `results.json` |
 //! | `testing` | with the feature of that name: what every defense and every model is checked for |
 //!
 //! # Laws
@@ -40,54 +46,38 @@
 
 pub mod arithmetic;
 pub mod bounds;
-pub mod cache;
-pub mod checkpoint;
 pub mod data;
 pub mod defense;
 pub mod device;
 pub mod error;
 pub mod event;
-pub mod generate;
-pub mod grads;
-mod guard;
 pub mod judge;
-pub mod layers;
-pub mod matrix;
 pub mod model;
-pub mod ops;
+pub mod nn;
 pub mod optim;
-pub mod plugin;
 pub mod registry;
 pub mod report;
 pub mod rng;
-pub mod scalar;
-pub mod settings;
-pub mod sites;
-pub mod step;
-pub mod tape;
 pub mod task;
+pub mod tensor;
 #[cfg(feature = "testing")]
 pub mod testing;
 pub mod text;
 pub mod weights;
 
+pub use data::Row;
 pub use defense::{
-    AlignmentDefense, Conflict, DefenseEntry, Limits, Privilege, Quirk, Stack, Stage, State, no_conflict, no_limits,
+    AlignmentDefense, Conflict, DefenseEntry, Limits, Pass, Privilege, Quirk, Stack, Stage, StageCx, State, StepCx,
+    Update, no_conflict, no_limits,
 };
 pub use error::{Error, Kind, Result};
-pub use grads::Grads;
 pub use judge::{Answers, Asked, Judge, JudgeEntry, Verdict};
-pub use matrix::{Matrix, Precision};
-pub use model::{Forward, Model, ModelEntry, ModelSpec};
-pub use registry::Entry;
-pub use scalar::Scalar;
-pub use settings::{Settings, SettingsType};
-pub use sites::Sites;
-pub use step::{Pass, StageCx, StepCx, Update};
-pub use tape::{Tape, Traced};
+pub use model::{Model, ModelEntry};
+pub use nn::{Forward, ModelSpec, Sites};
+pub use registry::{Entry, Settings, SettingsType};
 pub use task::{Task, TaskEntry};
-pub use text::Row;
-pub use weights::Weights;
+pub use tensor::{Grads, Matrix, Scalar, Tape, Traced};
+pub use weights::{Precision, Weights};
 
 /// Re-exported so that a plugin registers with the very `inventory` that the registry reads.
 pub use inventory;

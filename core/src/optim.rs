@@ -6,10 +6,13 @@ use std::f64::consts::PI;
 use candle_core::{DType, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use titer_kernels::adamw::AdamWStep;
 
-use crate::grads::Grads;
-use crate::weights::Weights;
-use crate::{Error, Result, Scalar, ops};
+use crate::error::{Error, Result};
+use crate::tensor::adamw::adamw;
+use crate::tensor::grads::Grads;
+use crate::tensor::scalar::Scalar;
+use crate::weights::parameters::Weights;
 
 /// The course of the learning rate after the warm-up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -109,15 +112,15 @@ impl AdamW {
             let (same, rest) = updates.into_iter().partition(|update| update.0 == age);
             updates = rest;
             let same: Vec<[Tensor; 3]> = same.into_iter().map(|(_, w, g, m): (i32, _, _, _)| [w, g, m]).collect();
-            ops::adamw(&same, factor, &self.numbers(age, learning_rate))?;
+            adamw(&same, factor, &self.numbers(age, learning_rate))?;
         }
         Ok(())
     }
 
     /// The numbers of a parameter's `age`-th update.
-    fn numbers(&self, age: i32, learning_rate: f64) -> ops::AdamWStep {
+    fn numbers(&self, age: i32, learning_rate: f64) -> AdamWStep {
         let [beta1, beta2] = self.config.betas;
-        ops::AdamWStep {
+        AdamWStep {
             decay: (1. - learning_rate * self.config.weight_decay) as f32,
             rate: (learning_rate / (1. - libm::pow(beta1, age.into()))) as f32,
             root: (1. - libm::pow(beta2, age.into())).sqrt() as f32,

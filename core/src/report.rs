@@ -6,8 +6,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::generate::Finish;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
+use crate::model::generate::Finish;
 
 /// The version of the schema.
 pub const SCHEMA: u32 = 2;

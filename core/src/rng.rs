@@ -9,7 +9,7 @@ use rand::distr::{Distribution, Uniform};
 use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
 
-use crate::Result;
+use crate::error::Result;
 
 /// The generator behind every random number: the same sequence on every machine.
 pub type Generator = rand_chacha::ChaCha8Rng;

@@ -3,10 +3,11 @@
 use std::fmt::Debug;
 use std::path::Path;
 
-use crate::registry::Entry;
+use crate::data::row::Row;
+use crate::error::Result;
+use crate::registry::entry::Entry;
+use crate::registry::settings::{Settings, SettingsType};
 use crate::rng::Seed;
-use crate::text::Row;
-use crate::{Result, Settings, SettingsType};
 
 /// A source of rows: a user's task, alignment data, harmful data or a set of prompts.
 ///

@@ -5,10 +5,10 @@ use std::path::Path;
 use candle_core::Device;
 use serde_json::{Value, json};
 use titer_core::bounds;
-use titer_core::checkpoint::Checkpoint;
 use titer_core::data::Batch;
-use titer_core::step::label_loss;
+use titer_core::model::label_loss;
 use titer_core::text::Tokenizer;
+use titer_core::weights::checkpoint::Checkpoint;
 use titer_core::{Error, Kind, Model, ModelEntry, Precision, Result, Weights, registry};
 
 use crate::disk;
@@ -47,7 +47,7 @@ impl BaseModel {
             .file(&tokenizer_path)
             .help("take tokenizer.json from the same model as the weights"));
         }
-        let weights = Weights::load(model.as_ref(), &mut Checkpoint::open(folder)?, precision, device)?;
+        let weights = Weights::load(model.params(), &mut Checkpoint::open(folder)?, precision, device)?;
         Ok(Self { model, tokenizer, weights })
     }
 

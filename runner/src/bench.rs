@@ -7,13 +7,13 @@ use rand::RngExt;
 use serde::Serialize;
 use serde_json::json;
 use titer_core::data::Batch;
+use titer_core::defense::{Clock, StepCx, Streams};
 use titer_core::device::{device_name, parse_dtype};
-use titer_core::generate::{Decoding, greedy};
-use titer_core::ops::Gemm;
+use titer_core::model::generate::{Decoding, greedy};
 use titer_core::optim::{AdamW, AdamWConfig};
 use titer_core::rng::{Seed, randn};
-use titer_core::step::{Clock, StepCx, Streams};
-use titer_core::weights::{HEAD, LoraConfig};
+use titer_core::tensor::ops::Gemm;
+use titer_core::weights::{LoraConfig, Role};
 use titer_core::{DefenseEntry, Error, Model, ModelEntry, Result, Settings, Weights, registry};
 
 use crate::memory::process_peak;
@@ -206,7 +206,7 @@ fn random_model(setup: &Setup, device: &Device) -> Result<(Box<dyn Model>, Weigh
         Error::config(message).key("model").help(format!("use {}", shapes()))
     })?;
     let model = shape.model(setup.layers)?;
-    let weights = Weights::random(model.as_ref(), Seed::new(0), parse_dtype(&setup.dtype, device)?, device)?;
+    let weights = Weights::random(model.params(), Seed::new(0), parse_dtype(&setup.dtype, device)?, device)?;
     Ok((model, weights))
 }
 
@@ -240,7 +240,7 @@ fn measure(setup: &Setup, device: &Device, mut work: impl FnMut() -> Result<()>)
 
 /// Elements of all linear layers but the head.
 fn linear_elements(model: &dyn Model) -> usize {
-    let linear = model.params().iter().filter(|param| param.linear && !param.name.starts_with(HEAD));
+    let linear = model.params().iter().filter(|param| param.role == Role::Linear);
     linear.map(|param| param.shape.iter().product::<usize>()).sum()
 }
 

@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 use candle_core::Tensor;
 use titer_core::bounds;
 use titer_core::error::io_error;
-use titer_core::{Error, Result, checkpoint};
+use titer_core::weights::checkpoint;
+use titer_core::{Error, Result};
 
 /// Whoever waits for a lock is told after this time.
 const PATIENCE: Duration = Duration::from_secs(1);

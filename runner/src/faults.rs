@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use candle_core::{Device, Tensor};
-use titer_core::checkpoint::Checkpoint;
-use titer_core::generate::Finish;
+use titer_core::model::generate::Finish;
 use titer_core::report::{Answer, Provenance, Results};
+use titer_core::weights::checkpoint::Checkpoint;
 use titer_core::{Error, Result};
 
 use crate::cli::progress::Journal;

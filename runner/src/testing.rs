@@ -255,7 +255,7 @@ impl Model for Net {
     fn block(&self, _index: usize, _x: &Traced, _pass: &mut Forward) -> Result<Traced> {
         Err(Error::run("a fake model computes nothing"))
     }
-    fn finish(&self, _x: &Traced, _pass: &mut Forward) -> Result<Traced> {
+    fn final_norm(&self, _x: &Traced, _pass: &mut Forward) -> Result<Traced> {
         Err(Error::run("a fake model computes nothing"))
     }
     fn logits(&self, _hidden: &Traced, _pass: &mut Forward) -> Result<Traced> {

@@ -4,8 +4,9 @@
 use candle_core::{DType, Device, Tensor, Var};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use titer_core::data::Tokens;
-use titer_core::ops::{self, Attention, Gemm, LowRank, Rope, Visibility};
 use titer_core::rng::{Seed, randn};
+use titer_core::tensor::ops::{Attention, Gemm, LowRank, Rope};
+use titer_core::tensor::{AttentionMask, ops};
 use titer_core::{Result, Tape, Traced};
 
 const ROWS: usize = 5;
@@ -48,7 +49,7 @@ fn operators(criterion: &mut Criterion) {
             bencher.iter(|| Gemm::NT.product(&flat, matrix).expect("a product"));
         });
         let rows = vec![vec![1u32; LENGTH]; ROWS];
-        let visibility = Visibility::new(&Tokens::pad(&rows, 0, &Device::Cpu).expect("tokens")).expect("positions");
+        let mask = AttentionMask::new(&Tokens::pad(&rows, 0, &Device::Cpu).expect("tokens")).expect("positions");
         let head = width / heads;
         let shape = Attention {
             query: heads,
@@ -61,11 +62,11 @@ fn operators(criterion: &mut Criterion) {
         group.bench_function("attention", |bencher| {
             bencher.iter(|| {
                 both(&[x.clone(), k.clone(), v.clone()], |tape, x| {
-                    shape.apply(tape, [&x[0], &x[1], &x[2]], &visibility)
+                    ops::attention(tape, shape, [&x[0], &x[1], &x[2]], &mask)
                 });
             });
         });
-        let rotation = Rope::new(&Rope::frequencies(head, 1e4), LENGTH).at(&visibility.positions, &x).expect("angles");
+        let rotation = Rope::new(&Rope::frequencies(head, 1e4), LENGTH).at(&mask.positions, &x).expect("angles");
         group.bench_function("rope", |bencher| {
             bencher.iter(|| both(std::slice::from_ref(&x), |tape, x| ops::rotate(tape, &x[0], &rotation)));
         });

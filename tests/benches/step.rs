@@ -21,7 +21,7 @@ fn model() -> Box<dyn Model> {
 fn steps(criterion: &mut Criterion) {
     let model = model();
     for (name, rows, method) in [("pretrain", 16, "sft"), ("sft", 8, "sft"), ("vaccine", 8, "vaccine")] {
-        let mut weights = Weights::random(model.as_ref(), Seed::new(1), DType::F32, &Device::Cpu).expect("weights");
+        let mut weights = Weights::random(model.params(), Seed::new(1), DType::F32, &Device::Cpu).expect("weights");
         if name == "pretrain" {
             weights.train_full().expect("weights");
         } else {

@@ -42,7 +42,7 @@ static std::barrier<>* block_barrier;
 static float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
 static unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
 
-#include "../../core/src/ops/cuda/kernels.cu"
+#include "../../core/src/tensor/cuda/kernels.cu"
 
 using namespace f32_kernels;
 using namespace bf16_kernels;

@@ -10,10 +10,10 @@ use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 use titer_core::data::{Batch, Example};
-use titer_core::generate::{Decoding, greedy};
+use titer_core::defense::{Clock, StepCx, Streams};
+use titer_core::model::generate::{Decoding, greedy};
 use titer_core::optim::{AdamW, AdamWConfig};
 use titer_core::rng::{Seed, randn};
-use titer_core::step::{Clock, StepCx, Streams};
 use titer_core::weights::LoraConfig;
 use titer_core::{Model, Settings, Update, Weights};
 use titer_tests::{build, defense};
@@ -57,7 +57,7 @@ fn model() -> Result<Box<dyn Model>> {
 
 /// An adapter whose both factors are random, on the device: all are drawn on the host, so that devices agree.
 fn weights(model: &dyn Model, dtype: DType, device: &Device) -> Result<Weights> {
-    let mut weights = Weights::random(model, Seed::new(1), dtype, device)?;
+    let mut weights = Weights::random(model.params(), Seed::new(1), dtype, device)?;
     weights.train_lora(&LoraConfig::default(), Seed::new(2))?;
     for (name, var) in weights.trainable() {
         let noise = randn(var.dims(), &mut Seed::new(3).named(name).generator(), device)?;

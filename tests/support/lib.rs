@@ -10,8 +10,8 @@ use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 use titer_core::data::Batch;
+use titer_core::defense::{Clock, StepCx, Streams};
 use titer_core::rng::{Generator, Seed};
-use titer_core::step::{Clock, StepCx, Streams};
 use titer_core::{AlignmentDefense, DefenseEntry, Model, ModelEntry, Settings, Sites, Update, Weights, registry};
 use titer_plugins as _;
 
@@ -80,7 +80,7 @@ pub fn all_tiny(dtype: DType, dropout: f32) -> Result<Vec<(Box<dyn Model>, Weigh
 
 fn adapted(config: &Value, dtype: DType, dropout: f32) -> Result<(Box<dyn Model>, Weights)> {
     let model = build(config)?;
-    let mut weights = Weights::random(model.as_ref(), Seed::new(1), dtype, &Device::Cpu)?;
+    let mut weights = Weights::random(model.params(), Seed::new(1), dtype, &Device::Cpu)?;
     adapt(&mut weights, dropout)?;
     Ok((model, weights))
 }

@@ -5,8 +5,8 @@ use std::process::Command;
 
 use candle_core::{DType, Device, Tensor};
 use titer::disk::write_tensors;
-use titer_core::checkpoint::Checkpoint;
 use titer_core::text::Tokenizer;
+use titer_core::weights::checkpoint::Checkpoint;
 use titer_core::{Weights, rng::Seed};
 use titer_tests::cli::{run, small, stderr, titer};
 use titer_tests::{build, variants};
@@ -154,7 +154,7 @@ fn malformed_files_and_arguments() {
 /// A checkpoint folder in Hugging Face's layout.
 fn model_folder(folder: &Path) {
     let model = build(&variants()[0].1).expect("a model");
-    let weights = Weights::random(model.as_ref(), Seed::new(1), DType::F32, &Device::Cpu).expect("weights");
+    let weights = Weights::random(model.params(), Seed::new(1), DType::F32, &Device::Cpu).expect("weights");
     let words = ["<pad>", "<bos>", "<user>", "<asst>", "<eos>", "a", "b"].map(str::to_owned);
     let tokenizer = Tokenizer::word_level(&words).expect("a tokenizer");
     titer::base_model::BaseModel { model, tokenizer, weights }.save(folder).expect("a folder");

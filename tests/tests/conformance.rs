@@ -8,7 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use titer_core::data::Batch;
-use titer_core::step::Clock;
+use titer_core::defense::Clock;
 use titer_core::testing::{Check, World, check_defense, check_model};
 use titer_core::{
     AlignmentDefense, DefenseEntry, Grads, Limits, ModelEntry, Privilege, SettingsType, Sites, Stage, StepCx, Update,

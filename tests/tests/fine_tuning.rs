@@ -6,9 +6,9 @@ use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 use titer_core::data::{Batch, Example, Stream, Tokens};
+use titer_core::defense::{Clock, Orphan, StepCx, Streams};
 use titer_core::model::sites_of_kind;
 use titer_core::rng::{Seed, randn};
-use titer_core::step::{Clock, Orphan, StepCx, Streams};
 use titer_core::text::{TEMPLATES, Template};
 use titer_core::{
     AlignmentDefense, DefenseEntry, Entry, Grads, Model, Row, Settings, Sites, StageCx, Update, Weights, registry,

@@ -12,14 +12,15 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
-use titer_core::checkpoint::Checkpoint;
 use titer_core::data::{Batch, Stream};
-use titer_core::generate::{Decoding, greedy};
+use titer_core::defense::{Clock, Orphan, StepCx, Streams};
+use titer_core::model::generate::{Decoding, greedy};
+use titer_core::model::label_loss;
 use titer_core::model::sites_of_kind;
 use titer_core::optim::{AdamW, AdamWConfig, Schedule};
 use titer_core::rng::Seed;
-use titer_core::step::{Clock, Orphan, StepCx, Streams, label_loss};
 use titer_core::weights::LoraConfig;
+use titer_core::weights::checkpoint::Checkpoint;
 use titer_core::{
     AlignmentDefense, DefenseEntry, Entry, Forward, Grads, Model, ModelEntry, Pass, Scalar, Settings, Sites, StageCx,
     Update, Weights, registry,
@@ -488,7 +489,7 @@ fn build(name: &str, settings: Value) -> Result<Box<dyn AlignmentDefense>> {
 
 /// The weights that a trace starts from.
 fn start(model: &dyn Model, file: &impl Fn(&str) -> Result<PathBuf>) -> Result<Weights> {
-    let mut weights = Weights::load(model, &mut Checkpoint::open(&file("base")?)?, DType::F32, &Device::Cpu)?;
+    let mut weights = Weights::load(model.params(), &mut Checkpoint::open(&file("base")?)?, DType::F32, &Device::Cpu)?;
     match file("lora_init") {
         Ok(adapter) => {
             let config = lora_config(&read_json(&file("lora_config")?)?)?;
@@ -648,7 +649,7 @@ fn lora_config(adapter: &Value) -> Result<LoraConfig> {
 fn check_forward(folder: &Path, base: &Path, model: &dyn Model) -> Result<String> {
     let mut worst = Worst::default();
     let mut golden = Checkpoint::open(&folder.join("golden.safetensors"))?;
-    let mut plain = Weights::load(model, &mut Checkpoint::open(base)?, DType::F32, &Device::Cpu)?;
+    let mut plain = Weights::load(model.params(), &mut Checkpoint::open(base)?, DType::F32, &Device::Cpu)?;
     let batch = read_batch(&mut Checkpoint::open(&folder.join("../_data/batches.safetensors"))?, "safe.0")?;
     check_variant(model, &plain, "base", &batch, &mut golden, &mut worst)?;
     let adapter = base.join("lora_all");

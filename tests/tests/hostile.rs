@@ -12,8 +12,9 @@ use titer::base_model::BaseModel;
 use titer::experiment::config::Config;
 use titer::experiment::resolve;
 use titer::plan::planner;
+use titer_core::data::Row;
 use titer_core::rng::{Generator, Seed};
-use titer_core::text::{Row, Template, Tokenizer};
+use titer_core::text::{Template, Tokenizer};
 use titer_core::{Precision, Weights};
 use titer_tests::cli::SMALL;
 use titer_tests::{build, variants};
@@ -145,7 +146,7 @@ impl Folder {
     fn new() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let model = build(&variants()[0].1).expect("a model");
-        let weights = Weights::random(model.as_ref(), Seed::new(1), DType::F32, &Device::Cpu).expect("weights");
+        let weights = Weights::random(model.params(), Seed::new(1), DType::F32, &Device::Cpu).expect("weights");
         let words = ["<pad>", "<bos>", "<user>", "<asst>", "<eos>", "a", "b"].map(str::to_owned);
         let tokenizer = Tokenizer::word_level(&words).expect("a tokenizer");
         BaseModel { model, tokenizer, weights }.save(folder.path()).expect("a folder");

@@ -20,7 +20,7 @@ fn device_kernels_equal_their_references() -> Result<()> {
     let shown = String::from_utf8_lossy(&ran.stdout).into_owned();
     ensure!(ran.status.success(), "{shown}");
     // Every kernel of the source is on the list, in both types where it has two.
-    let kernels = include_str!("../../core/src/ops/cuda/kernels.cu");
+    let kernels = include_str!("../../core/src/tensor/cuda/kernels.cu");
     let typed = kernels.lines().filter_map(|line| line.strip_prefix("KERNEL(")?.split(',').next());
     for name in typed {
         for suffix in ["f32", "bf16"] {

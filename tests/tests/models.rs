@@ -7,18 +7,18 @@ use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_transformers::models::llama as reference;
 use serde_json::Value;
-use titer_core::checkpoint::Checkpoint;
 use titer_core::data::Tokens;
-use titer_core::generate::{Continuation, Decoding, Finish, greedy, sample};
+use titer_core::defense::Streams;
+use titer_core::model::generate::{Continuation, Decoding, Finish, greedy, sample};
 use titer_core::rng::Seed;
-use titer_core::step::Streams;
-use titer_core::weights::{HEAD, LoraConfig};
+use titer_core::weights::checkpoint::Checkpoint;
+use titer_core::weights::{HEAD, LoraConfig, Role};
 use titer_core::{Forward, Model, Sites, Traced, Weights};
 use titer_tests::{adapt, batch, build, context, difference, loss, values, variants};
 
 fn random(config: &Value, dtype: DType) -> Result<(Box<dyn Model>, Weights)> {
     let model = build(config)?;
-    let weights = Weights::random(model.as_ref(), Seed::new(1), dtype, &Device::Cpu)?;
+    let weights = Weights::random(model.params(), Seed::new(1), dtype, &Device::Cpu)?;
     Ok((model, weights))
 }
 
@@ -72,7 +72,7 @@ fn every_adapter_gets_the_right_gradient() -> Result<()> {
     for (name, config) in variants() {
         let (model, mut weights) = random(&config, DType::F64)?;
         adapt(&mut weights, 0.)?;
-        let linears = model.params().iter().filter(|param| param.linear && !param.name.starts_with(HEAD));
+        let linears = model.params().iter().filter(|param| param.role == Role::Linear);
         assert_eq!(weights.trainable().len(), 2 * linears.count());
         check_gradients(name, model.as_ref(), &weights)?;
     }
@@ -259,7 +259,7 @@ fn a_checkpoint_without_the_leading_model_loads() -> Result<()> {
     let bare = |name: &str| name.trim_start_matches("model.").to_owned();
     let tensors = weights.named().map(|(name, matrix)| Ok((bare(name), matrix.dense()?)));
     candle_core::safetensors::save(&tensors.collect::<Result<std::collections::HashMap<_, _>>>()?, &path)?;
-    let loaded = Weights::load(model.as_ref(), &mut Checkpoint::open(&path)?, DType::F32, &Device::Cpu)?;
+    let loaded = Weights::load(model.params(), &mut Checkpoint::open(&path)?, DType::F32, &Device::Cpu)?;
     for ((name, ours), (_, theirs)) in loaded.named().zip(weights.named()) {
         assert!(difference(&ours.dense()?, &theirs.dense()?)? == 0., "{name}");
     }

@@ -5,8 +5,8 @@ use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 use titer_core::data::{Batch, Stream};
+use titer_core::defense::{Ancestry, Clock, Streams};
 use titer_core::rng::{Seed, randn};
-use titer_core::step::{Ancestry, Clock, Streams};
 use titer_core::weights::LoraConfig;
 use titer_core::{Grads, Model, Precision, StageCx, Weights};
 use titer_tests::cli::{answers, run, small, stderr, titer};
@@ -34,7 +34,7 @@ fn model() -> Result<Box<dyn Model>> {
 }
 
 fn fresh(model: &dyn Model, precision: impl Into<Precision>) -> Result<Weights> {
-    Ok(Weights::random(model, Seed::new(1), precision, &Device::Cpu)?)
+    Ok(Weights::random(model.params(), Seed::new(1), precision, &Device::Cpu)?)
 }
 
 /// Attaches an adapter of scale 2, and moves its factors as training would.

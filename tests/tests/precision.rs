@@ -5,11 +5,12 @@ use anyhow::Result;
 use candle_core::{DType, Device};
 use serde_json::{Value, json};
 use titer::disk::write_tensors;
-use titer_core::checkpoint::Checkpoint;
-use titer_core::generate::{Decoding, greedy};
+use titer_core::defense::Streams;
+use titer_core::model::generate::{Decoding, greedy};
+use titer_core::model::label_loss;
 use titer_core::rng::Seed;
-use titer_core::step::{Streams, label_loss};
-use titer_core::weights::LoraConfig;
+use titer_core::weights::checkpoint::Checkpoint;
+use titer_core::weights::{LoraConfig, Role};
 use titer_core::{Forward, Model, Precision, Sites, Weights};
 use titer_tests::cli::{run, small, stderr, titer};
 use titer_tests::{adapt, batch, build, context, difference};
@@ -33,7 +34,7 @@ fn configs() -> Vec<Value> {
 }
 
 fn random(model: &dyn Model, name: &str) -> Result<Weights> {
-    Ok(Weights::random(model, Seed::new(1), Precision::parse(name)?, &Device::Cpu)?)
+    Ok(Weights::random(model.params(), Seed::new(1), Precision::parse(name)?, &Device::Cpu)?)
 }
 
 /// The numbers that `weights` stand for, in f32, by way of a file.
@@ -41,7 +42,7 @@ fn widened(model: &dyn Model, weights: &Weights) -> Result<Weights> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("model.safetensors");
     write_tensors(&path, weights.base_tensors()?)?;
-    Ok(Weights::load(model, &mut Checkpoint::open(&path)?, DType::F32, &Device::Cpu)?)
+    Ok(Weights::load(model.params(), &mut Checkpoint::open(&path)?, DType::F32, &Device::Cpu)?)
 }
 
 #[test]
@@ -154,7 +155,7 @@ fn blocks_come_back_from_a_file_as_they_were() -> Result<()> {
         let path = folder.path().join("model.safetensors");
         write_tensors(&path, weights.base_tensors()?)?;
         let precision = Precision::parse(name)?;
-        let again = Weights::load(model.as_ref(), &mut Checkpoint::open(&path)?, precision, &Device::Cpu)?;
+        let again = Weights::load(model.params(), &mut Checkpoint::open(&path)?, precision, &Device::Cpu)?;
         assert_eq!(again.precision(), precision);
         assert_eq!(again.bytes(), weights.bytes());
         for ((param, a), (_, b)) in weights.named().zip(again.named()) {
@@ -187,7 +188,7 @@ fn stored_bytes_are_what_the_format_says() -> Result<()> {
     let count = |keep: &dyn Fn(&titer_core::weights::Param) -> bool| -> usize {
         model.params().iter().filter(|param| keep(param)).map(|param| param.shape.iter().product::<usize>()).sum()
     };
-    let blocks = count(&|param| param.linear && param.name != "lm_head.weight");
+    let blocks = count(&|param| param.role == Role::Linear);
     let vectors = count(&|param| param.shape.len() < 2);
     let rest = model.params().count() - blocks - vectors;
     assert!(blocks > 0 && rest == 2 * 23 * 256, "the embedding and the head");

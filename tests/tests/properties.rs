@@ -8,9 +8,9 @@ use proptest::prelude::*;
 use titer::experiment::spec::{OptimSpec, Steps};
 use titer::stage::train_loop::{Record, Training, Watch};
 use titer_core::data::{Batch, Example, Stream, harmful_count, mixture};
+use titer_core::defense::{Clock, Orphan, StepCx, Streams};
 use titer_core::optim::Schedule;
 use titer_core::rng::{Seed, permutation};
-use titer_core::step::{Clock, Orphan, StepCx, Streams};
 use titer_core::{DefenseEntry, Forward, Grads, Row, Sites, StageCx, Weights, registry};
 use titer_plugins::defenses::random_perturbation::{Measure, RandomPerturbation};
 use titer_plugins::defenses::vaccine::{Norm, Vaccine};
@@ -173,7 +173,7 @@ proptest! {
     fn a_merged_adapter_computes_the_same(lengths in lengths(), seed: u64, which in 0..variants().len()) {
         let config = &variants()[which].1;
         let model = build(config).unwrap();
-        let mut weights = Weights::random(model.as_ref(), Seed::new(seed), DType::F32, &Device::Cpu).unwrap();
+        let mut weights = Weights::random(model.params(), Seed::new(seed), DType::F32, &Device::Cpu).unwrap();
         adapt(&mut weights, 0.).unwrap();
         let batch = batch(23, &lengths, &mut Seed::new(seed).generator()).unwrap();
         let hidden = |weights: &Weights| {

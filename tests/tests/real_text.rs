@@ -80,7 +80,7 @@ fn make_model(folder: &Path) {
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 640
     });
     let model = titer_tests::build(&config).expect("a model");
-    let weights = Weights::random(model.as_ref(), Seed::new(1), DType::F32, &Device::Cpu).expect("weights");
+    let weights = Weights::random(model.params(), Seed::new(1), DType::F32, &Device::Cpu).expect("weights");
     let path = folder.join("model");
     std::fs::create_dir(&path).expect("a folder");
     BaseModel { model, tokenizer, weights }.save(&path).expect("a model folder");

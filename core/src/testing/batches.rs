@@ -10,9 +10,13 @@ use super::case::{Case, Run, seed};
 use super::fixture::{Adapted, joined, normal};
 use super::laws::runs;
 use super::numbers::{Numbers, distance};
-use crate::data::Stream;
-use crate::step::Streams;
-use crate::{Error, Grads, Precision, Result, Stage, Update};
+use crate::data::stream::Stream;
+use crate::defense::stage::Stage;
+use crate::defense::streams::Streams;
+use crate::defense::update::Update;
+use crate::error::{Error, Result};
+use crate::tensor::grads::Grads;
+use crate::weights::precision::Precision;
 
 /// Every micro batch of an update counts, and accumulated batches are one large batch, or the entry says why not.
 pub(super) fn accumulation(case: &Case) -> Result<Outcome> {
@@ -117,11 +121,11 @@ pub(super) fn bf16(case: &Case) -> Result<Outcome> {
 
 /// The stage runs over a base in blocks of eight bits.
 pub(super) fn q8_0(case: &Case) -> Result<Outcome> {
-    stored(case, Precision::Blocks(GgmlDType::Q8_0))
+    stored(case, Precision::Quantized(GgmlDType::Q8_0))
 }
 
 fn stored(case: &Case, precision: Precision) -> Result<Outcome> {
-    if precision.check_model(case.model).is_err() {
+    if precision.check(case.model.params()).is_err() {
         return Ok(Outcome::NotApplicable("the model's sizes do not fit these blocks"));
     }
     runs(&Case { precision, ..case.clone() })

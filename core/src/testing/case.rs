@@ -6,15 +6,24 @@ use serde_json::Value;
 use super::World;
 use super::fixture::{Adapted, Ancestors, SEED, padded, shift, stream, weights};
 use super::numbers::Numbers;
-use crate::data::{Batch, Stream};
-use crate::model::Model;
+use crate::data::batch::Batch;
+use crate::data::stream::Stream;
+use crate::defense::alignment_defense::{AlignmentDefense, State};
+use crate::defense::entry::{DefenseEntry, Limits};
+use crate::defense::stage::{Clock, Stage};
+use crate::defense::stage_context::StageCx;
+use crate::defense::step_context::StepCx;
+use crate::defense::streams::Streams;
+use crate::defense::update::Update;
+use crate::error::{Error, Result};
+use crate::model::architecture::Model;
 use crate::optim::{AdamW, AdamWConfig};
+use crate::registry::entry::Entry;
+use crate::registry::settings::Settings;
 use crate::rng::Seed;
-use crate::step::{Clock, StepCx, Streams};
-use crate::{
-    AlignmentDefense, DefenseEntry, Entry, Error, Limits, Precision, Result, Scalar, Settings, Stage, StageCx, State,
-    Update, Weights,
-};
+use crate::tensor::scalar::Scalar;
+use crate::weights::parameters::Weights;
+use crate::weights::precision::Precision;
 
 /// Updates of a stage.
 pub(super) const STEPS: usize = 5;

@@ -4,8 +4,10 @@ use serde_json::{Value, json};
 
 use super::case::table;
 use super::{Listed, Outcome};
-use crate::defense::DefenseEntry;
-use crate::{Entry, Result, Settings};
+use crate::defense::entry::DefenseEntry;
+use crate::error::Result;
+use crate::registry::entry::Entry;
+use crate::registry::settings::Settings;
 
 /// The checks of a defense that need no model.
 pub(super) const CHECKS: &[Listed<DefenseEntry>] =

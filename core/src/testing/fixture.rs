@@ -6,12 +6,20 @@ use candle_core::{DType, Device, Tensor};
 use rand::RngExt;
 use serde_json::Value;
 
-use crate::data::{Batch, Example, Stream, Tokens};
-use crate::model::{Model, ModelEntry};
+use crate::data::batch::Batch;
+use crate::data::example::Example;
+use crate::data::stream::Stream;
+use crate::defense::ancestry::Ancestry;
+use crate::defense::stage::Stage;
+use crate::error::{Error, Result};
+use crate::model::architecture::Model;
+use crate::model::entry::ModelEntry;
+use crate::registry::settings::Settings;
 use crate::rng::{Seed, randn};
-use crate::step::Ancestry;
-use crate::weights::LoraConfig;
-use crate::{Error, Precision, Result, Settings, Stage, Weights};
+use crate::tensor::tokens::Tokens;
+use crate::weights::lora::LoraConfig;
+use crate::weights::parameters::Weights;
+use crate::weights::precision::Precision;
 
 /// The seed of all that is random here.
 pub(super) const SEED: u64 = 11;
@@ -153,7 +161,7 @@ pub(super) fn weights(
     precision: Precision,
     trained: Adapted,
 ) -> Result<(Weights, Ancestors)> {
-    let base = Weights::random(model, Seed::new(SEED).named("base"), precision, &Device::Cpu)?;
+    let base = Weights::random(model.params(), Seed::new(SEED).named("base"), precision, &Device::Cpu)?;
     if stage == Stage::Align {
         let weights = adapted(base.merged()?, trained, "align")?;
         return Ok((weights, Ancestors { base, aligned: None }));

@@ -7,8 +7,9 @@ use super::case::{Case, Run};
 use super::numbers::Numbers;
 use super::watched::{PLANNED, Watched};
 use super::{Outcome, told};
-use crate::model::sites_of_kind;
-use crate::{Result, Stage};
+use crate::defense::stage::Stage;
+use crate::error::Result;
+use crate::model::architecture::sites_of_kind;
 
 /// A stage runs to its end on the declared streams, and its numbers stay finite.
 pub(super) fn runs(case: &Case) -> Result<Outcome> {

@@ -56,9 +56,10 @@ use std::fmt;
 
 pub use fixture::World;
 
-use crate::defense::{DefenseEntry, Stage};
-use crate::model::ModelEntry;
-use crate::{Error, Result};
+use crate::defense::entry::DefenseEntry;
+use crate::defense::stage::Stage;
+use crate::error::{Error, Result};
+use crate::model::entry::ModelEntry;
 use case::Case;
 
 /// What one check found.

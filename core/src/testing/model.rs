@@ -11,12 +11,23 @@ use super::entries::survives;
 use super::fixture::{Adapted, SEED, adapted, normal, padded, sizes, stream};
 use super::numbers::{distance, values};
 use super::{Listed, Outcome};
-use crate::cache::Cache;
-use crate::data::{Batch, Tokens};
-use crate::model::{Forward, Model, ModelEntry};
+use crate::data::batch::Batch;
+use crate::defense::stage::Clock;
+use crate::defense::step_context::StepCx;
+use crate::defense::streams::Streams;
+use crate::defense::update::Pass;
+use crate::error::{Error, Result};
+use crate::model::architecture::Model;
+use crate::model::entry::ModelEntry;
+use crate::model::loss::label_loss;
+use crate::nn::cache::Cache;
+use crate::nn::forward::Forward;
+use crate::nn::sites::Sites;
 use crate::rng::Seed;
-use crate::step::{Clock, StepCx, Streams, label_loss};
-use crate::{Error, Grads, Pass, Precision, Result, Sites, Weights};
+use crate::tensor::grads::Grads;
+use crate::tensor::tokens::Tokens;
+use crate::weights::parameters::Weights;
+use crate::weights::precision::Precision;
 
 /// The checks of an entry.
 pub(super) const ENTRY_CHECKS: &[Listed<ModelEntry>] =
@@ -57,7 +68,7 @@ fn config_json(entry: &ModelEntry) -> Result<Outcome> {
 }
 
 fn random(model: &dyn Model, precision: impl Into<Precision>) -> Result<Weights> {
-    Weights::random(model, Seed::new(SEED).named("base"), precision, &Device::Cpu)
+    Weights::random(model.params(), Seed::new(SEED).named("base"), precision, &Device::Cpu)
 }
 
 fn batch(model: &dyn Model) -> Result<Batch> {
@@ -225,12 +236,12 @@ fn bf16(model: &dyn Model) -> Result<Outcome> {
 }
 
 fn q8_0(model: &dyn Model) -> Result<Outcome> {
-    stored(model, Precision::Blocks(GgmlDType::Q8_0))
+    stored(model, Precision::Quantized(GgmlDType::Q8_0))
 }
 
 /// A base in fewer bits computes nearly the same.
 fn stored(model: &dyn Model, precision: Precision) -> Result<Outcome> {
-    if precision.check_model(model).is_err() {
+    if precision.check(model.params()).is_err() {
         return Ok(Outcome::NotApplicable("the sizes do not fit these blocks"));
     }
     let batch = batch(model)?;

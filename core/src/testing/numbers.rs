@@ -4,10 +4,12 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Tensor};
 
-use crate::weights::factor_names;
-use crate::{Grads, Result, Weights};
+use crate::error::Result;
+use crate::tensor::grads::Grads;
+use crate::weights::parameters::Weights;
+use crate::weights::schema::factor_names;
 
-/// All numbers of some weights by name, adapters included, widened to f64.
+/// All numbers of some weights by name, adapters included, converted to f64.
 #[derive(Debug, Clone)]
 pub(super) struct Numbers(BTreeMap<String, Vec<f64>>);
 

@@ -4,7 +4,7 @@ use super::Outcome;
 use super::case::{Case, seed};
 use super::fixture::noise_like;
 use super::numbers::dot;
-use crate::Result;
+use crate::error::Result;
 
 /// Half the distance of the two points of a central difference, along a direction of unit deviation.
 const REACH: f64 = 1e-6;

@@ -2,7 +2,7 @@
 
 use super::Outcome;
 use super::case::Case;
-use crate::Result;
+use crate::error::Result;
 
 /// Stopped and put together again from what is stored, the stage ends in the same bits.
 pub(super) fn resume(case: &Case) -> Result<Outcome> {

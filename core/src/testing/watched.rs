@@ -5,11 +5,13 @@ use std::sync::{Mutex, MutexGuard};
 
 use serde_json::Value;
 
-use crate::data::Tokens;
-use crate::model::{Forward, Model, ModelSpec};
-use crate::tape::Traced;
-use crate::weights::{ParamId, ParamList};
-use crate::{Error, Result};
+use crate::error::{Error, Result};
+use crate::model::architecture::Model;
+use crate::nn::forward::Forward;
+use crate::nn::spec::ModelSpec;
+use crate::tensor::tape::Traced;
+use crate::tensor::tokens::Tokens;
+use crate::weights::schema::{ParamId, ParamList};
 
 /// What the failing pass says.
 pub(super) const PLANNED: &str = "this pass was meant to fail";
@@ -86,8 +88,8 @@ impl Model for Watched<'_> {
         self.model.block(index, x, pass)
     }
 
-    fn finish(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
-        self.model.finish(x, pass)
+    fn final_norm(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
+        self.model.final_norm(x, pass)
     }
 
     fn logits(&self, hidden: &Traced, pass: &mut Forward) -> Result<Traced> {

@@ -2,8 +2,9 @@
 
 use candle_core::{DType, Device, Tensor};
 use nalgebra::DMatrix;
-use titer_core::ops::{self, Gemm};
-use titer_core::step::Ancestry;
+use titer_core::defense::Ancestry;
+use titer_core::tensor::ops;
+use titer_core::tensor::ops::Gemm;
 use titer_core::weights::Adapter;
 use titer_core::{Conflict, Error, Matrix, Result, Stack, StageCx, Weights};
 

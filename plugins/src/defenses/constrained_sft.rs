@@ -12,9 +12,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use titer_core::data::Batch;
+use titer_core::tensor::ops;
 use titer_core::{
     AlignmentDefense, DefenseEntry, Privilege, Quirk, Result, Scalar, SettingsType, Sites, Stage, StageCx, State,
-    StepCx, Update, Weights, inventory, no_conflict, no_limits, ops,
+    StepCx, Update, Weights, inventory, no_conflict, no_limits,
 };
 
 use super::check_strength;

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use titer_core::{Error, Grads, Result, Scalar, State, Weights, ops};
+use titer_core::tensor::ops;
+use titer_core::{Error, Grads, Result, Scalar, State, Weights};
 
 /// Parameters by the role they play in a defense, such as `teacher`. In a checkpoint they are called
 /// `teacher.<parameter>`.

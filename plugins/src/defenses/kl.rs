@@ -10,9 +10,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use titer_core::data::Batch;
+use titer_core::tensor::ops;
 use titer_core::{
     AlignmentDefense, DefenseEntry, Limits, Privilege, Quirk, Result, Scalar, SettingsType, Sites, Stage, StageCx,
-    State, StepCx, Update, Weights, inventory, no_conflict, ops,
+    State, StepCx, Update, Weights, inventory, no_conflict,
 };
 
 use super::check_strength;

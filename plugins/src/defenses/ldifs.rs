@@ -14,11 +14,12 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use titer_core::data::{Batch, Tokens};
+use titer_core::defense::Clock;
 use titer_core::model::sites_of_kind;
-use titer_core::step::Clock;
+use titer_core::tensor::ops;
 use titer_core::{
     AlignmentDefense, DefenseEntry, Error, Limits, Model, Privilege, Quirk, Result, Scalar, SettingsType, Sites, Stage,
-    StageCx, State, StepCx, Update, inventory, no_conflict, ops,
+    StageCx, State, StepCx, Update, inventory, no_conflict,
 };
 
 use super::kept::Kept;

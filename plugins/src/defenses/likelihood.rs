@@ -1,8 +1,9 @@
 //! Log-probabilities as candle expressions, for losses of a defense's own.
 
 use candle_core::{DType, Tensor};
+use titer_core::Result;
 use titer_core::data::Batch;
-use titer_core::{Result, ops};
+use titer_core::tensor::ops;
 
 /// The hidden states that predict a label, `[labels, width]`, out of `[batch, length, width]`.
 ///

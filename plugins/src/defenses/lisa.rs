@@ -11,7 +11,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use titer_core::data::Batch;
-use titer_core::step::Clock;
+use titer_core::defense::Clock;
 use titer_core::{
     AlignmentDefense, DefenseEntry, Error, Limits, Privilege, Quirk, Result, SettingsType, Sites, Stage, StageCx,
     State, StepCx, Update, Weights, inventory, no_conflict,

@@ -8,7 +8,7 @@ use candle_core::Tensor;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use titer_core::ops::Gemm;
+use titer_core::tensor::ops::Gemm;
 use titer_core::weights::factor_names;
 use titer_core::{
     AlignmentDefense, Conflict, DefenseEntry, Grads, Privilege, Result, SettingsType, Stack, Stage, StageCx, inventory,

@@ -26,7 +26,7 @@ pub mod vlguard;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use titer_core::step::Clock;
+use titer_core::defense::Clock;
 use titer_core::{Error, Grads, Quirk, Result, Update};
 
 /// Which micro batches of an update count under gradient accumulation.

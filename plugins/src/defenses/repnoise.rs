@@ -7,9 +7,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use titer_core::data::{Batch, Tokens};
 use titer_core::model::sites_of_kind;
+use titer_core::tensor::ops;
 use titer_core::{
     AlignmentDefense, DefenseEntry, Limits, Privilege, Quirk, Result, Scalar, SettingsType, Sites, Stage, StepCx,
-    Update, inventory, no_conflict, ops,
+    Update, inventory, no_conflict,
 };
 
 use super::check_strength;
@@ -139,7 +140,7 @@ impl RepNoise {
         let mut sum = self.loss(cx, last, batch, mask, true)?;
         let again = (self.readout == Readout::Published).then_some(last);
         for stream in streams.iter().chain(again) {
-            let state = if self.half_precision { finish_in_half(cx, stream)? } else { cx.finish(stream)? };
+            let state = if self.half_precision { finish_in_half(cx, stream)? } else { cx.final_norm(stream)? };
             sum = (sum + self.loss(cx, &state, batch, mask, true)?)?;
         }
         let blocks = states.len() as f64;
@@ -158,8 +159,8 @@ fn rounded(x: &Tensor) -> Result<Tensor> {
 /// The final norm as it is taken of states in bf16: what goes in is rounded, and so is the normed state before the norm's
 /// scale, which is what the norm makes of a vector of ones (of a root-mean-square norm, as the published code needs).
 fn finish_in_half(cx: &mut StepCx, stream: &Tensor) -> Result<Tensor> {
-    let scale = cx.finish(&stream.ones_like()?)?.detach();
-    Ok((rounded(&(cx.finish(&rounded(stream)?)? / &scale)?)? * scale)?)
+    let scale = cx.final_norm(&stream.ones_like()?)?.detach();
+    Ok((rounded(&(cx.final_norm(&rounded(stream)?)? / &scale)?)? * scale)?)
 }
 
 /// The published cross-entropy over next tokens: logits are zeroed where the predicting token is masked, labels where

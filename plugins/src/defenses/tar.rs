@@ -7,9 +7,10 @@ use serde_json::{Value, json};
 use titer_core::data::Batch;
 use titer_core::model::sites_of_kind;
 use titer_core::optim::{AdamW, AdamWConfig};
+use titer_core::tensor::ops;
 use titer_core::{
     AlignmentDefense, DefenseEntry, Error, Grads, Limits, Privilege, Quirk, Result, Scalar, SettingsType, Sites, Stage,
-    StageCx, State, StepCx, Update, inventory, no_conflict, ops,
+    StageCx, State, StepCx, Update, inventory, no_conflict,
 };
 
 use super::check_strength;

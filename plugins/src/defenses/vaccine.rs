@@ -5,9 +5,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use titer_core::data::Batch;
 use titer_core::model::sites_of_kind;
+use titer_core::tensor::ops;
 use titer_core::{
     AlignmentDefense, DefenseEntry, Error, Grads, Limits, Privilege, Result, SettingsType, Sites, Stage, StepCx,
-    Update, inventory, no_conflict, ops,
+    Update, inventory, no_conflict,
 };
 
 use super::{MicroBatches, check_strength};

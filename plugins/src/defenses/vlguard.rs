@@ -9,7 +9,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use titer_core::data::{Batch, Stream};
-use titer_core::step::Streams;
+use titer_core::defense::Streams;
 use titer_core::{
     AlignmentDefense, DefenseEntry, Privilege, Result, SettingsType, Sites, Stage, StepCx, Update, inventory,
     no_conflict, no_limits,

@@ -9,9 +9,10 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use titer_core::bounds;
 use titer_core::data::Tokens;
-use titer_core::layers::{Embedding, GatedMlp, Linear, RmsNorm, attention, deviation};
-use titer_core::ops::{self, Attention, Rope};
-use titer_core::weights::{HEAD, ParamId, ParamList};
+use titer_core::nn::layers::{Embedding, GatedMlp, Linear, RmsNorm, attention, deviation};
+use titer_core::tensor::ops;
+use titer_core::tensor::ops::{Attention, Rope};
+use titer_core::weights::{ParamId, ParamList};
 use titer_core::{Error, Forward, Model, ModelSpec, Result, Settings, Traced};
 
 use super::rope_scaling::{RopeScaling, normalise};
@@ -285,7 +286,7 @@ impl Decoder {
         let blocks = windows.into_iter().enumerate().map(block).collect();
         let norm = RmsNorm::new(&mut params, "model.norm", width, keys.rms_norm_eps);
         let head = (!keys.tie_word_embeddings)
-            .then(|| Linear::new(&mut params, HEAD, (width, vocabulary), false, deviation(std, width, 1)));
+            .then(|| Linear::head(&mut params, (width, vocabulary), deviation(std, width, 1)));
         check_count(&params)?;
         let (spec, rope) = (keys.spec(), keys.rope());
         Ok(Self { config: written(config), spec, params, rope, embedding, blocks, norm, head })
@@ -369,7 +370,7 @@ impl Model for Decoder {
 
     fn embed(&self, tokens: &Tokens, pass: &mut Forward) -> Result<Traced> {
         let embedded = self.embedding.forward(&tokens.ids, pass)?;
-        pass.rotation = Some(self.rope.at(&pass.visibility()?.positions, embedded.tensor())?);
+        pass.rotation = Some(self.rope.at(&pass.mask()?.positions, embedded.tensor())?);
         pass.sites.visit("embed", embedded, &mut pass.tape)
     }
 
@@ -377,7 +378,7 @@ impl Model for Decoder {
         self.blocks[index].forward(index, x, pass)
     }
 
-    fn finish(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
+    fn final_norm(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
         self.norm.forward(x, pass)
     }
 

@@ -10,9 +10,10 @@ use candle_core::Tensor;
 use serde_json::{Value, json};
 use titer_core::bounds;
 use titer_core::data::Tokens;
-use titer_core::layers::{Embedding, LayerNorm, Linear, Mlp, attention, deviation};
-use titer_core::ops::{self, Activation, Attention, check_positions};
-use titer_core::weights::{HEAD, ParamId, ParamList};
+use titer_core::nn::layers::{Embedding, LayerNorm, Linear, Mlp, attention, deviation};
+use titer_core::tensor::ops;
+use titer_core::tensor::ops::{Activation, Attention, check_positions};
+use titer_core::weights::{ParamId, ParamList};
 use titer_core::{Forward, Model, ModelEntry, ModelSpec, Result, SettingsType, Traced, inventory};
 
 use super::{
@@ -192,7 +193,7 @@ impl Opt {
         let norm = (config.do_layer_norm_before && !config.remove_final_layer_norm)
             .then(|| LayerNorm::new(&mut params, &module("final_layer_norm"), width, EPS));
         let head = (!config.tie_word_embeddings)
-            .then(|| Linear::new(&mut params, HEAD, (narrow, config.vocab_size), false, deviation(std, narrow, 1)));
+            .then(|| Linear::head(&mut params, (narrow, config.vocab_size), deviation(std, narrow, 1)));
         check_count(&params)?;
         let spec = ModelSpec {
             vocab_size: config.vocab_size,
@@ -233,7 +234,7 @@ impl Opt {
     /// The row of the position table for each token, `[batch, length]`.
     fn position_rows(&self, tokens: &Tokens, pass: &Forward) -> Result<Tensor> {
         let (batch, length) = tokens.dims();
-        let positions = &pass.visibility()?.positions;
+        let positions = &pass.mask()?.positions;
         check_positions(positions, self.spec.max_positions)?;
         let real = |at: usize| at % length < tokens.lengths[at / length];
         let row = |(at, &position): (usize, &u32)| if real(at) { position + OFFSET as u32 } else { PADDING };
@@ -275,7 +276,7 @@ impl Model for Opt {
         self.blocks[index].forward(index, x, self.heads, pass)
     }
 
-    fn finish(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
+    fn final_norm(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
         self.norm.as_ref().map_or_else(|| Ok(x.clone()), |norm| norm.forward(x, pass))
     }
 

@@ -2,8 +2,8 @@
 
 use serde::Serialize;
 use serde_json::{Value, json};
+use titer_core::data::Row;
 use titer_core::optim::Schedule;
-use titer_core::text::Row;
 use titer_core::weights::LoraConfig;
 
 use crate::manifest::digest;

@@ -10,7 +10,7 @@ use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 use object::Endianness;
 use object::elf::{DT_NEEDED, FileHeader64};
 use object::read::elf::{Dyn, FileHeader, SectionHeader};
-use titer_core::plugin::{ANCHOR, Plugin, Record, SECTION};
+use titer_core::registry::plugin::{ANCHOR, Plugin, Record, SECTION};
 use titer_core::{Error, Result};
 
 use crate::plugins::{Loaded, OWN, PluginFile, is_hash, registered};

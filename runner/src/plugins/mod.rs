@@ -12,8 +12,8 @@ use std::path::PathBuf;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use serde::Serialize;
-use titer_core::plugin::{Plugin, Record};
 use titer_core::registry::Entry;
+use titer_core::registry::plugin::{Plugin, Record};
 use titer_core::{DefenseEntry, Error, JudgeEntry, ModelEntry, Result, TaskEntry, inventory};
 
 use crate::disk;

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
-use titer_core::generate::Finish;
+use titer_core::model::generate::Finish;
 use titer_core::report::{Answer, Curves, Failure, Ledger, Metrics, Provenance, Published, ResultRow, Results, SCHEMA};
 use titer_core::{DefenseEntry, Error, Result, Verdict, registry};
 

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
-use titer_core::generate::{Decoding, Finish, greedy};
+use titer_core::model::generate::{Decoding, Finish, greedy};
 use titer_core::report::Answer;
 use titer_core::text::{Encoder, Template};
 use titer_core::{Error, Result};

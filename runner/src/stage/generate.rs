@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use candle_core::Device;
 use titer_core::device::parse_dtype;
-use titer_core::generate::{Decoding, Finish, greedy, sample};
+use titer_core::model::generate::{Decoding, Finish, greedy, sample};
 use titer_core::text::{Encoder, Template};
 use titer_core::{Error, Result, Row};
 

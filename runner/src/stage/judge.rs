@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
-use titer_core::generate::Finish;
+use titer_core::model::generate::Finish;
 use titer_core::report::Answer;
 use titer_core::{Answers, Asked, Error, JudgeEntry, Result, Row, Verdict, registry};
 

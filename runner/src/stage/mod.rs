@@ -18,12 +18,12 @@ use std::time::Duration;
 use candle_core::Device;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use titer_core::checkpoint::Checkpoint;
 use titer_core::data::Stream;
+use titer_core::defense::{Ancestry, Streams};
 use titer_core::device::parse_dtype;
 use titer_core::rng::Seed;
-use titer_core::step::{Ancestry, Streams};
 use titer_core::text::{Encoder, Template, Tokenizer};
+use titer_core::weights::checkpoint::Checkpoint;
 use titer_core::{
     AlignmentDefense, DefenseEntry, Error, Result, Row, Settings, Stage, Task, TaskEntry, Weights, registry,
 };
@@ -162,7 +162,7 @@ impl Stages {
             AdapterSpec::Full => {
                 let mut file = Checkpoint::open(&folder.join("model.safetensors"))?;
                 let dtype = parent.weights.precision();
-                parent.weights = titer_core::Weights::load(parent.model.as_ref(), &mut file, dtype, &self.device)?;
+                parent.weights = titer_core::Weights::load(parent.model.params(), &mut file, dtype, &self.device)?;
             }
             AdapterSpec::Fresh(config) => {
                 parent.weights.merge()?;

@@ -3,8 +3,8 @@
 use std::time::Instant;
 
 use titer_core::Result;
+use titer_core::defense::Clock;
 use titer_core::rng::Seed;
-use titer_core::step::Clock;
 use titer_core::{Stage, StageCx};
 
 use super::train::save;

@@ -2,9 +2,9 @@
 
 use candle_core::DType;
 use titer_core::data::Stream;
+use titer_core::defense::{Orphan, Streams};
 use titer_core::device::parse_dtype;
 use titer_core::rng::Seed;
-use titer_core::step::{Orphan, Streams};
 use titer_core::text::{Encoder, Template, Tokenizer};
 use titer_core::{DefenseEntry, Error, ModelEntry, Result, Settings, Weights, registry};
 
@@ -25,7 +25,7 @@ pub(super) fn run(stages: &Stages, spec: &PretrainSpec, io: &mut StageIo) -> Res
     sizes.insert("vocab_size".into(), vocabulary.len().into());
     let model = (registry::find::<ModelEntry>(&spec.model.name)?.build)(&Settings::from(sizes))?;
     let seed = Seed::new(spec.seed).named("pretrain");
-    let mut weights = Weights::random(model.as_ref(), seed.named("weights"), DType::F32, &stages.device)?;
+    let mut weights = Weights::random(model.params(), seed.named("weights"), DType::F32, &stages.device)?;
     weights.train_full()?;
     let encoder = Encoder { tokenizer, template: Template::new("chat"), max_length: spec.max_length };
     let examples = encoder.examples(&task.train(spec.data.rows, seed.named("rows"))?)?;

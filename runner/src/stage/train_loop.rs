@@ -6,11 +6,12 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use titer_core::checkpoint::Checkpoint;
 use titer_core::data::{Batch, Stream};
+use titer_core::defense::{Ancestry, Clock, StepCx, Streams};
+use titer_core::model::label_loss;
 use titer_core::optim::{AdamW, AdamWConfig};
 use titer_core::rng::Seed;
-use titer_core::step::{Ancestry, Clock, StepCx, Streams, label_loss};
+use titer_core::weights::checkpoint::Checkpoint;
 use titer_core::{AlignmentDefense, Error, Grads, Kind, Model, Result, Scalar, StageCx, State, Update, Weights};
 
 use crate::disk;

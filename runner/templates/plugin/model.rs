@@ -7,11 +7,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use titer_core::data::Tokens;
-use titer_core::layers::{Embedding, GatedMlp, Linear, RmsNorm, deviation};
-use titer_core::weights::{HEAD, ParamId, ParamList};
-use titer_core::{
-    Error, Forward, Model, ModelEntry, ModelSpec, Result, Settings, SettingsType, Traced, inventory, ops,
-};
+use titer_core::nn::layers::{Embedding, GatedMlp, Linear, RmsNorm, deviation};
+use titer_core::weights::{ParamId, ParamList};
+use titer_core::{Error, Forward, Model, ModelEntry, ModelSpec, Result, Settings, SettingsType, Traced, inventory};
+use titer_core::tensor::ops;
 
 titer_core::plugin!();
 
@@ -101,7 +100,7 @@ impl MyPlugin {
         let blocks = (0..num_hidden_layers).map(block).collect();
         let norm = RmsNorm::new(&mut params, "model.norm", hidden_size, 1e-5);
         let std = deviation(None, hidden_size, 1);
-        let head = Linear::new(&mut params, HEAD, (hidden_size, vocab_size), false, std);
+        let head = Linear::head(&mut params, (hidden_size, vocab_size), std);
         let spec = ModelSpec {
             vocab_size,
             hidden_size,
@@ -147,7 +146,7 @@ impl Model for MyPlugin {
         ops::add(&mut pass.tape, x, &y)
     }
 
-    fn finish(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
+    fn final_norm(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
         self.norm.forward(x, pass)
     }
 

@@ -59,7 +59,7 @@ pub fn resolve(loaded: &Loaded) -> Result<Experiment, Problems> {
     let (bases, model) = cx.base(&config.base, &config.dtype).unzip();
     if let Some(model) = &model {
         cx.lora_targets("lora", &config.lora, model.as_ref());
-        cx.take("", precision.map_or(Ok(()), |precision| precision.check_model(model.as_ref())));
+        cx.take("", precision.map_or(Ok(()), |precision| precision.check(model.params())));
     }
     let full = config.align.as_ref().is_some_and(|align| align.adapter == AlignAdapter::Full);
     if full || config.fine_tune.mode == FineTuneMode::Full {

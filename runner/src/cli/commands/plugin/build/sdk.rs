@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use serde_json::Value;
 use titer_core::error::io_error;
-use titer_core::plugin::FINGERPRINT;
+use titer_core::registry::plugin::FINGERPRINT;
 use titer_core::{Error, Result};
 
 use super::super::new::checkout;

@@ -1,0 +1,379 @@
+//! Products of f32 matrices with one small dimension: the two factors of an adapter, and decoding, where a batch has as
+//! many rows as answers are under way. A general product spends its time on packing such operands; these read each number
+//! of the large operand once, where it lies.
+//!
+//! Every sum has one order, whatever the width of the vectors and the number of threads: over [`LANES`] lanes where the
+//! summed dimension lies along the vectors, and by one chain of fused multiply-adds where it does not.
+
+use pulp::{Simd, WithSimd};
+
+use crate::matrix::RawMatrix;
+use crate::parallel::{Shared, tasks};
+use crate::simd::dispatch;
+
+/// A dimension up to this size is small.
+const SMALL: usize = 16;
+/// Dimensions from this size on are large; between the two, a general product does well.
+const LARGE: usize = 64;
+/// Rows of the large and of the small operand whose products are summed at a time. The small one is read again for each
+/// block, the large one only once.
+const BLOCK: [usize; 2] = [4, 4];
+/// Partial sums of one element that run beside each other. Part of the arithmetic: another number gives other bits.
+const LANES: usize = 16;
+/// Large rows that one task takes.
+const SHARE: usize = 64;
+/// Vectors of a row of `C` that stay in registers while it is combined.
+const VECTORS: usize = 4;
+/// Rows and vectors of a block of gathered rows.
+const GATHERED: [usize; 2] = [8, 2];
+
+/// Computes `C (+)= alpha A B` if one dimension is small and the others are large; says whether it did.
+///
+/// # Safety
+/// The matrices lie in valid memory, and nothing else accesses `C` meanwhile.
+pub(crate) unsafe fn multiply(
+    c: RawMatrix<*mut f32>,
+    accumulate: bool,
+    alpha: f32,
+    a: RawMatrix<*const f32>,
+    b: RawMatrix<*const f32>,
+) -> bool {
+    let (m, n, k) = (c.rows, c.columns, a.columns);
+    let small = |size: usize, others: [usize; 2]| size <= SMALL && others.iter().all(|&other| other >= LARGE);
+    // SAFETY: the caller's, in every branch.
+    unsafe {
+        let result = |c: RawMatrix<*mut f32>| Target {
+            data: Shared::new(c.data),
+            strides: [c.row_stride, c.column_stride],
+            accumulate,
+            alpha,
+        };
+        if small(m, [n, k]) && a.column_stride == 1 && b.row_stride == 1 {
+            dots(result(c.t()), Rows::of(b.t()), Rows::of(a));
+        } else if small(n, [m, k]) && a.column_stride == 1 {
+            let columns = Copied::of(b.t());
+            dots(result(c), Rows::of(a), columns.rows());
+        } else if small(k, [m, n]) && c.column_stride == 1 && a.column_stride == 1 {
+            let rows = Copied::of(b);
+            combine(result(c), Rows::of(a), rows.rows());
+        } else if small(m, [n, k]) && a.row_stride == 1 && b.column_stride == 1 {
+            gather(result(c), Rows::of(a.t()), Rows::of(b));
+        } else if small(n, [m, k]) && a.row_stride == 1 && b.column_stride == 1 {
+            gather(result(c.t()), Rows::of(b), Rows::of(a.t()));
+        } else {
+            return false;
+        }
+    }
+    true
+}
+
+/// The matrix `C`, and what happens to it.
+#[derive(Clone, Copy)]
+struct Target {
+    data: Shared<f32>,
+    strides: [usize; 2],
+    accumulate: bool,
+    alpha: f32,
+}
+
+impl Target {
+    /// Writes a sum, or adds it to what is there.
+    ///
+    /// # Safety
+    /// The element exists, and nobody else accesses it.
+    unsafe fn put(&self, row: usize, column: usize, sum: f32) {
+        let at = self.data.at(row * self.strides[0] + column * self.strides[1]);
+        // SAFETY: the caller's.
+        unsafe { *at = if self.accumulate { self.alpha.mul_add(sum, *at) } else { self.alpha * sum } };
+    }
+}
+
+/// An operand whose rows are contiguous.
+#[derive(Clone, Copy)]
+struct Rows {
+    data: Shared<f32>,
+    count: usize,
+    width: usize,
+    stride: usize,
+}
+
+impl Rows {
+    fn of(matrix: RawMatrix<*const f32>) -> Self {
+        debug_assert_eq!(matrix.column_stride, 1);
+        let (count, width, stride) = (matrix.rows, matrix.columns, matrix.row_stride);
+        Self { data: Shared::new(matrix.data.cast_mut()), count, width, stride }
+    }
+
+    /// `width` numbers of a row.
+    ///
+    /// # Safety
+    /// They exist, and nobody writes them meanwhile.
+    unsafe fn part(&self, row: usize, first: usize, width: usize) -> &[f32] {
+        // SAFETY: the caller's.
+        unsafe { std::slice::from_raw_parts(self.data.at(row * self.stride + first), width) }
+    }
+}
+
+/// A small operand, copied so that its rows are contiguous.
+struct Copied {
+    values: Vec<f32>,
+    width: usize,
+}
+
+impl Copied {
+    /// # Safety
+    /// The matrix lies in valid memory.
+    unsafe fn of(matrix: RawMatrix<*const f32>) -> Self {
+        let at = |at: usize| {
+            let (row, column) = (at / matrix.columns, at % matrix.columns);
+            // SAFETY: the caller's.
+            unsafe { *matrix.data.add(row * matrix.row_stride + column * matrix.column_stride) }
+        };
+        Self { values: (0..matrix.rows * matrix.columns).map(at).collect(), width: matrix.columns }
+    }
+
+    fn rows(&self) -> Rows {
+        let (count, stride) = (self.values.len() / self.width.max(1), self.width);
+        Rows { data: Shared::new(self.values.as_ptr().cast_mut()), count, width: self.width, stride }
+    }
+}
+
+/// `C (+)= alpha A Bᵀ` for a large `A` and a small `B`: a sum of products for each pair of rows.
+///
+/// # Safety
+/// As [`multiply`].
+unsafe fn dots(c: Target, a: Rows, b: Rows) {
+    tasks(a.count.div_ceil(SHARE), a.count * b.count * a.width / 8, |task| {
+        for row in (task * SHARE..a.count.min((task + 1) * SHARE)).step_by(BLOCK[0]) {
+            for column in (0..b.count).step_by(BLOCK[1]) {
+                // One of the rows that come next: after as many columns as a block has rows, all are on their way.
+                let next = a.data.at((row + BLOCK[0] + column / BLOCK[1] % BLOCK[0]) * a.stride);
+                // SAFETY: whole rows; every task writes its own rows of `C`.
+                unsafe {
+                    let sums = dispatch(Dots { a: block(&a, row), b: block(&b, column), next });
+                    for (i, sums) in sums.iter().enumerate().take(a.count - row) {
+                        for (j, &sum) in sums.iter().enumerate().take(b.count - column) {
+                            c.put(row + i, column + j, sum);
+                        }
+                    }
+                }
+            }
+        }
+    });
+}
+
+/// `N` rows from `first` on; beyond the last row it is taken again.
+///
+/// # Safety
+/// As [`Rows::part`].
+unsafe fn block<const N: usize>(rows: &Rows, first: usize) -> [&[f32]; N] {
+    // SAFETY: the caller's.
+    std::array::from_fn(|at| unsafe { rows.part((first + at).min(rows.count - 1), 0, rows.width) })
+}
+
+/// The sums of products of all pairs of rows.
+struct Dots<'a> {
+    a: [&'a [f32]; BLOCK[0]],
+    b: [&'a [f32]; BLOCK[1]],
+    /// A row that will be read soon: it comes from memory while these are computed with. It need not exist.
+    next: *const f32,
+}
+
+impl WithSimd for Dots<'_> {
+    type Output = [[f32; BLOCK[1]]; BLOCK[0]];
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> Self::Output {
+        let width = self.a[0].len();
+        let whole = width - width % LANES;
+        let mut lanes = [[[0.; LANES]; BLOCK[1]]; BLOCK[0]];
+        // As many lanes at once as a vector has; all blocks of rows fit into the registers.
+        for part in (0..LANES).step_by(S::F32_LANES) {
+            let mut sums = [[simd.splat_f32s(0.); BLOCK[1]]; BLOCK[0]];
+            for at in (part..whole).step_by(LANES) {
+                prefetch(self.next.wrapping_add(at));
+                let mut b = [simd.splat_f32s(0.); BLOCK[1]];
+                for (vector, row) in b.iter_mut().zip(self.b) {
+                    *vector = S::as_simd_f32s(&row[at..at + S::F32_LANES]).0[0];
+                }
+                for (sums, row) in sums.iter_mut().zip(self.a) {
+                    let a = S::as_simd_f32s(&row[at..at + S::F32_LANES]).0[0];
+                    for (sum, b) in sums.iter_mut().zip(b) {
+                        *sum = simd.mul_add_f32s(a, b, *sum);
+                    }
+                }
+            }
+            for i in 0..BLOCK[0] {
+                for j in 0..BLOCK[1] {
+                    S::as_mut_simd_f32s(&mut lanes[i][j][part..part + S::F32_LANES]).0[0] = sums[i][j];
+                }
+            }
+        }
+        let mut result = [[0.; BLOCK[1]]; BLOCK[0]];
+        for i in 0..BLOCK[0] {
+            for j in 0..BLOCK[1] {
+                let lanes = &mut lanes[i][j];
+                for (lane, at) in (whole..width).enumerate() {
+                    lanes[lane] = self.a[i][at].mul_add(self.b[j][at], lanes[lane]);
+                }
+                let mut half = LANES / 2;
+                while half > 0 {
+                    for lane in 0..half {
+                        lanes[lane] += lanes[lane + half];
+                    }
+                    half /= 2;
+                }
+                result[i][j] = lanes[0];
+            }
+        }
+        result
+    }
+}
+
+/// Asks for the line of memory at `address`, which need not be valid.
+#[inline(always)]
+fn prefetch(address: *const f32) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch of any address is harmless.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(address.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
+}
+
+/// `C (+)= alpha A B` for a small inner dimension: each row of `C` is a combination of the rows of `B`.
+///
+/// # Safety
+/// As [`multiply`]; the rows of `C` are contiguous.
+unsafe fn combine(c: Target, a: Rows, b: Rows) {
+    tasks(a.count.div_ceil(SHARE), a.count * b.width, |task| {
+        for row in task * SHARE..a.count.min((task + 1) * SHARE) {
+            // SAFETY: every task writes its own rows of `C`; the others are only read.
+            unsafe {
+                let out = std::slice::from_raw_parts_mut(c.data.at(row * c.strides[0]), b.width);
+                if !c.accumulate {
+                    out.fill(0.);
+                }
+                dispatch(Combine { out, factors: a.part(row, 0, a.width), alpha: c.alpha, b });
+            }
+        }
+    });
+}
+
+/// Adds to one row of `C`.
+struct Combine<'a> {
+    out: &'a mut [f32],
+    factors: &'a [f32],
+    alpha: f32,
+    b: Rows,
+}
+
+impl WithSimd for Combine<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { out, factors, alpha, b } = self;
+        // SAFETY: as many rows as factors, of the width of `out`.
+        let row = |at: usize| unsafe { b.part(at, 0, b.width) };
+        let (vectors, rest) = S::as_mut_simd_f32s(out);
+        let done = b.width - rest.len();
+        let (blocks, single) = vectors.as_chunks_mut::<VECTORS>();
+        let first = blocks.len() * VECTORS;
+        for (index, block) in blocks.iter_mut().enumerate() {
+            let mut sums = *block;
+            for (at, factor) in factors.iter().enumerate() {
+                let factor = simd.splat_f32s(factor * alpha);
+                let b = &S::as_simd_f32s(row(at)).0[index * VECTORS..][..VECTORS];
+                for vector in 0..VECTORS {
+                    sums[vector] = simd.mul_add_f32s(factor, b[vector], sums[vector]);
+                }
+            }
+            *block = sums;
+        }
+        for (at, factor) in factors.iter().enumerate() {
+            let b = row(at);
+            let wide = simd.splat_f32s(factor * alpha);
+            for (sum, &b) in single.iter_mut().zip(&S::as_simd_f32s(b).0[first..]) {
+                *sum = simd.mul_add_f32s(wide, b, *sum);
+            }
+            for (sum, b) in rest.iter_mut().zip(&b[done..]) {
+                *sum = (factor * alpha).mul_add(*b, *sum);
+            }
+        }
+    }
+}
+
+/// `C (+)= alpha Aᵀ B` for `A: [k, small]` and `B: [k, n]`: rows of `B` gathered with the factors of each column of `A`.
+///
+/// # Safety
+/// As [`multiply`].
+unsafe fn gather(c: Target, a: Rows, b: Rows) {
+    const WIDTH: usize = 32;
+    tasks(b.width.div_ceil(WIDTH), a.width * b.width * a.count / 8, |task| {
+        let (first, width) = (task * WIDTH, WIDTH.min(b.width - task * WIDTH));
+        for row in (0..a.width).step_by(GATHERED[0]) {
+            let height = GATHERED[0].min(a.width - row);
+            let mut sums = [[0.; WIDTH]; GATHERED[0]];
+            dispatch(Gather { a, b, rows: row..row + height, columns: first..first + width, sums: &mut sums });
+            for (i, sums) in sums.iter().enumerate().take(height) {
+                for (j, &sum) in sums.iter().enumerate().take(width) {
+                    // SAFETY: every task writes its own columns of `C`.
+                    unsafe { c.put(row + i, first + j, sum) };
+                }
+            }
+        }
+    });
+}
+
+/// The sums of some rows and columns of `C`.
+struct Gather<'a, const W: usize> {
+    a: Rows,
+    b: Rows,
+    rows: std::ops::Range<usize>,
+    columns: std::ops::Range<usize>,
+    sums: &'a mut [[f32; W]; GATHERED[0]],
+}
+
+impl<const W: usize> WithSimd for Gather<'_, W> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { a, b, rows, columns, sums: out } = self;
+        let (height, width) = (rows.len(), columns.len());
+        let lanes = S::F32_LANES;
+        let whole = if height == GATHERED[0] { width / (GATHERED[1] * lanes) * GATHERED[1] * lanes } else { 0 };
+        for first in (0..whole).step_by(GATHERED[1] * lanes) {
+            let mut sums = [[simd.splat_f32s(0.); GATHERED[1]]; GATHERED[0]];
+            for at in 0..a.count {
+                // SAFETY: parts of rows of either operand.
+                let (factors, values) = unsafe {
+                    let values = b.part(at, columns.start + first, GATHERED[1] * lanes);
+                    (a.part(at, rows.start, GATHERED[0]), S::as_simd_f32s(values).0)
+                };
+                for i in 0..GATHERED[0] {
+                    let factor = simd.splat_f32s(factors[i]);
+                    for j in 0..GATHERED[1] {
+                        sums[i][j] = simd.mul_add_f32s(factor, values[j], sums[i][j]);
+                    }
+                }
+            }
+            for (out, sums) in out.iter_mut().zip(sums) {
+                S::as_mut_simd_f32s(&mut out[first..][..GATHERED[1] * lanes]).0.copy_from_slice(&sums);
+            }
+        }
+        for at in 0..a.count {
+            // SAFETY: parts of rows of either operand.
+            let (factors, values) =
+                unsafe { (a.part(at, rows.start, height), b.part(at, columns.start + whole, width - whole)) };
+            for (out, factor) in out.iter_mut().zip(factors) {
+                for (out, value) in out[whole..].iter_mut().zip(values) {
+                    *out = factor.mul_add(*value, *out);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! What travels along with one forward pass.
+
+use candle_core::Tensor;
+
+use super::input_squares::InputSquares;
+use crate::error::{Error, Result};
+use crate::nn::cache::Cache;
+use crate::nn::sites::Sites;
+use crate::rng::{Generator, dropout_mask};
+use crate::tensor::mask::AttentionMask;
+use crate::tensor::matrix::Matrix;
+use crate::tensor::ops::Rotation;
+use crate::tensor::tape::{Replay, Tape, Traced};
+use crate::tensor::tokens::Tokens;
+use crate::weights::parameters::Weights;
+use crate::weights::schema::ParamId;
+
+/// What travels along with one forward pass: the weights, the tape, the sites, the key/value cache and the dropout
+/// generator.
+#[derive(Debug)]
+pub struct Forward<'a> {
+    /// The weights to compute with.
+    pub weights: &'a Weights,
+    /// The activation points to act on.
+    pub sites: &'a mut Sites,
+    /// The record that the backward pass runs over.
+    pub tape: Tape,
+    /// Keys and values of earlier tokens, in generation.
+    pub cache: Option<&'a mut Cache>,
+    /// The generator of dropout masks, in training.
+    pub dropout: Option<Generator>,
+    /// Whether blocks keep only their input and are run again in the backward pass.
+    pub checkpointing: bool,
+    /// The angles of the tokens' rotary positions, where the model has such.
+    pub rotation: Option<Rotation>,
+    /// Where linear layers note their inputs.
+    pub(crate) input_squares: Option<&'a mut InputSquares>,
+    pub(crate) mask: Option<AttentionMask>,
+}
+
+impl<'a> Forward<'a> {
+    /// A pass without cache or dropout.
+    pub fn new(weights: &'a Weights, sites: &'a mut Sites) -> Self {
+        Self {
+            weights,
+            sites,
+            tape: Tape::default(),
+            cache: None,
+            dropout: None,
+            checkpointing: false,
+            rotation: None,
+            input_squares: None,
+            mask: None,
+        }
+    }
+
+    /// Which earlier tokens each token of this pass sees.
+    ///
+    /// # Errors
+    /// The pass has not begun.
+    pub fn mask(&self) -> Result<&AttentionMask> {
+        self.mask.as_ref().ok_or_else(|| Error::run("the pass has not begun: call `Model::hidden`"))
+    }
+
+    /// A parameter's value in full: tracked if it is under training.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn parameter(&mut self, id: ParamId) -> Result<Traced> {
+        Ok(self.tape.parameter(&self.weights.get(id).dense()?))
+    }
+
+    /// A matrix as it is stored, for a product: tracked if it is under training.
+    pub fn matrix(&mut self, id: ParamId) -> Traced<Matrix> {
+        match self.weights.get(id) {
+            Matrix::Dense(tensor) => (&self.tape.parameter(tensor)).into(),
+            low @ Matrix::LowPrecision(_) => Traced::constant(low.clone()),
+        }
+    }
+
+    pub(crate) fn begin(&mut self, tokens: &Tokens) -> Result<()> {
+        self.mask = Some(match &self.cache {
+            Some(cache) => AttentionMask::after(tokens, &cache.starts(), cache.rows())?,
+            None => AttentionMask::new(tokens)?,
+        });
+        Ok(())
+    }
+
+    pub(crate) fn run_block(
+        &mut self,
+        index: usize,
+        x: &Traced,
+        block: impl FnOnce(&Traced, &mut Self) -> Result<Traced>,
+    ) -> Result<Traced> {
+        // A pass that differentiates nothing, such as a teacher's, keeps nothing either way.
+        let differentiates = x.tracked() || self.sites.probes() || !self.weights.trainable().is_empty();
+        if !self.checkpointing || !differentiates {
+            return block(x, self);
+        }
+        if self.sites.observes() {
+            return Err(Error::run("activations cannot be observed under gradient checkpointing")
+                .help("leave `checkpointing` out for this defense"));
+        }
+        let replay = Replay { index, input: x.tensor().clone(), dropout: self.dropout.clone() };
+        let tape = std::mem::replace(&mut self.tape, Tape::off());
+        let result = block(&Traced::constant(x.tensor().clone()), self);
+        self.tape = tape;
+        Ok(self.tape.record_block(result?.tensor().clone(), x, replay))
+    }
+
+    /// What a block needs to run again: the weights and its shared inputs, without the tape.
+    pub(crate) fn context(&self) -> BlockContext {
+        BlockContext {
+            weights: self.weights.clone(),
+            sites: self.sites.again(),
+            rotation: self.rotation.clone(),
+            mask: self.mask.clone(),
+        }
+    }
+
+    /// A dropout mask for the adapter's input `x`, if this pass trains with dropout.
+    pub(crate) fn adapter_mask(&mut self, x: &Tensor) -> Result<Option<Tensor>> {
+        let p = self.weights.adapter_dropout();
+        match &mut self.dropout {
+            Some(generator) if p > 0. => {
+                Ok(Some(dropout_mask(x.dims(), p, generator, x.device())?.to_dtype(x.dtype())?))
+            }
+            _ => Ok(None),
+        }
+    }
+}
+
+/// What all blocks of one pass share.
+#[derive(Debug)]
+pub(crate) struct BlockContext {
+    /// A view of the pass's own weights, which need not be those under training.
+    weights: Weights,
+    sites: Sites,
+    rotation: Option<Rotation>,
+    mask: Option<AttentionMask>,
+}
+
+impl BlockContext {
+    /// Another pass over the same weights and the same shared inputs, from the dropout generator given.
+    pub(crate) fn pass<'a>(&'a self, sites: &'a mut Sites, dropout: Option<Generator>) -> Forward<'a> {
+        Forward {
+            dropout,
+            rotation: self.rotation.clone(),
+            mask: self.mask.clone(),
+            ..Forward::new(&self.weights, sites)
+        }
+    }
+
+    /// What such a pass does at each site.
+    pub(crate) fn sites(&self) -> Sites {
+        self.sites.again()
+    }
+}

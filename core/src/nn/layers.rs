@@ -1,0 +1,241 @@
+//! What models are built of: each layer declares its parameters and computes with whatever weights a pass brings.
+
+use candle_core::Tensor;
+
+use crate::error::Result;
+use crate::nn::forward::Forward;
+use crate::tensor::ops;
+use crate::tensor::ops::{Activation, Attention, LowRank};
+use crate::tensor::tape::Traced;
+use crate::weights::schema::{Init, ParamId, ParamList, factor_names, module_of};
+
+/// The standard deviation that a linear layer's fresh weights have: as `given`, or by fan-in, `1/√(input · branches)`
+/// with `branches` the number of results that add up in the residual stream (1 for a layer that does not write to it).
+pub fn deviation(given: Option<f64>, input: usize, branches: usize) -> f64 {
+    given.unwrap_or_else(|| ((input * branches) as f64).sqrt().recip())
+}
+
+/// `y = x Wᵀ + b`, with a low-rank adapter where the weights have one.
+#[derive(Debug, Clone)]
+pub struct Linear {
+    weight: ParamId,
+    bias: Option<ParamId>,
+}
+
+impl Linear {
+    /// Declares the layer `module` from `input` to `output` features; weights start normal with deviation `std`.
+    pub fn new(params: &mut ParamList, module: &str, (input, output): (usize, usize), bias: bool, std: f64) -> Self {
+        let weight = params.linear(module, output, input, std);
+        Self { weight, bias: bias.then(|| params.tensor(format!("{module}.bias"), &[output], Init::Zeros)) }
+    }
+
+    /// Declares an output head of its own, from `width` features to the logits of `vocabulary` tokens.
+    pub fn head(params: &mut ParamList, (width, vocabulary): (usize, usize), std: f64) -> Self {
+        Self { weight: params.head(vocabulary, width, std), bias: None }
+    }
+
+    /// The parameter that holds the weight.
+    pub fn weight(&self) -> ParamId {
+        self.weight
+    }
+
+    /// `[..., input]` to `[..., output]`.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn forward(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
+        let bias = self.bias.map(|bias| pass.parameter(bias)).transpose()?;
+        let weight = pass.matrix(self.weight);
+        let low_rank = match pass.weights.adapter(self.weight) {
+            Some((adapter, scale)) => {
+                let (a, b) = (pass.tape.parameter(&adapter.a), pass.tape.parameter(&adapter.b));
+                Some(LowRank { a, b, scale, mask: pass.adapter_mask(x.tensor())? })
+            }
+            None => None,
+        };
+        self.note_inputs(x.tensor(), pass)?;
+        ops::linear(&mut pass.tape, x, weight, bias.as_ref(), low_rank)
+    }
+
+    /// Notes what the layer's factors (or its weight, if it has none) are multiplied with, if this pass asks for it.
+    fn note_inputs(&self, x: &Tensor, pass: &mut Forward) -> Result<()> {
+        let Some(squares) = pass.input_squares.as_deref_mut() else { return Ok(()) };
+        let name = &pass.weights.param(self.weight).name;
+        let Some((adapter, _)) = pass.weights.adapter(self.weight) else { return squares.note(name.clone(), x) };
+        let [a, b] = factor_names(module_of(name));
+        let (batch, length, width) = x.dims3()?;
+        let products = ops::Gemm::NT.product(&x.reshape((batch * length, width))?, &adapter.a.to_dtype(x.dtype())?)?;
+        squares.note(b, &products.reshape((batch, length, ()))?)?;
+        squares.note(a, x)
+    }
+}
+
+/// Token ids to vectors; the same matrix can serve as the head.
+#[derive(Debug, Clone)]
+pub struct Embedding {
+    weight: ParamId,
+}
+
+impl Embedding {
+    /// Declares the matrix `[vocabulary, width]` called `{module}.weight`.
+    pub fn new(params: &mut ParamList, module: &str, vocabulary: usize, width: usize, std: f64) -> Self {
+        Self { weight: params.embedding(module, vocabulary, width, std) }
+    }
+
+    /// The parameter that holds the matrix.
+    pub fn weight(&self) -> ParamId {
+        self.weight
+    }
+
+    /// `[batch, length]` ids to `[batch, length, width]`.
+    ///
+    /// # Errors
+    /// An id lies outside the vocabulary, or a tensor operation failed.
+    pub fn forward(&self, ids: &Tensor, pass: &mut Forward) -> Result<Traced> {
+        let (batch, length) = ids.dims2()?;
+        let table = pass.matrix(self.weight);
+        ops::embed(&mut pass.tape, table, ids)?.reshape((batch, length, ()))
+    }
+
+    /// Logits `[rows, vocabulary]` of hidden states `[rows, width]`: the head of a model with tied embeddings.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn logits(&self, hidden: &Traced, pass: &mut Forward) -> Result<Traced> {
+        let weight = pass.matrix(self.weight);
+        ops::linear(&mut pass.tape, hidden, weight, None, None)
+    }
+}
+
+/// Root-mean-square normalisation with a learnt scale.
+#[derive(Debug, Clone)]
+pub struct RmsNorm {
+    weight: ParamId,
+    eps: f64,
+}
+
+impl RmsNorm {
+    /// Declares the scale `[width]` called `{module}.weight`.
+    pub fn new(params: &mut ParamList, module: &str, width: usize, eps: f64) -> Self {
+        Self { weight: params.tensor(format!("{module}.weight"), &[width], Init::Ones), eps }
+    }
+
+    /// Normalises the last dimension.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn forward(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
+        let weight = pass.parameter(self.weight)?;
+        ops::rms_norm(&mut pass.tape, x, &weight, self.eps)
+    }
+}
+
+/// Layer normalisation with a learnt scale and shift (Ba et al. 2016).
+#[derive(Debug, Clone)]
+pub struct LayerNorm {
+    weight: ParamId,
+    bias: ParamId,
+    eps: f64,
+}
+
+impl LayerNorm {
+    /// Declares the scale and the shift `[width]`, called `{module}.weight` and `{module}.bias`.
+    pub fn new(params: &mut ParamList, module: &str, width: usize, eps: f64) -> Self {
+        let mut vector = |name: &str, init| params.tensor(format!("{module}.{name}"), &[width], init);
+        Self { weight: vector("weight", Init::Ones), bias: vector("bias", Init::Zeros), eps }
+    }
+
+    /// Normalises the last dimension.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn forward(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
+        let (weight, bias) = (pass.parameter(self.weight)?, pass.parameter(self.bias)?);
+        ops::layer_norm(&mut pass.tape, x, &weight, &bias, self.eps)
+    }
+}
+
+/// Causal self-attention of layer `layer` over projected queries `[batch, length, query · width]` and keys and values
+/// `[batch, length, key_value · width]`; gives the queries' shape. With a cache in `pass`, the layer's earlier keys and
+/// values are seen too.
+///
+/// # Errors
+/// A tensor operation failed, or the cache is full.
+pub fn attention(shape: Attention, [q, k, v]: [&Traced; 3], layer: usize, pass: &mut Forward) -> Result<Traced> {
+    let mask = pass.mask()?.clone();
+    let Some(cache) = pass.cache.as_deref_mut() else {
+        return ops::attention(&mut pass.tape, shape, [q, k, v], &mask);
+    };
+    let [k, v] = cache.append(layer, k.tensor(), v.tensor())?.map(Traced::constant);
+    ops::attention(&mut pass.tape, shape, [q, &k, &v], &mask)
+}
+
+/// The gated MLP of Llama: `down(silu(gate x) ∘ up x)`.
+#[derive(Debug, Clone)]
+pub struct GatedMlp {
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+}
+
+impl GatedMlp {
+    /// Declares `gate_proj`, `up_proj` and `down_proj` under `module`; `std` is the initial deviation of the first
+    /// two and of the last.
+    pub fn new(
+        params: &mut ParamList,
+        module: &str,
+        (width, inner): (usize, usize),
+        bias: bool,
+        std: [f64; 2],
+    ) -> Self {
+        let mut linear = |name: &str, sizes, std| Linear::new(params, &format!("{module}.{name}"), sizes, bias, std);
+        Self {
+            gate: linear("gate_proj", (width, inner), std[0]),
+            up: linear("up_proj", (width, inner), std[0]),
+            down: linear("down_proj", (inner, width), std[1]),
+        }
+    }
+
+    /// `[..., width]` to `[..., width]`.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn forward(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
+        let (gate, up) = (self.gate.forward(x, pass)?, self.up.forward(x, pass)?);
+        let y = ops::swiglu(&mut pass.tape, &gate, &up)?;
+        self.down.forward(&y, pass)
+    }
+}
+
+/// The plain MLP: `fc2(activation(fc1 x))`.
+#[derive(Debug, Clone)]
+pub struct Mlp {
+    up: Linear,
+    down: Linear,
+    activation: Activation,
+}
+
+impl Mlp {
+    /// Declares `fc1` and `fc2` under `module`; `std` is their initial deviation.
+    pub fn new(
+        params: &mut ParamList,
+        module: &str,
+        (width, inner): (usize, usize),
+        bias: bool,
+        std: [f64; 2],
+        activation: Activation,
+    ) -> Self {
+        let mut linear = |name: &str, sizes, std| Linear::new(params, &format!("{module}.{name}"), sizes, bias, std);
+        Self { up: linear("fc1", (width, inner), std[0]), down: linear("fc2", (inner, width), std[1]), activation }
+    }
+
+    /// `[..., width]` to `[..., width]`.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn forward(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
+        let y = self.up.forward(x, pass)?;
+        let y = ops::activate(&mut pass.tape, self.activation, &y)?;
+        self.down.forward(&y, pass)
+    }
+}

@@ -1,0 +1,114 @@
+//! Sums, products and copies of whole tensors, through which no gradient flows.
+
+use candle_core::{DType, Tensor};
+use titer_kernels::elementwise as kernels;
+
+use super::host::{Element, by_dtype, read, read_all, tensor, write};
+use super::scalar::Scalar;
+use crate::error::{Error, Result};
+
+/// `a + b` of one shape and type.
+///
+/// # Errors
+/// The shapes differ, or a tensor operation failed.
+pub fn sum(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    same_shape(a, b)?;
+    dispatch!(a, Ok((a + b)?), by_dtype!(a.dtype(), sum_host(a, b)))
+}
+
+/// `a ∘ b` of one shape and type.
+///
+/// # Errors
+/// The shapes differ, or a tensor operation failed.
+pub fn multiply(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    same_shape(a, b)?;
+    dispatch!(a, Ok((a * b)?), by_dtype!(a.dtype(), multiply_host(a, b)))
+}
+
+/// `a += b`, in place; both of one shape and type, in memory of their own.
+///
+/// # Errors
+/// The shapes differ, or a tensor operation failed.
+pub fn add_assign(a: &Tensor, b: &Tensor) -> Result<()> {
+    same_shape(a, b)?;
+    dispatch!(a, super::cuda::add_assign(a, b), by_dtype!(a.dtype(), add_assign_host(a, b)))
+}
+
+/// Writes `fresh: [batch, new, width]` into `store: [rows, slots, width]`: batch row `b` goes to row `rows[b]`, from slot
+/// `starts[b]` on. What does not fit behind the last slot is padding, and dropped.
+///
+/// # Errors
+/// A tensor operation failed.
+pub fn cache_write(store: &Tensor, fresh: &Tensor, rows: &[usize], starts: &[usize]) -> Result<()> {
+    let fresh = fresh.contiguous()?;
+    dispatch!(
+        fresh,
+        super::cuda::cache_write(store, &fresh, rows, starts),
+        by_dtype!(fresh.dtype(), cache_write_host(store, &fresh, rows, starts))
+    )
+}
+
+fn cache_write_host<T: Element>(store: &Tensor, fresh: &Tensor, rows: &[usize], starts: &[usize]) -> Result<()> {
+    let ((_, new, width), (_, slots, _)) = (fresh.dims3()?, store.dims3()?);
+    read(fresh, |fresh: &[T]| {
+        write(store, |store: &mut [T]| {
+            for ((&row, &start), fresh) in rows.iter().zip(starts).zip(fresh.chunks_exact(new * width)) {
+                let fits = new.min(slots - start) * width;
+                store[(row * slots + start) * width..][..fits].copy_from_slice(&fresh[..fits]);
+            }
+        })
+    })
+}
+
+/// `√Σ t²` over all elements of all tensors. On the host the squares are summed in f64; on a device in f32, without
+/// waiting for it.
+///
+/// # Errors
+/// A tensor operation failed.
+pub fn norm<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> Result<Scalar> {
+    let tensors: Vec<&Tensor> = tensors.into_iter().collect();
+    #[cfg(feature = "cuda")]
+    if tensors.first().is_some_and(|tensor| tensor.device().is_cuda()) {
+        return super::cuda::norm(&tensors);
+    }
+    let mut total = 0.;
+    for tensor in tensors {
+        total += match tensor.dtype() {
+            DType::F32 => read(tensor, |values: &[f32]| Ok(kernels::square_sum(values)))?,
+            _ => tensor.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar()?,
+        };
+    }
+    Ok(Scalar::Host(total.sqrt()))
+}
+
+fn same_shape(a: &Tensor, b: &Tensor) -> Result<()> {
+    if a.dims() == b.dims() && a.dtype() == b.dtype() {
+        return Ok(());
+    }
+    let describe = |t: &Tensor| format!("{:?} ({:?})", t.dims(), t.dtype());
+    Err(Error::run(format!("tensors {} and {} do not match", describe(a), describe(b))))
+}
+
+fn sum_host<T: Element>(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    read_all([a, b], |[xs, ys]: [&[T]; 2]| tensor(kernels::add(xs, ys), a.dims()))
+}
+
+fn multiply_host<T: Element>(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    read_all([a, b], |[xs, ys]: [&[T]; 2]| tensor(kernels::multiply(xs, ys), a.dims()))
+}
+
+fn add_assign_host<T: Element>(a: &Tensor, b: &Tensor) -> Result<()> {
+    read(b, |ys: &[T]| write(a, |xs: &mut [T]| kernels::add_assign(xs, ys)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::check::normal;
+
+    #[test]
+    fn shapes_that_differ_are_an_error() -> Result<()> {
+        assert!(sum(normal(&[2], 1)?.as_tensor(), normal(&[3], 1)?.as_tensor()).is_err());
+        Ok(())
+    }
+}

@@ -1,0 +1,62 @@
+//! The attention mask of a pass.
+
+#[cfg(feature = "cuda")]
+use candle_core::Tensor;
+use titer_kernels::attention::Mask;
+
+use super::tokens::Tokens;
+use crate::error::{Error, Result};
+
+/// Where each token of a pass stands, and which keys it may look at.
+///
+/// Token `q` of batch row `b` has the position `starts[b] + q`, which is also its slot in the row's keys and values. It
+/// sees the slots up to its own that hold real tokens; padding is never seen.
+#[derive(Debug, Clone)]
+pub struct AttentionMask {
+    pub(super) rows: Mask,
+    /// The position of each token, in row-major order.
+    pub positions: Vec<u32>,
+    /// `starts` and `ends` where the kernels of a device read them, `[2, batch]`.
+    #[cfg(feature = "cuda")]
+    pub(super) table: Tensor,
+}
+
+impl AttentionMask {
+    /// The tokens of a training pass: every row is on its own and begins at position 0.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn new(tokens: &Tokens) -> Result<Self> {
+        let batch = tokens.lengths.len();
+        Self::after(tokens, &vec![0; batch], &(0..batch).collect::<Vec<_>>())
+    }
+
+    /// The tokens of a pass with a cache: batch row `b` continues cache row `rows[b]` after `starts[b]` tokens.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn after(tokens: &Tokens, starts: &[usize], rows: &[usize]) -> Result<Self> {
+        let (batch, queries) = tokens.dims();
+        let ends: Vec<usize> = starts.iter().zip(&tokens.lengths).map(|(start, length)| start + length).collect();
+        let positions = (0..batch * queries).map(|at| (starts[at / queries] + at % queries) as u32).collect();
+        #[cfg(feature = "cuda")]
+        let table = {
+            let table: Vec<u32> = starts.iter().chain(&ends).map(|&n| n as u32).collect();
+            Tensor::from_vec(table, (2, batch), tokens.ids.device())?
+        };
+        Ok(Self {
+            rows: Mask { queries, starts: starts.to_vec(), ends, rows: rows.to_vec() },
+            positions,
+            #[cfg(feature = "cuda")]
+            table,
+        })
+    }
+
+    /// Fails if keys of earlier passes are seen: nobody knows where their gradients belong.
+    pub(super) fn check_differentiable(&self, rows: usize) -> Result<()> {
+        if self.rows.rows.iter().copied().eq(0..rows) && self.rows.starts.iter().all(|&start| start == 0) {
+            return Ok(());
+        }
+        Err(Error::run("attention over a cache cannot be differentiated"))
+    }
+}

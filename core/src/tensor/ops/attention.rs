@@ -1,0 +1,179 @@
+//! Causal attention without the matrix of scores.
+
+use candle_core::Tensor;
+use titer_kernels::attention::{self as kernels, Attention};
+
+use crate::error::{Error, Result};
+use crate::tensor::host::{Element, by_dtype, read_all, tensor};
+use crate::tensor::mask::AttentionMask;
+use crate::tensor::tape::{Tape, Traced};
+
+/// `softmax(scale · Q Kᵀ) V` over the visible slots.
+///
+/// `q: [batch, length, query · width]`; `k` and `v: [rows, slots, key_value · width]`, where `mask` says which row
+/// belongs to which batch row. Gives the shape of `q`.
+///
+/// # Errors
+/// Shapes that do not fit, or a tensor operation failed.
+pub fn attention(tape: &mut Tape, shape: Attention, [q, k, v]: [&Traced; 3], mask: &AttentionMask) -> Result<Traced> {
+    let (qs, ks, vs) = (q.tensor().contiguous()?, k.tensor().contiguous()?, v.tensor().contiguous()?);
+    check(shape, [&qs, &ks, &vs], mask)?;
+    let tracked = q.tracked() || k.tracked() || v.tracked();
+    let (y, sums) = dispatch!(
+        qs,
+        crate::tensor::cuda::attention(shape, [&qs, &ks, &vs], mask),
+        by_dtype!(qs.dtype(), forward(shape, [&qs, &ks, &vs], mask, tracked))
+    )?;
+    let (result, mask) = (y.clone(), mask.clone());
+    Ok(tape.record(y, &[q, k, v], move |gradient, into| {
+        mask.check_differentiable(ks.dims()[0])?;
+        let gradients = dispatch!(
+            qs,
+            crate::tensor::cuda::attention_backward(shape, [&qs, &ks, &vs], &gradient, &mask),
+            by_dtype!(qs.dtype(), backward(shape, [&qs, &ks, &vs], [&result, &sums, &gradient], &mask))
+        )?;
+        gradients.into_iter().enumerate().try_for_each(|(index, gradient)| into.add(index, gradient))
+    }))
+}
+
+fn check(shape: Attention, [q, k, v]: [&Tensor; 3], mask: &AttentionMask) -> Result<()> {
+    let ((batch, queries, width), (_, slots, narrow)) = (q.dims3()?, k.dims3()?);
+    let rows = &mask.rows;
+    let fits = width == shape.query * shape.width
+        && narrow == shape.key_value * shape.width
+        && k.dims() == v.dims()
+        && (batch, queries) == (rows.starts.len(), rows.queries)
+        && rows.ends.iter().all(|&end| end <= slots)
+        && rows.rows.iter().all(|&row| row < k.dims()[0]);
+    if fits {
+        return Ok(());
+    }
+    Err(Error::run(format!("attention: queries {:?} do not fit keys {:?} and {shape:?}", q.dims(), k.dims())))
+}
+
+/// The result and, if `keep`, `max + ln Σ exp` of each row of scores, `[batch, heads, length]`.
+fn forward<T: Element>(
+    shape: Attention,
+    [q, k, v]: [&Tensor; 3],
+    mask: &AttentionMask,
+    keep: bool,
+) -> Result<(Tensor, Tensor)> {
+    let slots = k.dims()[1];
+    read_all([q, k, v], |inputs: [&[T]; 3]| {
+        let (y, sums) = kernels::forward(shape, inputs, &mask.rows, slots, keep);
+        let count = sums.len();
+        Ok((tensor(y, q.dims())?, tensor(sums, &[count])?))
+    })
+}
+
+fn backward<T: Element>(
+    shape: Attention,
+    [q, k, v]: [&Tensor; 3],
+    [y, sums, gradient]: [&Tensor; 3],
+    mask: &AttentionMask,
+) -> Result<[Tensor; 3]> {
+    let slots = k.dims()[1];
+    read_all([q, k, v, y, sums, gradient], |[qs, ks, vs, y, sums, g]: [&[T]; 6]| {
+        let [dq, dk, dv] = kernels::backward(shape, [qs, ks, vs], [y, sums, g], &mask.rows, slots);
+        Ok([tensor(dq, q.dims())?, tensor(dk, k.dims())?, tensor(dv, v.dims())?])
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::check::{close, gradients, normal};
+    use crate::tensor::tokens::Tokens;
+    use candle_core::{D, Device};
+    use titer_kernels::attention::TILE;
+
+    const SHAPE: Attention = Attention { query: 4, key_value: 2, width: 3, scale: 0.5, window: None };
+
+    /// Two rows of `length` and `length − 2` tokens.
+    fn attention_mask(length: usize) -> Result<AttentionMask> {
+        let rows = [vec![1u32; length], vec![1; length - 2]];
+        AttentionMask::new(&Tokens::pad(&rows, 0, &Device::Cpu)?)
+    }
+
+    /// The same from candle's tensor operations, with the whole matrix of scores.
+    fn composed(shape: Attention, [q, k, v]: [&Tensor; 3], attention_mask: &AttentionMask) -> Result<Tensor> {
+        let (batch, queries, _) = q.dims3()?;
+        let slots = k.dims()[1];
+        let heads = |x: &Tensor, count: usize| -> Result<Tensor> {
+            let x = x.reshape((batch, x.dims()[1], count, shape.width))?.transpose(1, 2)?;
+            let repeat = Tensor::arange(0u32, shape.query as u32, &Device::Cpu)?;
+            let index = repeat.to_vec1::<u32>()?.iter().map(|h| h / (shape.query / count) as u32).collect::<Vec<_>>();
+            Ok(x.contiguous()?.index_select(&Tensor::new(index, &Device::Cpu)?, 1)?)
+        };
+        let (q, k, v) = (heads(q, shape.query)?, heads(k, shape.key_value)?, heads(v, shape.key_value)?);
+        let mut mask = vec![f64::NEG_INFINITY; batch * queries * slots];
+        for (at, row) in mask.chunks_exact_mut(slots).enumerate() {
+            row[attention_mask.rows.range(at / queries, at % queries, shape.window)].fill(0.);
+        }
+        let mask = Tensor::from_vec(mask, (batch, 1, queries, slots), &Device::Cpu)?;
+        let scores = (q.matmul(&k.t()?)? * shape.scale)?.broadcast_add(&mask)?;
+        let mixed = candle_nn::ops::softmax(&scores, D::Minus1)?.matmul(&v)?;
+        Ok(mixed.transpose(1, 2)?.reshape((batch, queries, shape.query * shape.width))?)
+    }
+
+    fn inputs(length: usize) -> Result<Vec<candle_core::Var>> {
+        [12, 6, 6].iter().enumerate().map(|(seed, &width)| normal(&[2, length, width], seed as u64)).collect()
+    }
+
+    #[test]
+    fn gradients_equal_finite_differences() -> Result<()> {
+        let attention_mask = attention_mask(5)?;
+        for window in [None, Some(2)] {
+            let shape = Attention { window, ..SHAPE };
+            gradients(&inputs(5)?, |tape, x| attention(tape, shape, [&x[0], &x[1], &x[2]], &attention_mask))?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn equals_the_composed_form_over_several_tiles() -> Result<()> {
+        let length = 2 * TILE + 7;
+        let (attention_mask, vars) = (attention_mask(length)?, inputs(length)?);
+        for window in [None, Some(70)] {
+            let shape = Attention { window, ..SHAPE };
+            let mut tape = Tape::default();
+            let values: Vec<Traced> = vars.iter().map(|var| tape.parameter(var.as_tensor())).collect();
+            let fused = attention(&mut tape, shape, [&values[0], &values[1], &values[2]], &attention_mask)?;
+            let expected = composed(shape, [&vars[0], &vars[1], &vars[2]], &attention_mask)?;
+            close(fused.tensor(), &expected, 1e-12)?;
+            let seed = normal(fused.tensor().dims(), 9)?.as_detached_tensor();
+            let store = (expected * &seed)?.sum_all()?.backward()?;
+            let mut found = tape.backward(vec![(fused, seed)])?;
+            for var in &vars {
+                let gradient = found.take(var.as_tensor()).expect("a gradient");
+                close(&gradient, store.get(var).expect("a gradient"), 1e-11)?;
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_single_query_after_a_cache_equals_the_last_of_many() -> Result<()> {
+        let vars = inputs(5)?;
+        let values: Vec<Traced> = vars.iter().map(|var| Traced::constant(var.as_detached_tensor())).collect();
+        let tape = &mut Tape::default();
+        let full = attention(tape, SHAPE, [&values[0], &values[1], &values[2]], &attention_mask(5)?)?;
+        let one = Tokens::pad(&[[1u32], [1]], 0, &Device::Cpu)?;
+        // The rows swapped, each after its own number of earlier tokens.
+        let attention_mask = AttentionMask::after(&one, &[2, 4], &[1, 0])?;
+        let query = |row: usize, at: usize| vars[0].narrow(0, row, 1)?.narrow(1, at, 1)?.contiguous();
+        let q = Traced::constant(Tensor::cat(&[query(1, 2)?, query(0, 4)?], 0)?.detach());
+        let last = attention(tape, SHAPE, [&q, &values[1], &values[2]], &attention_mask)?;
+        close(&last.tensor().get(0)?.get(0)?, &full.tensor().get(1)?.get(2)?, 1e-12)?;
+        close(&last.tensor().get(1)?.get(0)?, &full.tensor().get(0)?.get(4)?, 1e-12)
+    }
+
+    #[test]
+    fn no_future_no_padding_and_nothing_before_the_window_is_seen() -> Result<()> {
+        let attention_mask = attention_mask(5)?;
+        assert_eq!(attention_mask.rows.range(0, 2, None), 0..3);
+        assert_eq!(attention_mask.rows.range(0, 4, Some(2)), 3..5);
+        assert_eq!(attention_mask.rows.range(1, 4, None), 0..3);
+        Ok(())
+    }
+}

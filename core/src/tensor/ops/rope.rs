@@ -1,0 +1,167 @@
+//! Rotary positions (Su et al. 2021), in the rotate-half layout of the Hugging Face checkpoints.
+
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+
+use candle_core::Tensor;
+use titer_kernels::rope as kernels;
+
+use crate::error::{Error, Result};
+use crate::tensor::host::{Element, by_dtype, read, read_all, tensor};
+use crate::tensor::tape::{Tape, Traced};
+
+/// The table of `cos` and `sin` for every position and frequency, in f32 as the checkpoints' own code computes it. It
+/// grows with the positions that are asked for: a model may allow far more than anyone uses.
+#[derive(Debug)]
+pub struct Rope {
+    frequencies: Vec<f32>,
+    positions: usize,
+    table: RwLock<Table>,
+}
+
+/// `cos` and `sin` of the first positions, a row each.
+#[derive(Debug, Default)]
+struct Table {
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
+impl Rope {
+    /// The table of `positions` rows for the inverse frequencies given, one per pair of dimensions.
+    pub fn new(inverse_frequencies: &[f32], positions: usize) -> Self {
+        Self { frequencies: inverse_frequencies.to_vec(), positions, table: RwLock::default() }
+    }
+
+    /// The standard inverse frequencies `1 / θ^(2i/d)` of a head of `width` dimensions. The division in this order, in
+    /// f32, is what makes a forward pass equal to the checkpoints' own to the last bit.
+    pub fn frequencies(width: usize, theta: f64) -> Vec<f32> {
+        (0..width).step_by(2).map(|i| 1f32 / power(theta as f32, i as f32 / width as f32)).collect()
+    }
+
+    /// The longest sequence the table covers.
+    pub fn positions(&self) -> usize {
+        self.positions
+    }
+
+    /// The rows of the table for these positions, on the device of `like`: made once per pass, used by every layer.
+    ///
+    /// # Errors
+    /// A position lies outside the table.
+    pub fn at(&self, positions: &[u32], like: &Tensor) -> Result<Rotation> {
+        check_positions(positions, self.positions)?;
+        let rows = positions.iter().max().map_or(0, |&at| at as usize + 1);
+        let half = self.frequencies.len();
+        if read_lock(&self.table).cos.len() < rows * half {
+            self.grow(rows);
+        }
+        let table = read_lock(&self.table);
+        let pick = |table: &[f32]| {
+            let rows = positions.iter().flat_map(|&at| &table[at as usize * half..][..half]).copied();
+            Tensor::from_vec(rows.collect::<Vec<f32>>(), (positions.len(), half), like.device())
+        };
+        Ok(Rotation { cos: pick(&table.cos)?, sin: pick(&table.sin)? })
+    }
+
+    /// Fills the table up to at least `rows` positions.
+    fn grow(&self, rows: usize) {
+        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        let (filled, rows) = (table.cos.len() / self.frequencies.len().max(1), rows.next_power_of_two());
+        let angles =
+            (filled..rows.min(self.positions)).flat_map(|at| self.frequencies.iter().map(move |f| at as f32 * f));
+        for angle in angles {
+            table.cos.push(libm::cos(f64::from(angle)) as f32);
+            table.sin.push(libm::sin(f64::from(angle)) as f32);
+        }
+    }
+}
+
+/// A table is whole whatever happened to another thread: it only grows.
+fn read_lock(table: &RwLock<Table>) -> RwLockReadGuard<'_, Table> {
+    table.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// `base` to the power `exponent`, rounded once from double precision: the same bits on every processor.
+fn power(base: f32, exponent: f32) -> f32 {
+    libm::pow(f64::from(base), f64::from(exponent)) as f32
+}
+
+/// Fails if one of `positions` lies beyond the `limit` that the model has.
+///
+/// # Errors
+/// It does.
+pub fn check_positions(positions: &[u32], limit: usize) -> Result<()> {
+    let longest = positions.iter().max().map_or(0, |&at| at as usize + 1);
+    if longest <= limit {
+        return Ok(());
+    }
+    Err(Error::data(format!("a sequence of {longest} tokens exceeds the model's {limit} positions"))
+        .help("lower `max_length` or the number of new tokens"))
+}
+
+/// `cos` and `sin` of the angles of each token, `[tokens, width / 2]`, f32.
+#[derive(Debug, Clone)]
+pub struct Rotation {
+    cos: Tensor,
+    sin: Tensor,
+}
+
+/// Rotates every head of `x: [tokens…, heads · width]`.
+///
+/// # Errors
+/// A tensor operation failed.
+pub fn rotate(tape: &mut Tape, x: &Traced, rotation: &Rotation) -> Result<Traced> {
+    let y = turn(x.tensor(), rotation, 1.)?;
+    let rotation = rotation.clone();
+    Ok(tape.record(y, &[x], move |gradient, into| into.add(0, turn(&gradient, &rotation, -1.)?)))
+}
+
+/// The rotation forward (`direction` 1) or, its transpose, back (−1).
+fn turn(x: &Tensor, rotation: &Rotation, direction: f64) -> Result<Tensor> {
+    let x = x.contiguous()?;
+    dispatch!(
+        x,
+        crate::tensor::cuda::rotate(&x, [&rotation.cos, &rotation.sin], direction),
+        by_dtype!(x.dtype(), turn_host(&x, rotation, direction))
+    )
+}
+
+fn turn_host<T: Element>(x: &Tensor, rotation: &Rotation, direction: f64) -> Result<Tensor> {
+    let (tokens, _) = rotation.cos.dims2()?;
+    read_all([&rotation.cos, &rotation.sin], |angles: [&[f32]; 2]| {
+        read(x, |xs: &[T]| tensor(kernels::rotate(xs, angles, tokens, direction), x.dims()))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::check::{close, gradients, normal};
+
+    const POSITIONS: [u32; 6] = [0, 1, 2, 1, 2, 3];
+
+    #[test]
+    fn gradients_equal_finite_differences() -> Result<()> {
+        let x = normal(&[2, 3, 8], 1)?;
+        let rotation = Rope::new(&Rope::frequencies(4, 100.), 4).at(&POSITIONS, &x)?;
+        gradients(&[x], |tape, inputs| rotate(tape, &inputs[0], &rotation))
+    }
+
+    #[test]
+    fn equals_the_composed_form() -> Result<()> {
+        let x = normal(&[2, 3, 8], 1)?.as_detached_tensor();
+        let rotation = Rope::new(&Rope::frequencies(4, 100.), 4).at(&POSITIONS, &x)?;
+        let fused = rotate(&mut Tape::default(), &Traced::constant(x.clone()), &rotation)?;
+        let table = |t: &Tensor| t.to_dtype(candle_core::DType::F64)?.reshape((6, 1, 2));
+        let (cos, sin, heads) = (table(&rotation.cos)?, table(&rotation.sin)?, x.reshape((6, 2, 4))?);
+        let (a, b) = (heads.narrow(2, 0, 2)?, heads.narrow(2, 2, 2)?);
+        let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
+        let second = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
+        close(fused.tensor(), &Tensor::cat(&[first, second], 2)?.reshape((2, 3, 8))?, 1e-12)
+    }
+
+    #[test]
+    fn a_position_outside_the_table_is_an_error() -> Result<()> {
+        let rope = Rope::new(&Rope::frequencies(4, 100.), 2);
+        assert!(rope.at(&[0, 1, 2], normal(&[1, 3, 4], 1)?.as_tensor()).is_err());
+        Ok(())
+    }
+}

@@ -1,0 +1,189 @@
+//! Products with a stored matrix, whatever it is stored as.
+
+use candle_core::Tensor;
+use rayon::prelude::*;
+use titer_kernels::gemm::{product_into, threads};
+use titer_kernels::matrix::{View, ViewMut};
+
+use super::gemm::Gemm;
+use super::host::{Element, read, tensor, write};
+use super::matrix::{LowPrecision, Matrix};
+use crate::error::{Error, Result};
+
+/// Dequantized numbers that exist at a time on the host: few enough to stay in the caches, enough that reading the other
+/// operand once for each chunk costs little.
+const CHUNK: usize = 1 << 21;
+
+impl Matrix {
+    /// `x Wᵀ` for `x: [n, columns]`.
+    pub(super) fn product_transposed(&self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Dense(w) => Gemm::NT.product(x, w),
+            Self::LowPrecision(_) if !x.device().is_cpu() => Gemm::NT.product(x, &self.dense()?),
+            Self::LowPrecision(_) => {
+                let ((n, columns), rows) = (x.dims2()?, self.dims()[0]);
+                self.check_inner(x, 1)?;
+                let mut y = vec![0f32; n * rows];
+                read(x, |x: &[f32]| {
+                    chunks(self, |first, w: &[f32]| {
+                        let count = w.len() / columns;
+                        let y = ViewMut::new(&mut y[first..], [n, count], rows);
+                        product_into(y, false, 1., View::of(x, n, columns), View::of(w, count, columns).t());
+                        Ok(())
+                    })
+                })?;
+                tensor(y, &[n, rows])
+            }
+        }
+    }
+
+    /// `g W` for `g: [n, rows]`.
+    pub(super) fn product(&self, g: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Dense(w) => Gemm::NN.product(g, w),
+            Self::LowPrecision(_) if !g.device().is_cpu() => Gemm::NN.product(g, &self.dense()?),
+            Self::LowPrecision(_) => {
+                let sum = Tensor::zeros((g.dims2()?.0, self.dims()[1]), g.dtype(), g.device())?;
+                self.add_product(&sum, g)?;
+                Ok(sum)
+            }
+        }
+    }
+
+    /// Adds `g W` to `sum: [n, columns]`, in place.
+    pub(super) fn add_product(&self, sum: &Tensor, g: &Tensor) -> Result<()> {
+        match self {
+            Self::Dense(w) => Gemm::NN.add_to(sum, g, w),
+            Self::LowPrecision(_) if !g.device().is_cpu() => Gemm::NN.add_to(sum, g, &self.dense()?),
+            Self::LowPrecision(_) => {
+                let ((n, rows), columns) = (g.dims2()?, self.dims()[1]);
+                self.check_inner(g, 0)?;
+                if sum.elem_count() != n * columns {
+                    return Err(Error::run(format!("a product [{n}, {columns}] cannot be added to {:?}", sum.dims())));
+                }
+                read(g, |g: &[f32]| {
+                    chunks(self, |first, w: &[f32]| {
+                        let count = w.len() / columns;
+                        let g = View::new(&g[first..], [n, count], rows);
+                        write(sum, |sum: &mut [f32]| {
+                            let sum = ViewMut::new(sum, [n, columns], columns);
+                            product_into(sum, true, 1., g, View::of(w, count, columns));
+                        })
+                    })
+                })
+            }
+        }
+    }
+
+    /// Whether the last dimension of `x` is the matrix's dimension `index`.
+    fn check_inner(&self, x: &Tensor, index: usize) -> Result<()> {
+        if x.dims().last() == self.dims().get(index) {
+            return Ok(());
+        }
+        Err(Error::run(format!("matrices {:?} and {:?} cannot be multiplied", x.dims(), self.dims())))
+    }
+}
+
+/// Calls `f` with the rows of a host matrix as they are computed with, chunk after chunk: the index of the first row,
+/// and the numbers. A dense matrix is one chunk.
+pub(super) fn chunks<T: Element>(matrix: &Matrix, mut f: impl FnMut(usize, &[T]) -> Result<()>) -> Result<()> {
+    let low = match matrix {
+        Matrix::Dense(tensor) => return read(tensor, |all: &[T]| f(0, all)),
+        Matrix::LowPrecision(low) => low,
+    };
+    let (rows, columns) = (matrix.dims()[0], matrix.dims()[1]);
+    let step = (CHUNK / columns.max(1)).clamp(1, rows.max(1));
+    let mut scratch = vec![T::zero(); step * columns];
+    for first in (0..rows).step_by(step) {
+        let part = &mut scratch[..step.min(rows - first) * columns];
+        dequantize(low, first, columns, part)?;
+        f(first, part)?;
+    }
+    Ok(())
+}
+
+/// Fills `out` with the rows from `first` on, on all threads.
+fn dequantize<T: Element>(low: &LowPrecision, first: usize, columns: usize, out: &mut [T]) -> Result<()> {
+    let share = (out.len() / columns).div_ceil(threads());
+    out.par_chunks_mut(share * columns).enumerate().try_for_each(|(index, out)| {
+        let first = first + index * share;
+        let rows = low.rows(first..first + out.len() / columns)?;
+        read(&rows, |rows: &[T]| {
+            out.copy_from_slice(rows);
+            Ok(())
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::quantized::GgmlDType;
+    use candle_core::{DType, Device};
+
+    use super::*;
+    use crate::rng::{Seed, randn};
+    use crate::tensor::check::close;
+
+    fn random(shape: [usize; 2], seed: u64, scale: f64) -> Result<Tensor> {
+        Ok((randn(&shape, &mut Seed::new(seed).generator(), &Device::Cpu)? * scale)?)
+    }
+
+    /// `[5000, 512]` in every way of storing it: more than one chunk.
+    fn stored() -> Result<Vec<Matrix>> {
+        let w = random([5000, 512], 1, 0.02)?;
+        let mut all = vec![Matrix::Dense(w.clone())];
+        for dtype in [DType::BF16, DType::F16] {
+            all.push(Matrix::half(&w, dtype, DType::F32)?);
+        }
+        for kind in [GgmlDType::Q8_0, GgmlDType::Q6K, GgmlDType::Q4K, GgmlDType::Q4_0] {
+            all.push(Matrix::quantized(&w, kind, DType::F32)?);
+        }
+        let (b, a) = (random([5000, 3], 2, 0.02)?, random([3, 512], 3, 0.02)?);
+        let merged = all.iter().map(|w| w.plus(0.5, &b, &a)).collect::<Result<Vec<_>>>()?;
+        // Twice over, as double LoRA does.
+        let twice = merged[6].plus(-1.5, &b, &a)?;
+        close(&twice.dense()?, &(all[6].dense()? - b.matmul(&a)?)?, 1e-7)?;
+        Ok(all.into_iter().chain(merged).chain([twice]).collect())
+    }
+
+    #[test]
+    fn products_equal_those_of_the_dequantized_matrix() -> Result<()> {
+        let (x, g, sum) = (random([3, 512], 4, 1.)?, random([3, 5000], 5, 1.)?, random([3, 512], 6, 1.)?);
+        let ids = Tensor::new(&[4999u32, 0, 7, 7], &Device::Cpu)?;
+        for w in stored()? {
+            let dense = w.dense()?;
+            close(&w.product_transposed(&x)?, &Gemm::NT.product(&x, &dense)?, 2e-6)?;
+            close(&w.product(&g)?, &Gemm::NN.product(&g, &dense)?, 5e-6)?;
+            let target = sum.copy()?;
+            w.add_product(&target, &g)?;
+            close(&target, &(&sum + Gemm::NN.product(&g, &dense)?)?, 5e-6)?;
+            close(&w.gather(&ids)?, &dense.index_select(&ids, 0)?, 1e-8)?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn quantized_numbers_are_near_the_numbers_they_stand_for() -> Result<()> {
+        // The relative error, as a norm, that the widths of the steps promise.
+        let limits = [0., 2e-3, 3e-4, 6e-3, 2.5e-2, 9e-2, 1e-1];
+        let stored = stored()?;
+        let w = stored[0].dense()?;
+        let norm = |t: &Tensor| -> Result<f64> { crate::tensor::elementwise::norm([t])?.value() };
+        for (matrix, limit) in stored.iter().zip(limits) {
+            let error = norm(&(matrix.dense()? - &w)?)? / norm(&w)?;
+            assert!(error <= limit && error >= limit / 4., "{matrix:?}: {error}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn sizes_that_do_not_fit_are_an_error() -> Result<()> {
+        let x = random([3, 4], 1, 1.)?;
+        for w in stored()? {
+            assert!(w.product_transposed(&x).is_err());
+            assert!(w.product(&x).is_err());
+            assert!(w.gather(&Tensor::new(&[5000u32], &Device::Cpu)?).is_err());
+        }
+        Ok(())
+    }
+}

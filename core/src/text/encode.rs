@@ -1,0 +1,123 @@
+//! Rows to training examples and prompts: template and tokenizer together.
+
+use super::template::Template;
+use super::tokenizer::Tokenizer;
+use crate::data::example::Example;
+use crate::data::row::Row;
+use crate::error::{Error, Result};
+
+/// Text to tokens under one protocol: tokenizer, template and length limit.
+#[derive(Debug, Clone)]
+pub struct Encoder {
+    /// The tokenizer.
+    pub tokenizer: Tokenizer,
+    /// The prompt template.
+    pub template: Template,
+    /// Rows are cut after this many tokens (the tail, as the reference does).
+    pub max_length: usize,
+}
+
+impl Encoder {
+    /// The tokens of the prompt of `row`.
+    ///
+    /// # Errors
+    /// The template or the tokenizer failed.
+    pub fn prompt(&self, row: &Row) -> Result<Vec<u32>> {
+        self.tokenizer.encode(&self.template.render(row)?, true)
+    }
+
+    /// The tokens of prompt, answer and end of text, with the prompt's tokens masked from the loss.
+    ///
+    /// Prompt and answer are tokenised together with nothing between them, as at the reference: what separates them is
+    /// part of the template. Where a token spans the boundary, the mask ends before it, so that no part of the answer goes
+    /// unlearnt. `None` if the length limit leaves no label.
+    ///
+    /// # Errors
+    /// The template or the tokenizer failed.
+    pub fn example(&self, row: &Row) -> Result<Option<Example>> {
+        let prompt_text = self.template.render(row)?;
+        let prompt = self.tokenizer.encode(&prompt_text, true)?;
+        let mut tokens = self.tokenizer.encode(&format!("{prompt_text}{}", row.output), true)?;
+        let shared = prompt.iter().zip(&tokens).take_while(|(a, b)| a == b).count();
+        tokens.push(self.tokenizer.eos);
+        tokens.truncate(self.max_length);
+        // The first token has nothing before it to be predicted from.
+        let first_label = shared.max(1);
+        Ok((first_label < tokens.len()).then_some(Example { tokens, first_label }))
+    }
+
+    /// [`Encoder::example`] for every row, without those that lost all labels to the length limit.
+    ///
+    /// # Errors
+    /// No row is left, or the template or the tokenizer failed.
+    pub fn examples(&self, rows: &[Row]) -> Result<Vec<Example>> {
+        if rows.is_empty() {
+            return Err(Error::data("the data set is empty").help("point it at a file with at least one row"));
+        }
+        let mut examples = Vec::with_capacity(rows.len());
+        for row in rows {
+            examples.extend(self.example(row)?);
+        }
+        if examples.is_empty() {
+            return Err(Error::data(format!(
+                "all labels are truncated away: no answer token of {} rows lies within {} tokens",
+                rows.len(),
+                self.max_length
+            ))
+            .key("max_length")
+            .help("raise max_length above the length of the prompts"));
+        }
+        if examples.len() < rows.len() {
+            let (lost, rows) = (rows.len() - examples.len(), rows.len());
+            tracing::warn!(
+                lost,
+                rows,
+                max_length = self.max_length,
+                "rows without any label after truncation are left out"
+            );
+        }
+        Ok(examples)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn encoder(template: &str) -> Encoder {
+        let words = ["<pad>", "<bos>", "<user>", "<asst>", "<eos>", "hello", "there", "a>", "a>there"];
+        let tokenizer = Tokenizer::word_level(&words.map(str::to_owned)).expect("a tokenizer");
+        Encoder { tokenizer, template: Template::new(template), max_length: 100 }
+    }
+
+    /// The tokens of a row and those that count in the loss.
+    fn tokens(template: &str) -> (Vec<String>, Vec<String>) {
+        let encoder = encoder(template);
+        let example = encoder.example(&Row::new("hello", "there")).expect("tokens").expect("a label");
+        let text: Vec<String> = example.tokens.iter().filter_map(|&id| encoder.tokenizer.token(id)).collect();
+        let labels = text[example.first_label..].to_vec();
+        (text, labels)
+    }
+
+    #[test]
+    fn nothing_is_put_between_prompt_and_answer() {
+        // A prompt that ends in `>` is no chat marker: the answer follows without a space.
+        let (text, labels) = tokens("{{ instruction }} a>");
+        assert_eq!(text, ["<bos>", "hello", "a>there", "<eos>"]);
+        assert_eq!(labels, ["a>there", "<eos>"]);
+        assert_eq!(tokens("{{ instruction }} a> ").1, ["there", "<eos>"]);
+    }
+
+    #[test]
+    fn the_embedded_worlds_template_says_its_own_space() {
+        let (text, labels) = tokens("chat");
+        assert_eq!(text, ["<bos>", "<user>", "hello", "<asst>", "there", "<eos>"]);
+        assert_eq!(labels, ["there", "<eos>"]);
+        // As its documents are written.
+        let encoder = encoder("chat");
+        let document = encoder.example(&Row::new("", "<user> hello <asst> there")).expect("tokens").expect("a label");
+        let row = encoder.example(&Row::new("hello", "there")).expect("tokens").expect("a label");
+        assert_eq!(document.tokens, row.tokens);
+        assert!(Template::new("chat").render(&Row::new("hello", "")).expect("a prompt").ends_with("<asst> "));
+    }
+}

@@ -1,0 +1,103 @@
+//! Weights from a seed or from a checkpoint, and the tensors to be written to one.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+
+use super::checkpoint::Checkpoint;
+use super::parameters::Weights;
+use super::precision::Precision;
+use super::schema::{Init, Param, ParamList, factor_names, module_of};
+use crate::error::{Error, Result};
+use crate::rng::{Seed, randn};
+use crate::tensor::elementwise::norm;
+
+impl Weights {
+    /// Seeded random weights of a model with these parameters, stored as `precision` says (an element type will do). One parameter at a time
+    /// exists in f32.
+    ///
+    /// # Errors
+    /// The precision does not fit the model, or a tensor operation failed.
+    pub fn random(params: &ParamList, seed: Seed, precision: impl Into<Precision>, device: &Device) -> Result<Self> {
+        let init = |param: &Param| -> Result<Tensor> {
+            Ok(match param.init {
+                Init::Ones => Tensor::ones(param.shape.as_slice(), DType::F32, device)?,
+                Init::Zeros => Tensor::zeros(param.shape.as_slice(), DType::F32, device)?,
+                Init::Normal(std) => (randn(&param.shape, &mut seed.named(&param.name).generator(), device)? * std)?,
+            })
+        };
+        Self::build(params, precision.into(), device, init)
+    }
+
+    /// The weights of a model with these parameters out of a checkpoint, which must hold every declared parameter in the declared shape. They
+    /// are stored as `precision` says (an element type will do), one parameter after the other. A checkpoint of the model
+    /// without its head leaves out the leading `model.` of all names (OPT's own are such).
+    ///
+    /// # Errors
+    /// A parameter is missing, of another shape, or not finite, or the precision does not fit the model.
+    pub fn load(
+        params: &ParamList,
+        checkpoint: &mut Checkpoint,
+        precision: impl Into<Precision>,
+        device: &Device,
+    ) -> Result<Self> {
+        let load = |param: &Param| -> Result<Tensor> {
+            let bare =
+                param.name.strip_prefix("model.").filter(|bare| !checkpoint.has(&param.name) && checkpoint.has(bare));
+            let name = bare.map_or_else(|| param.name.clone(), str::to_owned);
+            let tensor = checkpoint.read(&name, device)?;
+            if tensor.dims() != param.shape {
+                return Err(Error::data(format!(
+                    "`{}` has shape {:?}, but the configuration asks for {:?}",
+                    param.name,
+                    tensor.dims(),
+                    param.shape
+                ))
+                .file(checkpoint.path())
+                .help("config.json and the weights belong to different models"));
+            }
+            if !norm([&tensor])?.value()?.is_finite() {
+                return Err(Error::data(format!("`{}` holds a value that is not finite", param.name))
+                    .file(checkpoint.path())
+                    .help("the checkpoint is damaged: download or train it again"));
+            }
+            Ok(tensor)
+        };
+        Self::build(params, precision.into(), device, load)
+    }
+
+    fn build(
+        params: &ParamList,
+        precision: Precision,
+        device: &Device,
+        mut make: impl FnMut(&Param) -> Result<Tensor>,
+    ) -> Result<Self> {
+        precision.check(params)?;
+        let base = params.iter().map(|param| precision.store(param, &make(param)?));
+        let (base, device, params) = (base.collect::<Result<_>>()?, device.clone(), Arc::new(params.clone()));
+        Ok(Self { params, precision, device, base, lora: None, trainable: BTreeMap::new() })
+    }
+
+    /// The base parameters by name: as they are stored, or in f32 where they are stored in blocks or an adapter was
+    /// merged into fewer bits.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn base_tensors(&self) -> Result<Vec<(String, Tensor)>> {
+        self.named().map(|(name, matrix)| Ok((name.to_owned(), matrix.exact()?))).collect()
+    }
+
+    /// The adapter's factors under PEFT's names.
+    ///
+    /// # Errors
+    /// There is no adapter.
+    pub fn adapter_tensors(&self) -> Result<Vec<(String, Tensor)>> {
+        let lora = self.lora.as_ref().ok_or_else(|| Error::run("there is no adapter to save"))?;
+        let tensors = lora.adapters.iter().flat_map(|(&index, adapter)| {
+            let [a, b] = factor_names(module_of(&self.params.0[index].name)).map(|n| format!("base_model.model.{n}"));
+            [(a, adapter.a.clone()), (b, adapter.b.clone())]
+        });
+        Ok(tensors.collect())
+    }
+}
