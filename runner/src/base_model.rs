@@ -1,6 +1,8 @@
 //! Model folders in Hugging Face's layout: `config.json`, `model.safetensors` (or shards), `tokenizer.json`.
 
 use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
 
 use candle_core::Device;
 use serde_json::{Value, json};
@@ -13,11 +15,12 @@ use titer_core::{Error, Kind, Model, ModelEntry, Precision, Result, Weights, reg
 
 use crate::disk;
 
-/// A model that can be run: architecture, weights and tokenizer.
-#[derive(Debug)]
+/// A model that can be run: architecture, weights and tokenizer. A clone shares the weights until one of the two changes
+/// them.
+#[derive(Debug, Clone)]
 pub struct BaseModel {
     /// The architecture.
-    pub model: Box<dyn Model>,
+    pub model: Arc<dyn Model>,
     /// Its tokenizer.
     pub tokenizer: Tokenizer,
     /// Its weights.
@@ -25,11 +28,27 @@ pub struct BaseModel {
 }
 
 impl BaseModel {
-    /// Opens a folder; its weights are stored as `precision` says. `name` is the registered model that must read it; without it the folder's `model_type` decides.
+    /// Opens a folder; its weights are stored as `precision` says. `name` is the registered model that must read it; without
+    /// it the folder's `model_type` decides.
     ///
     /// # Errors
     /// A file is missing or malformed, or the parts do not belong together.
     pub fn open(folder: &Path, name: Option<&str>, precision: Precision, device: &Device) -> Result<Self> {
+        Self::with_weights(folder, name, folder, precision, device)
+    }
+
+    /// Likewise with the weights of another folder or file.
+    ///
+    /// # Errors
+    /// As [`BaseModel::open`].
+    pub fn with_weights(
+        folder: &Path,
+        name: Option<&str>,
+        weights: &Path,
+        precision: Precision,
+        device: &Device,
+    ) -> Result<Self> {
+        let started = Instant::now();
         let config = read_config(folder)?;
         let path = folder.join("config.json");
         let entry = model_entry(&config, name).map_err(|error| error.file(&path))?;
@@ -47,8 +66,9 @@ impl BaseModel {
             .file(&tokenizer_path)
             .help("take tokenizer.json from the same model as the weights"));
         }
-        let weights = Weights::load(model.params(), &mut Checkpoint::open(folder)?, precision, device)?;
-        Ok(Self { model, tokenizer, weights })
+        let loaded = Weights::load(model.params(), &mut Checkpoint::open(weights)?, precision, device)?;
+        tracing::info!(weights = %weights.display(), seconds = started.elapsed().as_secs_f64(), "loaded a model");
+        Ok(Self { model: Arc::from(model), tokenizer, weights: loaded })
     }
 
     /// Fails if the weights that a stage changed, or the loss at them on a few tokens, are not finite.

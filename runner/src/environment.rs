@@ -11,20 +11,30 @@ const VARIABLES: [&str; 2] = ["RAYON_NUM_THREADS", "CANDLE_NUM_THREADS"];
 /// system are zeroed first, which costs a step of a large model a sixth of its time.
 const KEEP_MEMORY: (&str, &str) = ("MIMALLOC_PURGE_DELAY", "-1");
 
-/// Makes candle use `threads` threads per stage, unless the user's environment says otherwise.
+/// What the environment of a process must say, so that candle uses `threads` threads per stage. Empty if the user's own says
+/// something about it.
+pub fn variables(threads: usize) -> Vec<(&'static str, String)> {
+    let given = |name: &str| std::env::var_os(name).is_some();
+    if VARIABLES.iter().any(|name| given(name)) {
+        return Vec::new();
+    }
+    let threads = VARIABLES.map(|name| (name, threads.to_string()));
+    let memory = (!given(KEEP_MEMORY.0)).then(|| (KEEP_MEMORY.0, KEEP_MEMORY.1.to_owned()));
+    threads.into_iter().chain(memory).collect()
+}
+
+/// Gives this process that environment.
 ///
 /// A process cannot safely change its own environment, so it starts itself anew with the variables set. To be called
 /// before any work; on systems that cannot do this, candle's default stays, which is only slower.
 pub fn fix(threads: usize) {
-    if VARIABLES.iter().any(|name| std::env::var_os(name).is_some()) {
+    let variables = variables(threads);
+    if variables.is_empty() {
         return;
     }
     let Ok(program) = std::env::current_exe() else { return };
     let mut again = Command::new(program);
-    again.args(std::env::args_os().skip(1)).envs(VARIABLES.map(|name| (name, threads.to_string())));
-    if std::env::var_os(KEEP_MEMORY.0).is_none() {
-        again.env(KEEP_MEMORY.0, KEEP_MEMORY.1);
-    }
+    again.args(std::env::args_os().skip(1)).envs(variables);
     #[cfg(unix)]
     {
         let error = std::os::unix::process::CommandExt::exec(&mut again);

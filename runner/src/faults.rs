@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use candle_core::{Device, Tensor};
 use titer_core::model::generate::Finish;
@@ -13,7 +12,7 @@ use titer_core::{Error, Result};
 
 use crate::cli::progress::Journal;
 use crate::disk::fault::{Fault, Watch};
-use crate::execute::{Jobs, execute};
+use crate::execute::{InProcess, execute};
 use crate::interrupt::Interrupt;
 use crate::plan::{Plan, PlannedStage, StageSpec};
 use crate::report::folder::OutputFolder;
@@ -102,8 +101,9 @@ fn run(root: &Path, plan: &Plan) -> Result<Results> {
     let store = Store::open(root.join("store"))?;
     let output = OutputFolder::open(&root.join("out"), &plan.experiment, &interrupt)?;
     let journal = Journal::open(&root.join("out"))?;
-    let stages = Pretended(Stages::new(plan, root, Device::Cpu, Duration::ZERO));
-    let outcome = execute(plan, &store, &stages, &journal, &interrupt, Jobs { count: 1, threads: 1 })?;
+    let stages = Pretended(Stages::new(&plan.runtime, Device::Cpu));
+    let crew = InProcess { store: &store, runner: &stages, threads: 1 };
+    let outcome = execute(plan, &store, &crew, &journal, &interrupt, 1);
     let assemble = |out: &std::path::Path| results::assemble(plan, &[], Provenance::default(), &store, &outcome, out);
     output.write(&interrupt, |_| true, assemble)
 }

@@ -32,10 +32,9 @@ impl Meter {
         METER.set(Some(self));
     }
 
-    /// A stage begins: what is held by now is not its own.
+    /// A stage begins. What is held by now counts: it is the model that stays loaded for it.
     pub fn begin(&self) {
-        self.held.store(0, Ordering::Relaxed);
-        self.peak.store(0, Ordering::Relaxed);
+        self.peak.store(self.held.load(Ordering::Relaxed), Ordering::Relaxed);
     }
 
     fn count(&self, bytes: isize) {
@@ -101,6 +100,13 @@ pub fn process_peak() -> Option<u64> {
     Some(kilobytes * 1024)
 }
 
+/// The memory that the system could still give, in bytes; `None` where it does not tell.
+pub fn available() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    Some(line.trim().trim_end_matches(" kB").parse::<u64>().ok()? * 1024)
+}
+
 #[cfg(all(test, not(feature = "dynamic")))]
 mod tests {
     use super::*;
@@ -128,7 +134,6 @@ mod tests {
     #[test]
     fn a_stage_has_its_own_peak_whatever_ran_before_and_beside_it() {
         let ((one, one_meter), (other, other_meter)) = (pool(), pool());
-        let kept = one.install(|| vec![1u8; 32 << 20]);
         assert_eq!(stage(&one, one_meter, 64), 64);
         assert_eq!(stage(&one, one_meter, 8), 8, "a large stage before it does not count");
         std::thread::scope(|scope| {
@@ -136,7 +141,11 @@ mod tests {
             assert_eq!(stage(&one, one_meter, 16), 16, "nor does one beside it");
             assert_eq!(beside.join().expect("a stage"), 128);
         });
-        drop(kept);
+        // A model that stays loaded is held by every stage that uses it.
+        let kept = one.install(|| vec![1u8; 32 << 20]);
+        assert_eq!(stage(&one, one_meter, 8), 32 + 8);
+        one.install(|| drop(kept));
+        assert_eq!(stage(&one, one_meter, 8), 8);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use candle_core::Device;
 use serde_json::json;
-use titer::execute::{Jobs, execute};
+use titer::execute::{InProcess, execute};
 use titer::experiment::axes::{AXES, Axis, Coordinates, Place, Point, Since};
 use titer::experiment::config::Config;
 use titer::experiment::layers::Source;
@@ -63,9 +63,9 @@ fn run(folder: &Path, axes: &[Axis]) -> Results {
     let keys: BTreeSet<&str> = plan.stages.iter().map(|stage| stage.key.as_str()).collect();
     assert_eq!(keys.len(), plan.stages.len());
     let store = Store::open(folder.join("store")).expect("a store");
-    let stages = Stages::of(&loaded, &plan, Device::Cpu);
-    let jobs = Jobs { count: 2, threads: 1 };
-    let outcome = execute(&plan, &store, &stages, &Silent, &Interrupt::default(), jobs).expect("a run");
+    let stages = Stages::new(&plan.runtime, Device::Cpu);
+    let crew = InProcess { store: &store, runner: &stages, threads: 1 };
+    let outcome = execute(&plan, &store, &crew, &Silent, &Interrupt::default(), 2);
     assert!(outcome.failed.is_empty(), "{:?}", outcome.failed);
     let results = results::assemble(&plan, &[], Provenance::default(), &store, &outcome, folder).expect("results");
     report::write_all(&results, folder).expect("reports");

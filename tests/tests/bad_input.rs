@@ -157,7 +157,7 @@ fn model_folder(folder: &Path) {
     let weights = Weights::random(model.params(), Seed::new(1), DType::F32, &Device::Cpu).expect("weights");
     let words = ["<pad>", "<bos>", "<user>", "<asst>", "<eos>", "a", "b"].map(str::to_owned);
     let tokenizer = Tokenizer::word_level(&words).expect("a tokenizer");
-    titer::base_model::BaseModel { model, tokenizer, weights }.save(folder).expect("a folder");
+    titer::base_model::BaseModel { model: model.into(), tokenizer, weights }.save(folder).expect("a folder");
 }
 
 /// The lines of the small experiment that a checkpoint stands in for.

@@ -6,7 +6,7 @@
 use std::path::Path;
 
 use candle_core::Device;
-use titer::execute::{Jobs, execute};
+use titer::execute::{InProcess, execute};
 use titer::experiment::config::Config;
 use titer::experiment::layers::Source;
 use titer::experiment::resolve;
@@ -84,9 +84,9 @@ fn hash(folder: &Path, text: &str, threads: usize) -> String {
     let plan = planner::plan(&resolve::resolve(&loaded).unwrap_or_else(|problems| panic!("{problems}")));
     let store = tempfile::tempdir().expect("a folder");
     let opened = Store::open(store.path()).expect("a store");
-    let stages = Stages::of(&loaded, &plan, Device::Cpu);
-    let jobs = Jobs { count: 1, threads };
-    let outcome = execute(&plan, &opened, &stages, &Silent, &Interrupt::default(), jobs).expect("a run");
+    let stages = Stages::new(&plan.runtime, Device::Cpu);
+    let crew = InProcess { store: &opened, runner: &stages, threads };
+    let outcome = execute(&plan, &opened, &crew, &Silent, &Interrupt::default(), 1);
     assert!(outcome.failed.is_empty(), "{:?}", outcome.failed);
     let results = results::assemble(&plan, &[], Provenance::default(), &opened, &outcome, &folder.join("out"));
     let results = results.expect("results");

@@ -53,6 +53,8 @@ pub enum Command {
     List(commands::list::Args),
     /// Explains a plugin, or where a number comes from: `explain NAME` or `explain RUN [CELL]`.
     Explain(commands::explain::Args),
+    /// Runs one stage of a plan in this process.
+    Worker(commands::worker::Args),
     /// Pretrains the base models of an experiment and nothing else.
     Pretrain(commands::pretrain::Args),
     /// Lets a model answer prompts.
@@ -107,14 +109,15 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Result<Done, Proble
     }
     cli.plugins.iter().try_for_each(plugins::load)?;
     match &cli.command {
-        Command::Run(args) => commands::run::run(args),
+        Command::Run(args) => commands::run::run(args, cli.verbose),
         Command::Plan(args) => commands::plan::run(args),
         Command::Report(args) => commands::report::run(args),
         Command::Compare(args) => commands::compare::run(args),
         Command::Diff(args) => commands::diff::run(args),
         Command::List(args) => commands::list::run(args),
         Command::Explain(args) => commands::explain::run(args),
-        Command::Pretrain(args) => commands::pretrain::run(args),
+        Command::Worker(args) => commands::worker::run(args),
+        Command::Pretrain(args) => commands::pretrain::run(args, cli.verbose),
         Command::Generate(args) => commands::generate::run(args),
         Command::Bench(args) => commands::bench::run(args),
         Command::Schema => commands::schema(),

@@ -1,57 +1,32 @@
-//! Runs the stages of a plan: parents first, several at once, each in a thread pool of its own.
+//! Runs the stages of a plan: parents first, several at once.
 //!
-//! A stage that fails takes only its descendants with it. Results do not depend on the order or the number of jobs.
+//! [`execute`] decides what runs when; a [`Worker`] runs one stage after the other: [`InProcess`] within this process, or
+//! [`Processes`] each in a process of its own. A stage that fails takes only its descendants with it, and so does one whose
+//! process dies. Results do not depend on the order or the number of jobs.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod board;
+mod local;
+mod outcome;
+pub mod protocol;
+mod remote;
+
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use titer_core::event::{Event, Sink};
-use titer_core::{Error, Kind, Result};
+use titer_core::{Kind, Result};
 
 use crate::diagnostics::panicked;
 use crate::interrupt::Interrupt;
-use crate::memory::Meter;
-use crate::plan::cost::work;
-use crate::plan::{Cell, Plan, PlannedStage};
-use crate::stage::context::{StageContext, StageRunner};
-use crate::store::{Artifact, Key, Store, Turn};
+use crate::plan::{Plan, PlannedStage};
+use crate::store::Store;
+use board::{Board, finished};
 
-/// Deep graphs are walked recursively on the backward pass.
-const STACK_BYTES: usize = 64 << 20;
-
-/// What became of the stages.
-#[derive(Debug, Default)]
-pub struct Outcome {
-    /// Stages taken from the store.
-    pub cached: BTreeSet<Key>,
-    /// Stages that ran.
-    pub ran: BTreeSet<Key>,
-    /// Stages that failed, with the reason; those skipped for an ancestor's sake name it.
-    pub failed: BTreeMap<Key, Arc<Error>>,
-    /// Whether the user stopped the run.
-    pub interrupted: bool,
-}
-
-impl Outcome {
-    /// The first stage of the cell that failed, and why.
-    pub fn failure(&self, cell: &Cell) -> Option<(&Key, &Error)> {
-        let found = cell.keys().find_map(|key| self.failed.get_key_value(key));
-        found.map(|(key, error)| (key, error.as_ref()))
-    }
-
-    /// The exit code: 0 if all went well, 1 if a part failed. If nothing was left to show and all failed for one cause,
-    /// such as a missing model, the code of that cause.
-    pub fn exit_code(&self, any_result: bool) -> u8 {
-        let mut kinds = self.failed.values().map(|error| error.kind());
-        match kinds.next() {
-            None => 0,
-            Some(kind) if !any_result && kinds.all(|other| other == kind) => kind.exit_code(),
-            Some(_) => Kind::Run.exit_code(),
-        }
-    }
-}
+pub use local::InProcess;
+pub use outcome::Outcome;
+pub use remote::Processes;
 
 /// How many stages run at once, and on how many threads each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,18 +46,32 @@ impl Jobs {
     }
 }
 
-/// Runs every stage of the plan that the store does not have.
-///
-/// # Errors
-/// None today. A failing stage is no error here: see [`Outcome::failed`].
+/// Runs stages, one after the other.
+pub trait Worker {
+    /// Runs the first stage of a chain, which goes on with all that it builds on, unless another process has done so. True
+    /// if it ran here.
+    ///
+    /// # Errors
+    /// The stage failed or was interrupted.
+    fn run(&mut self, chain: &[PlannedStage], sink: &dyn Sink, interrupt: &Interrupt) -> Result<bool>;
+}
+
+/// Makes workers.
+pub trait Crew: Sync {
+    /// A worker for one job.
+    fn worker(&self) -> Box<dyn Worker + '_>;
+}
+
+/// Runs every stage of the plan that the store does not have, by `jobs` workers of the crew. A failing stage is no error
+/// here: see [`Outcome::failed`].
 pub fn execute(
     plan: &Plan,
     store: &Store,
-    runner: &dyn StageRunner,
+    crew: &dyn Crew,
     sink: &dyn Sink,
     interrupt: &Interrupt,
-    jobs: Jobs,
-) -> Result<Outcome> {
+    jobs: usize,
+) -> Outcome {
     let started = Instant::now();
     let cached = finished(plan, store);
     store.sweep(&cached);
@@ -92,8 +81,6 @@ pub fn execute(
         cached: cached.len(),
     });
     let execution = Execution {
-        store,
-        runner,
         sink,
         interrupt,
         stages: plan.stages.iter().map(|stage| (stage.key.as_str(), stage)).collect(),
@@ -101,8 +88,8 @@ pub fn execute(
         changed: Condvar::new(),
     };
     std::thread::scope(|scope| {
-        for _ in 0..jobs.count {
-            scope.spawn(|| execution.work(jobs.threads));
+        for _ in 0..jobs {
+            scope.spawn(|| execution.work(&mut *crew.worker()));
         }
     });
     let mut outcome = execution.board.into_inner().unwrap_or_else(PoisonError::into_inner).outcome;
@@ -113,67 +100,10 @@ pub fn execute(
         cached: outcome.cached.len(),
         failed: outcome.failed.len(),
     });
-    Ok(outcome)
-}
-
-/// The threads of one stage, which count for `meter`.
-fn pool(threads: usize, meter: &'static Meter) -> Result<rayon::ThreadPool> {
-    rayon::ThreadPoolBuilder::new()
-        .num_threads(threads)
-        .stack_size(STACK_BYTES)
-        .start_handler(move |_| meter.attach())
-        .build()
-        .map_err(|error| Error::run("cannot start the worker threads").source(error))
-}
-
-/// Stages that need not run. What is about to be read is checked to the last byte, since a damaged stage must be computed
-/// again: of every stage what results are made of, and everything that a missing stage builds on.
-fn finished(plan: &Plan, store: &Store) -> BTreeSet<Key> {
-    let mut cached = BTreeSet::new();
-    for stage in plan.stages.iter().filter(|stage| store.is_committed(&stage.key)) {
-        match store.artifact(&stage.key).and_then(|artifact| artifact.check_records()) {
-            Ok(()) => drop(cached.insert(stage.key.clone())),
-            Err(error) => tracing::warn!("{} will be computed again: {error}", stage.key),
-        }
-    }
-    let parents: BTreeMap<&Key, &Key> =
-        plan.stages.iter().filter_map(|stage| Some((&stage.key, stage.parent.as_ref()?))).collect();
-    let mut whole: BTreeMap<&Key, bool> = BTreeMap::new();
-    for stage in &plan.stages {
-        if cached.contains(&stage.key) {
-            continue;
-        }
-        let above: Vec<&Key> =
-            std::iter::successors(parents.get(&stage.key).copied(), |key| parents.get(key).copied()).collect();
-        let sound = |key: &&Key| cached.contains(*key) && store.artifact(key).is_ok_and(|a| a.verified().is_ok());
-        let broken = above.iter().rposition(|key| !*whole.entry(*key).or_insert_with(|| sound(key)));
-        // What stands between waits for the repair, since a stage reads all that it builds on.
-        for key in &above[..broken.map_or(0, |at| at + 1)] {
-            cached.remove(*key);
-        }
-    }
-    cached
-}
-
-/// For each stage the work on the longest path from its start to the end of the plan. Running the most urgent first
-/// packs the jobs well.
-fn urgency(plan: &Plan) -> BTreeMap<&str, f64> {
-    let mut urgency: BTreeMap<&str, f64> = BTreeMap::new();
-    for stage in plan.stages.iter().rev() {
-        let own = urgency.entry(&stage.key).or_default();
-        *own += work(&stage.spec) + 1e-6;
-        let own = *own;
-        if let Some(parent) = &stage.parent {
-            let below = urgency.entry(parent).or_default();
-            *below = below.max(own);
-        }
-    }
-    urgency
+    outcome
 }
 
 struct Execution<'a> {
-    store: &'a Store,
-    runner: &'a dyn StageRunner,
     sink: &'a dyn Sink,
     interrupt: &'a Interrupt,
     /// The plan's stages by key.
@@ -182,78 +112,21 @@ struct Execution<'a> {
     changed: Condvar,
 }
 
-/// Where every stage stands.
-struct Board<'a> {
-    /// The order of urgency: 0 runs first.
-    rank: BTreeMap<&'a str, usize>,
-    /// Stages that could run now, by rank.
-    ready: BTreeMap<usize, &'a PlannedStage>,
-    /// Stages that wait for their parent, by its key.
-    waiting: BTreeMap<&'a str, Vec<&'a PlannedStage>>,
-    running: usize,
-    outcome: Outcome,
-}
-
-impl<'a> Board<'a> {
-    fn new(plan: &'a Plan, cached: BTreeSet<Key>) -> Self {
-        let mut order: Vec<(&str, f64)> = urgency(plan).into_iter().collect();
-        order.sort_by(|a, b| b.1.total_cmp(&a.1));
-        let rank: BTreeMap<_, _> = order.iter().enumerate().map(|(rank, (key, _))| (*key, rank)).collect();
-        let (mut ready, mut waiting) = (BTreeMap::new(), BTreeMap::<_, Vec<_>>::new());
-        for stage in plan.stages.iter().filter(|stage| !cached.contains(&stage.key)) {
-            match stage.parent.as_ref().filter(|parent| !cached.contains(*parent)) {
-                Some(parent) => waiting.entry(parent.as_str()).or_default().push(stage),
-                None => drop(ready.insert(rank[stage.key.as_str()], stage)),
-            }
-        }
-        Self { rank, ready, waiting, running: 0, outcome: Outcome { cached, ..Outcome::default() } }
-    }
-
-    /// The most urgent stage that could run.
-    fn take(&mut self) -> Option<&'a PlannedStage> {
-        let (_, stage) = self.ready.pop_first()?;
-        self.running += 1;
-        Some(stage)
-    }
-
-    /// Lets the children of a finished stage run.
-    fn release(&mut self, finished: &PlannedStage) {
-        for stage in self.waiting.remove(finished.key.as_str()).unwrap_or_default() {
-            self.ready.insert(self.rank[stage.key.as_str()], stage);
-        }
-    }
-
-    /// Marks every descendant of a failed stage as failed and returns them.
-    fn fail(&mut self, failed: &PlannedStage, error: Error) -> Vec<&'a PlannedStage> {
-        let (kind, error) = (error.kind(), Arc::new(error));
-        self.outcome.failed.insert(failed.key.clone(), error.clone());
-        let mut skipped = self.waiting.remove(failed.key.as_str()).unwrap_or_default();
-        let mut next = 0;
-        while let Some(stage) = skipped.get(next).copied() {
-            let skipped_for =
-                Error::new(kind, format!("skipped, because `{}` failed", failed.label)).source(error.clone());
-            self.outcome.failed.insert(stage.key.clone(), Arc::new(skipped_for));
-            skipped.extend(self.waiting.remove(stage.key.as_str()).unwrap_or_default());
-            next += 1;
-        }
-        skipped
-    }
-}
-
 impl<'a> Execution<'a> {
     fn board(&self) -> MutexGuard<'_, Board<'a>> {
         // The board is whole at every unlock, so a panic elsewhere does not spoil it.
         self.board.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The life of one worker: take the most urgent ready stage, run it, say how it went. Each stage gets new threads, so
-    /// that what threads keep for themselves is counted for the stage that uses it, not for the first one that did.
-    fn work(&self, threads: usize) {
-        let meter = Meter::leak();
-        while let Some(stage) = self.next() {
+    /// The life of one job: take the most urgent ready stage, run it, say how it went.
+    fn work(&self, worker: &mut dyn Worker) {
+        let mut base = None;
+        while let Some(stage) = self.next(base) {
             let started = Instant::now();
-            meter.begin();
-            let run = || pool(threads, meter)?.install(|| self.run(stage));
+            let chain = self.chain(stage);
+            base = chain.last().map(|base| base.key.as_str());
+            let chain: Vec<PlannedStage> = chain.into_iter().cloned().collect();
+            let run = || worker.run(&chain, self.sink, self.interrupt);
             let result =
                 catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| Err(panicked("stage", panic.as_ref())));
             self.settle(stage, result, started);
@@ -261,10 +134,12 @@ impl<'a> Execution<'a> {
         }
     }
 
-    fn next(&self) -> Option<&'a PlannedStage> {
+    /// The next stage to run, if possible one that builds on `base`, which the worker has loaded.
+    fn next(&self, base: Option<&str>) -> Option<&'a PlannedStage> {
+        let builds_on_it = |stage: &PlannedStage| base.is_some() && self.base(stage) == base;
         let mut board = self.board();
         while !self.interrupt.is_set() {
-            if let Some(stage) = board.take() {
+            if let Some(stage) = board.take(builds_on_it) {
                 return Some(stage);
             }
             if board.running == 0 {
@@ -275,34 +150,15 @@ impl<'a> Execution<'a> {
         None
     }
 
-    /// Runs one stage, unless another process has done so. True if it ran here.
-    fn run(&self, stage: &PlannedStage) -> Result<bool> {
-        let waiting = |process| {
-            let (key, label) = (stage.key.clone(), stage.label.clone());
-            self.sink.emit(Event::StageWaiting { key, label, process });
-        };
-        let claim = match self.store.claim(&stage.key, || self.interrupt.is_set(), waiting)? {
-            Turn::Done(_) => return Ok(false),
-            Turn::Ours(claim) => claim,
-        };
-        let started = Instant::now();
-        let context = StageContext {
-            folder: claim.folder(),
-            ancestors: self.ancestors(stage)?,
-            partials: claim.partials(),
-            sink: self.sink,
-            store: self.store,
-            interrupt: self.interrupt,
-        };
-        self.runner.run(stage, &context)?;
-        claim.commit(started.elapsed().as_secs_f64())?;
-        Ok(true)
+    /// A stage and all that it builds on, the base last.
+    fn chain(&self, stage: &'a PlannedStage) -> Vec<&'a PlannedStage> {
+        let parent = |stage: &&'a PlannedStage| self.stages.get(stage.parent.as_deref()?).copied();
+        std::iter::successors(Some(stage), parent).collect()
     }
 
-    fn ancestors(&self, stage: &PlannedStage) -> Result<Vec<Artifact>> {
-        let parent = |key: &&Key| self.stages.get(key.as_str())?.parent.as_ref();
-        let chain = std::iter::successors(stage.parent.as_ref(), parent);
-        chain.map(|key| self.store.artifact(key)).collect()
+    fn base(&self, stage: &PlannedStage) -> Option<&'a str> {
+        let stage = self.stages.get(stage.key.as_str())?;
+        Some(self.chain(stage).last()?.key.as_str())
     }
 
     fn settle(&self, stage: &PlannedStage, result: Result<bool>, started: Instant) {
@@ -341,8 +197,12 @@ mod tests {
     use std::sync::Barrier;
     use std::sync::atomic::{AtomicBool, Ordering};
 
+    use titer_core::Error;
+
     use super::*;
     use crate::plan::StageSpec;
+    use crate::stage::context::{StageContext, StageRunner};
+    use crate::store::Key;
 
     /// A runner made of a closure. It writes one file after the closure agreed.
     struct Fake<F>(F);
@@ -375,8 +235,9 @@ mod tests {
         }
 
         fn run(&self, count: usize, run: impl Fn(&PlannedStage, &StageContext) -> Result<()> + Sync) -> Outcome {
-            let jobs = Jobs { count, threads: 1 };
-            execute(&self.plan, &self.store, &Fake(run), &Silent, &self.interrupt, jobs).unwrap()
+            let runner = Fake(run);
+            let crew = InProcess { store: &self.store, runner: &runner, threads: 1 };
+            execute(&self.plan, &self.store, &crew, &Silent, &self.interrupt, count)
         }
     }
 
@@ -495,11 +356,16 @@ mod tests {
     }
 
     #[test]
-    fn longer_paths_are_more_urgent() {
-        let plan = crate::testing::plan(&[]);
-        let urgency = urgency(&plan);
-        for stage in &plan.stages {
-            assert!(stage.parent.iter().all(|parent| urgency[parent.as_str()] > urgency[stage.key.as_str()]));
-        }
+    fn a_worker_stays_with_the_base_that_it_has_loaded() {
+        let bench = Bench::new();
+        let bases = Mutex::new(Vec::new());
+        bench.run(1, |stage, context| {
+            bases.lock().unwrap().push(context.ancestors.last().map_or(&stage.key, |base| &base.key).clone());
+            Ok(())
+        });
+        let mut bases = bases.into_inner().unwrap();
+        bases.dedup();
+        // The first base is there until nothing builds on it any more; without that, the two would alternate.
+        assert_eq!(bases.len(), 2, "{bases:?}");
     }
 }

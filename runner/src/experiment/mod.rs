@@ -11,7 +11,7 @@ use titer_core::report::Input;
 use titer_core::{AlignmentDefense, Limits};
 
 use config::FineTuneMode;
-use spec::{AdapterSpec, EncodingSpec, LoadSpec, OptimSpec, PluginSpec, PretrainSpec, RowsSpec, StreamSpec};
+use spec::{AdapterSpec, EncodingSpec, LoadSpec, OptimSpec, PluginSpec, PretrainSpec, RowsSpec, Runtime, StreamSpec};
 
 /// A configuration with everything looked up.
 #[derive(Debug)]
@@ -40,6 +40,8 @@ pub struct Experiment {
     pub batch_size: usize,
     /// What decides the rounding: see [`titer_core::arithmetic`].
     pub arithmetic: String,
+    /// What running it needs.
+    pub runtime: Runtime,
     /// Every file that was read, with its hash.
     pub inputs: Vec<Input>,
 }

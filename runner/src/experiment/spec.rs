@@ -1,18 +1,46 @@
 //! The parts of an experiment with every name looked up and every default filled in: plugins, rows, training, models.
 
-use serde::Serialize;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use titer_core::arithmetic::Arithmetic;
 use titer_core::data::Row;
 use titer_core::optim::Schedule;
 use titer_core::weights::LoraConfig;
 
 use crate::manifest::digest;
+use crate::plugins::PluginFile;
 
 /// The `format` that marks a path in the schema of a task's settings.
 pub(crate) const PATH: &str = "path";
 
+/// What running a plan needs besides its stages. No result depends on it that does not stand in a stage's manifest.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Runtime {
+    /// Relative paths of data start at this folder: the configuration's.
+    pub folder: PathBuf,
+    /// `cpu`, `cuda:0`, … or `auto`.
+    pub device: String,
+    /// How the CPU rounds.
+    pub arithmetic: Arithmetic,
+    /// Seconds between two checkpoints of training.
+    pub checkpoint_seconds: f64,
+    /// Shared libraries with plugins, by what they contain.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub plugins: Vec<PluginFile>,
+}
+
+impl Runtime {
+    /// How often training keeps a checkpoint. Values below zero mean "at every step", and absurd ones "never".
+    pub fn checkpoint_every(&self) -> Duration {
+        Duration::try_from_secs_f64(self.checkpoint_seconds.max(0.)).unwrap_or(Duration::MAX)
+    }
+}
+
 /// A plugin with its resolved settings: every default filled in.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PluginSpec {
     /// The registered name.
     pub name: String,
@@ -21,12 +49,12 @@ pub struct PluginSpec {
     /// The plugin's version.
     pub version: u32,
     /// What identifies a plugin from elsewhere: see [`crate::plugins::identity`].
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub plugin: Option<String>,
 }
 
 /// Rows from a task.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RowsSpec {
     /// The task.
     pub task: PluginSpec,
@@ -37,7 +65,7 @@ pub struct RowsSpec {
 }
 
 /// Data that a defense draws from besides the stage's own.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StreamSpec {
     /// The name that the defense asks for.
     pub name: String,
@@ -48,7 +76,7 @@ pub struct StreamSpec {
 }
 
 /// How text becomes tokens.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct EncodingSpec {
     /// The prompt template: a built-in name or a Jinja text.
     pub template: String,
@@ -57,7 +85,7 @@ pub struct EncodingSpec {
 }
 
 /// How a stage trains.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct OptimSpec {
     /// Updates in all.
     pub steps: Steps,
@@ -96,7 +124,7 @@ impl OptimSpec {
 }
 
 /// The length of training.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Steps {
     /// A number of updates.
@@ -106,7 +134,7 @@ pub enum Steps {
 }
 
 /// Pretraining from scratch.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PretrainSpec {
     /// The model and its sizes; the vocabulary's size comes from the task.
     pub model: PluginSpec,
@@ -123,17 +151,17 @@ pub struct PretrainSpec {
 }
 
 /// A checkpoint folder.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LoadSpec {
     /// The model that reads it.
     pub model: String,
     /// The model's version.
     pub version: u32,
     /// What identifies a model from elsewhere: see [`crate::plugins::identity`].
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub plugin: Option<String>,
     /// The folder. It is not part of the key; its content is.
-    pub path: std::path::PathBuf,
+    pub path: PathBuf,
     /// The hash of the folder's model files.
     pub content: String,
     /// How the weights are stored once loaded.
@@ -141,7 +169,7 @@ pub struct LoadSpec {
 }
 
 /// What is trained.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "mode", rename_all = "snake_case")]
 pub enum AdapterSpec {
     /// Merge what is there, then train a fresh adapter (the field's "double LoRA" when fine-tuning).
@@ -150,6 +178,11 @@ pub enum AdapterSpec {
     Continue(LoraConfig),
     /// Train every parameter.
     Full,
+}
+
+/// A path that means the same in any working directory.
+pub(crate) fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
 
 /// The hash of rows, whatever they were read from.

@@ -9,23 +9,25 @@ pub mod planner;
 
 use std::collections::BTreeMap;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use titer_core::report::Input;
 
 use crate::experiment::axes::Coordinates;
 use crate::experiment::spec::{
-    AdapterSpec, EncodingSpec, LoadSpec, OptimSpec, PluginSpec, PretrainSpec, RowsSpec, StreamSpec,
+    AdapterSpec, EncodingSpec, LoadSpec, OptimSpec, PluginSpec, PretrainSpec, RowsSpec, Runtime, StreamSpec,
 };
 use crate::store::Key;
 
 /// The whole plan.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Plan {
     /// The experiment's name.
     pub experiment: String,
     /// What decides the rounding: see [`titer_core::arithmetic`].
     pub arithmetic: String,
+    /// What running it needs besides its stages.
+    pub runtime: Runtime,
     /// Every file that was read, with its hash.
     pub inputs: Vec<Input>,
     /// The protocols of the cells by their id.
@@ -39,7 +41,7 @@ pub struct Plan {
 }
 
 /// One stage of the plan.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PlannedStage {
     /// Its identity.
     pub key: Key,
@@ -54,7 +56,7 @@ pub struct PlannedStage {
 }
 
 /// What a stage does.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "stage", rename_all = "snake_case")]
 #[expect(clippy::large_enum_variant, reason = "a plan holds few of them")]
 pub enum StageSpec {
@@ -73,7 +75,7 @@ pub enum StageSpec {
 }
 
 /// Training under a defense.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TrainSpec {
     /// `align` or `fine_tune`.
     pub phase: titer_core::Stage,
@@ -106,7 +108,7 @@ impl TrainSpec {
 }
 
 /// Harmful rows in a user's data.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct MixSpec {
     /// Where they come from; `rows` is how many are used.
     pub source: RowsSpec,
@@ -115,7 +117,7 @@ pub struct MixSpec {
 }
 
 /// A post-fine-tuning defense.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PostSpec {
     /// The defense.
     pub defense: PluginSpec,
@@ -130,7 +132,7 @@ pub struct PostSpec {
 }
 
 /// Answers to prompts.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct AnswerSpec {
     /// `harmful`, `benign` or `task`.
     pub probe: String,
@@ -145,7 +147,7 @@ pub struct AnswerSpec {
 }
 
 /// Verdicts on answers.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct JudgeSpec {
     /// `harmful`, `benign` or `task`.
     pub probe: String,
@@ -157,8 +159,18 @@ pub struct JudgeSpec {
     pub labels: Vec<String>,
 }
 
+impl Plan {
+    /// A stage with all that it builds on: itself first, then its parent, and so on to the base; empty if the plan has no
+    /// such stage.
+    pub fn chain(&self, key: &str) -> Vec<PlannedStage> {
+        let find = |key: &str| self.stages.iter().find(|stage| stage.key == key);
+        let parent = |stage: &&PlannedStage| find(stage.parent.as_deref()?);
+        std::iter::successors(find(key), parent).cloned().collect()
+    }
+}
+
 /// One cell of the table.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Cell {
     /// The value of each axis by its name, and what the method is.
     pub coordinates: Map<String, Value>,

@@ -37,6 +37,7 @@ pub fn plan_along(experiment: &Experiment, axes: &[Axis]) -> Plan {
     Plan {
         experiment: experiment.name.clone(),
         arithmetic: experiment.arithmetic.clone(),
+        runtime: experiment.runtime.clone(),
         inputs: experiment.inputs.clone(),
         protocols: planner.protocols,
         settings: planner.settings,
@@ -360,7 +361,7 @@ mod tests {
         let published = "judges = [\"fake-judge\"]\n\n[[published]]\nsource = \"a table\"\nmethod = \"Shield\"\n\
                          task = \"chat\"\nsamples = 40\nharmful_ratios = [0.1]\nharmful_score = [50.0]\n\
                          n_prompts = { harmful = 500, task = 500 }\njudge = \"other\"\n";
-        assert_eq!(plan(&[("judges = [\"fake-judge\"]\n", published)]), plan(&[]));
+        assert_eq!(plan(&[("judges = [\"fake-judge\"]\n", published)]).cells, plan(&[]).cells);
     }
 
     #[test]

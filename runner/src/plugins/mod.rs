@@ -11,7 +11,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use titer_core::registry::Entry;
 use titer_core::registry::plugin::{Plugin, Record};
 use titer_core::{DefenseEntry, Error, JudgeEntry, ModelEntry, Result, TaskEntry, inventory};
@@ -25,7 +25,7 @@ pub(crate) const OWN: [&str; 3] = ["titer_core", "titer_plugins", "titer"];
 const HASH_DIGITS: usize = 64;
 
 /// A shared library to load, as the user names it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PluginFile {
     /// The file.
     pub path: PathBuf,
@@ -61,6 +61,11 @@ static LOADED: Mutex<Vec<Loaded>> = Mutex::new(Vec::new());
 
 fn loaded() -> Vec<Loaded> {
     LOADED.lock().unwrap_or_else(PoisonError::into_inner).clone()
+}
+
+/// The shared libraries that are loaded, by their content: for a process that must have the same ones.
+pub fn files() -> Vec<PluginFile> {
+    loaded().into_iter().map(|Loaded { path, blake3, .. }| PluginFile { path, blake3: Some(blake3) }).collect()
 }
 
 /// Loads a shared library and thereby runs its code, unless it is loaded already.

@@ -21,9 +21,9 @@ pub struct AnswerRecord {
     pub seconds: f64,
 }
 
-pub(super) fn run(stages: &Stages, spec: &AnswerSpec, parent: &str, io: &mut StageIo) -> Result<()> {
+pub(super) fn run(stages: &Stages, spec: &AnswerSpec, io: &mut StageIo) -> Result<()> {
     let begun = Instant::now();
-    let mut base = stages.open(parent, io.artifact)?;
+    let mut base = stages.open(io.ancestors, io.artifact)?;
     base.weights.merge()?;
     let rows = stages.task(&spec.prompts.task)?.test(spec.prompts.rows)?;
     let tokenizer = base.tokenizer;

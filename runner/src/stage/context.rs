@@ -1,6 +1,6 @@
 //! What the executor gives a stage that runs.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use titer_core::event::Sink;
 use titer_core::{Error, Result};
@@ -23,8 +23,8 @@ pub trait StageRunner: Sync {
 pub struct StageContext<'a> {
     /// Where its files belong.
     pub folder: PathBuf,
-    /// The artifacts it builds on: its parent's first, then that one's parent's.
-    pub ancestors: Vec<Artifact>,
+    /// The stages that it builds on, all of them finished: its parent first, the base last.
+    pub ancestors: &'a [PlannedStage],
     /// Its checkpoints.
     pub partials: Partials,
     /// Where it reports progress.
@@ -49,9 +49,9 @@ impl StageContext<'_> {
     ///
     /// # Errors
     /// The stage has no parent, or the artifact is damaged.
-    pub fn parent(&self) -> Result<&Path> {
+    pub fn parent(&self) -> Result<PathBuf> {
         let parent = self.ancestors.first().ok_or_else(|| Error::run("the stage has no parent"))?;
-        parent.verified()
+        Ok(self.artifact(&parent.key)?.verified()?.to_owned())
     }
 
     /// The artifact of any finished stage.

@@ -35,8 +35,8 @@ impl JudgeRecord {
     }
 }
 
-pub(super) fn run(stages: &Stages, spec: &JudgeSpec, parent: &str, io: &mut StageIo) -> Result<()> {
-    let answers = read_answers(&(io.artifact)(parent)?.join(ANSWERS))?;
+pub(super) fn run(stages: &Stages, spec: &JudgeSpec, io: &mut StageIo) -> Result<()> {
+    let answers = read_answers(&(io.artifact)(&io.parent()?.key)?.join(ANSWERS))?;
     io.watch.started(answers.len(), 0);
     let answered: Vec<bool> = answers.iter().map(|answer| answer.finish != Some(Finish::TooLong)).collect();
     let asked = answers.into_iter().zip(&answered).filter(|(_, answered)| **answered).map(|(answer, _)| {

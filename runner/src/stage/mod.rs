@@ -7,11 +7,11 @@ mod judge;
 mod load;
 mod post;
 mod pretrain;
+mod resident;
 mod train;
 pub mod train_loop;
 mod watch;
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -30,13 +30,12 @@ use titer_core::{
 
 use crate::base_model::BaseModel;
 use crate::disk;
-use crate::experiment::config::Loaded;
-use crate::experiment::spec::{AdapterSpec, EncodingSpec, PluginSpec, RowsSpec, StreamSpec};
-use crate::plan::{Plan, PlannedStage, StageSpec};
+use crate::experiment::spec::{AdapterSpec, EncodingSpec, PluginSpec, RowsSpec, Runtime, StreamSpec};
+use crate::plan::{PlannedStage, StageSpec};
 use crate::stage::context::{StageContext, StageRunner};
 use crate::stage::train_loop::Watch;
-use crate::store::Key;
 
+use resident::Resident;
 use watch::ContextWatch;
 
 pub use answer::AnswerRecord;
@@ -52,10 +51,14 @@ pub const ANSWERS: &str = "answers.jsonl";
 
 /// The weights of an adapter, in PEFT's layout.
 const ADAPTER: &str = "adapter_model.safetensors";
+/// All weights of a model, where a stage stores them whole.
+const WEIGHTS: &str = "model.safetensors";
 
-/// Where a stage writes, where it finds others' artifacts, and whom it tells.
+/// What a stage starts from, where it writes, and whom it tells.
 #[expect(missing_debug_implementations, reason = "it holds closures and lives for one call")]
 pub struct StageIo<'a> {
+    /// The stages that it builds on: its parent first, the base last.
+    pub ancestors: &'a [PlannedStage],
     /// The folder to write the artifact into.
     pub output: &'a Path,
     /// The artifact folder of a finished stage, verified.
@@ -64,38 +67,37 @@ pub struct StageIo<'a> {
     pub watch: &'a mut dyn Watch,
 }
 
-/// Runs the stages of one plan.
+impl StageIo<'_> {
+    fn parent(&self) -> Result<&PlannedStage> {
+        self.ancestors.first().ok_or_else(|| Error::run("the stage has no parent"))
+    }
+}
+
+/// Runs stages. The model that a chain of stages starts from stays loaded.
 #[derive(Debug)]
 pub struct Stages {
-    by_key: BTreeMap<Key, PlannedStage>,
     /// Relative data paths start here: the configuration's folder.
     folder: PathBuf,
     device: Device,
     /// How often training keeps a checkpoint.
     checkpoint_every: Duration,
+    resident: Resident,
 }
 
 impl StageRunner for Stages {
     fn run(&self, stage: &PlannedStage, context: &StageContext) -> Result<()> {
         let artifact = |key: &str| Ok(context.artifact(&key.to_owned())?.verified()?.to_owned());
         let mut watch = ContextWatch::new(stage, context, self.checkpoint_every);
-        let io = &mut StageIo { output: &context.folder, artifact: &artifact, watch: &mut watch };
-        self.run(stage, io)
+        let output = &context.folder;
+        self.run(stage, &mut StageIo { ancestors: context.ancestors, output, artifact: &artifact, watch: &mut watch })
     }
 }
 
 impl Stages {
-    /// The stages of `plan`, on `device`; relative data paths start at `folder`.
-    pub fn new(plan: &Plan, folder: &Path, device: Device, checkpoint_every: Duration) -> Self {
-        let by_key = plan.stages.iter().map(|stage| (stage.key.clone(), stage.clone())).collect();
-        Self { by_key, folder: folder.to_owned(), device, checkpoint_every }
-    }
-
-    /// The stages of `plan`, which the configuration gave, on `device`.
-    pub fn of(loaded: &Loaded, plan: &Plan, device: Device) -> Self {
-        // Sub-zero or absurd values mean "at every step" and "never".
-        let every = Duration::try_from_secs_f64(loaded.config.checkpoint_seconds.max(0.)).unwrap_or(Duration::MAX);
-        Self::new(plan, loaded.source.folder(), device, every)
+    /// Runs the stages of plans with this runtime on `device`.
+    pub fn new(runtime: &Runtime, device: Device) -> Self {
+        let checkpoint_every = runtime.checkpoint_every();
+        Self { folder: runtime.folder.clone(), device, checkpoint_every, resident: Resident::default() }
     }
 
     /// Runs one stage whose parent is done.
@@ -103,77 +105,62 @@ impl Stages {
     /// # Errors
     /// The stage failed or was interrupted.
     pub fn run(&self, stage: &PlannedStage, io: &mut StageIo) -> Result<()> {
-        let parent = || stage.parent.as_deref().ok_or_else(|| Error::run("the stage has no parent"));
         write_json(&io.output.join(IDENTITY), &stage.manifest)?;
         match &stage.spec {
             StageSpec::Pretrain(spec) => pretrain::run(self, spec, io),
-            StageSpec::Load(spec) => load::run(self, spec, io),
-            StageSpec::Train(spec) => train::run(self, spec, parent()?, io),
-            StageSpec::Post(spec) => post::run(self, spec, parent()?, io),
-            StageSpec::Answer(spec) => answer::run(self, spec, parent()?, io),
-            StageSpec::Judge(spec) => judge::run(self, spec, parent()?, io),
+            StageSpec::Load(_) => load::run(self, stage, io),
+            StageSpec::Train(spec) => train::run(self, spec, io),
+            StageSpec::Post(spec) => post::run(self, spec, io),
+            StageSpec::Answer(spec) => answer::run(self, spec, io),
+            StageSpec::Judge(spec) => judge::run(self, spec, io),
         }
     }
 
-    /// The model as a finished stage left it: its base, and its adapter attached.
-    fn open(&self, key: &str, artifact: &dyn Fn(&str) -> Result<PathBuf>) -> Result<BaseModel> {
-        let stage = self.by_key.get(key).ok_or_else(|| Error::run(format!("stage `{key}` is not part of the plan")))?;
-        let parent = || {
-            let parent = stage.parent.as_deref().ok_or_else(|| Error::run("the stage has no parent"))?;
-            self.open(parent, artifact)
-        };
-        match &stage.spec {
-            StageSpec::Pretrain(spec) => {
-                let dtype = parse_dtype(&spec.dtype, &self.device)?;
-                BaseModel::open(&artifact(key)?, Some(&spec.model.name), dtype, &self.device)
-            }
-            StageSpec::Load(spec) => {
-                let dtype = parse_dtype(&spec.dtype, &self.device)?;
-                BaseModel::open(&spec.path, Some(&spec.model), dtype, &self.device)
-            }
-            StageSpec::Train(spec) => self.apply(parent()?, &artifact(key)?, &spec.adapter),
-            StageSpec::Post(_) => {
-                let (parent, folder) = (parent()?, artifact(key)?);
+    /// The model as the last finished stage of a chain left it; the chain goes from that stage to the base.
+    fn open(&self, chain: &[PlannedStage], artifact: &dyn Fn(&str) -> Result<PathBuf>) -> Result<BaseModel> {
+        let whole = |stage: &PlannedStage| -> Result<bool> {
+            Ok(match &stage.spec {
+                StageSpec::Pretrain(_) | StageSpec::Load(_) => true,
+                StageSpec::Train(spec) => spec.adapter == AdapterSpec::Full,
                 // A defense may have merged the adapter to change the base.
-                let adapter = parent.weights.lora().filter(|_| folder.join(ADAPTER).exists()).cloned();
-                self.apply(parent, &folder, &adapter.map_or(AdapterSpec::Full, AdapterSpec::Continue))
-            }
-            StageSpec::Answer(_) | StageSpec::Judge(_) => Err(Error::run("this stage holds answers, not a model")),
-        }
-    }
-
-    /// The nearest stage, from `key` upwards, that `fits`.
-    fn ancestor<'s>(&'s self, mut key: &'s str, fits: impl Fn(&StageSpec) -> bool) -> Option<&'s str> {
-        loop {
-            let stage = self.by_key.get(key)?;
-            if fits(&stage.spec) {
-                return Some(&stage.key);
-            }
-            key = stage.parent.as_deref()?;
-        }
-    }
-
-    /// Puts a stage's stored weights on its parent's.
-    fn apply(&self, mut parent: BaseModel, folder: &Path, adapter: &AdapterSpec) -> Result<BaseModel> {
-        let attach = |parent: &mut BaseModel, config| {
-            parent.weights.continue_lora(config, &mut Checkpoint::open(&folder.join(ADAPTER))?)
+                StageSpec::Post(_) => !artifact(&stage.key)?.join(ADAPTER).exists(),
+                StageSpec::Answer(_) | StageSpec::Judge(_) => {
+                    return Err(Error::run("this stage holds answers, not a model"));
+                }
+            })
         };
-        match adapter {
-            AdapterSpec::Full => {
-                let mut file = Checkpoint::open(&folder.join("model.safetensors"))?;
-                let dtype = parent.weights.precision();
-                parent.weights = titer_core::Weights::load(parent.model.params(), &mut file, dtype, &self.device)?;
-            }
-            AdapterSpec::Fresh(config) => {
-                parent.weights.merge()?;
-                attach(&mut parent, config)?;
-            }
-            AdapterSpec::Continue(config) => {
-                parent.weights.discard_adapter();
-                attach(&mut parent, config)?;
-            }
+        let mut at = 0;
+        while !whole(chain.get(at).ok_or_else(|| Error::run("the stage has no parent"))?)? {
+            at += 1;
         }
-        Ok(parent)
+        let mut model = self.resident.get(&chain[at].key, &self.device, || self.load(&chain[at..], artifact))?;
+        for stage in chain[..at].iter().rev() {
+            let lora = match &stage.spec {
+                StageSpec::Train(spec) => spec.adapter.clone(),
+                _ => AdapterSpec::Continue(
+                    model
+                        .weights
+                        .lora()
+                        .cloned()
+                        .ok_or_else(|| Error::run("a defense has left an adapter for a model that had none"))?,
+                ),
+            };
+            attach(&mut model, &artifact(&stage.key)?, &lora)?;
+        }
+        Ok(model)
+    }
+
+    /// Reads the weights that the first stage of a chain stores whole.
+    fn load(&self, chain: &[PlannedStage], artifact: &dyn Fn(&str) -> Result<PathBuf>) -> Result<BaseModel> {
+        let base = chain.last().ok_or_else(|| Error::run("the chain is empty"))?;
+        let (folder, model, dtype) = match &base.spec {
+            StageSpec::Pretrain(spec) => (artifact(&base.key)?, &spec.model.name, &spec.dtype),
+            StageSpec::Load(spec) => (spec.path.clone(), &spec.model, &spec.dtype),
+            _ => return Err(Error::run("the chain does not begin with a base model")),
+        };
+        let weights = if chain.len() == 1 { folder.clone() } else { artifact(&chain[0].key)?.join(WEIGHTS) };
+        let dtype = parse_dtype(dtype, &self.device)?;
+        BaseModel::with_weights(&folder, Some(model), &weights, dtype, &self.device)
     }
 
     fn task(&self, spec: &PluginSpec) -> Result<Box<dyn Task>> {
@@ -199,27 +186,43 @@ impl Stages {
     }
 }
 
+/// Puts the adapter that a stage stored on its parent's model.
+fn attach(model: &mut BaseModel, folder: &Path, adapter: &AdapterSpec) -> Result<()> {
+    let config = match adapter {
+        AdapterSpec::Full => return Err(Error::run("the stage stored no adapter")),
+        AdapterSpec::Fresh(config) => {
+            model.weights.merge()?;
+            config
+        }
+        AdapterSpec::Continue(config) => {
+            model.weights.discard_adapter();
+            config
+        }
+    };
+    model.weights.continue_lora(config, &mut Checkpoint::open(&folder.join(ADAPTER))?)
+}
+
 /// The models that the artifact of a stage comes from.
 struct Lineage<'a> {
     stages: &'a Stages,
-    /// The stage itself, or its parent while it runs.
-    key: &'a str,
+    /// The stages that it builds on, its parent first.
+    ancestors: &'a [PlannedStage],
     artifact: &'a dyn Fn(&str) -> Result<PathBuf>,
 }
 
 impl std::fmt::Debug for Lineage<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Lineage").field("key", &self.key).finish_non_exhaustive()
+        f.debug_struct("Lineage").field("ancestors", &self.ancestors.len()).finish_non_exhaustive()
     }
 }
 
 impl Lineage<'_> {
     fn open(&self, what: &str, fits: impl Fn(&StageSpec) -> bool) -> Result<Weights> {
-        let key = self.stages.ancestor(self.key, fits).ok_or_else(|| {
+        let at = self.ancestors.iter().position(|stage| fits(&stage.spec)).ok_or_else(|| {
             Error::run(format!("the defense compares with the {what} model, and this method has none"))
                 .help("give the method an alignment defense, such as `sft`")
         })?;
-        Ok(self.stages.open(key, self.artifact)?.weights)
+        Ok(self.stages.open(&self.ancestors[at..], self.artifact)?.weights)
     }
 }
 

@@ -13,10 +13,10 @@ use crate::memory::stage_peak;
 use crate::plan::PostSpec;
 use crate::stage::train_loop::Record;
 
-pub(super) fn run(stages: &Stages, spec: &PostSpec, parent: &str, io: &mut StageIo) -> Result<()> {
+pub(super) fn run(stages: &Stages, spec: &PostSpec, io: &mut StageIo) -> Result<()> {
     io.watch.started(1, 0);
     let begun = Instant::now();
-    let mut base = stages.open(parent, io.artifact)?;
+    let mut base = stages.open(io.ancestors, io.artifact)?;
     if base.weights.lora().is_none() {
         base.weights.train_full()?;
     }
@@ -25,7 +25,7 @@ pub(super) fn run(stages: &Stages, spec: &PostSpec, parent: &str, io: &mut Stage
     let mut streams = stages.streams(&spec.streams, &encoder, spec.batch_size, seed)?;
     let mut defense = defense(&spec.defense)?;
     let clock = Clock::at(0, 0);
-    let ancestry = &Lineage { stages, key: parent, artifact: io.artifact };
+    let ancestry = &Lineage { stages, ancestors: io.ancestors, artifact: io.artifact };
     let (model, weights) = (base.model.as_ref(), &mut base.weights);
     let mut cx = StageCx { model, weights, streams: &mut streams, seed, clock, ancestry };
     defense.begin(&mut cx)?;

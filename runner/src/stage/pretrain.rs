@@ -1,5 +1,7 @@
 //! Pretraining from scratch: documents to a model folder in Hugging Face's layout.
 
+use std::sync::Arc;
+
 use candle_core::DType;
 use titer_core::data::Stream;
 use titer_core::defense::{Orphan, Streams};
@@ -51,6 +53,6 @@ pub(super) fn run(stages: &Stages, spec: &PretrainSpec, io: &mut StageIo) -> Res
     let record = training.run(io.watch)?;
     // Later stages load the weights in the type that the configuration asks for; the master copy stays f32.
     parse_dtype(&spec.dtype, &stages.device)?;
-    BaseModel { model, tokenizer: encoder.tokenizer, weights }.save(io.output)?;
+    BaseModel { model: Arc::from(model), tokenizer: encoder.tokenizer, weights }.save(io.output)?;
     write_json(&io.output.join(RECORD), &record)
 }

@@ -5,14 +5,14 @@ use titer_core::rng::Seed;
 use titer_core::text::Encoder;
 use titer_core::{Result, Row};
 
-use super::{ADAPTER, Lineage, RECORD, StageIo, Stages, defense, encoder, write_json};
+use super::{ADAPTER, Lineage, RECORD, StageIo, Stages, WEIGHTS, defense, encoder, write_json};
 use crate::disk;
 use crate::experiment::spec::{AdapterSpec, RowsSpec};
 use crate::plan::TrainSpec;
 use crate::stage::train_loop::Training;
 
-pub(super) fn run(stages: &Stages, spec: &TrainSpec, parent: &str, io: &mut StageIo) -> Result<()> {
-    let mut base = stages.open(parent, io.artifact)?;
+pub(super) fn run(stages: &Stages, spec: &TrainSpec, io: &mut StageIo) -> Result<()> {
+    let mut base = stages.open(io.ancestors, io.artifact)?;
     let seed = Seed::new(spec.seed).named(spec.phase.name());
     match &spec.adapter {
         AdapterSpec::Full => base.weights.train_full()?,
@@ -53,7 +53,7 @@ pub(super) fn run(stages: &Stages, spec: &TrainSpec, parent: &str, io: &mut Stag
         optim: &spec.optim,
         seed,
         monitor,
-        ancestry: &Lineage { stages, key: parent, artifact: io.artifact },
+        ancestry: &Lineage { stages, ancestors: io.ancestors, artifact: io.artifact },
     };
     let record = training.run(io.watch)?;
     save(&base, io)?;
@@ -65,7 +65,7 @@ pub(super) fn run(stages: &Stages, spec: &TrainSpec, parent: &str, io: &mut Stag
 pub(super) fn save(base: &crate::base_model::BaseModel, io: &StageIo) -> Result<()> {
     base.check_sound()?;
     let Some(config) = base.weights.lora() else {
-        return disk::write_tensors(&io.output.join("model.safetensors"), base.weights.base_tensors()?);
+        return disk::write_tensors(&io.output.join(WEIGHTS), base.weights.base_tensors()?);
     };
     disk::write_tensors(&io.output.join(ADAPTER), base.weights.adapter_tensors()?)?;
     let peft = serde_json::json!({

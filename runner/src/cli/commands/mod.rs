@@ -24,6 +24,7 @@ pub mod plugin;
 pub mod pretrain;
 pub mod report;
 pub mod run;
+pub mod worker;
 
 /// What a command that went well says, and its exit code.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

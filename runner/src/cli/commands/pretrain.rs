@@ -8,11 +8,9 @@ use titer_core::{Error, Kind};
 use super::{ConfigArgs, Done};
 use crate::cli::progress::for_stderr;
 use crate::diagnostics::Problems;
-use crate::environment;
-use crate::execute::{Jobs, execute};
+use crate::execute::{Jobs, Processes, execute};
 use crate::interrupt::Interrupt;
 use crate::plan::StageSpec;
-use crate::stage::Stages;
 
 /// The arguments.
 #[derive(Debug, Clone, clap::Args)]
@@ -29,7 +27,7 @@ pub struct Args {
 ///
 /// # Errors
 /// The experiment pretrains nothing, or a stage failed.
-pub fn run(args: &Args) -> Result<Done, Problems> {
+pub fn run(args: &Args, verbose: u8) -> Result<Done, Problems> {
     let (loaded, mut plan, store) = args.config.prepare(args.device.as_deref())?;
     plan.cells.clear();
     plan.stages.retain(|stage| matches!(stage.spec, StageSpec::Pretrain(_)));
@@ -37,12 +35,13 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
         let error = Error::config("the experiment pretrains no model").key("base");
         return Err(loaded.source.locate("", error.help("add [base.pretrain]")).into());
     }
-    let device = parse_device(&loaded.config.device).map_err(|error| loaded.source.locate("", error))?;
+    parse_device(&loaded.config.device).map_err(|error| loaded.source.locate("", error))?;
     let jobs = Jobs::new(None);
-    environment::fix(jobs.threads);
     let interrupt = Interrupt::default();
     interrupt.on_ctrl_c()?;
-    let outcome = execute(&plan, &store, &Stages::of(&loaded, &plan, device), &*for_stderr(), &interrupt, jobs)?;
+    let runtime = plan.runtime.clone();
+    let crew = Processes { store: store.root().to_owned(), runtime, threads: jobs.threads, verbose };
+    let outcome = execute(&plan, &store, &crew, &*for_stderr(), &interrupt, jobs.count);
     if outcome.interrupted {
         return Err(Error::interrupted().into());
     }

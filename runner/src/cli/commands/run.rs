@@ -10,13 +10,12 @@ use titer_core::{Error, Kind};
 use super::{ConfigArgs, Done};
 use crate::cli::progress::{Fanout, Journal, for_stderr};
 use crate::diagnostics::Problems;
-use crate::execute::{Jobs, execute};
+use crate::execute::{Jobs, Processes, execute};
 use crate::interrupt::Interrupt;
 use crate::plan::{Plan, StageSpec};
 use crate::report::folder::OutputFolder;
 use crate::results::provenance;
-use crate::stage::Stages;
-use crate::{environment, report, results};
+use crate::{report, results};
 
 /// The arguments.
 #[derive(Debug, Clone, clap::Args)]
@@ -42,7 +41,7 @@ pub struct Args {
 ///
 /// # Errors
 /// The configuration is wrong, the device cannot be used, or the user interrupted the run.
-pub fn run(args: &Args) -> Result<Done, Problems> {
+pub fn run(args: &Args, verbose: u8) -> Result<Done, Problems> {
     let (loaded, plan, store) = args.config.prepare(args.device.as_deref())?;
     let config = &loaded.config;
     let device = parse_device(&config.device).map_err(|error| loaded.source.locate("", error))?;
@@ -55,12 +54,12 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
     // Stages on one GPU would only compete for its memory, and large models on the CPU for its caches.
     let alone = !device.is_cpu() || plan.stages.iter().any(|stage| matches!(stage.spec, StageSpec::Load(_)));
     let jobs = Jobs::new(args.jobs.map(usize::from).or(alone.then_some(1)));
-    environment::fix(jobs.threads);
     let started = provenance::now();
     let (journal, progress) = (Journal::open(&out)?, for_stderr());
     let sink = Fanout(vec![&journal, &*progress]);
-    let stages = Stages::of(&loaded, &plan, device);
-    let outcome = execute(&plan, &store, &stages, &sink, &interrupt, jobs)?;
+    let crew =
+        Processes { store: store.root().to_owned(), runtime: plan.runtime.clone(), threads: jobs.threads, verbose };
+    let outcome = execute(&plan, &store, &crew, &sink, &interrupt, jobs.count);
     if outcome.interrupted {
         return Err(Error::interrupted().into());
     }

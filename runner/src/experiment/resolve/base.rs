@@ -14,7 +14,7 @@ use super::data::{Drawn, Use};
 use crate::base_model::{model_of, read_config};
 use crate::experiment::Base;
 use crate::experiment::config::BaseConfig;
-use crate::experiment::spec::{LoadSpec, PluginSpec, PretrainSpec};
+use crate::experiment::spec::{LoadSpec, PluginSpec, PretrainSpec, absolute};
 use crate::plugins::identity;
 
 impl Resolver<'_> {
@@ -83,7 +83,7 @@ impl Resolver<'_> {
         let content = self.take("base.path", content)?;
         let plugin = self.take("base.model", identity(entry))?;
         let (model_name, version, dtype) = (entry.name.to_owned(), entry.version, dtype.to_owned());
-        Some((LoadSpec { model: model_name, version, plugin, path: folder, content, dtype }, model))
+        Some((LoadSpec { model: model_name, version, plugin, path: absolute(&folder), content, dtype }, model))
     }
 
     pub(super) fn lora_targets(&mut self, key: &str, lora: &LoraConfig, model: &dyn Model) {

@@ -21,10 +21,10 @@ use titer_core::{Kind, Precision, arithmetic, bounds};
 
 use super::axes::AXES;
 use super::config::{AlignAdapter, Config, FineTuneMode, Loaded};
-use super::spec::{AdapterSpec, EncodingSpec};
+use super::spec::{AdapterSpec, EncodingSpec, Runtime, absolute};
 use super::{Align, Experiment};
 use crate::diagnostics::Problems;
-use crate::names;
+use crate::{names, plugins};
 use checks::Resolver;
 use data::Use;
 
@@ -101,6 +101,13 @@ pub fn resolve(loaded: &Loaded) -> Result<Experiment, Problems> {
     cx.published(config);
 
     let arithmetic = cx.arithmetic(config);
+    let runtime = Runtime {
+        folder: absolute(loaded.source.folder()),
+        device: config.device.clone(),
+        arithmetic: config.arithmetic,
+        checkpoint_seconds: config.checkpoint_seconds,
+        plugins: plugins::files(),
+    };
     let inputs = cx.hashes.iter().map(|(path, hash)| Input { path: path.display().to_string(), blake3: hash.clone() });
     let inputs = inputs.collect();
     match (bases, fine_tune) {
@@ -117,6 +124,7 @@ pub fn resolve(loaded: &Loaded) -> Result<Experiment, Problems> {
             judges,
             batch_size: config.evaluate.batch_size,
             arithmetic,
+            runtime,
             inputs,
         }),
         // A missing part has left its reason behind.

@@ -1,0 +1,216 @@
+//! Stages that run in processes of their own: one for each job, which stays from stage to stage.
+
+use std::collections::VecDeque;
+use std::io::{BufRead, BufReader, Write};
+use std::path::PathBuf;
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use titer_core::event::Sink;
+use titer_core::{Error, Result};
+
+use super::protocol::{Order, Reply};
+use super::{Crew, Worker};
+use crate::environment;
+use crate::experiment::spec::Runtime;
+use crate::interrupt::Interrupt;
+use crate::plan::PlannedStage;
+
+/// How often the user's wish to stop is looked at while a worker is busy.
+const BREATH: Duration = Duration::from_millis(50);
+/// Of a dead worker's last words, so many lines are told.
+const LAST_LINES: usize = 5;
+/// What Rust's standard library says when memory cannot be had.
+const NO_MEMORY: &str = "memory allocation of";
+const SIGKILL: i32 = 9;
+const SIGABRT: i32 = 6;
+
+/// Workers in processes of their own. One that dies fails the stage that it runs, and nothing else.
+#[derive(Debug)]
+pub struct Processes {
+    /// The stage store's folder.
+    pub store: PathBuf,
+    /// What the stages need.
+    pub runtime: Runtime,
+    /// Threads of a worker.
+    pub threads: usize,
+    /// How much workers say: the number of `-v`.
+    pub verbose: u8,
+}
+
+impl Crew for Processes {
+    fn worker(&self) -> Box<dyn Worker + '_> {
+        Box::new(Remote { crew: self, process: None })
+    }
+}
+
+struct Remote<'a> {
+    crew: &'a Processes,
+    /// Started for the first stage, and anew after one has died.
+    process: Option<Process>,
+}
+
+impl Worker for Remote<'_> {
+    fn run(&mut self, chain: &[PlannedStage], sink: &dyn Sink, interrupt: &Interrupt) -> Result<bool> {
+        if self.process.is_none() {
+            self.process = Some(Process::start(self.crew)?);
+        }
+        let Some(process) = self.process.as_mut() else { return Err(Error::run("there is no worker process")) };
+        process.order(&Order::Run { chain: chain.to_vec() });
+        let mut told = false;
+        loop {
+            match process.replies.recv_timeout(BREATH) {
+                Ok(Reply::Progress { event }) => sink.emit(event),
+                Ok(Reply::Done { ran }) => return Ok(ran),
+                Ok(Reply::Failed(report)) => return Err(report.into()),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    let death = self.process.take().map(Process::death);
+                    return Err(death.unwrap_or_else(|| Error::run("the worker process is gone")));
+                }
+            }
+            if interrupt.is_set() && !told {
+                process.order(&Order::Stop);
+                told = true;
+            }
+        }
+    }
+}
+
+struct Process {
+    child: Child,
+    /// `None` once it is told to end.
+    orders: Option<ChildStdin>,
+    replies: Receiver<Reply>,
+    last_lines: Arc<Mutex<VecDeque<String>>>,
+    /// Passes on what it says on standard error.
+    listener: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Process {
+    fn start(crew: &Processes) -> Result<Self> {
+        let cannot = |error: std::io::Error| Error::run("cannot start a worker process").source(error);
+        let mut command = Command::new(program().map_err(cannot)?);
+        command.args(["worker", "--serve", "--threads", &crew.threads.to_string(), "--store"]).arg(&crew.store);
+        command.args(std::iter::repeat_n("-v", usize::from(crew.verbose)));
+        command.envs(environment::variables(crew.threads));
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        // Ctrl-C is for the run, which then tells its workers to stop.
+        #[cfg(unix)]
+        std::os::unix::process::CommandExt::process_group(&mut command, 0);
+        let mut child = command.spawn().map_err(cannot)?;
+        let orders = child.stdin.take();
+        let (sender, replies) = channel();
+        if let Some(output) = child.stdout.take() {
+            std::thread::spawn(move || {
+                for line in BufReader::new(output).lines().map_while(std::io::Result::ok) {
+                    match serde_json::from_str::<Reply>(&line) {
+                        Ok(reply) => {
+                            if sender.send(reply).is_err() {
+                                return;
+                            }
+                        }
+                        // A plugin prints.
+                        Err(_) => tell(&line),
+                    }
+                }
+            });
+        }
+        let last_lines = Arc::new(Mutex::new(VecDeque::new()));
+        let kept = last_lines.clone();
+        let listener = child.stderr.take().map(|errors| {
+            std::thread::spawn(move || {
+                for line in BufReader::new(errors).split(b'\n').map_while(std::io::Result::ok) {
+                    let line = String::from_utf8_lossy(&line).into_owned();
+                    tell(&line);
+                    let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+                    kept.push_back(line);
+                    if kept.len() > LAST_LINES {
+                        kept.pop_front();
+                    }
+                }
+            })
+        });
+        let mut process = Self { child, orders, replies, last_lines, listener };
+        process.order(&Order::Begin(Box::new(crew.runtime.clone())));
+        Ok(process)
+    }
+
+    /// If nobody listens any more, the end of the replies tells.
+    fn order(&mut self, order: &Order) {
+        let line = serde_json::to_string(order).expect("orders serialise");
+        if let Some(orders) = &mut self.orders {
+            let _ = writeln!(orders, "{line}").and_then(|()| orders.flush());
+        }
+    }
+
+    /// Why the worker ended without an answer.
+    fn death(mut self) -> Error {
+        self.orders = None;
+        let status = self.child.wait();
+        // It has said all that it ever will.
+        drop(self.listener.take().map(std::thread::JoinHandle::join));
+        let last_lines = self.last_lines.lock().unwrap_or_else(PoisonError::into_inner);
+        let last_words = last_lines.iter().map(String::as_str).collect::<Vec<_>>().join("\n");
+        match status {
+            Ok(status) => death(status, &last_words),
+            Err(error) => Error::run("the worker process is gone").source(error),
+        }
+    }
+}
+
+/// A worker ends when its orders do. It may have to keep a checkpoint first.
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.orders = None;
+        let _ = self.child.wait();
+        drop(self.listener.take().map(std::thread::JoinHandle::join));
+    }
+}
+
+/// The remedy where memory is short.
+const SHORT_OF_MEMORY: &str = "lower `batch_size`, `encoding.max_length` or `evaluate.batch_size`, set `checkpointing = \
+                               true`, take a smaller `dtype`, or run fewer stages at once with --jobs 1; what is finished \
+                               is kept";
+
+/// What the end of a process means.
+fn death(status: ExitStatus, last_words: &str) -> Error {
+    let ended_by = signal(status);
+    let no_memory = last_words.lines().any(|line| line.contains(NO_MEMORY));
+    let error = match ended_by {
+        Some(SIGABRT) if no_memory => Error::run("the stage ran out of memory").help(SHORT_OF_MEMORY),
+        Some(SIGKILL) => {
+            Error::run("the worker process was killed (signal 9), as the system does when memory is short")
+                .help(SHORT_OF_MEMORY)
+        }
+        Some(signal) => Error::run(format!("the worker process died of signal {signal}")).help(
+            "if nobody has sent it, this is a defect of Titer or of a plugin; please report it with the configuration",
+        ),
+        None => Error::run(format!("the worker process ended early ({status})"))
+            .help("this is a defect of Titer or of a plugin; please report it with the configuration"),
+    };
+    if last_words.is_empty() { error } else { error.source(last_words.to_owned()) }
+}
+
+#[cfg(unix)]
+fn signal(status: ExitStatus) -> Option<i32> {
+    std::os::unix::process::ExitStatusExt::signal(&status)
+}
+
+#[cfg(not(unix))]
+fn signal(_: ExitStatus) -> Option<i32> {
+    None
+}
+
+/// The program that runs: on Linux the very file, even if another one lies under its name by now.
+fn program() -> std::io::Result<PathBuf> {
+    let running = PathBuf::from("/proc/self/exe");
+    if running.exists() { Ok(running) } else { std::env::current_exe() }
+}
+
+/// Passes a worker's line on. Nobody is left to tell if standard error is closed.
+fn tell(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}

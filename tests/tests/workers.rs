@@ -1,0 +1,208 @@
+//! Stages in processes of their own: a plan is all that a worker needs, a worker that dies fails its stage only, and a chain
+//! of stages loads its model once.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use titer::plan::Plan;
+use titer_tests::cli::{answers, results, run, small, stderr, titer};
+
+fn ended_well(output: &Output) {
+    assert!(output.status.success(), "{}", stderr(output));
+}
+
+/// `titer plan --json` of a configuration.
+fn plan_of(folder: &Path, config: &Path) -> (PathBuf, Plan) {
+    let output = titer().arg("plan").arg(config).arg("--json").arg("--store").arg(folder.join("store")).output();
+    let output = output.expect("a plan");
+    ended_well(&output);
+    let path = folder.join("plan.json");
+    std::fs::write(&path, &output.stdout).expect("a file");
+    (path, serde_json::from_slice(&output.stdout).expect("a plan"))
+}
+
+fn worker(folder: &Path, plan: &Path, key: &str) -> Output {
+    let mut command = titer();
+    command.arg("worker").arg(plan).args(["--stage", key, "--store"]).arg(folder.join("store"));
+    // The plan says where data lies, whatever the working directory is.
+    command.current_dir(std::env::temp_dir()).output().expect("a worker")
+}
+
+#[test]
+fn a_plan_is_all_that_workers_need() {
+    let (expected, folder) = (tempfile::tempdir().expect("a folder"), tempfile::tempdir().expect("a folder"));
+    ended_well(&run(expected.path(), &small(expected.path(), &[])).output().expect("a run"));
+
+    let config = small(folder.path(), &[]);
+    let (path, plan) = plan_of(folder.path(), &config);
+    assert_eq!(serde_json::from_str::<Plan>(&serde_json::to_string(&plan).expect("JSON")).expect("a plan"), plan);
+    for stage in &plan.stages {
+        ended_well(&worker(folder.path(), &path, &stage.key));
+    }
+    let output = run(folder.path(), &config).output().expect("a run");
+    ended_well(&output);
+    assert!(stderr(&output).contains("0 stages ran"), "{}", stderr(&output));
+    assert_eq!(results(&folder.path().join("out")), results(&expected.path().join("out")));
+    assert_eq!(answers(&folder.path().join("out")), answers(&expected.path().join("out")));
+}
+
+#[test]
+fn a_worker_refuses_what_is_not_the_plan_or_not_ready() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (path, plan) = plan_of(folder.path(), &small(folder.path(), &[]));
+    let refused = |text: &str, key: &str, expected: &str| {
+        let edited = folder.path().join("edited.json");
+        std::fs::write(&edited, text).expect("a file");
+        let output = worker(folder.path(), &edited, key);
+        let error = stderr(&output);
+        assert!(!output.status.success() && error.contains(expected) && error.contains("help: "), "{error}");
+    };
+    let text = std::fs::read_to_string(&path).expect("a plan");
+    let base = &plan.stages[0].key;
+    refused(&text.replace("\"learning_rate\": 0.005", "\"learning_rate\": 0.006"), base, "is not what its key says");
+    refused(&text.replace("portable", "native"), base, "the plan is for the arithmetic");
+    refused(&text, "0000", "names no stage of the plan");
+    refused("{}", base, "the plan cannot be read");
+    let child = plan.stages.iter().find(|stage| stage.parent.is_some()).expect("a child");
+    refused(&text, &child.key, "stages");
+}
+
+/// The processes that `parent` has started.
+fn workers(parent: u32) -> Vec<u32> {
+    let path = format!("/proc/{parent}/task/{parent}/children");
+    let own = std::fs::read_to_string(path).unwrap_or_default();
+    // A worker is started by the thread of its job.
+    let threads = std::fs::read_dir(format!("/proc/{parent}/task")).into_iter().flatten().flatten();
+    let of_threads = threads.filter_map(|thread| std::fs::read_to_string(thread.path().join("children")).ok());
+    let all: String = of_threads.chain([own]).collect::<Vec<_>>().join(" ");
+    let mut found: Vec<u32> = all.split_whitespace().filter_map(|number| number.parse().ok()).collect();
+    found.sort_unstable();
+    found.dedup();
+    found
+}
+
+fn kill(signal: &str, process: u32) {
+    let status = Command::new("kill").args([signal, &process.to_string()]).status().expect("kill");
+    assert!(status.success());
+}
+
+/// Waits until a stage begins whose label starts with `label`.
+fn wait_for(folder: &Path, label: &str) {
+    let until = Instant::now() + Duration::from_secs(120);
+    let begun = |line: &str| {
+        let event: Value = serde_json::from_str(line).unwrap_or_default();
+        event["event"] == "stage_started" && event["label"].as_str().is_some_and(|found| found.starts_with(label))
+    };
+    while Instant::now() < until {
+        let events = std::fs::read_to_string(folder.join("out/events.jsonl")).unwrap_or_default();
+        if events.lines().any(begun) {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    panic!("no stage `{label}` began");
+}
+
+/// Waits until a stage has a checkpoint.
+fn wait_for_checkpoint(folder: &Path) {
+    let kept = |stage: std::fs::DirEntry| {
+        let steps = std::fs::read_dir(stage.path()).into_iter().flatten().flatten();
+        steps.into_iter().any(|step| step.file_name() != "new")
+    };
+    let until = Instant::now() + Duration::from_secs(60);
+    while !std::fs::read_dir(folder.join("store/partial")).expect("a folder").flatten().any(kept) {
+        assert!(Instant::now() < until, "no checkpoint");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// A run on one worker whose attacks take a while, with a checkpoint after every step.
+fn begin_slow(folder: &Path) -> (PathBuf, Child) {
+    let config = small(
+        folder,
+        &[("steps = 8, batch_size = 4, learning_rate = 1e-3", "steps = 120, batch_size = 4, learning_rate = 1e-3")],
+    );
+    let child = run(folder, &config).args(["--jobs", "1"]).stderr(Stdio::piped()).stdout(Stdio::piped()).spawn();
+    (config, child.expect("a run"))
+}
+
+#[test]
+fn a_killed_worker_fails_its_stage_and_nothing_else() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (config, child) = begin_slow(folder.path());
+    wait_for(folder.path(), "fine-tune");
+    wait_for_checkpoint(folder.path());
+    let found = workers(child.id());
+    assert_eq!(found.len(), 1, "one job, one worker");
+    kill("-KILL", found[0]);
+    let output = child.wait_with_output().expect("the end");
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    let out = results(&folder.path().join("out"));
+    let (rows, failures) = (out["rows"].as_array().expect("rows"), out["failures"].as_array().expect("failures"));
+    assert_eq!((rows.len(), failures.len()), (3, 1), "{failures:?}");
+    let error = failures[0]["error"].as_str().expect("an error");
+    assert!(
+        error.contains("was killed (signal 9)") && error.contains("help: ") && error.contains("--jobs 1"),
+        "{error}"
+    );
+    // What the stage had done is not lost, and the same command goes on.
+    let again = run(folder.path(), &config).output().expect("a run");
+    ended_well(&again);
+    assert!(stderr(&again).contains("resume  fine-tune"), "{}", stderr(&again));
+    let undisturbed = tempfile::tempdir().expect("a folder");
+    ended_well(&run(undisturbed.path(), &config).output().expect("a run"));
+    assert_eq!(results(&folder.path().join("out")), results(&undisturbed.path().join("out")));
+}
+
+#[test]
+fn workers_end_with_their_run() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (_, mut child) = begin_slow(folder.path());
+    wait_for(folder.path(), "fine-tune");
+    let found = workers(child.id());
+    assert_eq!(found.len(), 1);
+    child.kill().expect("a kill");
+    child.wait().expect("the end");
+    let until = Instant::now() + Duration::from_secs(20);
+    while std::path::Path::new(&format!("/proc/{}", found[0])).exists() {
+        assert!(Instant::now() < until, "the worker {} lives on", found[0]);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// A worker gets less memory than the larger of two attacks needs: its cells fail, with a remedy, and no others.
+#[test]
+fn a_stage_without_memory_is_a_failed_cell() {
+    let folder = tempfile::tempdir().expect("a folder");
+    // All of the user's rows in one batch.
+    let large =
+        ("steps = 8, batch_size = 4, learning_rate = 1e-3", "steps = 1, batch_size = 20000, learning_rate = 1e-3");
+    let config = small(folder.path(), &[("samples = 20", "samples = [20, 20000]"), large]);
+    let usual = run(folder.path(), &config);
+    let mut limited = Command::new("sh");
+    // In kilobytes of address space, of the run and of each worker.
+    limited.args(["-c", "ulimit -v 2000000; exec \"$0\" \"$@\""]).arg(usual.get_program()).args(usual.get_args());
+    let output = limited.args(["--jobs", "1"]).output().expect("a run");
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    let out = results(&folder.path().join("out"));
+    let (rows, failures) = (out["rows"].as_array().expect("rows"), out["failures"].as_array().expect("failures"));
+    assert_eq!((rows.len(), failures.len()), (4, 4), "{failures:?}");
+    assert!(rows.iter().all(|row| row["samples"] == 20));
+    for failure in failures {
+        let error = failure["error"].as_str().expect("an error");
+        assert!(error.contains("ran out of memory") && error.contains("batch_size"), "{error}");
+    }
+}
+
+#[test]
+fn a_chain_of_stages_loads_its_model_once() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let config = small(folder.path(), &[]);
+    let output = run(folder.path(), &config).args(["-v", "--jobs", "1"]).output().expect("a run");
+    ended_well(&output);
+    let loads = stderr(&output).lines().filter(|line| line.contains("loaded a model")).count();
+    // Four cells, two aligned models and the base, each asked three kinds of questions.
+    assert_eq!(loads, 1, "{}", stderr(&output));
+}
