@@ -1,8 +1,8 @@
 //! The `Model` trait: an architecture, separate from its weights.
 //!
 //! A model declares its parameters and says how tokens become hidden states and logits. The numbers live in
-//! [`Weights`], so one model serves the weights under training, a frozen teacher and a merged copy alike, and LoRA,
-//! saving, loading and generation are written once for all architectures.
+//! [`Weights`](crate::Weights), so one model serves the weights under training, a frozen teacher and a merged copy alike,
+//! and LoRA, saving, loading and generation are written once for all architectures.
 
 use std::fmt::Debug;
 
@@ -29,7 +29,7 @@ pub trait Model: Debug + Send + Sync {
     /// The `config.json` of this model.
     fn config(&self) -> Value;
 
-    /// The names of the points at which [`Sites`] can act, in order of computation.
+    /// The names of the points at which [`Sites`](crate::Sites) can act, in order of computation.
     fn sites(&self) -> Vec<String>;
 
     /// Token ids to the residual stream, `[batch, length, hidden_size]`. What every block needs of the tokens (their

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::nearest::nearest;
+use super::nearest::did_you_mean;
 use crate::error::{Error, Result};
 use crate::registry::settings::{Settings, SettingsType};
 
@@ -54,7 +54,7 @@ pub fn find<E: Entry>(name: &str) -> Result<&'static E> {
     let entries = all::<E>()?;
     entries.iter().copied().find(|entry| entry.name() == name).ok_or_else(|| {
         let names = entries.iter().map(|entry| entry.name());
-        let hint = nearest(name, names.clone()).map_or_else(String::new, |near| format!("; did you mean `{near}`?"));
+        let hint = did_you_mean(name, names.clone());
         Error::config(format!("unknown {} `{name}`{hint}", E::KIND)).help(format!(
             "known {}s: {}",
             E::KIND,

@@ -16,5 +16,5 @@ pub mod plugin;
 pub mod settings;
 
 pub use entry::{Entry, all, find};
-pub use nearest::nearest;
+pub use nearest::{did_you_mean, nearest};
 pub use settings::{Settings, SettingsType};

@@ -8,9 +8,9 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
+use super::nearest::did_you_mean;
 use crate::bounds::shortened;
 use crate::error::{Error, Result};
-use crate::registry::nearest;
 
 /// The settings a user gave to a plugin: a table of keys and values.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -42,8 +42,7 @@ impl Settings {
     pub fn parse<T: DeserializeOwned + JsonSchema>(&self) -> Result<T> {
         let known = property_names(&schemars::schema_for!(T));
         if let Some(key) = self.0.keys().find(|key| !known.contains(key)) {
-            let hint = nearest(key, known.iter().map(String::as_str));
-            let hint = hint.map_or_else(String::new, |near| format!("; did you mean `{near}`?"));
+            let hint = did_you_mean(key, known.iter().map(String::as_str));
             let keys = if known.is_empty() { "it has none".to_owned() } else { known.join(", ") };
             return Err(Error::config(format!("unknown setting `{key}`{hint}"))
                 .key(key.clone())

@@ -3,8 +3,8 @@
 //! | function | who computes | who differentiates |
 //! |---|---|---|
 //! | [`Tape::composed`] | candle, as one operator of a tape | candle, inside the tape's backward pass |
-//! | [`computed`] | a kernel, as one custom operator of candle | the function given, inside candle's backward pass |
-//! | [`Piece`] | the model, on a tape of its own | candle up to the results of the piece, then the tape |
+//! | `computed` | a kernel, as one custom operator of candle | the function given, inside candle's backward pass |
+//! | `Piece` | the model, on a tape of its own | candle up to the results of the piece, then the tape |
 //!
 //! All three meet at tensors that are leaves on one side: a gradient found on that side is where the other goes on.
 

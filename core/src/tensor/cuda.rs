@@ -483,7 +483,7 @@ impl<'a> Heads<'a> {
     fn narrow(&self, tensor: &Tensor, b: usize) -> Result<Operand> {
         let Attention { key_value, width, .. } = self.shape;
         let ld = key_value * width;
-        self.operand(tensor, self.mask.rows.rows[b] * self.slots * ld, ld, width)
+        self.operand(tensor, self.mask.host.rows[b] * self.slots * ld, ld, width)
     }
 
     /// Scores `[queries, slots]` of batch row `b` and the `g`-th head of every group.

@@ -13,7 +13,8 @@ use crate::error::{Error, Result};
 /// sees the slots up to its own that hold real tokens; padding is never seen.
 #[derive(Debug, Clone)]
 pub struct AttentionMask {
-    pub(super) rows: Mask,
+    /// The part that the kernels of the host read.
+    pub(super) host: Mask,
     /// The position of each token, in row-major order.
     pub positions: Vec<u32>,
     /// `starts` and `ends` where the kernels of a device read them, `[2, batch]`.
@@ -45,7 +46,7 @@ impl AttentionMask {
             Tensor::from_vec(table, (2, batch), tokens.ids.device())?
         };
         Ok(Self {
-            rows: Mask { queries, starts: starts.to_vec(), ends, rows: rows.to_vec() },
+            host: Mask { queries, starts: starts.to_vec(), ends, rows: rows.to_vec() },
             positions,
             #[cfg(feature = "cuda")]
             table,
@@ -54,7 +55,7 @@ impl AttentionMask {
 
     /// Fails if keys of earlier passes are seen: nobody knows where their gradients belong.
     pub(super) fn check_differentiable(&self, rows: usize) -> Result<()> {
-        if self.rows.rows.iter().copied().eq(0..rows) && self.rows.starts.iter().all(|&start| start == 0) {
+        if self.host.rows.iter().copied().eq(0..rows) && self.host.starts.iter().all(|&start| start == 0) {
             return Ok(());
         }
         Err(Error::run("attention over a cache cannot be differentiated"))

@@ -17,11 +17,11 @@ use crate::tensor::gemm::Gemm;
 pub enum Matrix {
     /// In the type that is computed in; maybe under training.
     Dense(Tensor),
-    /// Frozen, in fewer bits.
+    /// Frozen, in low precision: half precision or quantized.
     LowPrecision(Arc<LowPrecision>),
 }
 
-/// A frozen matrix in fewer bits than it is computed with, plus what was merged into it since.
+/// A frozen matrix in half precision or quantized, plus what was merged into it since.
 #[derive(Debug)]
 pub struct LowPrecision {
     store: Arc<Stored>,

@@ -2,11 +2,11 @@
 //!
 //! | file | what it holds |
 //! |---|---|
-//! | [`host`] | the elements of candle's host tensors as slices, for the kernels |
+//! | `host` | the elements of candle's host tensors as slices, for the kernels |
 //! | `cuda` | launches of the device kernels and of cuBLAS products |
 //! | [`gemm`] [`elementwise`] [`adamw`] | arithmetic that no gradient flows through |
 //! | [`scalar`] [`grads`] [`tokens`] [`mask`] | a number of a device, tensors by name, batches of token ids, attention masks |
-//! | [`matrix`] [`product`] | how a base matrix is stored (f32, half precision, quantized), and products with it |
+//! | [`matrix`] `product` | how a base matrix is stored (f32, half precision, quantized), and products with it |
 //! | [`tape`] | the record of a forward pass, and the backward pass over it |
 //! | [`bridge`] | between the tape and candle's own graph, both ways |
 //! | [`ops`] | differentiable operators, one file each |

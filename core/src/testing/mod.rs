@@ -28,7 +28,7 @@
 //! | `accumulation` | every micro batch counts, and accumulated batches are one large batch, unless the entry says why not |
 //! | `checkpointing` | gradient checkpointing changes no bit, unless the entry says why the two do not go together |
 //! | `one row`, `padding`, `one layer` | a batch of one row; padding that nothing sees; a model of one layer |
-//! | `full`, `bf16`, `q8_0` | training of all parameters; bases in fewer bits |
+//! | `full`, `bf16`, `q8_0` | training of all parameters; bases in low precision |
 //!
 //! | check of an architecture | what holds |
 //! |---|---|
@@ -39,7 +39,7 @@
 //! | `decoding` | token by token with a cache, hidden states are those of one pass |
 //! | `adapter` | every factor gets a gradient; merged, the adapter computes the same |
 //! | `checkpointing` | running blocks again changes no bit |
-//! | `bf16`, `q8_0` | a base in fewer bits computes nearly the same |
+//! | `bf16`, `q8_0` | a base in low precision computes nearly the same |
 
 mod batches;
 mod case;

@@ -239,7 +239,7 @@ fn q8_0(model: &dyn Model) -> Result<Outcome> {
     stored(model, Precision::Quantized(GgmlDType::Q8_0))
 }
 
-/// A base in fewer bits computes nearly the same.
+/// A base in low precision computes nearly the same.
 fn stored(model: &dyn Model, precision: Precision) -> Result<Outcome> {
     if precision.check(model.params()).is_err() {
         return Ok(Outcome::NotApplicable("the sizes do not fit these blocks"));

@@ -9,7 +9,7 @@ use super::lora::{Adapter, Lora, LoraConfig};
 use super::parameters::Weights;
 use super::schema::{factor_names, module_of};
 use crate::error::{Error, Result};
-use crate::registry::nearest;
+use crate::registry::did_you_mean;
 use crate::rng::{Seed, uniform};
 use crate::tensor::matrix::Matrix;
 
@@ -90,15 +90,14 @@ impl Weights {
         let unmatched = targets.iter().find(|target| !modules.iter().any(|m| matches(m, target)));
         let Some(target) = unmatched else { return Ok(()) };
         let names = self.params.linear_names();
-        let hint =
-            nearest(target, names.iter().copied()).map_or_else(String::new, |n| format!("; did you mean `{n}`?"));
+        let hint = did_you_mean(target, names.iter().copied());
         Err(Error::config(format!("LoRA target `{target}` matches no linear layer of this model{hint}"))
             .key("lora.target_modules")
             .help(format!("layers of this model: {}", names.join(", "))))
     }
 
-    /// Adds the adapter into the base parameters, `W += (alpha / r) · B A`, and drops it. Weights in fewer bits than are
-    /// computed with keep the factors beside them, in f32, so that nothing is rounded; bf16 weights on a CUDA device are
+    /// Adds the adapter into the base parameters, `W += (alpha / r) · B A`, and drops it. Weights in low precision
+    /// keep the factors beside them, in f32, so that nothing is rounded; bf16 weights on a CUDA device are
     /// rounded to bf16.
     ///
     /// # Errors

@@ -79,8 +79,8 @@ impl Weights {
         Ok(Self { params, precision, device, base, lora: None, trainable: BTreeMap::new() })
     }
 
-    /// The base parameters by name: as they are stored, or in f32 where they are stored in blocks or an adapter was
-    /// merged into fewer bits.
+    /// The base parameters by name: as they are stored, or in f32 where they are quantized or an adapter was merged
+    /// into low precision.
     ///
     /// # Errors
     /// A tensor operation failed.

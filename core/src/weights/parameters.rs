@@ -80,7 +80,7 @@ impl Weights {
         self.precision.activation_dtype(&self.device)
     }
 
-    /// The element type of adapters: f32 also beside weights in fewer bits, since small updates would round away.
+    /// The element type of adapters: f32 also beside weights in low precision, since small updates would round away.
     pub(super) fn adapter_dtype(&self) -> DType {
         if self.activation_dtype() == DType::F64 { DType::F64 } else { DType::F32 }
     }
@@ -98,7 +98,7 @@ impl Weights {
     /// Trains every base parameter.
     ///
     /// # Errors
-    /// The base is stored in fewer bits than f32, which makes it frozen, or a tensor operation failed.
+    /// The base is stored in low precision, which makes it frozen, or a tensor operation failed.
     pub fn train_full(&mut self) -> Result<()> {
         self.precision.check_trainable()?;
         self.merge()?;
@@ -111,7 +111,7 @@ impl Weights {
     }
 
     /// Adds `scale · B A` to the base parameter `name`, for `b: [out, k]` and `a: [k, in]`; an adapter stays beside it.
-    /// Weights in fewer bits than are computed with keep the factors beside them, as in [`Weights::merge`].
+    /// Weights in low precision keep the factors beside them, as in [`Weights::merge`].
     ///
     /// # Errors
     /// There is no such parameter, or a tensor operation failed.
@@ -122,7 +122,7 @@ impl Weights {
     /// Adds `delta`, of the parameter's shape, to the base parameter `name`; an adapter stays beside it.
     ///
     /// # Errors
-    /// There is no such parameter, the base is stored in fewer bits than f32, or a tensor operation failed.
+    /// There is no such parameter, the base is stored in low precision, or a tensor operation failed.
     pub fn add(&mut self, name: &str, delta: &Tensor) -> Result<()> {
         self.precision.check_trainable()?;
         self.change(name, |matrix| {

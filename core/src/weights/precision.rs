@@ -59,7 +59,7 @@ impl Precision {
         })
     }
 
-    /// Whether full training is possible: a step of the optimiser is smaller than what fewer bits than 32 can tell.
+    /// Whether full training is possible: a step of the optimiser is smaller than what low precision can tell.
     ///
     /// # Errors
     /// It is not.

@@ -38,7 +38,7 @@ pub fn attention(tape: &mut Tape, shape: Attention, [q, k, v]: [&Traced; 3], mas
 
 fn check(shape: Attention, [q, k, v]: [&Tensor; 3], mask: &AttentionMask) -> Result<()> {
     let ((batch, queries, width), (_, slots, narrow)) = (q.dims3()?, k.dims3()?);
-    let rows = &mask.rows;
+    let rows = &mask.host;
     let fits = width == shape.query * shape.width
         && narrow == shape.key_value * shape.width
         && k.dims() == v.dims()
@@ -60,7 +60,7 @@ fn forward<T: Element>(
 ) -> Result<(Tensor, Tensor)> {
     let slots = k.dims()[1];
     read_all([q, k, v], |inputs: [&[T]; 3]| {
-        let (y, sums) = kernels::forward(shape, inputs, &mask.rows, slots, keep);
+        let (y, sums) = kernels::forward(shape, inputs, &mask.host, slots, keep);
         let count = sums.len();
         Ok((tensor(y, q.dims())?, tensor(sums, &[count])?))
     })
@@ -74,7 +74,7 @@ fn backward<T: Element>(
 ) -> Result<[Tensor; 3]> {
     let slots = k.dims()[1];
     read_all([q, k, v, y, sums, gradient], |[qs, ks, vs, y, sums, g]: [&[T]; 6]| {
-        let [dq, dk, dv] = kernels::backward(shape, [qs, ks, vs], [y, sums, g], &mask.rows, slots);
+        let [dq, dk, dv] = kernels::backward(shape, [qs, ks, vs], [y, sums, g], &mask.host, slots);
         Ok([tensor(dq, q.dims())?, tensor(dk, k.dims())?, tensor(dv, v.dims())?])
     })
 }
@@ -108,7 +108,7 @@ mod tests {
         let (q, k, v) = (heads(q, shape.query)?, heads(k, shape.key_value)?, heads(v, shape.key_value)?);
         let mut mask = vec![f64::NEG_INFINITY; batch * queries * slots];
         for (at, row) in mask.chunks_exact_mut(slots).enumerate() {
-            row[attention_mask.rows.range(at / queries, at % queries, shape.window)].fill(0.);
+            row[attention_mask.host.range(at / queries, at % queries, shape.window)].fill(0.);
         }
         let mask = Tensor::from_vec(mask, (batch, 1, queries, slots), &Device::Cpu)?;
         let scores = (q.matmul(&k.t()?)? * shape.scale)?.broadcast_add(&mask)?;
@@ -171,9 +171,9 @@ mod tests {
     #[test]
     fn no_future_no_padding_and_nothing_before_the_window_is_seen() -> Result<()> {
         let attention_mask = attention_mask(5)?;
-        assert_eq!(attention_mask.rows.range(0, 2, None), 0..3);
-        assert_eq!(attention_mask.rows.range(0, 4, Some(2)), 3..5);
-        assert_eq!(attention_mask.rows.range(1, 4, None), 0..3);
+        assert_eq!(attention_mask.host.range(0, 2, None), 0..3);
+        assert_eq!(attention_mask.host.range(0, 4, Some(2)), 3..5);
+        assert_eq!(attention_mask.host.range(1, 4, None), 0..3);
         Ok(())
     }
 }
