@@ -183,7 +183,7 @@ fn a_stage_without_memory_is_a_failed_cell() {
     let usual = run(folder.path(), &config);
     let mut limited = Command::new("sh");
     // In kilobytes of address space, of the run and of each worker.
-    limited.args(["-c", "ulimit -v 2000000; exec \"$0\" \"$@\""]).arg(usual.get_program()).args(usual.get_args());
+    limited.args(["-c", "ulimit -v 1200000; exec \"$0\" \"$@\""]).arg(usual.get_program()).args(usual.get_args());
     let output = limited.args(["--jobs", "1"]).output().expect("a run");
     assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
     let out = results(&folder.path().join("out"));

@@ -178,9 +178,10 @@ const SHORT_OF_MEMORY: &str = "lower `batch_size`, `encoding.max_length` or `eva
 /// What the end of a process means.
 fn death(status: ExitStatus, last_words: &str) -> Error {
     let ended_by = signal(status);
-    let no_memory = last_words.lines().any(|line| line.contains(NO_MEMORY));
+    let no_memory = last_words.lines().find(|line| line.contains(NO_MEMORY));
+    let cause = no_memory.unwrap_or(last_words);
     let error = match ended_by {
-        Some(SIGABRT) if no_memory => Error::run("the stage ran out of memory").help(SHORT_OF_MEMORY),
+        Some(SIGABRT) if no_memory.is_some() => Error::run("the stage ran out of memory").help(SHORT_OF_MEMORY),
         Some(SIGKILL) => {
             Error::run("the worker process was killed (signal 9), as the system does when memory is short")
                 .help(SHORT_OF_MEMORY)
@@ -191,7 +192,7 @@ fn death(status: ExitStatus, last_words: &str) -> Error {
         None => Error::run(format!("the worker process ended early ({status})"))
             .help("this is a defect of Titer or of a plugin; please report it with the configuration"),
     };
-    if last_words.is_empty() { error } else { error.source(last_words.to_owned()) }
+    if cause.is_empty() { error } else { error.source(cause.to_owned()) }
 }
 
 #[cfg(unix)]
