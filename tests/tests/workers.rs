@@ -178,12 +178,12 @@ fn a_stage_without_memory_is_a_failed_cell() {
     let folder = tempfile::tempdir().expect("a folder");
     // All of the user's rows in one batch.
     let large =
-        ("steps = 8, batch_size = 4, learning_rate = 1e-3", "steps = 1, batch_size = 20000, learning_rate = 1e-3");
-    let config = small(folder.path(), &[("samples = 20", "samples = [20, 20000]"), large]);
+        ("steps = 8, batch_size = 4, learning_rate = 1e-3", "steps = 1, batch_size = 60000, learning_rate = 1e-3");
+    let config = small(folder.path(), &[("samples = 20", "samples = [20, 60000]"), large]);
     let usual = run(folder.path(), &config);
     let mut limited = Command::new("sh");
     // In kilobytes of address space, of the run and of each worker.
-    limited.args(["-c", "ulimit -v 1200000; exec \"$0\" \"$@\""]).arg(usual.get_program()).args(usual.get_args());
+    limited.args(["-c", "ulimit -v 2200000; exec \"$0\" \"$@\""]).arg(usual.get_program()).args(usual.get_args());
     let output = limited.args(["--jobs", "1"]).output().expect("a run");
     assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
     let out = results(&folder.path().join("out"));
