@@ -51,7 +51,8 @@ pub enum Command {
     Diff(commands::diff::Args),
     /// Lists the plugins.
     List(commands::list::Args),
-    /// Explains a plugin, or where a number comes from: `explain NAME` or `explain RUN [CELL]`.
+    /// Explains a plugin, a term, a key of the configuration, or where a number comes from: `explain NAME` or `explain RUN
+    /// [CELL]`.
     Explain(commands::explain::Args),
     /// Pretrains the base models of an experiment and nothing else.
     Pretrain(commands::pretrain::Args),
