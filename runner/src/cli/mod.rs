@@ -60,7 +60,7 @@ pub enum Command {
     Generate(commands::generate::Args),
     /// Measures a training step or greedy answers on random weights of a named shape.
     Bench(commands::bench::Args),
-    /// Prints the JSON schema of configurations.
+    /// Prints the JSON schema of configurations, with the settings of every plugin.
     Schema,
     /// Checks the machine: cores, memory, device, stage store.
     Doctor(commands::doctor::Args),

@@ -6,6 +6,8 @@
 pub mod effects;
 pub mod glossary;
 pub mod keys;
+pub mod pages;
+pub mod schema;
 
 /// A name for look-up: case, spaces, hyphens and underscores do not count, so `HS`, `harmful score` and `harmful_score`
 /// are found alike.
