@@ -33,7 +33,9 @@ fn pages() -> BTreeMap<PathBuf, String> {
         }
     }
     let mut found = BTreeMap::from([(root().join("README.md"), read(&root().join("README.md")))]);
-    ["docs", "configs"].iter().for_each(|folder| below(&root().join(folder), &mut found));
+    for folder in ["docs", "configs"] {
+        below(&root().join(folder), &mut found);
+    }
     found
 }
 

@@ -23,7 +23,9 @@ fn misfits(root: &Value, schema: &Value, value: &Value, at: &str) -> Vec<String>
                 true
             }
             "allOf" => {
-                list(rule).iter().for_each(|branch| found.extend(misfits(root, branch, value, at)));
+                for branch in list(rule) {
+                    found.extend(misfits(root, &branch, value, at));
+                }
                 true
             }
             "if" => {

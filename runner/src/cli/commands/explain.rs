@@ -130,7 +130,9 @@ fn key(path: &str, asked: &str, keys: &[Key]) -> Result<String, Error> {
     let below: Vec<&Key> = keys.iter().filter(|key| key.path.starts_with(&format!("{path}."))).collect();
     if !below.is_empty() {
         text += "\nkeys below it\n";
-        below.iter().for_each(|key| text += &line(&key.path, &key.description));
+        for key in below {
+            text += &line(&key.path, &key.description);
+        }
     }
     if path.ends_with(".*") {
         let (name, kind) = (last_part(asked), keys::plugin(path));
