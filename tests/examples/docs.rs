@@ -1,4 +1,5 @@
-//! Writes the measured figures into README.md and docs/measurements, from the folders of finished runs:
+//! Writes the pages of docs/reference and the table of defenses, and the measured figures into README.md and
+//! docs/measurements from the folders of finished runs, if any are given:
 //!
 //!     cargo run --release -p titer-tests --example docs -- runs/quickstart runs/world-bench
 //!
@@ -7,6 +8,9 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use clap::CommandFactory;
+use titer::cli::Cli;
+use titer::reference::pages::all_pages;
 use titer::report;
 use titer::report::Format;
 use titer::results::file::load;
@@ -14,7 +18,6 @@ use titer_core::report::Results;
 
 fn main() -> Result<()> {
     let folders: Vec<PathBuf> = std::env::args_os().skip(1).map(PathBuf::from).collect();
-    ensure!(!folders.is_empty(), "give the folders of finished runs");
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let measurements = root.join("docs/measurements");
     std::fs::create_dir_all(&measurements)?;
@@ -43,8 +46,13 @@ fn main() -> Result<()> {
             std::fs::write(measurements.join(format!("{name}.md")), &page)?;
         }
     }
-    let list = defenses()?;
-    insert(&root.join("README.md"), "defenses", &list)
+    insert(&root.join("docs/defenses.md"), "defenses", &defenses()?)?;
+    let reference = root.join("docs/reference");
+    std::fs::create_dir_all(&reference)?;
+    for (name, page) in all_pages(&Cli::command())? {
+        std::fs::write(reference.join(name), page)?;
+    }
+    Ok(())
 }
 
 /// One table and one plot; all else is on the page.

@@ -1,4 +1,4 @@
-//! Sharpness-aware minimisation (Foret et al., ICLR 2021) as an alignment defense: the example of the README.
+//! Sharpness-aware minimisation (Foret et al., ICLR 2021) as an alignment defense: the example of docs/own-defense.md.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

@@ -13,6 +13,7 @@ use titer::manifest::differences;
 use titer::plan::identity::of_stage;
 use titer::plan::planner;
 use titer::plan::{AnswerSpec, JudgeSpec, Plan, StageSpec};
+use titer::reference::effects;
 use titer_core::{DefenseEntry, Entry, JudgeEntry, ModelEntry, Settings, SettingsType, TaskEntry, registry};
 
 /// One cell, in which every stage has a defense that draws from a stream.
@@ -312,6 +313,25 @@ fn the_table_has_every_key_of_the_schema_and_no_other() {
         missing.is_empty() && gone.is_empty(),
         "say in `table` what these keys change: {missing:?}\nthese are no keys any more: {gone:?}"
     );
+}
+
+/// What `titer explain KEY` and the reference say a key changes is what this table says, and what the next test shows.
+#[test]
+fn the_reference_agrees_with_the_table() {
+    for (key, assignment, from, part) in table() {
+        let (reach, documented) = effects::of(&key).unwrap_or_else(|| panic!("the reference lacks `{key}`"));
+        // What cannot be assigned in this configuration is shown by other tests.
+        if assignment.is_empty() {
+            continue;
+        }
+        let same_reach = match (from, reach) {
+            (Nothing(_), effects::Reach::Nothing(_)) => true,
+            (_, effects::Reach::Drawing) => key.starts_with("streams."),
+            _ => format!("{from:?}") == format!("{reach:?}"),
+        };
+        assert!(same_reach, "`{key}` reaches {from:?}, and the reference says {reach:?}");
+        assert_eq!(format!("{part:?}"), format!("{documented:?}"), "the part of the row that `{key}` changes");
+    }
 }
 
 /// The stages of a plan by where in the chain they stand: `(kind, probe)`, with their keys.

@@ -83,6 +83,7 @@ const FLOORS: &[(&str, &[&str])] = &[
             "results",
             "report",
             "bench",
+            "reference",
             "cli",
         ],
     ),

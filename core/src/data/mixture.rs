@@ -22,6 +22,17 @@ pub fn harmful_count(total: usize, p: f64) -> Result<usize> {
 ///
 /// # Errors
 /// `p` is outside `[0, 1]` or a list is too short.
+///
+/// ```
+/// use titer_core::Row;
+/// use titer_core::data::mixture;
+/// use titer_core::rng::Seed;
+///
+/// let rows = |answer: &str| vec![Row::new("ask", answer); 10];
+/// let mixed = mixture(&rows("benign"), &rows("harmful"), 10, 0.2, Seed::new(0))?;
+/// assert_eq!(mixed.iter().filter(|row| row.output == "harmful").count(), 2);
+/// # Ok::<(), titer_core::Error>(())
+/// ```
 pub fn mixture(benign: &[Row], harmful: &[Row], total: usize, p: f64, seed: Seed) -> Result<Vec<Row>> {
     let bad = harmful_count(total, p)?;
     let take = |rows: &[Row], count: usize, what: &str| {

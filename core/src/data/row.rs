@@ -3,6 +3,16 @@
 use serde::{Deserialize, Serialize};
 
 /// One row of a data set: an instruction, an optional input to it, and the answer to learn or to compare with.
+///
+/// ```
+/// use titer_core::Row;
+/// use titer_core::text::Template;
+///
+/// let row = Row { input: Some("a dull film".into()), ..Row::new("Positive or negative?", "negative") };
+/// let prompt = Template::new("{{ instruction }} {{ input }}:").render(&row)?;
+/// assert_eq!(prompt, "Positive or negative? a dull film:");
+/// # Ok::<(), titer_core::Error>(())
+/// ```
 #[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Row {
     /// What the user asks. Empty for plain documents, which are learnt from their first token on.

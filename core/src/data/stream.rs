@@ -11,6 +11,25 @@ use crate::rng::{Seed, permutation};
 
 /// A never-ending stream of batches. Its state is one number, the count of batches drawn: batch `k` is a pure function
 /// of the stream's source and `k`.
+///
+/// ```
+/// use std::sync::Arc;
+///
+/// use candle_core::Device;
+/// use titer_core::data::{Example, Stream};
+/// use titer_core::rng::Seed;
+///
+/// let examples = (3..9).map(|token| Example { tokens: vec![1, token, 2], first_label: 1 });
+/// let mut stream = Stream::new(Arc::new(examples.collect()), 2, 1, Seed::new(0), 0)?;
+/// assert_eq!(stream.batches_per_epoch(), 3);
+/// let first = stream.next_batch(&Device::Cpu)?;
+/// assert_eq!((first.tokens.dims(), first.labels()), ((2, 2), 4));
+///
+/// stream.seek(0);
+/// let again = stream.next_batch(&Device::Cpu)?;
+/// assert_eq!(again.targets.to_vec1::<u32>()?, first.targets.to_vec1::<u32>()?);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct Stream {
     source: Source,

@@ -72,6 +72,62 @@ pub struct Limits {
 }
 
 /// Describes a defense to the registry.
+///
+/// ```
+/// use schemars::JsonSchema;
+/// use serde::{Deserialize, Serialize};
+/// use titer_core::data::Batch;
+/// use titer_core::{
+///     AlignmentDefense, DefenseEntry, Privilege, Result, SettingsType, Sites, Stage, StepCx, Update, inventory,
+///     no_conflict, no_limits, registry,
+/// };
+///
+/// /// Plain fine-tuning with gradients of another size.
+/// #[derive(Debug, Serialize, Deserialize, JsonSchema)]
+/// #[serde(default)]
+/// struct Scaled {
+///     /// What gradients are multiplied with.
+///     factor: f64,
+/// }
+///
+/// impl Default for Scaled {
+///     fn default() -> Self {
+///         Self { factor: 0.5 }
+///     }
+/// }
+///
+/// impl AlignmentDefense for Scaled {
+///     fn step(&mut self, cx: &mut StepCx, batch: &Batch) -> Result<Update> {
+///         Update::from(cx.backward(batch, Sites::none())?).weighed(self.factor)
+///     }
+/// }
+///
+/// inventory::submit! {
+///     DefenseEntry {
+///         name: "scaled",
+///         summary: "plain fine-tuning with gradients of another size",
+///         paper: "none",
+///         formula: "g = c ∇L(w)",
+///         stages: &[Stage::FineTune],
+///         streams: |_| &[],
+///         sites: &[],
+///         passes: |_| 1.,
+///         privilege: Privilege::NONE,
+///         notes: "",
+///         quirks: &[],
+///         conflicts: no_conflict,
+///         limits: no_limits,
+///         settings: SettingsType::of::<Scaled>(),
+///         neutral: Some(|| serde_json::json!({ "factor": 1.0 })),
+///         version: 1,
+///         build: |settings| Ok(Box::new(settings.parse::<Scaled>()?)),
+///     }
+/// }
+///
+/// let entry = registry::find::<DefenseEntry>("scaled")?;
+/// assert_eq!((entry.settings.defaults)()["factor"], 0.5);
+/// # Ok::<(), titer_core::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct DefenseEntry {
     /// The name in configurations.

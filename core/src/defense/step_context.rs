@@ -24,6 +24,37 @@ use crate::tensor::tokens::Tokens;
 use crate::weights::parameters::Weights;
 
 /// What a defense sees in a [`step`](crate::AlignmentDefense::step).
+///
+/// ```
+/// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/doc/bigram.rs"));
+/// # fn main() -> titer_core::Result<()> {
+/// use candle_core::{DType, Device};
+/// use titer_core::data::Batch;
+/// use titer_core::defense::{Clock, StepCx, Streams};
+/// use titer_core::rng::Seed;
+/// use titer_core::Weights;
+/// use titer_core::Sites;
+///
+/// let model = Bigram::new(8, 4);
+/// let mut weights = Weights::random(model.params(), Seed::new(0), DType::F32, &Device::Cpu)?;
+/// weights.train_full()?;
+/// // One row; position 0 predicts token 5, position 1 token 2.
+/// let batch = Batch::with_labels(&[[1, 5]], [(0, 0, 5), (0, 1, 2)], 0, &Device::Cpu)?;
+/// let mut streams = Streams::default();
+/// let mut cx = StepCx::new(&model, &weights, &mut streams, Seed::new(1), Clock::at(0, 10));
+///
+/// let here = cx.backward(&batch, Sites::none())?;
+/// // Inside `scratch` the weights may be moved; afterwards they are as before.
+/// let there = cx.scratch(|moved| {
+///     moved.shift(&here.grads, -0.1)?;
+///     moved.backward(&batch, Sites::none())
+/// })?;
+/// assert!(there.loss.value()? < here.loss.value()?);
+/// assert_eq!(cx.backward(&batch, Sites::none())?.loss.value()?, here.loss.value()?);
+/// assert_eq!(cx.passes(), 3);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct StepCx<'a> {
     pub(super) model: &'a dyn Model,

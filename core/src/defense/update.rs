@@ -23,6 +23,34 @@ pub struct Pass {
 }
 
 /// What a step asks the train loop to apply.
+///
+/// ```
+/// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/doc/bigram.rs"));
+/// # fn main() -> titer_core::Result<()> {
+/// # use candle_core::{DType, Device};
+/// # use titer_core::data::Batch;
+/// # use titer_core::defense::{Clock, StepCx, Streams};
+/// # use titer_core::rng::Seed;
+/// # use titer_core::Weights;
+/// #
+/// # let model = Bigram::new(8, 4);
+/// # let mut weights = Weights::random(model.params(), Seed::new(0), DType::F32, &Device::Cpu)?;
+/// # weights.train_full()?;
+/// # // One row; position 0 predicts token 5, position 1 token 2.
+/// # let batch = Batch::with_labels(&[[1, 5]], [(0, 0, 5), (0, 1, 2)], 0, &Device::Cpu)?;
+/// # let mut streams = Streams::default();
+/// # let mut cx = StepCx::new(&model, &weights, &mut streams, Seed::new(1), Clock::at(0, 1));
+/// # use titer_core::Sites;
+/// use titer_core::Update;
+///
+/// // What a defense's `step` returns: gradients for the optimiser, the loss, and further numbers to log.
+/// let pass = cx.backward(&batch, Sites::none())?;
+/// let norm = pass.grads.norm()?;
+/// let update = Update::from(pass).with("gradient_norm", norm);
+/// assert!(update.scalars["gradient_norm"].value()? > 0.);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Update {
     /// The gradients for the optimiser. A parameter that is absent is left alone: no decay, no moment update.

@@ -19,6 +19,12 @@ use crate::weights::schema::{ParamId, ParamList};
 ///
 /// Implementations hold no tensors. They are built from their configuration, which they also write back, so that a
 /// saved folder loads in Hugging Face's library.
+///
+/// The smallest one:
+///
+/// ```
+#[doc = include_str!("../../doc/bigram.rs")]
+/// ```
 pub trait Model: Debug + Send + Sync {
     /// The sizes.
     fn spec(&self) -> &ModelSpec;

@@ -13,6 +13,34 @@ use crate::tensor::elementwise::sum;
 use crate::tensor::tape::{Tape, Traced};
 
 /// What a pass does at each named site. The default does nothing anywhere.
+///
+/// ```
+/// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/doc/bigram.rs"));
+/// # fn main() -> titer_core::Result<()> {
+/// # use candle_core::{DType, Device};
+/// # use titer_core::data::Batch;
+/// # use titer_core::defense::{Clock, StepCx, Streams};
+/// # use titer_core::rng::Seed;
+/// # use titer_core::Weights;
+/// #
+/// # let model = Bigram::new(8, 4);
+/// # let mut weights = Weights::random(model.params(), Seed::new(0), DType::F32, &Device::Cpu)?;
+/// # weights.train_full()?;
+/// # // One row; position 0 predicts token 5, position 1 token 2.
+/// # let batch = Batch::with_labels(&[[1, 5]], [(0, 0, 5), (0, 1, 2)], 0, &Device::Cpu)?;
+/// # let mut streams = Streams::default();
+/// # let mut cx = StepCx::new(&model, &weights, &mut streams, Seed::new(1), Clock::at(0, 1));
+/// use titer_core::Sites;
+///
+/// // The gradient at a site, and then a second pass with an offset of norm 0.1 along it: Vaccine's step.
+/// let first = cx.backward(&batch, Sites::none().probe(["embed"]))?;
+/// let direction = first.site_grads.normalized(0.1, 1e-12)?;
+/// let offsets = direction.iter().map(|(site, offset)| (site.to_owned(), offset.clone()));
+/// let second = cx.backward(&batch, Sites::none().add(offsets))?;
+/// assert!(second.loss.value()? > first.loss.value()?);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Default)]
 pub struct Sites {
     observe: BTreeSet<String>,

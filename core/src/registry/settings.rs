@@ -13,6 +13,26 @@ use crate::bounds::shortened;
 use crate::error::{Error, Result};
 
 /// The settings a user gave to a plugin: a table of keys and values.
+///
+/// ```
+/// use schemars::JsonSchema;
+/// use serde::{Deserialize, Serialize};
+/// use serde_json::json;
+/// use titer_core::Settings;
+///
+/// #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
+/// #[serde(default)]
+/// struct Sam {
+///     /// How far the weights are moved.
+///     rho: f64,
+/// }
+///
+/// let given = |value: serde_json::Value| Settings::of(&value);
+/// assert_eq!(given(json!({ "rho": 0.1 })).parse::<Sam>()?.rho, 0.1);
+/// let error = given(json!({ "rhoo": 0.1 })).parse::<Sam>().unwrap_err();
+/// assert!(error.to_string().contains("did you mean `rho`?"));
+/// # Ok::<(), titer_core::Error>(())
+/// ```
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Settings(Map<String, Value>);
 

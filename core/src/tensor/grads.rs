@@ -10,6 +10,33 @@ use crate::tensor::scalar::Scalar;
 
 /// Tensors by name: the gradients of parameters or of sites. The order is that of the names, so sums over the map are
 /// the same on every run.
+///
+/// ```
+/// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/doc/bigram.rs"));
+/// # fn main() -> titer_core::Result<()> {
+/// # use candle_core::{DType, Device};
+/// # use titer_core::data::Batch;
+/// # use titer_core::defense::{Clock, StepCx, Streams};
+/// # use titer_core::rng::Seed;
+/// # use titer_core::Weights;
+/// #
+/// # let model = Bigram::new(8, 4);
+/// # let mut weights = Weights::random(model.params(), Seed::new(0), DType::F32, &Device::Cpu)?;
+/// # weights.train_full()?;
+/// # // One row; position 0 predicts token 5, position 1 token 2.
+/// # let batch = Batch::with_labels(&[[1, 5]], [(0, 0, 5), (0, 1, 2)], 0, &Device::Cpu)?;
+/// # let mut streams = Streams::default();
+/// # let mut cx = StepCx::new(&model, &weights, &mut streams, Seed::new(1), Clock::at(0, 1));
+/// let grads = cx.backward(&batch, titer_core::Sites::none())?.grads;
+/// let unit = grads.normalized(1., 1e-12)?;
+/// assert!((unit.norm()?.value()? - 1.).abs() < 1e-6);
+///
+/// // g − ½ g, and only what belongs to the embedding.
+/// let half = grads.clone().add_scaled(-0.5, &grads)?.restrict(|name| name.contains("embed"));
+/// assert!((half.norm()?.value()? / grads.norm()?.value()? - 0.5).abs() < 1e-6);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone, Default)]
 pub struct Grads(BTreeMap<String, Tensor>);
 

@@ -17,6 +17,25 @@ use crate::tensor::matrix::Matrix;
 ///
 /// Cloning shares storage: a clone sees later updates. A copy that does not is [`Weights::snapshot`] (of what is
 /// trained) or [`Weights::merged`].
+///
+/// ```
+/// use candle_core::{DType, Device};
+/// use titer_core::Weights;
+/// use titer_core::rng::Seed;
+/// use titer_core::weights::{LoraConfig, ParamList};
+///
+/// let mut params = ParamList::default();
+/// params.linear("model.proj", 3, 2, 0.1);
+/// let mut weights = Weights::random(&params, Seed::new(0), DType::F32, &Device::Cpu)?;
+/// assert!(weights.trainable().is_empty());
+///
+/// // Only the factors of the adapter are trained, and merging leaves a plain matrix.
+/// weights.train_lora(&LoraConfig { r: 1, ..LoraConfig::default() }, Seed::new(1))?;
+/// assert_eq!(weights.trainable().len(), 2);
+/// let merged = weights.merged()?;
+/// assert!(merged.trainable().is_empty() && merged.adapters().next().is_none());
+/// # Ok::<(), titer_core::Error>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct Weights {
     pub(super) params: Arc<ParamList>,

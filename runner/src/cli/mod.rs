@@ -51,7 +51,8 @@ pub enum Command {
     Diff(commands::diff::Args),
     /// Lists the plugins.
     List(commands::list::Args),
-    /// Explains a plugin, or where a number comes from: `explain NAME` or `explain RUN [CELL]`.
+    /// Explains a plugin, a term, a key of the configuration, or where a number comes from: `explain NAME` or `explain RUN
+    /// [CELL]`.
     Explain(commands::explain::Args),
     /// Runs one stage of a plan in this process.
     Worker(commands::worker::Args),
@@ -61,7 +62,7 @@ pub enum Command {
     Generate(commands::generate::Args),
     /// Measures a training step or greedy answers on random weights of a named shape.
     Bench(commands::bench::Args),
-    /// Prints the JSON schema of configurations.
+    /// Prints the JSON schema of configurations, with the settings of every plugin.
     Schema,
     /// Checks the machine: cores, memory, device, stage store.
     Doctor(commands::doctor::Args),

@@ -387,7 +387,7 @@ pub struct TrainConfig {
     pub bucket: usize,
     /// Peak learning rate.
     pub learning_rate: f64,
-    /// Its course.
+    /// The course of the learning rate after the warm-up.
     #[serde(default = "cosine")]
     pub schedule: Schedule,
     /// Fraction of the steps over which it rises from zero, in `[0, 1]`.

@@ -422,7 +422,7 @@ fn value<T: DeserializeOwned>(coordinates: &Map<String, Value>, axis: &str) -> R
 /// A cell as the stem of a file name: readable, unique through the key of its last stage, and never longer than file names
 /// may be.
 fn file_stem(cell: &Cell) -> String {
-    let short = |term: String| term.chars().filter(|c| !"= ".contains(*c)).take(60).collect::<String>();
+    let short = |term: String| term.chars().filter(|c| *c != '=').take(60).collect::<String>();
     let words: Vec<String> = Coordinates::of(&cell.coordinates).terms().map(short).collect();
     let safe = |c: char| if c.is_ascii_alphanumeric() || ".-".contains(c) { c.to_ascii_lowercase() } else { '-' };
     let words: String = words.join("-").chars().map(safe).take(LONGEST_STEM).collect();

@@ -1,71 +1,211 @@
 //! `titer explain`.
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::path::Path;
 
-use serde_json::Value;
 use titer_core::registry::{Entry, all, nearest};
-use titer_core::{DefenseEntry, Error, JudgeEntry, Limits, ModelEntry, SettingsType, TaskEntry};
+use titer_core::{DefenseEntry, Error, JudgeEntry, Limits, ModelEntry, TaskEntry};
 
 use super::{Done, cell};
 use crate::diagnostics::Problems;
-use crate::plugins::origin;
+use crate::plugins::{origin, registered};
+use crate::reference::glossary::{self, Term};
+use crate::reference::keys::{self, Key, Setting};
+use crate::reference::{effects, normalized};
 
 /// The arguments.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
-    /// The name of a defense, model, task or judge; or the folder of a run.
+    /// A plugin, a term such as `hs`, or a key of the configuration such as `fine_tune.samples`; or the folder of a run. With a
+    /// kind in front of it (`defense:`, `model:`, `task:`, `judge:`, `term:`, `key:`) only of that kind.
     pub name: String,
     /// A cell of the run: the first digits of its id, or parts of its label as in `Vaccine, p=0.1, seed=0`. Without it, the
     /// cells are listed.
     pub cell: Option<String>,
 }
 
-/// Explains every plugin of that name, or everything that is known about where a cell's numbers come from; or lists the
-/// cells of a run.
+/// Explains everything of that name: plugins, terms, keys of the configuration; or all that is known about where a cell's
+/// numbers come from; or lists the cells of a run.
 ///
 /// # Errors
-/// There is none; the error names the nearest.
+/// There is nothing of that name; the error names the nearest.
 pub fn run(args: &Args) -> Result<Done, Problems> {
+    let folder = Path::new(&args.name);
     if let Some(cell) = &args.cell {
-        return Ok(cell::find(Path::new(&args.name), cell)?.explained().into());
+        return Ok(cell::find(folder, cell)?.explained().into());
     }
-    let mut names = Vec::new();
-    let mut text = String::new();
-    for entry in all::<DefenseEntry>()? {
-        names.push(entry.name);
-        if entry.name == args.name {
-            text += &defense(entry)?;
+    let topics = topics(&args.name)?;
+    match topics.as_slice() {
+        [] if folder.is_dir() => Ok(cell::list(folder)?.into()),
+        [] => Ok(by_last_part(&args.name)?.into()),
+        topics => {
+            let mut text = topics.iter().map(|topic| topic.text.as_str()).collect::<Vec<_>>().join("\n");
+            let mut others: Vec<String> = Vec::new();
+            if topics.len() > 1 {
+                let named = topics.iter().map(|topic| format!("`titer explain {}:{}`", topic.kind, topic.name));
+                others.extend(named);
+            }
+            if folder.is_dir() {
+                others.push(format!("`titer explain ./{}` lists the cells of that folder", args.name));
+            }
+            if !others.is_empty() {
+                let _ = writeln!(text, "\nseveral things are called `{}`: {}", args.name, others.join(", "));
+            }
+            Ok(text.into())
         }
     }
-    others::<ModelEntry>(&args.name, &mut names, &mut text)?;
-    others::<TaskEntry>(&args.name, &mut names, &mut text)?;
-    others::<JudgeEntry>(&args.name, &mut names, &mut text)?;
-    let folder = Path::new(&args.name);
-    if text.is_empty() && folder.is_dir() {
-        return Ok(cell::list(folder)?.into());
-    }
-    if text.is_empty() {
-        let hint = nearest(&args.name, names.iter().copied());
-        let hint = hint.map_or_else(String::new, |near| format!("; did you mean `{near}`?"));
-        let error = Error::config(format!("nothing is called `{}`{hint}", args.name));
-        return Err(error.help("`titer list` shows every plugin").into());
-    }
-    Ok(text.into())
 }
 
-fn others<E: Entry>(name: &str, names: &mut Vec<&'static str>, text: &mut String) -> Result<(), Error> {
-    for entry in all::<E>()? {
-        names.push(entry.name());
-        if entry.name() == name {
-            let _ = writeln!(text, "{} ({}, version {})\n{}", name, E::KIND, entry.version(), entry.summary());
-            if let Some(origin) = origin(entry)? {
-                let _ = writeln!(text, "from {origin}");
-            }
-            *text += &settings(entry.settings());
+/// Something that a name stands for.
+struct Topic {
+    kind: &'static str,
+    name: String,
+    text: String,
+}
+
+/// Everything that `asked` is the whole name of.
+fn topics(asked: &str) -> Result<Vec<Topic>, Error> {
+    let kinds = [DefenseEntry::KIND, ModelEntry::KIND, TaskEntry::KIND, JudgeEntry::KIND, TERM, KEY];
+    let prefix = asked.split_once(':').filter(|(kind, _)| kinds.contains(kind));
+    let (only, name) = prefix.map_or((None, asked), |(kind, name)| (Some(kind), name));
+    // A path is no name.
+    if name.contains(['/', '\\']) {
+        return Ok(Vec::new());
+    }
+    let mut topics = plugins::<DefenseEntry>(name, defense)?;
+    topics.extend(plugins::<ModelEntry>(name, other)?);
+    topics.extend(plugins::<TaskEntry>(name, other)?);
+    topics.extend(plugins::<JudgeEntry>(name, other)?);
+    for term in glossary::terms().into_iter().filter(|term| term.is_called(name)) {
+        let also = if term.aliases.is_empty() { String::new() } else { format!("also: {}\n", term.aliases.join(", ")) };
+        let text = format!("{} (term)\n{also}\n{}\n", term.name, term.plain());
+        topics.push(Topic { kind: TERM, name: normalized(term.name), text });
+    }
+    let keys = keys::keys();
+    if let Some(path) = keys::canonical(name, &keys) {
+        topics.push(Topic { kind: KEY, text: key(&path, name, &keys)?, name: path });
+    }
+    topics.extend(setting_of(name)?);
+    topics.retain(|topic| only.is_none_or(|only| topic.kind == only));
+    Ok(topics)
+}
+
+const TERM: &str = "term";
+const KEY: &str = "key";
+
+fn plugins<E: Entry>(name: &str, text: fn(&E) -> Result<String, Error>) -> Result<Vec<Topic>, Error> {
+    let called = |entry: &&E| normalized(entry.name()) == normalized(name);
+    let topic = |entry: &E| Ok(Topic { kind: E::KIND, name: entry.name().to_owned(), text: text(entry)? });
+    all::<E>()?.into_iter().filter(called).map(topic).collect()
+}
+
+/// A setting by the name of its plugin, as in `vaccine.rho`.
+fn setting_of(name: &str) -> Result<Option<Topic>, Error> {
+    let Some((plugin, setting)) = name.rsplit_once('.') else { return Ok(None) };
+    let fits = |found: &Setting| normalized(found.plugin) == normalized(plugin) && found.name == setting;
+    Ok(keys::settings()?.into_iter().find(fits).map(|found| Topic {
+        kind: found.kind,
+        name: name.to_owned(),
+        text: format!(
+            "{} (setting of the {} {})\n{}\n\n  type      {}\n  default   {}\n",
+            found.name, found.kind, found.plugin, found.description, found.holds, found.default
+        ),
+    }))
+}
+
+/// A key at `path`, which the user wrote as `asked`.
+fn key(path: &str, asked: &str, keys: &[Key]) -> Result<String, Error> {
+    let Some(found) = keys.iter().find(|key| key.path == path) else { return Ok(String::new()) };
+    let mut text = format!("{path} (key of the configuration)\n{}\n\n  type      {}\n", found.description, found.kind);
+    let default = match (&found.default, found.required) {
+        (Some(default), _) => default.to_string(),
+        (None, true) => "none, it must be given".to_owned(),
+        (None, false) => "none, it may be left out".to_owned(),
+    };
+    let _ = writeln!(text, "  default   {default}");
+    if let Some((reach, part)) = effects::of(path) {
+        let _ = writeln!(text, "  changes   the key of {}; of a row's identity: {}", reach.words(), part.words());
+    }
+    let below: Vec<&Key> = keys.iter().filter(|key| key.path.starts_with(&format!("{path}."))).collect();
+    if !below.is_empty() {
+        text += "\nkeys below it\n";
+        for key in below {
+            text += &line(&key.path, &key.description);
         }
     }
-    Ok(())
+    if path.ends_with(".*") {
+        let (name, kind) = (last_part(asked), keys::plugin(path));
+        let settings = keys::settings()?.into_iter().filter(|setting| setting.kind == kind && setting.name == name);
+        let lines: String = settings.map(|setting| of_plugin(&setting)).collect();
+        if lines.is_empty() && name != "*" {
+            let _ = writeln!(text, "\nno {kind} has a setting `{name}`");
+        }
+        text += &lines;
+    }
+    Ok(text)
+}
+
+fn last_part(path: &str) -> &str {
+    path.rsplit('.').next().unwrap_or(path)
+}
+
+/// A line of a list.
+fn line(name: &str, meaning: &str) -> String {
+    format!("  {name:<34} {meaning}\n")
+}
+
+fn of_plugin(setting: &Setting) -> String {
+    line(&format!("{}.{} = {}", setting.plugin, setting.name, setting.default), &setting.description)
+}
+
+/// The keys and settings of plugins whose last part is `name`; one key alone in full.
+fn by_last_part(name: &str) -> Result<String, Error> {
+    let (keys, settings) = (keys::keys(), keys::settings()?);
+    let ends = |key: &&Key| key.path.ends_with(&format!(".{}", name.to_lowercase()));
+    let found: Vec<&Key> = keys.iter().filter(ends).collect();
+    let of_plugins: String = settings.iter().filter(|setting| setting.name == name).map(of_plugin).collect();
+    match found.as_slice() {
+        [] if of_plugins.is_empty() => Err(unknown(name, &keys, &settings)),
+        [only] if of_plugins.is_empty() => key(&only.path, name, &keys),
+        found => {
+            let of_config: String = found.iter().map(|key| line(&key.path, &key.description)).collect();
+            let parts = [("keys of the configuration", of_config), ("settings of plugins", of_plugins)];
+            let parts = parts.into_iter().filter(|(_, lines)| !lines.is_empty());
+            let parts: Vec<String> = parts.map(|(what, lines)| format!("{what}\n{lines}")).collect();
+            Ok(format!("{}\ngive one of these in full, as in `titer explain align.train.steps`\n", parts.join("\n")))
+        }
+    }
+}
+
+/// How many near names an error offers.
+const OFFERED: usize = 3;
+
+fn unknown(name: &str, keys: &[Key], settings: &[Setting]) -> Error {
+    let mut names: BTreeSet<String> = glossary::terms().iter().flat_map(Term::names).map(str::to_owned).collect();
+    names.extend(keys.iter().flat_map(|key| [key.path.as_str(), last_part(&key.path)]).map(str::to_owned));
+    names.extend(settings.iter().map(|setting| setting.name.clone()));
+    names.extend(registered().into_iter().map(|(_, name, _)| name.to_owned()));
+    let mut offered = Vec::new();
+    while let Some(near) = nearest(name, names.iter().map(String::as_str)).filter(|_| offered.len() < OFFERED) {
+        let near = near.to_owned();
+        names.retain(|name| normalized(name) != normalized(&near));
+        offered.push(format!("`{near}`"));
+    }
+    let hint = if offered.is_empty() { String::new() } else { format!("; did you mean {}?", offered.join(" or ")) };
+    Error::config(format!("nothing is called `{name}`{hint}")).help(
+        "`titer list` shows every plugin, docs/glossary.md every term, docs/reference/configuration.md every key of a \
+         configuration",
+    )
+}
+
+/// A model, a task or a judge.
+fn other<E: Entry>(entry: &E) -> Result<String, Error> {
+    let mut text = format!("{} ({}, version {})\n{}\n", entry.name(), E::KIND, entry.version(), entry.summary());
+    if let Some(origin) = origin(entry)? {
+        let _ = writeln!(text, "from {origin}");
+    }
+    Ok(text + &settings(entry))
 }
 
 fn defense(entry: &DefenseEntry) -> Result<String, Error> {
@@ -99,7 +239,7 @@ fn defense(entry: &DefenseEntry) -> Result<String, Error> {
             let _ = writeln!(text, "  {:<28} {}", format!("{} = {}", quirk.setting, (quirk.published)()), quirk.what);
         }
     }
-    Ok(text + &settings(&entry.settings))
+    Ok(text + &settings(entry))
 }
 
 /// What a defense does not go with in training, a line each.
@@ -112,29 +252,15 @@ fn limits_in_words(limits: Limits) -> String {
 }
 
 /// A line per setting: name, default, meaning.
-fn settings(settings: &SettingsType) -> String {
-    let (schema, defaults) = ((settings.schema)().to_value(), (settings.defaults)());
-    let Some(properties) = schema.get("properties").and_then(Value::as_object).filter(|map| !map.is_empty()) else {
+fn settings<E: Entry>(entry: &E) -> String {
+    let settings = keys::settings_of(entry);
+    if settings.is_empty() {
         return "\nsettings: none\n".into();
-    };
+    }
     let mut text = String::from("\nsettings\n");
-    for (name, property) in properties {
-        let meaning = property.get("description").and_then(Value::as_str).unwrap_or("").replace('\n', " ");
-        let default = defaults.get(name).map_or_else(String::new, Value::to_string);
-        let choices = choices(&schema, property);
-        let choices = if choices.is_empty() { choices } else { format!(" One of {choices}.") };
-        let _ = writeln!(text, "  {:<28} {meaning}{choices}", format!("{name} = {default}"));
+    for Setting { name, holds, default, description, .. } in settings {
+        let choices = if holds.starts_with('"') { format!(" One of {holds}.") } else { String::new() };
+        let _ = writeln!(text, "  {:<28} {description}{choices}", format!("{name} = {default}"));
     }
     text
-}
-
-/// The words that a setting may be, if it is one of a few.
-fn choices(schema: &Value, property: &Value) -> String {
-    let name = property["$ref"].as_str().and_then(|path| path.rsplit('/').next()).unwrap_or_default();
-    let definition = &schema["$defs"][name];
-    let words = definition["enum"].as_array().into_iter().flatten();
-    let described = definition["oneOf"].as_array().into_iter().flatten();
-    let described =
-        described.flat_map(|one| one.get("const").into_iter().chain(one["enum"].as_array().into_iter().flatten()));
-    words.chain(described).map(Value::to_string).collect::<Vec<_>>().join(", ")
 }

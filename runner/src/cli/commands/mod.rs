@@ -9,6 +9,7 @@ use crate::experiment::config::{Config, Loaded};
 use crate::experiment::resolve;
 use crate::plan::Plan;
 use crate::plan::planner;
+use crate::reference;
 use crate::store::Store;
 
 pub mod bench;
@@ -75,12 +76,12 @@ fn open_store(folder: Option<&PathBuf>) -> Result<Store, Error> {
     Store::open(folder.cloned().unwrap_or_else(Store::default_root))
 }
 
-/// `titer schema`.
+/// `titer schema`: with the settings of every plugin.
 ///
 /// # Errors
-/// None.
+/// Two plugins of a kind share a name.
 pub fn schema() -> Result<Done, Problems> {
-    Ok(pretty(&Config::schema().to_value()).into())
+    Ok(pretty(&reference::schema::full()?).into())
 }
 
 /// JSON for people and programs alike.
