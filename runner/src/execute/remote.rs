@@ -20,8 +20,9 @@ use crate::plan::PlannedStage;
 
 /// How often the user's wish to stop is looked at while a worker is busy.
 const BREATH: Duration = Duration::from_millis(50);
-/// Of a dead worker's last words, so many lines are told.
-const LAST_LINES: usize = 5;
+/// Lines of a worker that are kept, as a backtrace may follow what matters, and how many of them are told.
+const KEPT_LINES: usize = 200;
+const TOLD_LINES: usize = 5;
 /// What Rust's standard library says when memory cannot be had.
 const NO_MEMORY: &str = "memory allocation of";
 const SIGKILL: i32 = 9;
@@ -127,7 +128,7 @@ impl Process {
                     tell(&line);
                     let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
                     kept.push_back(line);
-                    if kept.len() > LAST_LINES {
+                    if kept.len() > KEPT_LINES {
                         kept.pop_front();
                     }
                 }
@@ -152,10 +153,10 @@ impl Process {
         let status = self.child.wait();
         // It has said all that it ever will.
         drop(self.listener.take().map(std::thread::JoinHandle::join));
-        let last_lines = self.last_lines.lock().unwrap_or_else(PoisonError::into_inner);
-        let last_words = last_lines.iter().map(String::as_str).collect::<Vec<_>>().join("\n");
+        let last_lines =
+            Vec::from(std::mem::take(&mut *self.last_lines.lock().unwrap_or_else(PoisonError::into_inner)));
         match status {
-            Ok(status) => death(status, &last_words),
+            Ok(status) => death(status, &last_lines),
             Err(error) => Error::run("the worker process is gone").source(error),
         }
     }
@@ -176,10 +177,11 @@ const SHORT_OF_MEMORY: &str = "lower `batch_size`, `encoding.max_length` or `eva
                                is kept";
 
 /// What the end of a process means.
-fn death(status: ExitStatus, last_words: &str) -> Error {
+fn death(status: ExitStatus, last_lines: &[String]) -> Error {
     let ended_by = signal(status);
-    let no_memory = last_words.lines().find(|line| line.contains(NO_MEMORY));
-    let cause = no_memory.unwrap_or(last_words);
+    let no_memory = last_lines.iter().find(|line| line.contains(NO_MEMORY));
+    let last = &last_lines[last_lines.len().saturating_sub(TOLD_LINES)..];
+    let cause = no_memory.map_or_else(|| last.join("\n"), Clone::clone);
     let error = match ended_by {
         Some(SIGABRT) if no_memory.is_some() => Error::run("the stage ran out of memory").help(SHORT_OF_MEMORY),
         Some(SIGKILL) => {
@@ -192,7 +194,7 @@ fn death(status: ExitStatus, last_words: &str) -> Error {
         None => Error::run(format!("the worker process ended early ({status})"))
             .help("this is a defect of Titer or of a plugin; please report it with the configuration"),
     };
-    if cause.is_empty() { error } else { error.source(cause.to_owned()) }
+    if cause.is_empty() { error } else { error.source(cause) }
 }
 
 #[cfg(unix)]

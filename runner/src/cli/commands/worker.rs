@@ -158,7 +158,7 @@ fn serve(store: &Store, threads: usize) {
         Err(error) => {
             // What stands against working at all is the answer to every order.
             let failed = Reply::Failed(Report::from(&error));
-            return chains.for_each(|_| Replies.send(&failed));
+            return chains.for_each(|_| Replies::send(&failed));
         }
     };
     let crew = InProcess { store, runner: &stages, threads };
@@ -166,7 +166,7 @@ fn serve(store: &Store, threads: usize) {
     for chain in chains {
         let run = || worker.run(&chain, &Replies, &interrupt);
         let result = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| Err(panicked("stage", panic.as_ref())));
-        Replies.send(&match result {
+        Replies::send(&match result {
             Ok(ran) => Reply::Done { ran },
             Err(error) => Reply::Failed(Report::from(&error)),
         });
@@ -177,7 +177,7 @@ fn serve(store: &Store, threads: usize) {
 struct Replies;
 
 impl Replies {
-    fn send(&self, reply: &Reply) {
+    fn send(reply: &Reply) {
         let line = serde_json::to_string(reply).expect("replies serialise");
         let mut out = std::io::stdout().lock();
         let _ = writeln!(out, "{line}").and_then(|()| out.flush());
@@ -186,6 +186,6 @@ impl Replies {
 
 impl Sink for Replies {
     fn emit(&self, event: Event) {
-        self.send(&Reply::Progress { event });
+        Self::send(&Reply::Progress { event });
     }
 }
