@@ -90,7 +90,7 @@ fn kill(signal: &str, process: u32) {
 
 /// Waits until a stage begins whose label starts with `label`.
 fn wait_for(folder: &Path, label: &str) {
-    let until = Instant::now() + Duration::from_secs(120);
+    let until = Instant::now() + Duration::from_mins(2);
     let begun = |line: &str| {
         let event: Value = serde_json::from_str(line).unwrap_or_default();
         event["event"] == "stage_started" && event["label"].as_str().is_some_and(|found| found.starts_with(label))
@@ -111,7 +111,7 @@ fn wait_for_checkpoint(folder: &Path) {
         let steps = std::fs::read_dir(stage.path()).into_iter().flatten().flatten();
         steps.into_iter().any(|step| step.file_name() != "new")
     };
-    let until = Instant::now() + Duration::from_secs(60);
+    let until = Instant::now() + Duration::from_mins(1);
     while !std::fs::read_dir(folder.join("store/partial")).expect("a folder").flatten().any(kept) {
         assert!(Instant::now() < until, "no checkpoint");
         std::thread::sleep(Duration::from_millis(2));
