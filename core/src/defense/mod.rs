@@ -7,6 +7,7 @@
 //! | [`stage`] [`streams`] [`ancestry`] | the stages and the clock, extra data, earlier models |
 //! | [`update`] | what a pass gives, and what a step asks for |
 //! | [`stage_context`] [`step_context`] | what a defense sees around and in its steps |
+//! | [`toolkit`] | what defenses share |
 //! | `custom_loss` [`scratch`] | losses of a defense's own; weights moved for a while |
 
 pub mod alignment_defense;
@@ -19,6 +20,7 @@ pub mod stage;
 pub mod stage_context;
 pub mod step_context;
 pub mod streams;
+pub mod toolkit;
 pub mod update;
 
 pub use alignment_defense::{AlignmentDefense, State};

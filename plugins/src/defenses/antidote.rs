@@ -10,13 +10,12 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use titer_core::data::Tokens;
+use titer_core::defense::toolkit::check_fraction;
 use titer_core::weights::layer_of;
 use titer_core::{
     AlignmentDefense, Conflict, DefenseEntry, Error, Grads, Privilege, Quirk, Result, SettingsType, Sites, Stack,
     Stage, StageCx, StepCx, Weights, inventory, no_limits,
 };
-
-use super::check_fraction;
 
 inventory::submit! {
     DefenseEntry {

@@ -4,13 +4,13 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use titer_core::data::Batch;
+use titer_core::defense::toolkit::{MicroBatches, check_strength};
 use titer_core::{
     AlignmentDefense, Conflict, DefenseEntry, Limits, Privilege, Result, SettingsType, Sites, Stack, Stage, StepCx,
     Update, inventory,
 };
 
 use super::vaccine::Vaccine;
-use super::{MicroBatches, check_strength};
 
 inventory::submit! {
     DefenseEntry {

@@ -12,15 +12,12 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use titer_core::data::Batch;
+use titer_core::defense::toolkit::{Kept, check_strength, label_rows, log_softmax};
 use titer_core::tensor::ops;
 use titer_core::{
     AlignmentDefense, DefenseEntry, Privilege, Quirk, Result, Scalar, SettingsType, Sites, Stage, StageCx, State,
     StepCx, Update, Weights, inventory, no_conflict, no_limits,
 };
-
-use super::check_strength;
-use super::kept::Kept;
-use super::likelihood::{label_rows, log_softmax};
 
 /// The last of the early tokens of an answer, counted from 1.
 const EARLY: usize = 5;

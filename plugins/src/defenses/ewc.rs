@@ -10,13 +10,11 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use titer_core::data::Batch;
+use titer_core::defense::toolkit::{Kept, Reduction, check_strength, pull};
 use titer_core::{
     AlignmentDefense, Conflict, DefenseEntry, Error, Grads, Limits, Privilege, Quirk, Result, SettingsType, Sites,
     Stack, Stage, StageCx, State, StepCx, Update, inventory,
 };
-
-use super::kept::{Kept, pull};
-use super::{Reduction, check_strength};
 
 inventory::submit! {
     DefenseEntry {

@@ -10,15 +10,12 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use titer_core::data::Batch;
+use titer_core::defense::toolkit::{Kept, check_strength, label_rows, log_softmax};
 use titer_core::tensor::ops;
 use titer_core::{
     AlignmentDefense, DefenseEntry, Limits, Privilege, Quirk, Result, Scalar, SettingsType, Sites, Stage, StageCx,
     State, StepCx, Update, Weights, inventory, no_conflict,
 };
-
-use super::check_strength;
-use super::kept::Kept;
-use super::likelihood::{label_rows, log_softmax};
 
 inventory::submit! {
     DefenseEntry {

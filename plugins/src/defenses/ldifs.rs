@@ -15,16 +15,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use titer_core::data::{Batch, Tokens};
 use titer_core::defense::Clock;
+use titer_core::defense::toolkit::{Kept, Reduction, check_strength, wide};
 use titer_core::model::sites_of_kind;
 use titer_core::tensor::ops;
 use titer_core::{
     AlignmentDefense, DefenseEntry, Error, Limits, Model, Privilege, Quirk, Result, Scalar, SettingsType, Sites, Stage,
     StageCx, State, StepCx, Update, inventory, no_conflict,
 };
-
-use super::kept::Kept;
-use super::likelihood::wide;
-use super::{Reduction, check_strength};
 
 inventory::submit! {
     DefenseEntry {

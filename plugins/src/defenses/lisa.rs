@@ -12,13 +12,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use titer_core::data::Batch;
 use titer_core::defense::Clock;
+use titer_core::defense::toolkit::{Kept, check_strength, pull};
 use titer_core::{
     AlignmentDefense, DefenseEntry, Error, Limits, Privilege, Quirk, Result, SettingsType, Sites, Stage, StageCx,
     State, StepCx, Update, Weights, inventory, no_conflict,
 };
-
-use super::check_strength;
-use super::kept::{Kept, pull};
 
 inventory::submit! {
     DefenseEntry {

@@ -8,6 +8,7 @@ use candle_core::Tensor;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use titer_core::defense::toolkit::check_strength;
 use titer_core::tensor::ops::Gemm;
 use titer_core::weights::factor_names;
 use titer_core::{
@@ -16,7 +17,6 @@ use titer_core::{
 };
 
 use super::alignment_update::{AlignmentUpdates, MatrixUpdate, needs_alignment, wide};
-use super::check_strength;
 
 inventory::submit! {
     DefenseEntry {

@@ -6,13 +6,12 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use titer_core::data::{Batch, Tokens};
+use titer_core::defense::toolkit::check_strength;
 use titer_core::model::sites_of_kind;
 use titer_core::{
     AlignmentDefense, DefenseEntry, Grads, Limits, Privilege, Quirk, Result, SettingsType, Sites, Stage, StepCx,
     Update, inventory, no_conflict,
 };
-
-use super::check_strength;
 
 inventory::submit! {
     DefenseEntry {

@@ -6,15 +6,13 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use titer_core::data::{Batch, Tokens};
+use titer_core::defense::toolkit::{check_strength, wide};
 use titer_core::model::sites_of_kind;
 use titer_core::tensor::ops;
 use titer_core::{
     AlignmentDefense, DefenseEntry, Limits, Privilege, Quirk, Result, Scalar, SettingsType, Sites, Stage, StepCx,
     Update, inventory, no_conflict,
 };
-
-use super::check_strength;
-use super::likelihood::wide;
 
 inventory::submit! {
     DefenseEntry {

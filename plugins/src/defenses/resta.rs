@@ -6,13 +6,13 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use titer_core::defense::toolkit::check_strength;
 use titer_core::rng::dropout_mask;
 use titer_core::{
     AlignmentDefense, DefenseEntry, Error, Privilege, Result, SettingsType, Stage, StageCx, inventory, no_limits,
 };
 
 use super::alignment_update::{AlignmentUpdates, matrix, needs_alignment, wide};
-use super::check_strength;
 
 inventory::submit! {
     DefenseEntry {

@@ -5,6 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use titer_core::data::Batch;
+use titer_core::defense::toolkit::{MicroBatches, check_strength};
 use titer_core::model::sites_of_kind;
 use titer_core::weights::layer_of;
 use titer_core::{
@@ -13,7 +14,6 @@ use titer_core::{
 };
 
 use super::vaccine::Vaccine;
-use super::{MicroBatches, check_strength};
 
 inventory::submit! {
     DefenseEntry {

@@ -5,6 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use titer_core::data::Batch;
+use titer_core::defense::toolkit::{Kept, check_strength, label_rows, log_softmax, wide};
 use titer_core::model::sites_of_kind;
 use titer_core::optim::{AdamW, AdamWConfig};
 use titer_core::tensor::ops;
@@ -12,10 +13,6 @@ use titer_core::{
     AlignmentDefense, DefenseEntry, Error, Grads, Limits, Privilege, Quirk, Result, Scalar, SettingsType, Sites, Stage,
     StageCx, State, StepCx, Update, inventory, no_conflict,
 };
-
-use super::check_strength;
-use super::kept::Kept;
-use super::likelihood::{label_rows, log_softmax, wide};
 
 inventory::submit! {
     DefenseEntry {

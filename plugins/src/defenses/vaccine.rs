@@ -4,14 +4,13 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use titer_core::data::Batch;
+use titer_core::defense::toolkit::{MicroBatches, check_strength};
 use titer_core::model::sites_of_kind;
 use titer_core::tensor::ops;
 use titer_core::{
     AlignmentDefense, DefenseEntry, Error, Grads, Limits, Privilege, Result, SettingsType, Sites, Stage, StepCx,
     Update, inventory, no_conflict,
 };
-
-use super::{MicroBatches, check_strength};
 
 inventory::submit! {
     DefenseEntry {

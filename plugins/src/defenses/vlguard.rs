@@ -10,12 +10,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use titer_core::data::{Batch, Stream};
 use titer_core::defense::Streams;
+use titer_core::defense::toolkit::check_strength;
 use titer_core::{
     AlignmentDefense, DefenseEntry, Privilege, Result, SettingsType, Sites, Stage, StepCx, Update, inventory,
     no_conflict, no_limits,
 };
-
-use super::check_strength;
 
 inventory::submit! {
     DefenseEntry {

@@ -1,15 +1,16 @@
 //! Log-probabilities as candle expressions, for losses of a defense's own.
 
 use candle_core::{DType, Tensor};
-use titer_core::Result;
-use titer_core::data::Batch;
-use titer_core::tensor::ops;
+
+use crate::data::Batch;
+use crate::error::Result;
+use crate::tensor::ops;
 
 /// The hidden states that predict a label, `[labels, width]`, out of `[batch, length, width]`.
 ///
 /// # Errors
 /// A tensor operation failed.
-pub(super) fn label_rows(hidden: &Tensor, batch: &Batch) -> Result<Tensor> {
+pub fn label_rows(hidden: &Tensor, batch: &Batch) -> Result<Tensor> {
     Ok(hidden.flatten(0, 1)?.index_select(&batch.positions, 0)?)
 }
 
@@ -17,7 +18,7 @@ pub(super) fn label_rows(hidden: &Tensor, batch: &Batch) -> Result<Tensor> {
 ///
 /// # Errors
 /// A tensor operation failed.
-pub(super) fn wide(x: &Tensor) -> Result<Tensor> {
+pub fn wide(x: &Tensor) -> Result<Tensor> {
     Ok(if x.dtype() == DType::F64 { x.clone() } else { x.to_dtype(DType::F32)? })
 }
 
@@ -25,6 +26,6 @@ pub(super) fn wide(x: &Tensor) -> Result<Tensor> {
 ///
 /// # Errors
 /// A tensor operation failed.
-pub(super) fn log_softmax(x: &Tensor, dim: usize) -> Result<Tensor> {
+pub fn log_softmax(x: &Tensor, dim: usize) -> Result<Tensor> {
     ops::log_softmax(&wide(x)?, dim)
 }

@@ -2,22 +2,26 @@
 
 use std::collections::BTreeMap;
 
-use titer_core::tensor::ops;
-use titer_core::{Error, Grads, Result, Scalar, State, Weights};
+use crate::defense::alignment_defense::State;
+use crate::error::{Error, Result};
+use crate::tensor::grads::Grads;
+use crate::tensor::ops;
+use crate::tensor::scalar::Scalar;
+use crate::weights::Weights;
 
 /// Parameters by the role they play in a defense, such as `teacher`. In a checkpoint they are called
 /// `teacher.<parameter>`.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Kept(BTreeMap<String, Grads>);
+pub struct Kept(BTreeMap<String, Grads>);
 
 impl Kept {
     /// Keeps `values` as `role`.
-    pub(super) fn keep(&mut self, role: &str, values: Grads) {
+    pub fn keep(&mut self, role: &str, values: Grads) {
         self.0.insert(role.to_owned(), values);
     }
 
     /// What was kept as `role`, which is then kept no longer.
-    pub(super) fn take(&mut self, role: &str) -> Option<Grads> {
+    pub fn take(&mut self, role: &str) -> Option<Grads> {
         self.0.remove(role)
     }
 
@@ -25,13 +29,13 @@ impl Kept {
     ///
     /// # Errors
     /// Nothing is: the stage was not begun.
-    pub(super) fn get(&self, role: &str) -> Result<&Grads> {
+    pub fn get(&self, role: &str) -> Result<&Grads> {
         let missing = || Error::run(format!("the defense has no `{role}`")).help("call `begin` or `load_state` first");
         self.0.get(role).ok_or_else(missing)
     }
 
     /// All of it, for a checkpoint.
-    pub(super) fn state(&self) -> State {
+    pub fn state(&self) -> State {
         let named = |(role, values): (&String, &Grads)| -> Vec<_> {
             values.iter().map(|(name, tensor)| (format!("{role}.{name}"), tensor.clone())).collect()
         };
@@ -42,7 +46,7 @@ impl Kept {
     ///
     /// # Errors
     /// A tensor has no role.
-    pub(super) fn load(&mut self, state: State) -> Result<()> {
+    pub fn load(&mut self, state: State) -> Result<()> {
         let mut roles: BTreeMap<String, Vec<_>> = BTreeMap::new();
         for (name, tensor) in state.tensors {
             let (role, parameter) = name.split_once('.').ok_or_else(|| {
@@ -60,7 +64,7 @@ impl Kept {
 ///
 /// # Errors
 /// A tensor operation failed.
-pub(super) fn pull(weights: &Weights, anchor: &Grads, importance: Option<&Grads>) -> Result<(Scalar, Grads)> {
+pub fn pull(weights: &Weights, anchor: &Grads, importance: Option<&Grads>) -> Result<(Scalar, Grads)> {
     let (mut value, mut gradient) = (Scalar::from(0.), Vec::new());
     for (name, var) in weights.trainable() {
         let Some(start) = anchor.get(name) else { continue };
