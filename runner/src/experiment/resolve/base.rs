@@ -14,6 +14,7 @@ use super::data::{Drawn, Use};
 use crate::base_model::{model_of, read_config};
 use crate::experiment::Base;
 use crate::experiment::config::BaseConfig;
+use crate::experiment::exclusive::ORIGIN;
 use crate::experiment::spec::{LoadSpec, PluginSpec, PretrainSpec, absolute};
 use crate::plugins::identity;
 
@@ -58,12 +59,7 @@ impl Resolver<'_> {
                 Some((base.seeds.iter().map(spec).collect(), model))
             }
             (path, _) => {
-                let found = if path.is_some() { "both are given" } else { "neither is given" };
-                self.problem(
-                    "base",
-                    &format!("a base model comes from either `path` or `pretrain`; {found}"),
-                    "set base.path to a checkpoint folder, or add [base.pretrain]",
-                );
+                self.not_one("base", &ORIGIN, path.is_some());
                 None
             }
         }

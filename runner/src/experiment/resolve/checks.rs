@@ -8,6 +8,7 @@ use titer_core::registry::{Entry, find, nearest};
 use titer_core::{Error, Result, Settings};
 
 use crate::diagnostics::Problems;
+use crate::experiment::exclusive::Exclusive;
 use crate::experiment::layers::Source;
 use crate::experiment::spec::PluginSpec;
 use crate::plugins::identity;
@@ -37,6 +38,13 @@ impl<'a> Resolver<'a> {
         if !holds {
             self.problem(key, message, help);
         }
+    }
+
+    /// Tells that not exactly one of two keys of the table `key` is given.
+    pub(super) fn not_one(&mut self, key: &str, keys: &Exclusive, both: bool) {
+        let Exclusive { sides: [left, right], says, help, .. } = keys;
+        let found = if both { "both are given" } else { "neither is given" };
+        self.problem(key, &format!("{says} either `{}` or `{}`; {found}", left[0], right[0]), help);
     }
 
     /// Whether `number` lies between 1 and `most`; if not, nothing may be made of that size.
