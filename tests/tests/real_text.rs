@@ -83,7 +83,7 @@ fn make_model(folder: &Path) {
     let weights = Weights::random(model.params(), Seed::new(1), DType::F32, &Device::Cpu).expect("weights");
     let path = folder.join("model");
     std::fs::create_dir(&path).expect("a folder");
-    BaseModel { model, tokenizer, weights }.save(&path).expect("a model folder");
+    BaseModel { model: model.into(), tokenizer, weights }.save(&path).expect("a model folder");
 }
 
 #[test]
