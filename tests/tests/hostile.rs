@@ -149,7 +149,7 @@ impl Folder {
         let weights = Weights::random(model.params(), Seed::new(1), DType::F32, &Device::Cpu).expect("weights");
         let words = ["<pad>", "<bos>", "<user>", "<asst>", "<eos>", "a", "b"].map(str::to_owned);
         let tokenizer = Tokenizer::word_level(&words).expect("a tokenizer");
-        BaseModel { model, tokenizer, weights }.save(folder.path()).expect("a folder");
+        BaseModel { model: model.into(), tokenizer, weights }.save(folder.path()).expect("a folder");
         let read = |name: &str| std::fs::read(folder.path().join(name)).expect("a file");
         let text = |name: &str| String::from_utf8(read(name)).expect("text");
         Self { config: text("config.json"), tokenizer: text("tokenizer.json"), weights: read("model.safetensors") }

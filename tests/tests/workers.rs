@@ -111,7 +111,7 @@ fn wait_for_checkpoint(folder: &Path) {
         let steps = std::fs::read_dir(stage.path()).into_iter().flatten().flatten();
         steps.into_iter().any(|step| step.file_name() != "new")
     };
-    let until = Instant::now() + Duration::from_secs(60);
+    let until = Instant::now() + Duration::from_mins(1);
     while !std::fs::read_dir(folder.join("store/partial")).expect("a folder").flatten().any(kept) {
         assert!(Instant::now() < until, "no checkpoint");
         std::thread::sleep(Duration::from_millis(2));
