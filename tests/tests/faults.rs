@@ -111,7 +111,7 @@ fn what_a_kill_at_the_end_leaves_is_cleared() {
     std::fs::write(&journal, events).expect("a file");
 
     let output = run(folder.path(), &config).output().expect("a run");
-    assert!(output.status.success() && stderr(&output).contains("\n0 stages ran"), "{}", stderr(&output));
+    assert!(output.status.success() && stderr(&output).contains("] 0 stages ran"), "{}", stderr(&output));
     assert_eq!(results(&folder.path().join("out")), expected);
     assert!(names(&partial).is_empty(), "{:?}", names(&partial));
     let text = std::fs::read_to_string(&journal).expect("events");
@@ -256,7 +256,7 @@ fn swapped_stages_are_computed_again() {
     let output = run(folder.path(), &config).output().expect("a run");
     assert!(output.status.success(), "{}", stderr(&output));
     assert_eq!(results(&folder.path().join("out")), expected);
-    assert!(stderr(&output).contains(&format!("{swapped} stages ran")), "{}", stderr(&output));
+    assert!(stderr(&output).contains(&format!(" {swapped} stages ran")), "{}", stderr(&output));
 }
 
 #[cfg(unix)]

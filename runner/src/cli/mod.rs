@@ -1,6 +1,7 @@
 //! The command line: arguments, logging, exit codes.
 
 pub mod commands;
+pub mod outlook;
 pub mod progress;
 
 use std::ffi::OsString;

@@ -6,6 +6,7 @@ use titer_core::device::parse_device;
 use titer_core::{Error, Kind};
 
 use super::{ConfigArgs, Done};
+use crate::cli::outlook::Outlook;
 use crate::cli::progress::for_stderr;
 use crate::diagnostics::Problems;
 use crate::execute::{Jobs, Processes, execute};
@@ -41,7 +42,8 @@ pub fn run(args: &Args, verbose: u8) -> Result<Done, Problems> {
     interrupt.on_ctrl_c()?;
     let runtime = plan.runtime.clone();
     let crew = Processes { store: store.root().to_owned(), runtime, threads: jobs.threads, verbose };
-    let outcome = execute(&plan, &store, &crew, &*for_stderr(), &interrupt, jobs.count);
+    let sink = for_stderr(Outlook::new(&plan, &store, jobs.count));
+    let outcome = execute(&plan, &store, &crew, &*sink, &interrupt, jobs.count);
     if outcome.interrupted {
         return Err(Error::interrupted().into());
     }

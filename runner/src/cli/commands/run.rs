@@ -8,6 +8,7 @@ use titer_core::report::{Provenance, ResultRow, Results};
 use titer_core::{Error, Kind};
 
 use super::{ConfigArgs, Done};
+use crate::cli::outlook::Outlook;
 use crate::cli::progress::{Fanout, Journal, for_stderr};
 use crate::diagnostics::Problems;
 use crate::execute::{Jobs, Processes, execute};
@@ -55,7 +56,7 @@ pub fn run(args: &Args, verbose: u8) -> Result<Done, Problems> {
     let alone = !device.is_cpu() || plan.stages.iter().any(|stage| matches!(stage.spec, StageSpec::Load(_)));
     let jobs = Jobs::new(args.jobs.map(usize::from).or(alone.then_some(1)));
     let started = provenance::now();
-    let (journal, progress) = (Journal::open(&out)?, for_stderr());
+    let (journal, progress) = (Journal::open(&out)?, for_stderr(Outlook::new(&plan, &store, jobs.count)));
     let sink = Fanout(vec![&journal, &*progress]);
     let crew =
         Processes { store: store.root().to_owned(), runtime: plan.runtime.clone(), threads: jobs.threads, verbose };

@@ -10,6 +10,7 @@ use titer_core::event::{Event, Sink};
 use titer_core::{Error, Result, arithmetic};
 
 use super::{Done, open_store};
+use crate::cli::outlook::Outlook;
 use crate::cli::progress::for_stderr;
 use crate::diagnostics::{Problems, panicked};
 use crate::execute::protocol::{Order, Reply, Report};
@@ -70,7 +71,7 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
     let interrupt = Interrupt::default();
     interrupt.on_ctrl_c()?;
     let crew = InProcess { store: &store, runner: &stages, threads };
-    let sink = for_stderr();
+    let sink = for_stderr(Outlook::default());
     let ran = crew.worker().run(&chain, &*sink, &interrupt)?;
     let folder = store.artifact(&chain[0].key)?;
     let state = if ran { "done" } else { "was done" };
@@ -158,7 +159,7 @@ fn serve(store: &Store, threads: usize) {
         Err(error) => {
             // What stands against working at all is the answer to every order.
             let failed = Reply::Failed(Report::from(&error));
-            return chains.for_each(|_| Replies.send(&failed));
+            return chains.for_each(|_| Replies::send(&failed));
         }
     };
     let crew = InProcess { store, runner: &stages, threads };
@@ -166,7 +167,7 @@ fn serve(store: &Store, threads: usize) {
     for chain in chains {
         let run = || worker.run(&chain, &Replies, &interrupt);
         let result = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| Err(panicked("stage", panic.as_ref())));
-        Replies.send(&match result {
+        Replies::send(&match result {
             Ok(ran) => Reply::Done { ran },
             Err(error) => Reply::Failed(Report::from(&error)),
         });
@@ -177,7 +178,7 @@ fn serve(store: &Store, threads: usize) {
 struct Replies;
 
 impl Replies {
-    fn send(&self, reply: &Reply) {
+    fn send(reply: &Reply) {
         let line = serde_json::to_string(reply).expect("replies serialise");
         let mut out = std::io::stdout().lock();
         let _ = writeln!(out, "{line}").and_then(|()| out.flush());
@@ -186,6 +187,6 @@ impl Replies {
 
 impl Sink for Replies {
     fn emit(&self, event: Event) {
-        self.send(&Reply::Progress { event });
+        Self::send(&Reply::Progress { event });
     }
 }
