@@ -118,6 +118,16 @@ impl Source {
         if self.origin(key).is_some() { Path::new("") } else { self.folder() }
     }
 
+    /// Where the relative path that is the value of `key` starts, for people; nothing for a whole path.
+    pub fn start_of(&self, key: &str, path: &Path) -> Option<String> {
+        let start = std::path::absolute(self.folder_of(key).join(".")).ok().filter(|_| path.is_relative())?;
+        let which = match self.origin(key) {
+            Some(origin) => format!("the working directory, since it is from {}", shortened(origin)),
+            None => "the configuration's folder".to_owned(),
+        };
+        Some(format!("`{}` starts at {}, {which}", path.display(), start.display()))
+    }
+
     /// What set `key` from outside of the file, if anything did.
     fn origin(&self, key: &str) -> Option<&str> {
         self.overrides.iter().rev().find(|set| is_within(key, &set.key)).map(|set| set.origin.as_str())

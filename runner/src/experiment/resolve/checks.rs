@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use serde_json::{Map, Value};
-use titer_core::registry::{Entry, find, nearest};
+use titer_core::registry::{Entry, did_you_mean, find};
 use titer_core::{Error, Result, Settings};
 
 use crate::diagnostics::Problems;
@@ -90,8 +90,7 @@ impl<'a> Resolver<'a> {
     }
 
     pub(super) fn one_of(&mut self, key: &str, name: &str, known: &[&str]) {
-        let hint = nearest(name, known.iter().copied());
-        let hint = hint.map_or_else(String::new, |near| format!("; did you mean `{near}`?"));
+        let hint = did_you_mean(name, known.iter().copied());
         let message = format!("`{name}` is not in this configuration{hint}");
         self.check(known.contains(&name), key, &message, &format!("use one of {}", known.join(", ")));
     }
