@@ -111,7 +111,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Result<Done, Proble
     cli.plugins.iter().try_for_each(plugins::load)?;
     match &cli.command {
         Command::Run(args) => commands::run::run(args, cli.verbose),
-        Command::Plan(args) => commands::plan::run(args),
+        Command::Plan(args) => commands::plan::run(args, cli.verbose),
         Command::Report(args) => commands::report::run(args),
         Command::Compare(args) => commands::compare::run(args),
         Command::Diff(args) => commands::diff::run(args),

@@ -118,6 +118,11 @@ fn chain(plan: &Plan, key: &str) -> Result<Vec<PlannedStage>> {
             .help("give the key of one stage, as `titer plan CONFIG --json` lists them"));
     };
     let chain = plan.chain(&stage.key);
+    if let Some(spec) = plan.without_weights() {
+        return Err(Error::data("the plan was made without the weights of the base model")
+            .file(&spec.path)
+            .help("put the weights there and make the plan anew with `titer plan CONFIG --json`"));
+    }
     for stage in &chain {
         let manifest = identity::of_stage(&stage.spec, stage.parent.as_ref(), &plan.arithmetic);
         if digest(&manifest) != stage.key {

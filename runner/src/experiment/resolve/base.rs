@@ -79,8 +79,12 @@ impl Resolver<'_> {
         let files = self.take("base.path", files)?;
         let config = self.take("base.path", read_config(&folder))?;
         let model = self.take("base.path", model_of(entry, &config, &folder.join("config.json")))?;
-        let content = self.content(&files, |_, _| "check the path".to_owned());
-        let content = self.take("base.path", content)?;
+        let content = if files.iter().any(|file| file.extension().is_some_and(|extension| extension == WEIGHTS)) {
+            let content = self.content(&files, |_, _| "check the path".to_owned());
+            self.take("base.path", content)?
+        } else {
+            LoadSpec::UNKNOWN.to_owned()
+        };
         let plugin = self.take("base.model", identity(entry))?;
         let (model_name, version, dtype) = (entry.name.to_owned(), entry.version, dtype.to_owned());
         Some((LoadSpec { model: model_name, version, plugin, path: absolute(&folder), content, dtype }, model))
@@ -111,9 +115,12 @@ fn build_model(entry: &ModelEntry, settings: &Value, task: &dyn Task) -> Result<
     (entry.build)(&Settings::from(settings))
 }
 
+/// The extension of files with weights.
+const WEIGHTS: &str = "safetensors";
+
 /// The files of a checkpoint folder that can change what it computes, sorted by name.
 fn model_files(folder: &Path) -> Result<Vec<PathBuf>> {
-    const EXTENSIONS: [&str; 5] = ["safetensors", "json", "model", "jinja", "txt"];
+    const EXTENSIONS: [&str; 5] = [WEIGHTS, "json", "model", "jinja", "txt"];
     let listing = std::fs::read_dir(folder).map_err(|error| io_error("read the checkpoint folder", folder, error))?;
     let mut files: Vec<PathBuf> = listing
         .filter_map(|entry| Some(entry.ok()?.path()))
