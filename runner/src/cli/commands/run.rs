@@ -61,14 +61,11 @@ pub fn run(args: &Args, verbose: u8) -> Result<Done, Problems> {
     let crew =
         Processes { store: store.root().to_owned(), runtime: plan.runtime.clone(), threads: jobs.threads, verbose };
     let outcome = execute(&plan, &store, &crew, &sink, &interrupt, jobs.count);
-    if outcome.interrupted {
-        return Err(Error::interrupted().into());
-    }
     let provenance = Provenance { started, ..provenance::of(&loaded, &plan, &device_name)? };
     let artifacts: BTreeMap<&str, BTreeMap<String, String>> = plan
         .cells
         .iter()
-        .filter(|cell| outcome.failure(cell).is_none())
+        .filter(|cell| outcome.is_complete(cell))
         .map(|cell| (cell.id.as_str(), results::artifacts(cell)))
         .collect();
     // The same measurement; another judge may have joined.
@@ -76,9 +73,19 @@ pub fn run(args: &Args, verbose: u8) -> Result<Done, Problems> {
         let ours = artifacts.get(row.id.as_str());
         ours.is_some_and(|ours| row.artifacts.iter().all(|(what, key)| ours.get(what) == Some(key)))
     };
-    let results = folder.write(&interrupt, again, |out| {
-        results::assemble(&plan, &config.published, provenance, &store, &outcome, out)
-    })?;
+    let assemble = |out: &Path| results::assemble(&plan, &config.published, provenance, &store, &outcome, out);
+    if outcome.interrupted {
+        let told = match folder.write_partial(&interrupt, again, assemble) {
+            Ok(Some(partial)) => {
+                let report = out.join("report.html");
+                format!("{} of {} cells, in {}", partial.rows.len(), plan.cells.len(), report.display())
+            }
+            Ok(None) => format!("the former one is kept, in {}", out.display()),
+            Err(error) => format!("not written: {}", error.message()),
+        };
+        return Err(Error::interrupted().at("report", told).into());
+    }
+    let results = folder.write(&interrupt, again, assemble)?;
     let mut text = if results.rows.is_empty() { String::new() } else { report::console(&results)? };
     text += &summary(&plan, &results, &out);
     let code = match outcome.exit_code(!results.rows.is_empty()) {
