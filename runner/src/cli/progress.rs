@@ -13,6 +13,7 @@ use titer_core::event::{Event, Sink};
 
 use super::outlook::Outlook;
 use crate::disk::Output;
+use crate::logging::{self, Format};
 use crate::names::visible_lines;
 
 /// At most one line per stage in this time, where there is no terminal.
@@ -35,12 +36,25 @@ impl Sink for Fanout<'_> {
     }
 }
 
-/// What suits standard error: bars on a terminal, lines elsewhere.
-pub fn for_stderr(outlook: Outlook) -> Box<dyn Sink> {
-    if std::io::stderr().is_terminal() {
-        Box::new(Bars::new(outlook))
-    } else {
-        Box::new(Lines::new(std::io::stderr(), outlook))
+/// What suits standard error: bars on a terminal, lines elsewhere, or events as log lines in JSON.
+pub fn for_stderr(format: Format, outlook: Outlook) -> Box<dyn Sink> {
+    match format {
+        Format::Json => Box::new(JsonLines),
+        Format::Text if std::io::stderr().is_terminal() => Box::new(Bars::new(outlook)),
+        Format::Text => Box::new(Lines::new(std::io::stderr(), outlook)),
+    }
+}
+
+/// Events as log lines in JSON.
+#[derive(Debug)]
+struct JsonLines;
+
+impl Sink for JsonLines {
+    fn emit(&self, event: Event) {
+        let line =
+            json!({ "timestamp": logging::now(), "level": "INFO", "target": "titer::progress", "fields": event });
+        // Nobody is left to tell if standard error is closed.
+        let _ = writeln!(std::io::stderr(), "{line}");
     }
 }
 
@@ -145,13 +159,8 @@ impl<W: Write + Send> Sink for Lines<W> {
             _ => return,
         };
         // Nobody is left to tell if standard error is closed.
-        let _ = writeln!(out, "{} {}{}", time(), outlook.counter(), visible_lines(&line));
+        let _ = writeln!(out, "{} {}{}", logging::now(), outlook.counter(), visible_lines(&line));
     }
-}
-
-/// The time in UTC, to the second.
-fn time() -> String {
-    jiff::Timestamp::now().round(jiff::Unit::Second).map_or_else(|_| String::new(), |now| now.to_string())
 }
 
 /// The time that the run takes from now on after `separator`, or nothing.

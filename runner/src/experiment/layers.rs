@@ -15,7 +15,8 @@ use super::exclusive::{EXCLUSIVE, Exclusive};
 /// The prefix of environment variables that override a key; `__` stands for the dot between tables.
 const PREFIX: &str = "TITER_";
 /// The variables of that prefix that are no configuration keys.
-const RESERVED: [&str; 5] = ["TITER_CACHE_DIR", "TITER_LOG", "TITER_GOLDEN", "TITER_DATA", "TITER_SIMD"];
+const RESERVED: [&str; 6] =
+    ["TITER_CACHE_DIR", "TITER_LOG", "TITER_LOG_FORMAT", "TITER_GOLDEN", "TITER_DATA", "TITER_SIMD"];
 
 /// The most parts that a key has from outside the file.
 const DEEPEST: usize = 16;

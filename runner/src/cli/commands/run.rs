@@ -13,6 +13,7 @@ use crate::cli::progress::{Fanout, Journal, for_stderr};
 use crate::diagnostics::Problems;
 use crate::execute::{Jobs, Processes, execute};
 use crate::interrupt::Interrupt;
+use crate::logging::Logging;
 use crate::plan::{Plan, StageSpec};
 use crate::report::folder::OutputFolder;
 use crate::results::provenance;
@@ -42,7 +43,7 @@ pub struct Args {
 ///
 /// # Errors
 /// The configuration is wrong, the device cannot be used, or the user interrupted the run.
-pub fn run(args: &Args, verbose: u8) -> Result<Done, Problems> {
+pub fn run(args: &Args, logging: Logging) -> Result<Done, Problems> {
     let (loaded, plan, store) = args.config.prepare(args.device.as_deref())?;
     let config = &loaded.config;
     let device = parse_device(&config.device).map_err(|error| loaded.source.locate("", error))?;
@@ -56,10 +57,11 @@ pub fn run(args: &Args, verbose: u8) -> Result<Done, Problems> {
     let alone = !device.is_cpu() || plan.stages.iter().any(|stage| matches!(stage.spec, StageSpec::Load(_)));
     let jobs = Jobs::new(args.jobs.map(usize::from).or(alone.then_some(1)));
     let started = provenance::now();
-    let (journal, progress) = (Journal::open(&out)?, for_stderr(Outlook::new(&plan, &store, jobs.count)));
+    let (journal, progress) =
+        (Journal::open(&out)?, for_stderr(logging.format, Outlook::new(&plan, &store, jobs.count)));
     let sink = Fanout(vec![&journal, &*progress]);
     let crew =
-        Processes { store: store.root().to_owned(), runtime: plan.runtime.clone(), threads: jobs.threads, verbose };
+        Processes { store: store.root().to_owned(), runtime: plan.runtime.clone(), threads: jobs.threads, logging };
     let outcome = execute(&plan, &store, &crew, &sink, &interrupt, jobs.count);
     let provenance = Provenance { started, ..provenance::of(&loaded, &plan, &device_name)? };
     let artifacts: BTreeMap<&str, BTreeMap<String, String>> = plan

@@ -17,6 +17,7 @@ use crate::execute::protocol::{Order, Reply, Report};
 use crate::execute::{Crew, InProcess, Jobs};
 use crate::experiment::spec::Runtime;
 use crate::interrupt::Interrupt;
+use crate::logging::Logging;
 use crate::manifest::digest;
 use crate::plan::{Plan, PlannedStage, identity};
 use crate::stage::Stages;
@@ -50,7 +51,7 @@ pub struct Args {
 ///
 /// # Errors
 /// The plan cannot be read or is not one of this version, or the stage failed or was interrupted.
-pub fn run(args: &Args) -> Result<Done, Problems> {
+pub fn run(args: &Args, logging: Logging) -> Result<Done, Problems> {
     let threads = Jobs::new(Some(1)).threads;
     let threads = args.threads.map_or(threads, usize::from);
     let store = open_store(args.store.as_ref())?;
@@ -71,7 +72,7 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
     let interrupt = Interrupt::default();
     interrupt.on_ctrl_c()?;
     let crew = InProcess { store: &store, runner: &stages, threads };
-    let sink = for_stderr(Outlook::default());
+    let sink = for_stderr(logging.format, Outlook::default());
     let ran = crew.worker().run(&chain, &*sink, &interrupt)?;
     let folder = store.artifact(&chain[0].key)?;
     let state = if ran { "done" } else { "was done" };
