@@ -35,6 +35,7 @@ pub mod experiment;
 #[cfg(test)]
 mod faults;
 pub mod interrupt;
+pub mod logging;
 pub mod manifest;
 pub mod memory;
 pub mod names;

@@ -60,13 +60,26 @@ fn a_wrong_configuration_is_code_2_and_shows_every_mistake() {
 fn a_plugin_crate_is_made_under_a_name_that_is_free() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("noise").display().to_string();
-    titer(&["plugin", "new", "defense", "gradient-noise", "--path", &path]).success();
+    let made = titer(&["plugin", "new", "defense", "gradient-noise", "--path", &path]).success().get_output().clone();
+    // The next step is one that this runner can do.
+    let next = if cfg!(feature = "dynamic") { "next: titer plugin check" } else { "--features runner -- plugin check" };
+    assert!(text(&made.stdout).contains(next), "{}", text(&made.stdout));
     let lib = std::fs::read_to_string(folder.path().join("noise/src/lib.rs")).expect("a crate");
     assert!(lib.contains("titer_core::plugin!();") && lib.contains("struct GradientNoise"));
     for name in ["vaccine", "Noise", "gradient-noise"] {
         let output = titer(&["plugin", "new", "defense", name, "--path", &path]).code(2).get_output().clone();
         assert!(text(&output.stderr).contains("help: "), "{}", text(&output.stderr));
     }
+}
+
+#[test]
+fn a_plugin_that_the_runner_has_is_checked_by_its_name() {
+    let output = titer(&["plugin", "check", "vaccine"]).success().get_output().clone();
+    let shown = text(&output.stdout);
+    assert!(shown.contains("vaccine on llama") && shown.contains("refuses an unknown setting"), "{shown}");
+    assert!(!shown.contains("booster"), "{shown}");
+    let output = titer(&["plugin", "check", "vacine"]).code(2).get_output().clone();
+    assert!(text(&output.stderr).contains("did you mean `vaccine`?"), "{}", text(&output.stderr));
 }
 
 #[cfg(not(feature = "dynamic"))]

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::Command;
 
 use candle_core::{DType, Device, Tensor};
+use serde_json::Value;
 use titer::disk::write_tensors;
 use titer_core::text::Tokenizer;
 use titer_core::weights::checkpoint::Checkpoint;
@@ -201,6 +202,63 @@ fn malformed_checkpoints() {
         checks.check(what, &mut run(folder.path(), &config), code, expected);
     }
     checks.finish();
+}
+
+#[test]
+fn a_checkpoint_without_weights_can_be_planned_but_not_run() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let model = folder.path().join("model");
+    std::fs::create_dir(&model).expect("a folder");
+    model_folder(&model);
+    let config = small(folder.path(), &[(PRETRAINED, "path = \"model\"")]);
+    let store = folder.path().join("store");
+    let plan = |arguments: &[&str]| {
+        let output = titer().arg("plan").arg(&config).args(arguments).arg("--store").arg(&store).output();
+        let output = output.expect("a process");
+        assert!(output.status.success(), "{}", stderr(&output));
+        String::from_utf8(output.stdout).expect("text")
+    };
+    let with_weights = plan(&[]);
+    std::fs::remove_file(model.join("model.safetensors")).expect("gone");
+    std::fs::remove_file(model.join("tokenizer.json")).expect("gone");
+    let without = plan(&[]);
+    assert!(without.contains("holds no weights") && without.contains("provisional"), "{without}");
+    let work = |text: &str| text.lines().find(|line| line.starts_with("work left")).map(str::to_owned);
+    assert_eq!(work(&without), work(&with_weights));
+
+    let json = plan(&["--json"]);
+    let value: Value = serde_json::from_str(&json).expect("JSON");
+    let stages = value["stages"].as_array().expect("stages");
+    assert_eq!(stages[0]["spec"]["content"], "unknown");
+    let path = folder.path().join("plan.json");
+    std::fs::write(&path, &json).expect("a file");
+    let mut checks = Checks::default();
+    for stage in [&stages[0], &stages[1]] {
+        let mut worker = titer();
+        worker.arg("worker").arg(&path).args(["--stage", stage["key"].as_str().expect("a key"), "--store"]).arg(&store);
+        checks.check("worker", &mut worker, 3, &["made without the weights", "anew"]);
+    }
+    checks.check("run", &mut run(folder.path(), &config), 3, &["model.safetensors", "base.path"]);
+    // Without sizes there is no plan.
+    std::fs::remove_file(model.join("config.json")).expect("gone");
+    let mut planned = titer();
+    planned.arg("plan").arg(&config).arg("--store").arg(&store);
+    checks.check("plan", &mut planned, 3, &["config.json", "base.path"]);
+    checks.finish();
+}
+
+#[test]
+fn a_plan_is_short_unless_stages_are_asked_for() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let config = small(folder.path(), &[]);
+    let lines = |arguments: &[&str]| {
+        let output = titer().arg("plan").arg(&config).args(arguments).arg("--store").arg(folder.path()).output();
+        String::from_utf8(output.expect("a process").stdout).expect("text")
+    };
+    let (short, long, verbose) = (lines(&[]), lines(&["--stages"]), lines(&["-v"]));
+    assert!(!short.contains("to run") && short.contains("stages, 0 cached") && short.contains("store: "), "{short}");
+    assert!(long.contains("to run") && long.contains("fine-tune"), "{long}");
+    assert_eq!(long, verbose);
 }
 
 /// A plan of the small experiment with assignments.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use rand::RngExt;
 use titer_core::rng::Seed;
-use titer_tests::cli::{answers, results, run, small, stderr};
+use titer_tests::cli::{answers, results, run, small, stderr, titer};
 
 /// The finished experiment of an undisturbed run, in a folder of its own.
 fn undisturbed() -> (tempfile::TempDir, PathBuf) {
@@ -53,6 +53,56 @@ fn an_interrupt_ends_with_130_and_is_resumed() {
     let output = run(folder.path(), &config).output().expect("a run");
     assert!(output.status.success(), "{}", stderr(&output));
     assert_same(folder.path(), expected.path());
+}
+
+/// Starts a run and interrupts it in its first stage. What it says.
+fn interrupted(folder: &Path, command: &mut std::process::Command) -> String {
+    let journal = folder.join("out/events.jsonl");
+    let started = || std::fs::read_to_string(&journal).unwrap_or_default().matches("stage_started").count();
+    let before = started();
+    let child = command.stderr(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("a run");
+    let until = std::time::Instant::now() + Duration::from_mins(1);
+    while started() == before {
+        assert!(std::time::Instant::now() < until, "no stage began");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let killed = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill");
+    assert!(killed.success());
+    let output = child.wait_with_output().expect("the end");
+    assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
+    stderr(&output)
+}
+
+#[test]
+fn an_interrupted_run_reports_the_cells_that_are_complete() {
+    let (folder, config) = undisturbed();
+    let (folder, out) = (folder.path(), folder.path().join("out"));
+    let more = || {
+        let mut command = run(folder, &config);
+        command.args(["--jobs", "1", "--set", "seeds=[0, 1]"]);
+        command
+    };
+    let said = interrupted(folder, &mut more());
+    assert!(said.contains("report: 4 of 8 cells"), "{said}");
+    let partial = results(&out);
+    let failures = partial["failures"].as_array().expect("failures");
+    assert_eq!((partial["rows"].as_array().expect("rows").len(), failures.len()), (4, 4));
+    assert!(failures.iter().all(|failure| failure["error"].as_str().expect("text").contains("not run yet")));
+    let report = titer().arg("report").arg(&out).output().expect("a report");
+    let text = String::from_utf8_lossy(&report.stdout).into_owned();
+    assert!(report.status.success() && text.contains("## Not run yet") && !text.contains("## Failed"), "{text}");
+    // The next run goes over it.
+    let output = more().output().expect("a run");
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(results(&out)["rows"].as_array().expect("rows").len(), 8);
+    assert!(results(&out).get("failures").is_none());
+    // Results whose rows would have to be made again stay until they are.
+    let complete = std::fs::read(out.join("results.json")).expect("results");
+    std::fs::remove_dir_all(folder.join("store")).expect("gone");
+    let said = interrupted(folder, &mut more());
+    assert!(said.contains("report: the former one is kept"), "{said}");
+    assert_eq!(std::fs::read(out.join("results.json")).expect("results"), complete);
+    assert!(names(&out).iter().all(|name| !name.starts_with("former-")));
 }
 
 /// Every file of every finished stage.
@@ -111,7 +161,7 @@ fn what_a_kill_at_the_end_leaves_is_cleared() {
     std::fs::write(&journal, events).expect("a file");
 
     let output = run(folder.path(), &config).output().expect("a run");
-    assert!(output.status.success() && stderr(&output).contains("\n0 stages ran"), "{}", stderr(&output));
+    assert!(output.status.success() && stderr(&output).contains("] 0 stages ran"), "{}", stderr(&output));
     assert_eq!(results(&folder.path().join("out")), expected);
     assert!(names(&partial).is_empty(), "{:?}", names(&partial));
     let text = std::fs::read_to_string(&journal).expect("events");
@@ -256,7 +306,7 @@ fn swapped_stages_are_computed_again() {
     let output = run(folder.path(), &config).output().expect("a run");
     assert!(output.status.success(), "{}", stderr(&output));
     assert_eq!(results(&folder.path().join("out")), expected);
-    assert!(stderr(&output).contains(&format!("{swapped} stages ran")), "{}", stderr(&output));
+    assert!(stderr(&output).contains(&format!(" {swapped} stages ran")), "{}", stderr(&output));
 }
 
 #[cfg(unix)]

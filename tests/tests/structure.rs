@@ -68,6 +68,7 @@ const FLOORS: &[(&str, &[&str])] = &[
             "manifest",
             "memory",
             "environment",
+            "logging",
             "driver",
             "interrupt",
             "disk",

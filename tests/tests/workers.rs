@@ -206,3 +206,46 @@ fn a_chain_of_stages_loads_its_model_once() {
     // Four cells, two aligned models and the base, each asked three kinds of questions.
     assert_eq!(loads, 1, "{}", stderr(&output));
 }
+
+/// What `titer pretrain` of a new store says on standard error.
+fn told(arguments: &[&str], variables: &[(&str, &str)]) -> String {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut command = titer();
+    command.arg("pretrain").arg(small(folder.path(), &[])).arg("--store").arg(folder.path().join("store"));
+    command.env_remove("RUST_LOG").args(arguments).envs(variables.iter().copied());
+    let output = command.output().expect("a process");
+    ended_well(&output);
+    let text = stderr(&output);
+    assert!(!text.contains('\u{1b}'), "{text}");
+    text
+}
+
+#[test]
+fn log_lines_of_workers_say_stage_and_step() {
+    let begins = |text: &str| text.lines().any(|line| line.contains("label=\"pretrain") && line.ends_with("begins"));
+    let steps = |text: &str| text.matches("trained").count();
+    let quiet = told(&[], &[]);
+    assert!(!begins(&quiet) && steps(&quiet) == 0, "{quiet}");
+    let verbose = told(&["-v"], &[]);
+    assert!(begins(&verbose) && steps(&verbose) == 0, "{verbose}");
+    let chatty = told(&["-vv"], &[]);
+    assert!(begins(&chatty) && steps(&chatty) == 40 && chatty.contains("step{step=40}"), "{chatty}");
+    // A filter of the environment holds for workers too.
+    assert!(begins(&told(&[], &[("RUST_LOG", "titer=info")])));
+    assert!(!begins(&told(&[], &[("RUST_LOG", "titer=info"), ("TITER_LOG", "warn")])));
+}
+
+#[test]
+fn log_lines_are_json_on_request() {
+    for (arguments, variables) in
+        [(&["-v", "--log-format", "json"][..], &[][..]), (&["-v"], &[("TITER_LOG_FORMAT", "json")])]
+    {
+        let text = told(arguments, variables);
+        let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).expect(line)).collect();
+        assert!(lines.iter().all(|line| line["timestamp"].as_str().is_some_and(|time| time.ends_with('Z'))), "{text}");
+        let begins = |line: &&Value| line["fields"]["message"] == "begins";
+        let stage = &lines.iter().find(begins).expect("a line of the worker")["span"];
+        assert!(stage["label"].as_str().is_some_and(|label| label.starts_with("pretrain")), "{text}");
+        assert!(lines.iter().any(|line| line["fields"]["event"] == "stage_finished"), "{text}");
+    }
+}

@@ -1,6 +1,7 @@
 //! The command line: arguments, logging, exit codes.
 
 pub mod commands;
+pub mod outlook;
 pub mod progress;
 
 use std::ffi::OsString;
@@ -8,13 +9,13 @@ use std::io::{IsTerminal, Write};
 use std::panic::catch_unwind;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
 use titer_core::Error;
 use titer_core::arithmetic::{self, Level};
-use tracing_subscriber::EnvFilter;
 
 use crate::diagnostics::Problems;
 use crate::diagnostics::panicked;
+use crate::logging::{self, Format, Logging};
 use crate::names::visible_lines;
 use crate::plugins;
 use crate::plugins::PluginFile;
@@ -30,10 +31,28 @@ pub struct Cli {
     /// Says more; repeat it for even more.
     #[arg(short, long, action = clap::ArgAction::Count, global = true)]
     pub verbose: u8,
+    /// The form of log lines and progress on standard error [default: `TITER_LOG_FORMAT`, else text].
+    #[arg(long, value_enum, global = true)]
+    pub log_format: Option<Format>,
     /// Loads a plugin from a shared library and thereby runs its code; may be repeated. With a BLAKE3 hash, only if the
     /// file has it.
     #[arg(long = "plugin", value_name = "PATH[=BLAKE3]", global = true)]
     pub plugins: Vec<PluginFile>,
+}
+
+impl Cli {
+    fn logging(&self) -> Result<Logging, Error> {
+        let format = match (self.log_format, std::env::var_os(logging::FORMAT)) {
+            (Some(format), _) => format,
+            (None, Some(name)) => Format::from_str(&name.to_string_lossy(), true).map_err(|_| {
+                Error::config(format!("`{}` is no form of log lines", name.to_string_lossy()))
+                    .at("from", format!("environment variable {}", logging::FORMAT))
+                    .help("use text or json, or unset it")
+            })?,
+            (None, None) => Format::default(),
+        };
+        Ok(Logging { verbose: self.verbose, format })
+    }
 }
 
 /// The commands.
@@ -104,21 +123,22 @@ fn print(text: &str) -> std::io::Result<()> {
 /// What the command could not do. Malformed arguments end the process, as clap does.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Result<Done, Problems> {
     let cli = Cli::parse_from(arguments);
-    log_to_stderr(cli.verbose);
+    let logging = cli.logging()?;
+    logging.start();
     if let Some(name) = std::env::var_os("TITER_SIMD") {
         arithmetic::limit(vectors(&name.to_string_lossy())?);
     }
     cli.plugins.iter().try_for_each(plugins::load)?;
     match &cli.command {
-        Command::Run(args) => commands::run::run(args, cli.verbose),
-        Command::Plan(args) => commands::plan::run(args),
+        Command::Run(args) => commands::run::run(args, logging),
+        Command::Plan(args) => commands::plan::run(args, cli.verbose),
         Command::Report(args) => commands::report::run(args),
         Command::Compare(args) => commands::compare::run(args),
         Command::Diff(args) => commands::diff::run(args),
         Command::List(args) => commands::list::run(args),
         Command::Explain(args) => commands::explain::run(args),
-        Command::Worker(args) => commands::worker::run(args),
-        Command::Pretrain(args) => commands::pretrain::run(args, cli.verbose),
+        Command::Worker(args) => commands::worker::run(args, logging),
+        Command::Pretrain(args) => commands::pretrain::run(args, logging),
         Command::Generate(args) => commands::generate::run(args),
         Command::Bench(args) => commands::bench::run(args),
         Command::Schema => commands::schema(),
@@ -131,17 +151,4 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Result<Done, Proble
 fn vectors(name: &str) -> Result<Level, Problems> {
     let unknown = || Error::config(format!("`{name}` names no vectors")).at("from", "environment variable TITER_SIMD");
     Ok(Level::parse(name).ok_or_else(|| unknown().help("use scalar, 128, 256 or 512, or unset it"))?)
-}
-
-/// `TITER_LOG` takes filters such as `titer=debug`; `-v` raises the level of Titer's own crates.
-fn log_to_stderr(verbose: u8) {
-    let level = ["warn", "info", "debug", "trace"][usize::from(verbose.min(3))];
-    let default = format!("warn,titer={level},titer_core={level},titer_plugins={level}");
-    let filter = EnvFilter::try_from_env("TITER_LOG").unwrap_or_else(|_| EnvFilter::new(default));
-    let logger = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time();
-    // Colours are for terminals; a log file holds text. An empty NO_COLOR counts as unset.
-    let plain = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
-    let logger = logger.with_ansi(std::io::stderr().is_terminal() && !plain);
-    // A second call in one process, as in tests, keeps the first logger.
-    let _ = logger.try_init();
 }

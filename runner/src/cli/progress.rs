@@ -11,7 +11,9 @@ use serde_json::json;
 use titer_core::Result;
 use titer_core::event::{Event, Sink};
 
+use super::outlook::Outlook;
 use crate::disk::Output;
+use crate::logging::{self, Format};
 use crate::names::visible_lines;
 
 /// At most one line per stage in this time, where there is no terminal.
@@ -34,9 +36,26 @@ impl Sink for Fanout<'_> {
     }
 }
 
-/// What suits standard error: bars on a terminal, lines elsewhere.
-pub fn for_stderr() -> Box<dyn Sink> {
-    if std::io::stderr().is_terminal() { Box::new(Bars::default()) } else { Box::new(Lines::new(std::io::stderr())) }
+/// What suits standard error: bars on a terminal, lines elsewhere, or events as log lines in JSON.
+pub fn for_stderr(format: Format, outlook: Outlook) -> Box<dyn Sink> {
+    match format {
+        Format::Json => Box::new(JsonLines),
+        Format::Text if std::io::stderr().is_terminal() => Box::new(Bars::new(outlook)),
+        Format::Text => Box::new(Lines::new(std::io::stderr(), outlook)),
+    }
+}
+
+/// Events as log lines in JSON.
+#[derive(Debug)]
+struct JsonLines;
+
+impl Sink for JsonLines {
+    fn emit(&self, event: Event) {
+        let line =
+            json!({ "timestamp": logging::now(), "level": "INFO", "target": "titer::progress", "fields": event });
+        // Nobody is left to tell if standard error is closed.
+        let _ = writeln!(std::io::stderr(), "{line}");
+    }
 }
 
 /// Appends events to a file, one JSON object per line with the time in seconds since 1970. Whoever reads it passes over
@@ -71,10 +90,17 @@ impl Sink for Journal {
     }
 }
 
-/// Plain lines for logs.
+/// Plain lines for logs: the time in UTC, how many stages are done, what happened.
 #[derive(Debug)]
 pub struct Lines<W> {
-    state: Mutex<(W, BTreeMap<String, Running>)>,
+    state: Mutex<LinesState<W>>,
+}
+
+#[derive(Debug)]
+struct LinesState<W> {
+    out: W,
+    running: BTreeMap<String, Running>,
+    outlook: Outlook,
 }
 
 #[derive(Debug)]
@@ -88,15 +114,17 @@ struct Running {
 
 impl<W: Write> Lines<W> {
     /// Lines written to `out`.
-    pub fn new(out: W) -> Self {
-        Self { state: Mutex::new((out, BTreeMap::new())) }
+    pub fn new(out: W, outlook: Outlook) -> Self {
+        Self { state: Mutex::new(LinesState { out, running: BTreeMap::new(), outlook }) }
     }
 }
 
 impl<W: Write + Send> Sink for Lines<W> {
     fn emit(&self, event: Event) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let (out, running) = &mut *state;
+        let LinesState { out, running, outlook } = &mut *state;
+        let now = Instant::now();
+        outlook.observe(&event, now);
         let line = match event {
             Event::RunStarted { experiment, stages, cached } => {
                 format!("{experiment}: {stages} stages, {cached} in the store")
@@ -107,7 +135,6 @@ impl<W: Write + Send> Sink for Lines<W> {
                     0 => format!("start   {label}"),
                     _ => format!("resume  {label} at {resumed}/{total}"),
                 };
-                let now = Instant::now();
                 running.insert(key, Running { label, total, resumed, started: now, shown: now });
                 line
             }
@@ -117,11 +144,12 @@ impl<W: Write + Send> Sink for Lines<W> {
                 let loss = loss.map_or_else(String::new, |loss| format!(", loss {loss:.4}"));
                 let rate = (step - stage.resumed.min(step)) as f64 / stage.started.elapsed().as_secs_f64();
                 let left = (stage.total.saturating_sub(step)) as f64 / rate.max(1e-9);
-                format!("        {} {step}/{}{loss}, {rate:.1}/s, {left:.0} s left", stage.label, stage.total)
+                let (label, total, run) = (&stage.label, stage.total, after("; run: ", outlook, now));
+                format!("        {label} {step}/{total}{loss}, {rate:.1}/s, {left:.0} s left{run}")
             }
             Event::StageFinished { key, label, seconds } => {
                 running.remove(&key);
-                format!("done    {label} ({seconds:.1} s)")
+                format!("done    {label} ({seconds:.1} s){}", after("; ", outlook, now))
             }
             Event::StageFailed { key, label, error } => {
                 running.remove(&key);
@@ -131,26 +159,51 @@ impl<W: Write + Send> Sink for Lines<W> {
             _ => return,
         };
         // Nobody is left to tell if standard error is closed.
-        let _ = writeln!(out, "{}", visible_lines(&line));
+        let _ = writeln!(out, "{} {}{}", logging::now(), outlook.counter(), visible_lines(&line));
     }
 }
 
+/// The time that the run takes from now on after `separator`, or nothing.
+fn after(separator: &str, outlook: &Outlook, now: Instant) -> String {
+    outlook.time_left(now).map_or_else(String::new, |left| format!("{separator}{left}"))
+}
+
 /// A bar per running stage, and one for the whole run.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Bars {
     screen: MultiProgress,
-    state: Mutex<(Option<ProgressBar>, BTreeMap<String, ProgressBar>)>,
+    state: Mutex<BarsState>,
+}
+
+#[derive(Debug)]
+struct BarsState {
+    overall: Option<ProgressBar>,
+    running: BTreeMap<String, ProgressBar>,
+    outlook: Outlook,
+}
+
+impl Bars {
+    /// Bars on the terminal.
+    pub fn new(outlook: Outlook) -> Self {
+        let state = BarsState { overall: None, running: BTreeMap::new(), outlook };
+        Self { screen: MultiProgress::new(), state: Mutex::new(state) }
+    }
 }
 
 impl Sink for Bars {
     fn emit(&self, event: Event) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let (overall, running) = &mut *state;
+        let BarsState { overall, running, outlook } = &mut *state;
+        let now = Instant::now();
+        outlook.observe(&event, now);
+        if let Some(bar) = overall {
+            bar.set_prefix(after(", ", outlook, now));
+        }
         let advance = |overall: &Option<ProgressBar>| overall.iter().for_each(|bar| bar.inc(1));
         match event {
             Event::RunStarted { experiment, stages, cached } => {
                 let bar = self.screen.add(ProgressBar::new(stages as u64).with_position(cached as u64));
-                bar.set_style(style("{msg} [{bar:30}] {pos}/{len} stages, {elapsed} elapsed"));
+                bar.set_style(style("{msg} [{bar:30}] {pos}/{len} stages, {elapsed} elapsed{prefix}"));
                 bar.set_message(experiment);
                 bar.enable_steady_tick(Duration::from_secs(1));
                 *overall = Some(bar);
@@ -230,15 +283,22 @@ mod tests {
 
     #[test]
     fn lines_are_few() {
-        let lines = Lines::new(Vec::new());
+        let lines = Lines::new(Vec::new(), Outlook::default());
         for event in events() {
             lines.emit(event);
         }
-        let (text, _) = lines.state.into_inner().unwrap();
+        let written = String::from_utf8(lines.state.into_inner().unwrap().out).unwrap();
+        let mut told = String::new();
+        for line in written.lines() {
+            let (time, rest) = line.split_once(' ').unwrap();
+            assert!(time.parse::<jiff::Timestamp>().is_ok() && time.len() == "2026-01-01T00:00:00Z".len(), "{line}");
+            told += &format!("{rest}\n");
+        }
         assert_eq!(
-            String::from_utf8(text).unwrap(),
-            "demo: 3 stages, 1 in the store\nstart   align Vaccine\ndone    align Vaccine (2.0 s)\n\
-             wait    pretrain: process 7 runs it\nFAILED  judge: no answer\n1 stages ran, 1 came from the store, 1 failed, in 2.0 s\n"
+            told,
+            "[1/3] demo: 3 stages, 1 in the store\n[1/3] start   align Vaccine\n[2/3] done    align Vaccine (2.0 s)\n\
+             [2/3] wait    pretrain: process 7 runs it\n[3/3] FAILED  judge: no answer\n\
+             [3/3] 1 stages ran, 1 came from the store, 1 failed, in 2.0 s\n"
         );
     }
 
@@ -247,7 +307,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         for _ in 0..2 {
             let journal = Journal::open(folder.path()).unwrap();
-            let bars = Bars::default();
+            let bars = Bars::new(Outlook::default());
             let fanout = Fanout(vec![&journal, &bars]);
             for event in events() {
                 fanout.emit(event);

@@ -28,6 +28,11 @@ impl Outcome {
         found.map(|(key, error)| (key, error.as_ref()))
     }
 
+    /// Whether every stage of the cell is done.
+    pub fn is_complete(&self, cell: &Cell) -> bool {
+        cell.keys().all(|key| self.cached.contains(key) || self.ran.contains(key))
+    }
+
     /// The exit code: 0 if all went well, 1 if a part failed. If nothing was left to show and all failed for one cause,
     /// such as a missing model, the code of that cause.
     pub fn exit_code(&self, any_result: bool) -> u8 {

@@ -16,6 +16,7 @@ use super::{Crew, Worker};
 use crate::environment;
 use crate::experiment::spec::Runtime;
 use crate::interrupt::Interrupt;
+use crate::logging::Logging;
 use crate::plan::PlannedStage;
 
 /// How often the user's wish to stop is looked at while a worker is busy.
@@ -37,8 +38,8 @@ pub struct Processes {
     pub runtime: Runtime,
     /// Threads of a worker.
     pub threads: usize,
-    /// How much workers say: the number of `-v`.
-    pub verbose: u8,
+    /// What workers log, and how.
+    pub logging: Logging,
 }
 
 impl Crew for Processes {
@@ -95,7 +96,7 @@ impl Process {
         let cannot = |error: std::io::Error| Error::run("cannot start a worker process").source(error);
         let mut command = Command::new(program().map_err(cannot)?);
         command.args(["worker", "--serve", "--threads", &crew.threads.to_string(), "--store"]).arg(&crew.store);
-        command.args(std::iter::repeat_n("-v", usize::from(crew.verbose)));
+        command.args(crew.logging.arguments());
         command.envs(environment::variables(crew.threads));
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         // Ctrl-C is for the run, which then tells its workers to stop.

@@ -10,10 +10,13 @@ use titer_core::Error;
 use titer_core::bounds::{self, shortened};
 use toml::de::{DeTable, DeValue};
 
+use super::exclusive::{EXCLUSIVE, Exclusive};
+
 /// The prefix of environment variables that override a key; `__` stands for the dot between tables.
 const PREFIX: &str = "TITER_";
 /// The variables of that prefix that are no configuration keys.
-const RESERVED: [&str; 5] = ["TITER_CACHE_DIR", "TITER_LOG", "TITER_GOLDEN", "TITER_DATA", "TITER_SIMD"];
+const RESERVED: [&str; 6] =
+    ["TITER_CACHE_DIR", "TITER_LOG", "TITER_LOG_FORMAT", "TITER_GOLDEN", "TITER_DATA", "TITER_SIMD"];
 
 /// The most parts that a key has from outside the file.
 const DEEPEST: usize = 16;
@@ -26,8 +29,24 @@ pub struct Source {
     value: Value,
     /// Keys in the file and their lines, from 1.
     lines: BTreeMap<String, usize>,
-    /// Keys set from elsewhere, in the order they were laid over the file, and by what.
-    overrides: Vec<(String, String)>,
+    /// What was set from elsewhere, in the order it was laid over the file.
+    overrides: Vec<Override>,
+}
+
+/// A key set from outside the file.
+#[derive(Debug, Clone)]
+struct Override {
+    key: String,
+    layer: Layer,
+    /// What set it, for people.
+    origin: String,
+}
+
+/// What lies over the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Layer {
+    Environment,
+    CommandLine,
 }
 
 impl Source {
@@ -51,7 +70,7 @@ impl Source {
                         .help("write long values into the configuration file"));
                 }
                 let key = key.to_lowercase().replace("__", ".");
-                source.set(&key, &text, format!("environment variable {name}"))?;
+                source.set(Layer::Environment, &key, &text, format!("environment variable {name}"))?;
             }
         }
         for assignment in assignments {
@@ -60,7 +79,7 @@ impl Source {
                     .at("from", "--set")
                     .help("write --set key=value, as in --set fine_tune.samples=500")
             })?;
-            source.set(key.trim(), text.trim(), format!("--set {assignment}"))?;
+            source.set(Layer::CommandLine, key.trim(), text.trim(), format!("--set {assignment}"))?;
         }
         Ok(source)
     }
@@ -100,10 +119,19 @@ impl Source {
         if self.origin(key).is_some() { Path::new("") } else { self.folder() }
     }
 
+    /// Where the relative path that is the value of `key` starts, for people; nothing for a whole path.
+    pub fn start_of(&self, key: &str, path: &Path) -> Option<String> {
+        let start = std::path::absolute(self.folder_of(key).join(".")).ok().filter(|_| path.is_relative())?;
+        let which = match self.origin(key) {
+            Some(origin) => format!("the working directory, since it is from {}", shortened(origin)),
+            None => "the configuration's folder".to_owned(),
+        };
+        Some(format!("`{}` starts at {}, {which}", path.display(), start.display()))
+    }
+
     /// What set `key` from outside of the file, if anything did.
     fn origin(&self, key: &str) -> Option<&str> {
-        let within = |set: &str| key == set || key.strip_prefix(set).is_some_and(|rest| rest.starts_with('.'));
-        self.overrides.iter().rev().find(|(set, _)| within(set)).map(|(_, origin)| origin.as_str())
+        self.overrides.iter().rev().find(|set| is_within(key, &set.key)).map(|set| set.origin.as_str())
     }
 
     /// Adds to an error under the key `prefix` the whole key and the place where the user wrote it.
@@ -148,7 +176,7 @@ impl Source {
     }
 
     /// Sets one key from outside the file. The text is TOML if it parses as such and a plain string otherwise.
-    fn set(&mut self, key: &str, text: &str, origin: String) -> Result<(), Error> {
+    fn set(&mut self, layer: Layer, key: &str, text: &str, origin: String) -> Result<(), Error> {
         let parts: Vec<&str> = key.split('.').collect();
         if parts.len() > DEEPEST || parts.contains(&"") {
             return Err(Error::config(format!("`{}` is not a key", shortened(key)))
@@ -160,24 +188,49 @@ impl Source {
             Err(_) => Ok(Value::from(text)),
         };
         let value = value.map_err(|error| error.at("from", shortened(&origin)))?;
-        let (layer_key, layer) = self.layer(key, value).map_err(|message| {
+        self.give_way(layer, key, &value);
+        let (merged_key, value) = self.merged(key, value).map_err(|message| {
             Error::config(message)
                 .at("from", shortened(&origin))
                 .help("name a key of a table, or an index within a list, as in methods.0.name")
         })?;
-        let merged = Figment::from(Serialized::defaults(&self.value)).merge(Serialized::default(&layer_key, layer));
+        let merged = Figment::from(Serialized::defaults(&self.value)).merge(Serialized::default(&merged_key, value));
         self.value = merged.extract().map_err(|error| {
             Error::config(error.to_string())
                 .at("from", shortened(&origin))
                 .help("write a value of the key's type; see `titer schema`")
         })?;
-        self.overrides.push((key.to_owned(), origin));
+        self.overrides.push(Override { key: key.to_owned(), layer, origin });
         Ok(())
     }
 
-    /// The layer that sets `key`: its own key and value. Layers replace lists as a whole, so a key that leads into a
+    /// Removes what the layers below `layer` say instead of `key`, where only one of two can be given. What the same layer
+    /// says stays: it contradicts itself, which is told.
+    fn give_way(&mut self, layer: Layer, key: &str, value: &Value) {
+        let mut set = Vec::new();
+        for (end, _) in key.match_indices('.') {
+            set.push(key[..end].to_owned());
+        }
+        keys_of(key, value, &mut set);
+        for (table, name) in set.iter().filter_map(|key| key.rsplit_once('.')) {
+            let last = table.rsplit('.').next().unwrap_or_default();
+            for Exclusive { sides: [left, right], .. } in EXCLUSIVE.iter().filter(|keys| keys.table == last) {
+                let others = if name == left[0] { right } else { left };
+                if ![left[0], right[0]].contains(&name) {
+                    continue;
+                }
+                for other in others.iter().map(|other| join(table, other)) {
+                    if !self.overrides.iter().any(|set| set.layer == layer && is_within(&set.key, &other)) {
+                        remove(&mut self.value, &other);
+                    }
+                }
+            }
+        }
+    }
+
+    /// What sets `key`, as figment merges it: a key and a value. Layers replace lists as a whole, so a key that leads into a
     /// list stands for the list with that one item changed. Says why if there is no such place.
-    fn layer(&self, key: &str, value: Value) -> Result<(String, Value), String> {
+    fn merged(&self, key: &str, value: Value) -> Result<(String, Value), String> {
         let mut at = &self.value;
         for (end, _) in key.match_indices('.') {
             let name = key[..end].rsplit('.').next().unwrap_or_default();
@@ -198,6 +251,27 @@ impl Source {
             }
         }
         Ok((key.to_owned(), value))
+    }
+}
+
+/// Whether `key` is `table` or stands under it.
+fn is_within(key: &str, table: &str) -> bool {
+    key.strip_prefix(table).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+}
+
+/// `key` and every key of the tables that are its value.
+fn keys_of(key: &str, value: &Value, keys: &mut Vec<String>) {
+    keys.push(key.to_owned());
+    for (name, value) in value.as_object().into_iter().flatten() {
+        keys_of(&join(key, name), value, keys);
+    }
+}
+
+/// Removes `key`, if it is there.
+fn remove(value: &mut Value, key: &str) {
+    match key.split_once('.') {
+        Some((table, rest)) => value.get_mut(table).into_iter().for_each(|value| remove(value, rest)),
+        None => drop(value.as_object_mut().and_then(|table| table.remove(key))),
     }
 }
 

@@ -2,6 +2,7 @@
 
 pub mod axes;
 pub mod config;
+mod exclusive;
 pub mod layers;
 pub mod resolve;
 mod schema;

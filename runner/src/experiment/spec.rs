@@ -162,10 +162,20 @@ pub struct LoadSpec {
     pub plugin: Option<String>,
     /// The folder. It is not part of the key; its content is.
     pub path: PathBuf,
-    /// The hash of the folder's model files.
+    /// The hash of the folder's model files, or [`LoadSpec::UNKNOWN`].
     pub content: String,
     /// How the weights are stored once loaded.
     pub dtype: String,
+}
+
+impl LoadSpec {
+    /// The content of a folder that holds no weights. Its stages can be planned and not run, and their keys are provisional.
+    pub const UNKNOWN: &str = "unknown";
+
+    /// Whether the folder held the weights when the plan was made.
+    pub fn is_known(&self) -> bool {
+        self.content != Self::UNKNOWN
+    }
 }
 
 /// What is trained.

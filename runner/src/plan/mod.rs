@@ -167,6 +167,14 @@ impl Plan {
         let parent = |stage: &&PlannedStage| find(stage.parent.as_deref()?);
         std::iter::successors(find(key), parent).cloned().collect()
     }
+
+    /// The checkpoint without weights that the plan was made for, if any: it must not be run.
+    pub fn without_weights(&self) -> Option<&LoadSpec> {
+        self.stages.iter().find_map(|stage| match &stage.spec {
+            StageSpec::Load(spec) if !spec.is_known() => Some(spec),
+            _ => None,
+        })
+    }
 }
 
 /// One cell of the table.

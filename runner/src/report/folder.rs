@@ -3,7 +3,8 @@
 //! Runs of one experiment share the work through the store, and each writes its results whole, one after the other, under a
 //! lock: what is there at the end is of one run. A run of another experiment is refused, as it would replace the results.
 //! Results of the same experiment give way only to such as hold all their rows again, as when seeds are added; others, as
-//! of another configuration, are kept in a folder of their own within this one.
+//! of another configuration, are kept in a folder of their own within this one. An interrupted run writes what it has
+//! unless that would take former rows away.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -77,8 +78,33 @@ impl OutputFolder {
         assemble: impl FnOnce(&Path) -> Result<Results>,
     ) -> Result<Results> {
         let _lock = self.lock(interrupt)?;
+        let former = self.set_aside(again)?;
+        self.replace(former.as_ref(), assemble)
+    }
+
+    /// The same for a run that was interrupted: its results are written only if all rows of former results are made again.
+    /// Others stay where they are, and nothing is returned.
+    ///
+    /// # Errors
+    /// As [`OutputFolder::write`].
+    pub fn write_partial(
+        &self,
+        interrupt: &Interrupt,
+        again: impl Fn(&ResultRow) -> bool,
+        assemble: impl FnOnce(&Path) -> Result<Results>,
+    ) -> Result<Option<Results>> {
+        let _lock = self.lock(interrupt)?;
+        let former = match self.path.join(RESULTS).exists().then(|| load(&self.path)) {
+            None => None,
+            Some(Ok(former)) if former.rows.iter().all(again) => Some(former),
+            Some(_) => return Ok(None),
+        };
+        self.replace(former.as_ref(), assemble).map(Some)
+    }
+
+    fn replace(&self, former: Option<&Results>, assemble: impl FnOnce(&Path) -> Result<Results>) -> Result<Results> {
         // What else lies among the answers is not ours.
-        let former = self.set_aside(again)?.map_or_else(BTreeSet::new, |former| answers(&former));
+        let former = former.map_or_else(BTreeSet::new, answers);
         let results = assemble(&self.path)?;
         report::write_all(&results, &self.path)?;
         let gone = former.difference(&answers(&results)).map(|name| self.path.join(name)).collect::<Vec<_>>();
@@ -233,6 +259,24 @@ mod tests {
         // The same results once more are kept already.
         assert_eq!(write(&other), None);
         assert_eq!(load(folder.path()).unwrap(), other);
+        // An interrupted run takes nothing away: not from others, and not from what cannot be read.
+        let partial = |rows: &Results| {
+            let again = |row: &ResultRow| rows.rows.iter().any(|new| new.id == row.id);
+            output.write_partial(&Interrupt::default(), again, |_| Ok(rows.clone())).unwrap()
+        };
+        write(&more);
+        let before = former();
+        assert_eq!(partial(&one), None);
+        assert_eq!(partial(&other), None);
+        assert_eq!((load(folder.path()).unwrap(), former()), (more.clone(), before.clone()));
+        assert_eq!(partial(&more), Some(more.clone()));
+        std::fs::write(folder.path().join(RESULTS), "{\"schema\": 9}").unwrap();
+        assert_eq!(partial(&more), None);
+        std::fs::remove_file(folder.path().join(RESULTS)).unwrap();
+        // Where there is nothing, it writes, and a later run goes over it.
+        assert_eq!(partial(&one), Some(one.clone()));
+        assert_eq!(write(&more), None);
+        assert_eq!((load(folder.path()).unwrap(), former()), (more.clone(), before));
         // Equal metrics of other artifacts are other results.
         let mut rebuilt = more.clone();
         rebuilt.rows[0].artifacts.insert("align".into(), "rebuilt".into());

@@ -19,6 +19,7 @@ use super::published;
 use super::summary::{note, sentences};
 use super::table::{Block, LEGEND, Method, SHOWN, Table, headings, numbers};
 use crate::names::{visible, visible_lines};
+use crate::results::pending_and_failed;
 use crate::stage::read_answers;
 
 const TEMPLATE: &str = include_str!("../../templates/report.html");
@@ -29,6 +30,7 @@ const SAMPLES: usize = 4;
 pub(super) fn render(results: &Results, table: &Table, folder: &Path) -> Result<String> {
     let blocks = table.blocks.iter().map(|block| block_view(block, folder)).collect::<Result<Vec<_>>>()?;
     let seeds: std::collections::BTreeSet<u64> = results.rows.iter().map(|row| row.seed).collect();
+    let (pending, failed) = pending_and_failed(results);
     let mut environment = Environment::new();
     environment.set_auto_escape_callback(|_| AutoEscape::Html);
     environment.add_filter("prose", prose);
@@ -47,7 +49,8 @@ pub(super) fn render(results: &Results, table: &Table, folder: &Path) -> Result<
         "published": published::sections(results),
         "published_headings": published::HEADINGS,
         "published_legend": published::LEGEND,
-        "failures": results.failures,
+        "failures": failed,
+        "pending": pending,
     });
     let page = environment.render_str(TEMPLATE, Serde(&view));
     page.map_err(|error| Error::run("cannot render the report").source(error))

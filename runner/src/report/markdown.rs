@@ -9,6 +9,7 @@ use super::published;
 use super::summary::{note, sentences};
 use super::table::{Block, LEGEND, SHOWN, Table, headings, numbers};
 use crate::names::visible;
+use crate::results::pending_and_failed;
 
 /// A page.
 pub(super) fn render(results: &Results, table: &Table) -> String {
@@ -24,9 +25,16 @@ pub(super) fn render(results: &Results, table: &Table) -> String {
     }
     text += &between_settings(results, table);
     text += &verdicts(results);
-    if !results.failures.is_empty() {
+    let (pending, failed) = pending_and_failed(results);
+    if !pending.is_empty() {
+        text += "\n## Not run yet\n\nThe run was interrupted. The same command goes on.\n\n";
+        for failure in pending {
+            text += &format!("- {}\n", escape(&failure.cell));
+        }
+    }
+    if !failed.is_empty() {
         text += "\n## Failed\n\n";
-        for failure in &results.failures {
+        for failure in failed {
             let error: Vec<String> = failure.error.lines().map(escape).collect();
             text += &format!("- {}: {}\n", escape(&failure.cell), error.join("  \n  "));
         }

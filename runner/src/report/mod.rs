@@ -25,6 +25,7 @@ use titer_core::{Error, Result};
 use crate::disk;
 use crate::names::{visible, visible_lines};
 use crate::results::file::RESULTS;
+use crate::results::pending_and_failed;
 use table::Table;
 
 /// A rendering.
@@ -133,13 +134,18 @@ pub fn console(results: &Results) -> Result<String> {
     Ok(console::render(readable, &Table::new(readable)?))
 }
 
-/// The cells that failed, for the terminal: a line for each and its error below.
+/// The cells that failed, for the terminal: a line for each and its error below. Then how many are not run yet.
 pub fn failures(results: &Results) -> String {
+    let (pending, failed) = pending_and_failed(results);
     let one = |failure: &Failure| {
         let error = visible_lines(&failure.error).replace('\n', "\n  ");
         format!("failed: {}\n  {error}\n", visible(&failure.cell))
     };
-    results.failures.iter().map(one).collect()
+    let mut text: String = failed.into_iter().map(one).collect();
+    if !pending.is_empty() {
+        text += &format!("{} cells are not run yet: the run was interrupted\n", pending.len());
+    }
+    text
 }
 
 #[cfg(test)]

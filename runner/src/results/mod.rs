@@ -28,6 +28,14 @@ use crate::store::Store;
 /// The folder of stored answers, within a run's.
 pub const ANSWERS_FOLDER: &str = "answers";
 
+/// The error of a cell that an interrupted run did not get to.
+const NOT_RUN: &str = "not run yet: the run was interrupted";
+
+/// The failures of cells that only wait for a run that goes on, and the others.
+pub fn pending_and_failed(results: &Results) -> (Vec<&Failure>, Vec<&Failure>) {
+    results.failures.iter().partition(|failure| failure.error == NOT_RUN)
+}
+
 /// Letters of a cell in the name of a file; what follows them takes up to 40 more, and 255 are possible.
 const LONGEST_STEM: usize = 200;
 /// So many equal answers, if they are most, are a cause for concern.
@@ -38,7 +46,7 @@ const SHOWN_LETTERS: usize = 40;
 const CURVE_POINTS: usize = 60;
 
 /// The results of the cells whose stages are all done, and the failures of the others: of those whose records cannot be
-/// read, too. Each cell's answers are copied to `out/answers`. `published` is what the configuration holds them against;
+/// read, too, and after an interrupt of those that are not run yet. Each cell's answers are copied to `out/answers`. `published` is what the configuration holds them against;
 /// `provenance` says how they were made.
 ///
 /// # Errors
@@ -59,6 +67,7 @@ pub fn assemble(
     for cell in &plan.cells {
         let failure = |error: String| Failure { cell: cell.label(), id: cell.id.clone(), error };
         match outcome.failure(cell) {
+            None if !outcome.is_complete(cell) => failures.push(failure(NOT_RUN.to_owned())),
             // A cell whose artifacts cannot be read fails alone.
             None => match assembly.row(cell, out) {
                 Ok(row) => rows.push(row),

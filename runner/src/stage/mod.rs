@@ -105,6 +105,9 @@ impl Stages {
     /// # Errors
     /// The stage failed or was interrupted.
     pub fn run(&self, stage: &PlannedStage, io: &mut StageIo) -> Result<()> {
+        // At the level of errors, so that every line of a stage says whose it is.
+        let _span = tracing::error_span!("stage", key = &stage.key[..8], label = stage.label).entered();
+        tracing::info!("begins");
         write_json(&io.output.join(IDENTITY), &stage.manifest)?;
         match &stage.spec {
             StageSpec::Pretrain(spec) => pretrain::run(self, spec, io),

@@ -125,6 +125,7 @@ impl Training<'_> {
         watch.started(total, step);
         let (first, mut unread) = (step, Vec::new());
         while step < total {
+            let _span = tracing::debug_span!("step", step = step + 1).entered();
             let rate = self.optim.learning_rate * self.optim.schedule.factor(step, warmup, total);
             let at_rate = |error| at_rate(error, rate);
             let before = (step == first).then(|| self.weights.snapshot()).transpose()?;
@@ -156,6 +157,7 @@ impl Training<'_> {
             if step == total {
                 self.check_trained(&batches, step).map_err(at_rate)?;
             }
+            tracing::debug!(loss = record.loss.last(), learning_rate = rate, "trained");
             watch.step(step, record.loss.last().copied());
             if save {
                 record.seconds = spent + begun.elapsed().as_secs_f64();

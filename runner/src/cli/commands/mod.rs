@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use titer_core::weights::checkpoint::Checkpoint;
 use titer_core::{Error, arithmetic};
 
 use crate::diagnostics::Problems;
@@ -56,11 +57,27 @@ pub struct ConfigArgs {
 }
 
 impl ConfigArgs {
-    /// The configuration, its plan and the store.
+    /// The configuration, its plan and the store, for running it.
+    ///
+    /// # Errors
+    /// Every mistake in the configuration; or the checkpoint has no weights.
+    pub fn prepare(&self, device: Option<&str>) -> Result<(Loaded, Plan, Store), Problems> {
+        let (loaded, plan, store) = self.sketch(device)?;
+        if let Some(spec) = plan.without_weights() {
+            let error = Checkpoint::open(&spec.path).err().unwrap_or_else(|| {
+                let error = Error::data("the folder holds no weights").file(&spec.path);
+                error.help("a model folder needs model.safetensors, or shards of that kind beside its index")
+            });
+            return Err(loaded.source.locate("base.path", error).into());
+        }
+        Ok((loaded, plan, store))
+    }
+
+    /// The same, also for a checkpoint that is not there yet but for its `config.json`: see [`Plan::without_weights`].
     ///
     /// # Errors
     /// Every mistake in the configuration.
-    pub fn prepare(&self, device: Option<&str>) -> Result<(Loaded, Plan, Store), Problems> {
+    pub fn sketch(&self, device: Option<&str>) -> Result<(Loaded, Plan, Store), Problems> {
         let mut overrides = self.overrides.clone();
         overrides.extend(device.map(|device| format!("device={device:?}")));
         let loaded = Config::load(&self.config, &overrides)?;

@@ -1,14 +1,13 @@
 //! `titer plan`.
 
-use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use serde_json::json;
 
 use super::{ConfigArgs, Done, pretty};
 use crate::diagnostics::Problems;
-use crate::plan::cost::work;
-use crate::plan::{Plan, StageSpec};
+use crate::plan::Plan;
+use crate::plan::cost::{duration, totals, work};
 use crate::store::Store;
 
 /// The arguments.
@@ -17,6 +16,9 @@ pub struct Args {
     /// The experiment.
     #[command(flatten)]
     pub config: ConfigArgs,
+    /// Lists every stage, as `-v` does.
+    #[arg(long)]
+    pub stages: bool,
     /// For programs: every stage with its resolved settings, and every cell.
     #[arg(long)]
     pub json: bool,
@@ -26,9 +28,10 @@ pub struct Args {
 ///
 /// # Errors
 /// Every mistake in the configuration.
-pub fn run(args: &Args) -> Result<Done, Problems> {
-    let (_, plan, store) = args.config.prepare(None)?;
-    Ok(if args.json { as_json(&plan, &store) } else { as_text(&plan, &store) }.into())
+pub fn run(args: &Args, verbose: u8) -> Result<Done, Problems> {
+    let (_, plan, store) = args.config.sketch(None)?;
+    let stages = args.stages || verbose > 0;
+    Ok(if args.json { as_json(&plan, &store) } else { as_text(&plan, &store, stages) }.into())
 }
 
 fn as_json(plan: &Plan, store: &Store) -> String {
@@ -41,45 +44,28 @@ fn as_json(plan: &Plan, store: &Store) -> String {
     pretty(&value)
 }
 
-/// Totals of one kind of stage.
-#[derive(Default)]
-struct Total {
-    stages: usize,
-    cached: usize,
-    /// Work left.
-    work: f64,
-    /// Work and seconds of the cached stages, which tell the speed.
-    known: (f64, f64),
-}
-
-impl Total {
-    /// Seconds that the work left takes at the speed of the cached stages; `None` if there are none.
-    fn seconds(&self) -> Option<f64> {
-        let (work, seconds) = self.known;
-        if self.work == 0. { Some(0.) } else { (work > 0.).then(|| self.work * seconds / work) }
-    }
-}
-
-fn as_text(plan: &Plan, store: &Store) -> String {
+fn as_text(plan: &Plan, store: &Store, stages: bool) -> String {
     let mut text = String::new();
-    let mut totals: BTreeMap<&str, Total> = BTreeMap::new();
-    for stage in &plan.stages {
-        let (artifact, work) = (store.artifact(&stage.key).ok(), work(&stage.spec));
-        let cached = artifact.is_some();
-        let total = totals.entry(kind(&stage.spec)).or_default();
-        total.stages += 1;
-        total.cached += usize::from(cached);
-        match artifact {
-            Some(artifact) => total.known = (total.known.0 + work, total.known.1 + artifact.seconds()),
-            None => total.work += work,
-        }
-        let state = if cached { "cached" } else { "to run" };
-        let _ = writeln!(text, "{state}  {}  {:>10}  {}", &stage.key[..8], amount(work), stage.label);
+    for stage in plan.stages.iter().filter(|_| stages) {
+        let state = if store.is_committed(&stage.key) { "cached" } else { "to run" };
+        let (key, work) = (&stage.key[..8], amount(work(&stage.spec)));
+        let _ = writeln!(text, "{state}  {key}  {work:>10}  {}", stage.label);
     }
-    let left: f64 = totals.values().map(|total| total.work).sum();
-    let _ = writeln!(text, "\n{}: {} cells, {} stages", plan.experiment, plan.cells.len(), plan.stages.len());
+    if stages {
+        text.push('\n');
+    }
+    let totals = totals(plan, store);
+    let left: f64 = totals.values().map(|total| total.left).sum();
+    let cached: usize = totals.values().map(|total| total.cached).sum();
+    let _ = writeln!(
+        text,
+        "{}: {} cells, {} stages, {cached} cached",
+        plan.experiment,
+        plan.cells.len(),
+        plan.stages.len()
+    );
     for (kind, total) in &totals {
-        let share = if left > 0. { 100. * total.work / left } else { 0. };
+        let share = if left > 0. { 100. * total.left / left } else { 0. };
         let _ = writeln!(
             text,
             "  {kind:<9} {:>5}, {:>5} cached, {share:>3.0} % of the work left",
@@ -87,26 +73,26 @@ fn as_text(plan: &Plan, store: &Store) -> String {
         );
     }
     let _ = writeln!(text, "work left: {} forward passes of one example", amount(left));
-    match totals.values().map(Total::seconds).sum::<Option<f64>>() {
+    let seconds = totals.values().map(|total| total.measured.seconds_of(total.left)).sum::<Option<f64>>();
+    let _ = match seconds {
         Some(seconds) => {
-            let _ = writeln!(text, "time left: about {:.0} s of one job, judging by the cached stages", seconds.ceil());
+            writeln!(text, "time left: about {} of one job, judging by the cached stages", duration(seconds))
         }
-        None => text += "time left: unknown until a stage of each kind is cached\n",
-    }
+        None => writeln!(text, "time left: unknown until a stage of each kind is cached"),
+    };
     let _ = writeln!(text, "arithmetic: {}", plan.arithmetic);
     let _ = writeln!(text, "store: {}", store.root().display());
-    text
-}
-
-fn kind(spec: &StageSpec) -> &'static str {
-    match spec {
-        StageSpec::Pretrain(_) => "pretrain",
-        StageSpec::Load(_) => "load",
-        StageSpec::Train(spec) => spec.phase.name(),
-        StageSpec::Post(_) => "post",
-        StageSpec::Answer(_) => "answer",
-        StageSpec::Judge(_) => "judge",
+    if let Some(spec) = plan.without_weights() {
+        let folder = spec.path.display();
+        let _ = writeln!(
+            text,
+            "note: {folder} holds no weights; the run will need them, and until then the keys of the stages are provisional"
+        );
     }
+    if !stages {
+        text += "`titer plan --stages` lists the stages\n";
+    }
+    text
 }
 
 fn amount(work: f64) -> String {

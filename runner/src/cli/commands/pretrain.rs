@@ -6,10 +6,12 @@ use titer_core::device::parse_device;
 use titer_core::{Error, Kind};
 
 use super::{ConfigArgs, Done};
+use crate::cli::outlook::Outlook;
 use crate::cli::progress::for_stderr;
 use crate::diagnostics::Problems;
 use crate::execute::{Jobs, Processes, execute};
 use crate::interrupt::Interrupt;
+use crate::logging::Logging;
 use crate::plan::StageSpec;
 
 /// The arguments.
@@ -27,7 +29,7 @@ pub struct Args {
 ///
 /// # Errors
 /// The experiment pretrains nothing, or a stage failed.
-pub fn run(args: &Args, verbose: u8) -> Result<Done, Problems> {
+pub fn run(args: &Args, logging: Logging) -> Result<Done, Problems> {
     let (loaded, mut plan, store) = args.config.prepare(args.device.as_deref())?;
     plan.cells.clear();
     plan.stages.retain(|stage| matches!(stage.spec, StageSpec::Pretrain(_)));
@@ -40,8 +42,9 @@ pub fn run(args: &Args, verbose: u8) -> Result<Done, Problems> {
     let interrupt = Interrupt::default();
     interrupt.on_ctrl_c()?;
     let runtime = plan.runtime.clone();
-    let crew = Processes { store: store.root().to_owned(), runtime, threads: jobs.threads, verbose };
-    let outcome = execute(&plan, &store, &crew, &*for_stderr(), &interrupt, jobs.count);
+    let crew = Processes { store: store.root().to_owned(), runtime, threads: jobs.threads, logging };
+    let sink = for_stderr(logging.format, Outlook::new(&plan, &store, jobs.count));
+    let outcome = execute(&plan, &store, &crew, &*sink, &interrupt, jobs.count);
     if outcome.interrupted {
         return Err(Error::interrupted().into());
     }

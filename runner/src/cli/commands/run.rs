@@ -8,10 +8,12 @@ use titer_core::report::{Provenance, ResultRow, Results};
 use titer_core::{Error, Kind};
 
 use super::{ConfigArgs, Done};
+use crate::cli::outlook::Outlook;
 use crate::cli::progress::{Fanout, Journal, for_stderr};
 use crate::diagnostics::Problems;
 use crate::execute::{Jobs, Processes, execute};
 use crate::interrupt::Interrupt;
+use crate::logging::Logging;
 use crate::plan::{Plan, StageSpec};
 use crate::report::folder::OutputFolder;
 use crate::results::provenance;
@@ -41,7 +43,7 @@ pub struct Args {
 ///
 /// # Errors
 /// The configuration is wrong, the device cannot be used, or the user interrupted the run.
-pub fn run(args: &Args, verbose: u8) -> Result<Done, Problems> {
+pub fn run(args: &Args, logging: Logging) -> Result<Done, Problems> {
     let (loaded, plan, store) = args.config.prepare(args.device.as_deref())?;
     let config = &loaded.config;
     let device = parse_device(&config.device).map_err(|error| loaded.source.locate("", error))?;
@@ -55,19 +57,17 @@ pub fn run(args: &Args, verbose: u8) -> Result<Done, Problems> {
     let alone = !device.is_cpu() || plan.stages.iter().any(|stage| matches!(stage.spec, StageSpec::Load(_)));
     let jobs = Jobs::new(args.jobs.map(usize::from).or(alone.then_some(1)));
     let started = provenance::now();
-    let (journal, progress) = (Journal::open(&out)?, for_stderr());
+    let (journal, progress) =
+        (Journal::open(&out)?, for_stderr(logging.format, Outlook::new(&plan, &store, jobs.count)));
     let sink = Fanout(vec![&journal, &*progress]);
     let crew =
-        Processes { store: store.root().to_owned(), runtime: plan.runtime.clone(), threads: jobs.threads, verbose };
+        Processes { store: store.root().to_owned(), runtime: plan.runtime.clone(), threads: jobs.threads, logging };
     let outcome = execute(&plan, &store, &crew, &sink, &interrupt, jobs.count);
-    if outcome.interrupted {
-        return Err(Error::interrupted().into());
-    }
     let provenance = Provenance { started, ..provenance::of(&loaded, &plan, &device_name)? };
     let artifacts: BTreeMap<&str, BTreeMap<String, String>> = plan
         .cells
         .iter()
-        .filter(|cell| outcome.failure(cell).is_none())
+        .filter(|cell| outcome.is_complete(cell))
         .map(|cell| (cell.id.as_str(), results::artifacts(cell)))
         .collect();
     // The same measurement; another judge may have joined.
@@ -75,9 +75,19 @@ pub fn run(args: &Args, verbose: u8) -> Result<Done, Problems> {
         let ours = artifacts.get(row.id.as_str());
         ours.is_some_and(|ours| row.artifacts.iter().all(|(what, key)| ours.get(what) == Some(key)))
     };
-    let results = folder.write(&interrupt, again, |out| {
-        results::assemble(&plan, &config.published, provenance, &store, &outcome, out)
-    })?;
+    let assemble = |out: &Path| results::assemble(&plan, &config.published, provenance, &store, &outcome, out);
+    if outcome.interrupted {
+        let told = match folder.write_partial(&interrupt, again, assemble) {
+            Ok(Some(partial)) => {
+                let report = out.join("report.html");
+                format!("{} of {} cells, in {}", partial.rows.len(), plan.cells.len(), report.display())
+            }
+            Ok(None) => format!("the former one is kept, in {}", out.display()),
+            Err(error) => format!("not written: {}", error.message()),
+        };
+        return Err(Error::interrupted().at("report", told).into());
+    }
+    let results = folder.write(&interrupt, again, assemble)?;
     let mut text = if results.rows.is_empty() { String::new() } else { report::console(&results)? };
     text += &summary(&plan, &results, &out);
     let code = match outcome.exit_code(!results.rows.is_empty()) {

@@ -10,12 +10,14 @@ use titer_core::event::{Event, Sink};
 use titer_core::{Error, Result, arithmetic};
 
 use super::{Done, open_store};
+use crate::cli::outlook::Outlook;
 use crate::cli::progress::for_stderr;
 use crate::diagnostics::{Problems, panicked};
 use crate::execute::protocol::{Order, Reply, Report};
 use crate::execute::{Crew, InProcess, Jobs};
 use crate::experiment::spec::Runtime;
 use crate::interrupt::Interrupt;
+use crate::logging::Logging;
 use crate::manifest::digest;
 use crate::plan::{Plan, PlannedStage, identity};
 use crate::stage::Stages;
@@ -49,7 +51,7 @@ pub struct Args {
 ///
 /// # Errors
 /// The plan cannot be read or is not one of this version, or the stage failed or was interrupted.
-pub fn run(args: &Args) -> Result<Done, Problems> {
+pub fn run(args: &Args, logging: Logging) -> Result<Done, Problems> {
     let threads = Jobs::new(Some(1)).threads;
     let threads = args.threads.map_or(threads, usize::from);
     let store = open_store(args.store.as_ref())?;
@@ -70,7 +72,7 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
     let interrupt = Interrupt::default();
     interrupt.on_ctrl_c()?;
     let crew = InProcess { store: &store, runner: &stages, threads };
-    let sink = for_stderr();
+    let sink = for_stderr(logging.format, Outlook::default());
     let ran = crew.worker().run(&chain, &*sink, &interrupt)?;
     let folder = store.artifact(&chain[0].key)?;
     let state = if ran { "done" } else { "was done" };
@@ -117,6 +119,11 @@ fn chain(plan: &Plan, key: &str) -> Result<Vec<PlannedStage>> {
             .help("give the key of one stage, as `titer plan CONFIG --json` lists them"));
     };
     let chain = plan.chain(&stage.key);
+    if let Some(spec) = plan.without_weights() {
+        return Err(Error::data("the plan was made without the weights of the base model")
+            .file(&spec.path)
+            .help("put the weights there and make the plan anew with `titer plan CONFIG --json`"));
+    }
     for stage in &chain {
         let manifest = identity::of_stage(&stage.spec, stage.parent.as_ref(), &plan.arithmetic);
         if digest(&manifest) != stage.key {

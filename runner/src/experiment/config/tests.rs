@@ -71,6 +71,33 @@ fn a_mistake_from_outside_the_file_names_its_origin() {
 }
 
 #[test]
+fn the_later_layer_wins_where_one_of_two_keys_is_given() {
+    let length = |environment: &[(&str, &str)], overrides: &[&str]| {
+        let train = read("a.toml", CONFIG, environment, overrides).unwrap().config.align.unwrap().train;
+        (train.steps, train.epochs)
+    };
+    let steps = ("TITER_ALIGN__TRAIN__STEPS", "7");
+    assert_eq!(length(&[], &[]), (None, Some(2)));
+    assert_eq!(length(&[], &["align.train.steps=100"]), (Some(100), None));
+    assert_eq!(length(&[], &["align.train={steps=100}"]), (Some(100), None));
+    assert_eq!(length(&[steps], &[]), (Some(7), None));
+    assert_eq!(length(&[steps], &["align.train.epochs=3"]), (None, Some(3)));
+    // Who says both in one breath is told so by the resolver.
+    assert_eq!(length(&[], &["align.train.epochs=3", "align.train.steps=4"]), (Some(4), Some(3)));
+
+    let base = |text: &str, set: &str| read("a.toml", text, &[], &[set]).unwrap().config.base;
+    let shaped = CONFIG.replace("[base.pretrain]", "[base.shape]\nvocab_size = 9\n[base.pretrain]");
+    let given = base(&shaped, "base.path=\"elsewhere\"");
+    assert!(given.path.is_some() && given.pretrain.is_none() && given.shape.is_empty(), "{given:?}");
+    let start = CONFIG.find("[base.pretrain]").unwrap();
+    let end = CONFIG.find("[align]").unwrap();
+    let loaded = format!("{}{}", &CONFIG[..start], &CONFIG[end..]).replace("[base]", "[base]\npath = \"there\"");
+    let table = CONFIG[start..end].replace("[base.pretrain]", "").trim().replace('\n', ", ");
+    let made = base(&loaded, &format!("base.pretrain={{ {table} }}"));
+    assert!(made.path.is_none() && made.pretrain.is_some(), "{made:?}");
+}
+
+#[test]
 fn an_assignment_that_leads_nowhere_says_where_it_stops() {
     for (set, message) in [
         ("methods.9.name=x", "the list `methods` has no entry `9`: it has 2, counted from 0"),

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use titer_core::bounds;
 use titer_core::error::io_error;
-use titer_core::registry::{find, nearest};
+use titer_core::registry::{did_you_mean, find};
 use titer_core::weights::LoraConfig;
 use titer_core::{Model, ModelEntry, Result, Settings, Task};
 
@@ -14,6 +14,7 @@ use super::data::{Drawn, Use};
 use crate::base_model::{model_of, read_config};
 use crate::experiment::Base;
 use crate::experiment::config::BaseConfig;
+use crate::experiment::exclusive::ORIGIN;
 use crate::experiment::spec::{LoadSpec, PluginSpec, PretrainSpec, absolute};
 use crate::plugins::identity;
 
@@ -58,12 +59,7 @@ impl Resolver<'_> {
                 Some((base.seeds.iter().map(spec).collect(), model))
             }
             (path, _) => {
-                let found = if path.is_some() { "both are given" } else { "neither is given" };
-                self.problem(
-                    "base",
-                    &format!("a base model comes from either `path` or `pretrain`; {found}"),
-                    "set base.path to a checkpoint folder, or add [base.pretrain]",
-                );
+                self.not_one("base", &ORIGIN, path.is_some());
                 None
             }
         }
@@ -76,11 +72,19 @@ impl Resolver<'_> {
         dtype: &str,
     ) -> Option<(LoadSpec, Box<dyn Model>)> {
         let folder = self.source.folder_of("base.path").join(path);
-        let files = self.take("base.path", model_files(&folder))?;
+        let start = self.source.start_of("base.path", path).map_or_else(String::new, |start| start + "; ");
+        let files = model_files(&folder).map_err(|error| {
+            error.help(format!("{start}set it to a folder with config.json, model.safetensors and tokenizer.json"))
+        });
+        let files = self.take("base.path", files)?;
         let config = self.take("base.path", read_config(&folder))?;
         let model = self.take("base.path", model_of(entry, &config, &folder.join("config.json")))?;
-        let content = self.content(&files);
-        let content = self.take("base.path", content)?;
+        let content = if files.iter().any(|file| file.extension().is_some_and(|extension| extension == WEIGHTS)) {
+            let content = self.content(&files, |_, _| "check the path".to_owned());
+            self.take("base.path", content)?
+        } else {
+            LoadSpec::UNKNOWN.to_owned()
+        };
         let plugin = self.take("base.model", identity(entry))?;
         let (model_name, version, dtype) = (entry.name.to_owned(), entry.version, dtype.to_owned());
         Some((LoadSpec { model: model_name, version, plugin, path: absolute(&folder), content, dtype }, model))
@@ -90,8 +94,7 @@ impl Resolver<'_> {
         let linears = model.params().linear_names();
         let targets = lora.target_modules.iter().flatten().enumerate();
         for (index, target) in targets.filter(|(_, target)| !linears.contains(&target.as_str())) {
-            let hint = nearest(target, linears.iter().copied());
-            let hint = hint.map_or_else(String::new, |near| format!("; did you mean `{near}`?"));
+            let hint = did_you_mean(target, linears.iter().copied());
             let known = linears.join(", ");
             self.problem(
                 &format!("{key}.target_modules.{index}"),
@@ -112,13 +115,13 @@ fn build_model(entry: &ModelEntry, settings: &Value, task: &dyn Task) -> Result<
     (entry.build)(&Settings::from(settings))
 }
 
+/// The extension of files with weights.
+const WEIGHTS: &str = "safetensors";
+
 /// The files of a checkpoint folder that can change what it computes, sorted by name.
 fn model_files(folder: &Path) -> Result<Vec<PathBuf>> {
-    const EXTENSIONS: [&str; 5] = ["safetensors", "json", "model", "jinja", "txt"];
-    let listing = std::fs::read_dir(folder).map_err(|error| {
-        io_error("read the checkpoint folder", folder, error)
-            .help("set `base.path` to a folder with config.json, model.safetensors and tokenizer.json")
-    })?;
+    const EXTENSIONS: [&str; 5] = [WEIGHTS, "json", "model", "jinja", "txt"];
+    let listing = std::fs::read_dir(folder).map_err(|error| io_error("read the checkpoint folder", folder, error))?;
     let mut files: Vec<PathBuf> = listing
         .filter_map(|entry| Some(entry.ok()?.path()))
         .filter(|path| path.extension().and_then(std::ffi::OsStr::to_str).is_some_and(|ext| EXTENSIONS.contains(&ext)))

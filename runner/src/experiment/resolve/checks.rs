@@ -4,10 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use serde_json::{Map, Value};
-use titer_core::registry::{Entry, find, nearest};
+use titer_core::registry::{Entry, did_you_mean, find};
 use titer_core::{Error, Result, Settings};
 
 use crate::diagnostics::Problems;
+use crate::experiment::exclusive::Exclusive;
 use crate::experiment::layers::Source;
 use crate::experiment::spec::PluginSpec;
 use crate::plugins::identity;
@@ -37,6 +38,13 @@ impl<'a> Resolver<'a> {
         if !holds {
             self.problem(key, message, help);
         }
+    }
+
+    /// Tells that not exactly one of two keys of the table `key` is given.
+    pub(super) fn not_one(&mut self, key: &str, keys: &Exclusive, both: bool) {
+        let Exclusive { sides: [left, right], says, help, .. } = keys;
+        let found = if both { "both are given" } else { "neither is given" };
+        self.problem(key, &format!("{says} either `{}` or `{}`; {found}", left[0], right[0]), help);
     }
 
     /// Whether `number` lies between 1 and `most`; if not, nothing may be made of that size.
@@ -82,8 +90,7 @@ impl<'a> Resolver<'a> {
     }
 
     pub(super) fn one_of(&mut self, key: &str, name: &str, known: &[&str]) {
-        let hint = nearest(name, known.iter().copied());
-        let hint = hint.map_or_else(String::new, |near| format!("; did you mean `{near}`?"));
+        let hint = did_you_mean(name, known.iter().copied());
         let message = format!("`{name}` is not in this configuration{hint}");
         self.check(known.contains(&name), key, &message, &format!("use one of {}", known.join(", ")));
     }

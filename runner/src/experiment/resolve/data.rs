@@ -11,20 +11,16 @@ use titer_core::{Error, Result, Row, Settings, Task, TaskEntry};
 use super::checks::Resolver;
 use crate::disk;
 use crate::experiment::config::{StreamConfig, TaskRef};
-use crate::experiment::spec::{PATH, PluginSpec, RowsSpec, StreamSpec};
-
-/// Where a path that is not whole starts.
-const PATHS: &str =
-    "check the path; in a configuration, paths start at its folder, after --set at the working directory";
+use crate::experiment::spec::{PATH, PluginSpec, RowsSpec, StreamSpec, absolute};
 
 impl Resolver<'_> {
     /// The settings of a task in which each path that does not come from the file is a whole one: a task takes relative
     /// paths from the file's folder.
     pub(super) fn placed(&self, key: &str, name: &str, settings: &Map<String, Value>) -> Map<String, Value> {
         let mut settings = settings.clone();
-        let schema = find::<TaskEntry>(name).map(|entry| (entry.settings.schema)().to_value()).unwrap_or_default();
+        let schema = schema(name);
         for (setting, value) in &mut settings {
-            if schema["properties"][setting]["format"] != PATH {
+            if !is_path(&schema, setting) {
                 continue;
             }
             let start = self.source.folder_of(&format!("{key}.{setting}"));
@@ -37,6 +33,17 @@ impl Resolver<'_> {
         settings
     }
 
+    /// What to do if one of a task's files is missing: says where its path starts.
+    fn check_path(&self, key: &str, name: &str, settings: &Map<String, Value>, file: &Path) -> String {
+        let schema = schema(name);
+        let start = settings.iter().filter(|(setting, _)| is_path(&schema, setting)).find_map(|(setting, value)| {
+            let (key, path) = (format!("{key}.{setting}"), Path::new(value.as_str()?));
+            let whole = absolute(&self.source.folder_of(&key).join(path));
+            self.source.start_of(&key, path).filter(|_| whole == absolute(file))
+        });
+        start.map_or_else(|| "check the path".to_owned(), |start| format!("check the path; {start}"))
+    }
+
     /// Builds a task, which checks that its files are there, and hashes them.
     pub(super) fn task(
         &mut self,
@@ -44,11 +51,11 @@ impl Resolver<'_> {
         name: &str,
         settings: &Map<String, Value>,
     ) -> Option<(PluginSpec, String, Box<dyn Task>)> {
-        let settings = &self.placed(key, name, settings);
+        let (written, settings) = (settings, &self.placed(key, name, settings));
         let (entry, spec) = self.plugin::<TaskEntry>(key, &format!("{key}.task"), name, settings)?;
         let task = (entry.build)(&Settings::from(settings.clone()), self.source.folder());
         let task = self.take(key, task)?;
-        let content = self.content(&task.files());
+        let content = self.content(&task.files(), |cx, file| cx.check_path(key, name, written, file));
         Some((spec, self.take(key, content)?, task))
     }
 
@@ -85,7 +92,8 @@ impl Resolver<'_> {
         self.take(key, rows)
     }
 
-    pub(super) fn content(&mut self, files: &[PathBuf]) -> Result<String> {
+    /// The hash of files. `remedy` says what to do about a missing one.
+    pub(super) fn content(&mut self, files: &[PathBuf], remedy: impl Fn(&Self, &Path) -> String) -> Result<String> {
         if files.is_empty() {
             return Ok(String::new());
         }
@@ -95,7 +103,8 @@ impl Resolver<'_> {
                 Some(hash) => hash,
                 None => {
                     let hash = disk::hash(file);
-                    let hash = hash.map_err(|error| if file.exists() { error } else { error.help(PATHS) })?;
+                    let hash =
+                        hash.map_err(|error| if file.exists() { error } else { error.help(remedy(self, file)) })?;
                     self.hashes.entry(file.clone()).or_insert(hash)
                 }
             };
@@ -103,6 +112,15 @@ impl Resolver<'_> {
         }
         Ok(whole.finalize().to_hex().to_string())
     }
+}
+
+/// The schema of a task's settings; null for an unknown task.
+fn schema(task: &str) -> Value {
+    find::<TaskEntry>(task).map(|entry| (entry.settings.schema)().to_value()).unwrap_or_default()
+}
+
+fn is_path(schema: &Value, setting: &str) -> bool {
+    schema["properties"][setting]["format"] == PATH
 }
 
 /// What rows are for.

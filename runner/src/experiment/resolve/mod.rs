@@ -251,6 +251,26 @@ mod tests {
     }
 
     #[test]
+    fn a_missing_file_says_where_its_path_starts() {
+        let told = |changes: &[(&str, &str)], sets: &[&str]| {
+            let loaded = load(changes, sets).unwrap();
+            let folder = super::absolute(loaded.source.folder()).display().to_string();
+            (super::resolve(&loaded).unwrap_err().to_string(), folder)
+        };
+        let (text, folder) = told(&[("word = \"hello\"", "file = \"no.csv\"")], &[]);
+        assert!(text.contains(&format!("`no.csv` starts at {folder}, the configuration's folder")), "{text}");
+        assert_eq!(text.matches("cause: ").count(), 1, "{text}");
+        let here = std::env::current_dir().unwrap().display().to_string();
+        let (text, _) = told(&[], &["fine_tune.tasks.0.file=no.csv"]);
+        let start = format!("`no.csv` starts at {here}, the working directory, since it is from --set fine_tune");
+        assert!(text.contains(&start), "{text}");
+        let (text, _) = told(&[], &["fine_tune.tasks.0.file=/no.csv"]);
+        assert!(text.contains("help: check the path\n"), "{text}");
+        let (text, _) = told(&[], &["base.path=no-model"]);
+        assert!(text.contains(&format!("`no-model` starts at {here}, the working directory")), "{text}");
+    }
+
+    #[test]
     fn published_values_are_checked() {
         let judges = "judges = [\"fake-judge\"]\n";
         let row = "[[published]]\nsource = \"a table\"\nmethod = \"Shield\"\ntask = \"chat\"\nsamples = 40\n\

@@ -4,6 +4,7 @@ use titer_core::bounds;
 
 use super::checks::Resolver;
 use crate::experiment::config::TrainConfig;
+use crate::experiment::exclusive::LENGTH;
 use crate::experiment::spec::{OptimSpec, Steps};
 
 impl Resolver<'_> {
@@ -28,9 +29,7 @@ impl Resolver<'_> {
             (Some(steps), None) => ("steps", steps, Steps::Steps(steps)),
             (None, Some(epochs)) => ("epochs", epochs, Steps::Epochs(epochs)),
             (steps, _) => {
-                let found = if steps.is_some() { "both are given" } else { "neither is given" };
-                let message = format!("training takes either `steps` or `epochs`; {found}");
-                self.problem(key, &message, "keep one of them, as in steps = 400");
+                self.not_one(key, &LENGTH, steps.is_some());
                 return None;
             }
         };

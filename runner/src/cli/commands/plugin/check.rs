@@ -5,7 +5,7 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
-use titer_core::registry::{Entry, all};
+use titer_core::registry::{Entry, all, did_you_mean};
 use titer_core::{DefenseEntry, Error, JudgeEntry, ModelEntry, Result, Settings, TaskEntry, testing};
 
 use super::super::Done;
@@ -17,9 +17,10 @@ use crate::plugins::{PluginFile, Registered, registered};
 /// The arguments.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
-    /// The plugin's folder, which is built first, or its shared library; left out in a runner that plugins are linked
-    /// into, all of these.
-    pub path: Option<PathBuf>,
+    /// The plugin's folder, which is built first, or its shared library, or the name of one that this runner has; left out
+    /// in a runner that plugins are linked into, all of these.
+    #[arg(value_name = "PATH|NAME")]
+    pub plugin: Option<PathBuf>,
 }
 
 /// One thing that a plugin owes.
@@ -35,7 +36,7 @@ struct Check {
 /// # Errors
 /// The plugin cannot be built or loaded, or it registers nothing.
 pub fn run(args: &Args) -> Result<Done, Problems> {
-    let entries = entries(args.path.as_deref())?;
+    let entries = entries(args.plugin.as_deref())?;
     if entries.is_empty() {
         let help = "submit an entry with `inventory::submit!`, as `titer plugin new` shows";
         return Err(Error::config("there is no plugin to check").help(help).into());
@@ -70,8 +71,19 @@ fn among<E: Entry>(entries: &BTreeSet<Registered>, entry: &E) -> bool {
     entries.contains(&(E::KIND, entry.name(), entry.crate_name()))
 }
 
-/// The entries to check: those of the file, or of all plugins in the process.
+/// The entries to check: those of the file, those of the name, or of all plugins in the process.
 fn entries(path: Option<&Path>) -> Result<BTreeSet<Registered>> {
+    if let Some(name) = path.filter(|path| !path.exists()).and_then(Path::to_str)
+        && Path::new(name).components().count() == 1
+    {
+        let (named, others): (BTreeSet<_>, BTreeSet<_>) = registered().into_iter().partition(|entry| entry.1 == name);
+        if named.is_empty() {
+            let hint = did_you_mean(name, others.into_iter().map(|(_, name, _)| name));
+            return Err(Error::config(format!("there is no file and no plugin called `{name}`{hint}"))
+                .help("give a plugin's folder, its shared library, or a name that `titer list` shows"));
+        }
+        return Ok(named);
+    }
     let before = if path.is_some() { registered() } else { BTreeSet::new() };
     match path {
         Some(folder) if folder.is_dir() => plugins::load(&PluginFile { path: build::build(folder)?, blake3: None })?,

@@ -96,7 +96,16 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
         disk::replace(&path, text.as_bytes())?;
     }
     let shown = folder.display();
-    Ok(format!("{shown}: a {} to change\nnext: titer plugin build {shown}\n", args.kind.word()).into())
+    Ok(format!("{shown}: a {} to change\nnext: {}\n", args.kind.word(), next(&shown.to_string())).into())
+}
+
+/// What to do with the crate: this runner may be unable to load shared libraries.
+fn next(folder: &str) -> String {
+    if cfg!(feature = "dynamic") {
+        format!("titer plugin check {folder}")
+    } else {
+        format!("cd {folder} && cargo run --release --features runner -- plugin check")
+    }
 }
 
 /// The crate's files: the templates are a crate called `my-plugin`, and compile as they are.
