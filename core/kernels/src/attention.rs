@@ -45,6 +45,7 @@ pub struct Mask {
 
 impl Mask {
     /// The slots that query `q` of batch row `b` sees, with at most `window` of them.
+    #[inline]
     pub fn range(&self, b: usize, q: usize, window: Option<usize>) -> Range<usize> {
         let position = self.starts[b] + q;
         let end = (position + 1).min(self.ends[b]).max(1);
@@ -166,16 +167,19 @@ impl<'a> Plan<'a> {
     }
 
     /// Query heads per key/value head.
+    #[inline]
     fn group(&self) -> usize {
         self.shape.query / self.shape.key_value
     }
 
     /// Where the queries of batch row `b` and head `h` begin.
+    #[inline]
     fn queries(&self, b: usize, h: usize) -> usize {
         b * self.mask.queries * self.stride[0] + h * self.shape.width
     }
 
     /// Where the keys that head `h` of batch row `b` looks at begin.
+    #[inline]
     fn keys(&self, b: usize, h: usize) -> usize {
         self.mask.rows[b] * self.slots * self.stride[1] + h / self.group() * self.shape.width
     }

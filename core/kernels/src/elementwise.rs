@@ -92,7 +92,7 @@ pub fn sum_columns<T: Real>(x: &[T], count: usize, width: usize) -> Vec<T> {
 pub fn square_sum(x: &[f32]) -> f64 {
     simd(
         #[inline(always)]
-        || reduce::lanes(x.len(), |at| f64::from(x[at]) * f64::from(x[at])),
+        || reduce::lanes([x], |[x]| f64::from(x) * f64::from(x)),
     )
 }
 
