@@ -134,18 +134,20 @@ mod tests {
     #[test]
     fn a_stage_has_its_own_peak_whatever_ran_before_and_beside_it() {
         let ((one, one_meter), (other, other_meter)) = (pool(), pool());
-        assert_eq!(stage(&one, one_meter, 64), 64);
-        assert_eq!(stage(&one, one_meter, 8), 8, "a large stage before it does not count");
+        // What threads take and give back beside the stage counts as well, but it is little.
+        let holds = |peak: u64, expected: u64, what: &str| assert!(peak.abs_diff(expected) <= 1, "{what}: {peak} MiB");
+        holds(stage(&one, one_meter, 64), 64, "a stage");
+        holds(stage(&one, one_meter, 8), 8, "after a large stage");
         std::thread::scope(|scope| {
             let beside = scope.spawn(|| stage(&other, other_meter, 128));
-            assert_eq!(stage(&one, one_meter, 16), 16, "nor does one beside it");
-            assert_eq!(beside.join().expect("a stage"), 128);
+            holds(stage(&one, one_meter, 16), 16, "beside a large stage");
+            holds(beside.join().expect("a stage"), 128, "the large stage");
         });
         // A model that stays loaded is held by every stage that uses it.
         let kept = one.install(|| vec![1u8; 32 << 20]);
-        assert_eq!(stage(&one, one_meter, 8), 32 + 8);
+        holds(stage(&one, one_meter, 8), 32 + 8, "with a model that stays");
         one.install(|| drop(kept));
-        assert_eq!(stage(&one, one_meter, 8), 8);
+        holds(stage(&one, one_meter, 8), 8, "when it is gone");
     }
 
     #[test]
