@@ -97,7 +97,9 @@ mod tests {
     #[test]
     fn the_order_of_a_sum_is_fixed() {
         for count in (0..70).chain([95, 96, 100, 112, 113, 1000]) {
-            let value = |at: usize| ((at * 7919 % 1000) as f32 / 997. - 0.3) * 10f32.powi((at % 9) as i32 - 4);
+            let value = |at: usize| {
+                ((at * 7919 % 1000) as f32 / 997. - 0.3) * 10f32.powi(i32::try_from(at % 9).expect("a digit") - 4)
+            };
             let (a, b): (Vec<f32>, Vec<f32>) = (0..count).map(|at| (value(at), value(at + 31))).unzip();
             let mut lanes = [0f32; LANES];
             for at in 0..count {
