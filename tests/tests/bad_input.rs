@@ -614,7 +614,7 @@ fn paths_of_the_command_line_start_at_the_working_directory() {
     let told = plan(command);
     assert!(told.contains("folder `models/tiny`") && !told.contains("cannot read `configs/data/safe.json`"), "{told}");
     assert!(!told.contains("cannot read `data/safe.json`"), "{told}");
-    assert!(told.contains("`configs/harmful.jsonl`") && told.contains("paths start at its folder"), "{told}");
+    assert!(told.contains("`configs/harmful.jsonl`") && told.contains("the configuration's folder"), "{told}");
     // Each cause once.
     assert_eq!(told.matches("error: ").count(), told.matches("os error 2").count(), "{told}");
     let told = plan("configs/sst2.toml");

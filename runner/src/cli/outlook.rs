@@ -136,7 +136,7 @@ mod tests {
         assert_eq!(outlook.counter(), "");
         let stages = plan.stages.len();
         outlook.observe(&Event::RunStarted { experiment: "demo".into(), stages, cached: 0 }, start);
-        assert_eq!((outlook.counter(), outlook.time_left(start)), (format!("[ 0/{stages}] "), None));
+        assert_eq!((outlook.counter(), outlook.time_left(start)), (format!("[{:>3}/{stages}] ", 0), None));
         // Twice as fast as the work estimates: half of the first stage takes 5 seconds.
         let work_of = |stage: &crate::plan::PlannedStage| work(&stage.spec);
         let all: f64 = plan.stages.iter().map(work_of).sum();
@@ -150,7 +150,7 @@ mod tests {
         assert!(close(outlook.seconds_left(later).unwrap(), expected(all - first / 2.)));
         outlook.observe(&Event::StageFinished { key, label, seconds: 10. }, later);
         assert!(close(outlook.seconds_left(later).unwrap(), expected(all - first)));
-        assert_eq!(outlook.counter(), format!("[ 1/{stages}] "));
+        assert_eq!(outlook.counter(), format!("[{:>3}/{stages}] ", 1));
         // With more jobs it takes less, and another kind's own speed counts once it is known.
         let pair = Outlook { jobs: 2, ..outlook.clone() };
         assert!(close(pair.seconds_left(later).unwrap(), expected(all - first) / 2.));

@@ -11,13 +11,14 @@ use super::{ConfigArgs, Done};
 use crate::cli::outlook::Outlook;
 use crate::cli::progress::{Fanout, Journal, for_stderr};
 use crate::diagnostics::Problems;
-use crate::execute::{Jobs, Processes, execute};
+use crate::execute::{InProcess, Jobs, Processes, execute};
 use crate::interrupt::Interrupt;
 use crate::logging::Logging;
 use crate::plan::{Plan, StageSpec};
 use crate::report::folder::OutputFolder;
 use crate::results::provenance;
-use crate::{report, results};
+use crate::stage::Stages;
+use crate::{environment, report, results};
 
 /// The arguments.
 #[derive(Debug, Clone, clap::Args)]
@@ -34,6 +35,9 @@ pub struct Args {
     /// Stages to run at once [default: one per core; one on a GPU].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub jobs: Option<u16>,
+    /// Runs the stages within this process, for debuggers and emulators. One that runs out of memory then ends the run.
+    #[arg(long)]
+    pub in_process: bool,
     /// Never uses the network.
     #[arg(long)]
     pub offline: bool,
@@ -56,13 +60,22 @@ pub fn run(args: &Args, logging: Logging) -> Result<Done, Problems> {
     // Stages on one GPU would only compete for its memory, and large models on the CPU for its caches.
     let alone = !device.is_cpu() || plan.stages.iter().any(|stage| matches!(stage.spec, StageSpec::Load(_)));
     let jobs = Jobs::new(args.jobs.map(usize::from).or(alone.then_some(1)));
+    if args.in_process {
+        environment::fix(jobs.threads);
+    }
     let started = provenance::now();
     let (journal, progress) =
         (Journal::open(&out)?, for_stderr(logging.format, Outlook::new(&plan, &store, jobs.count)));
     let sink = Fanout(vec![&journal, &*progress]);
-    let crew =
-        Processes { store: store.root().to_owned(), runtime: plan.runtime.clone(), threads: jobs.threads, logging };
-    let outcome = execute(&plan, &store, &crew, &sink, &interrupt, jobs.count);
+    let runtime = plan.runtime.clone();
+    let threads = jobs.threads;
+    let outcome = if args.in_process {
+        let stages = Stages::new(&runtime, device);
+        execute(&plan, &store, &InProcess { store: &store, runner: &stages, threads }, &sink, &interrupt, jobs.count)
+    } else {
+        let crew = Processes { store: store.root().to_owned(), runtime, threads, logging };
+        execute(&plan, &store, &crew, &sink, &interrupt, jobs.count)
+    };
     let provenance = Provenance { started, ..provenance::of(&loaded, &plan, &device_name)? };
     let artifacts: BTreeMap<&str, BTreeMap<String, String>> = plan
         .cells
