@@ -12,7 +12,7 @@
 //! | [`results`] | `results.json`: its rows, where they come from |
 //! | [`stats`] | intervals and tests |
 //! | [`report`] | renderings of results, runs side by side, published values against ours |
-//! | [`reference`] | what users look up: terms, keys, settings of plugins, commands |
+//! | [`mod@reference`] | what users look up: terms, keys, settings of plugins, commands |
 //! | [`cli`] | the command line: one module a command, progress, exit codes |
 //! | [`plugins`] | plugin crates from elsewhere; how a shared library is examined and loaded |
 //! | [`disk`] [`names`] [`manifest`] [`interrupt`] [`diagnostics`] | what several of these need |
