@@ -156,6 +156,22 @@ fn a_killed_worker_fails_its_stage_and_nothing_else() {
     assert_eq!(results(&folder.path().join("out")), results(&undisturbed.path().join("out")));
 }
 
+/// As by a time limit, which signals every process of a job.
+#[test]
+fn a_worker_that_is_told_to_end_keeps_a_checkpoint() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (config, child) = begin_slow(folder.path());
+    wait_for(folder.path(), "fine-tune");
+    wait_for_checkpoint(folder.path());
+    let found = workers(child.id());
+    kill("-TERM", found[0]);
+    let output = child.wait_with_output().expect("the end");
+    assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
+    let again = run(folder.path(), &config).output().expect("a run");
+    ended_well(&again);
+    assert!(stderr(&again).contains("resume  fine-tune"), "{}", stderr(&again));
+}
+
 #[test]
 fn workers_end_with_their_run() {
     let folder = tempfile::tempdir().expect("a folder");

@@ -15,7 +15,12 @@ use crate::plan::PlannedStage;
 #[serde(tag = "order", rename_all = "snake_case")]
 pub enum Order {
     /// The first order.
-    Begin(Box<Runtime>),
+    Begin {
+        /// What the stages need.
+        runtime: Box<Runtime>,
+        /// How the run rounds. A worker that rounds otherwise, as on another device, must not store anything.
+        arithmetic: String,
+    },
     /// Run the first stage of a chain.
     Run {
         /// The stage, then all that it builds on.

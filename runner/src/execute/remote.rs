@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use titer_core::event::Sink;
 use titer_core::{Error, Result};
@@ -21,6 +21,8 @@ use crate::plan::PlannedStage;
 
 /// How often the user's wish to stop is looked at while a worker is busy.
 const BREATH: Duration = Duration::from_millis(50);
+/// How long the last words of a worker that has ended are waited for.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// Lines of a worker that are kept, as a backtrace may follow what matters, and how many of them are told.
 const KEPT_LINES: usize = 200;
 const TOLD_LINES: usize = 5;
@@ -36,6 +38,8 @@ pub struct Processes {
     pub store: PathBuf,
     /// What the stages need.
     pub runtime: Runtime,
+    /// How the run rounds: see [`titer_core::arithmetic`].
+    pub arithmetic: String,
     /// Threads of a worker.
     pub threads: usize,
     /// What workers log, and how.
@@ -56,25 +60,42 @@ struct Remote<'a> {
 
 impl Worker for Remote<'_> {
     fn run(&mut self, chain: &[PlannedStage], sink: &dyn Sink, interrupt: &Interrupt) -> Result<bool> {
-        if self.process.is_none() {
-            self.process = Some(Process::start(self.crew)?);
-        }
-        let Some(process) = self.process.as_mut() else { return Err(Error::run("there is no worker process")) };
-        process.order(&Order::Run { chain: chain.to_vec() });
-        let mut told = false;
+        // One that has died while it waited has failed no stage.
+        let mut waiting = self.process.take();
+        let alive = waiting.as_mut().is_some_and(|process| !process.has_ended());
+        let mut process = waiting.filter(|_| alive).map_or_else(|| Process::start(self.crew), Ok)?;
+        process.order(&Order::Run { chain: chain.to_vec() })?;
+        let (mut told, mut ended) = (false, false);
+        // The process is put back only once it has answered: what a stage under way still says belongs to no other.
         loop {
-            match process.replies.recv_timeout(BREATH) {
-                Ok(Reply::Progress { event }) => sink.emit(event),
-                Ok(Reply::Done { ran }) => return Ok(ran),
-                Ok(Reply::Failed(report)) => return Err(report.into()),
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => {
-                    let death = self.process.take().map(Process::death);
-                    return Err(death.unwrap_or_else(|| Error::run("the worker process is gone")));
+            let dead = match process.replies.recv_timeout(BREATH) {
+                Ok(Reply::Progress { event }) => {
+                    sink.emit(event);
+                    false
                 }
+                Ok(Reply::Done { ran }) => {
+                    self.process = Some(process);
+                    return Ok(ran);
+                }
+                Ok(Reply::Failed(report)) => {
+                    self.process = Some(process);
+                    return Err(report.into());
+                }
+                // Something that it has started may hold its standard output open. What it said last comes first.
+                Err(RecvTimeoutError::Timeout) if ended => true,
+                Err(RecvTimeoutError::Timeout) => {
+                    ended = process.has_ended();
+                    false
+                }
+                Err(RecvTimeoutError::Disconnected) => true,
+            };
+            if dead {
+                let death = process.death();
+                // The signal that stops the run may have reached the worker as well.
+                return Err(if interrupt.is_set() { Error::interrupted() } else { death });
             }
             if interrupt.is_set() && !told {
-                process.order(&Order::Stop);
+                process.order(&Order::Stop)?;
                 told = true;
             }
         }
@@ -93,7 +114,11 @@ struct Process {
 
 impl Process {
     fn start(crew: &Processes) -> Result<Self> {
-        let cannot = |error: std::io::Error| Error::run("cannot start a worker process").source(error);
+        let cannot = |error: std::io::Error| {
+            Error::run("cannot start a worker process")
+                .source(error)
+                .help("allow more processes or memory (`ulimit -u`, `ulimit -v`), or use --in-process")
+        };
         let mut command = Command::new(program().map_err(cannot)?);
         command.args(["worker", "--serve", "--threads", &crew.threads.to_string(), "--store"]).arg(&crew.store);
         command.args(crew.logging.arguments());
@@ -107,15 +132,16 @@ impl Process {
         let (sender, replies) = channel();
         if let Some(output) = child.stdout.take() {
             std::thread::spawn(move || {
-                for line in BufReader::new(output).lines().map_while(std::io::Result::ok) {
-                    match serde_json::from_str::<Reply>(&line) {
+                let lines = BufReader::new(output).split(b'\n').map_while(std::io::Result::ok);
+                for line in lines.filter(|line| !line.is_empty()) {
+                    match serde_json::from_slice::<Reply>(&line) {
                         Ok(reply) => {
                             if sender.send(reply).is_err() {
                                 return;
                             }
                         }
                         // A plugin prints.
-                        Err(_) => tell(&line),
+                        Err(_) => tell(&String::from_utf8_lossy(&line)),
                     }
                 }
             });
@@ -136,15 +162,34 @@ impl Process {
             })
         });
         let mut process = Self { child, orders, replies, last_lines, listener };
-        process.order(&Order::Begin(Box::new(crew.runtime.clone())));
+        let (runtime, arithmetic) = (Box::new(crew.runtime.clone()), crew.arithmetic.clone());
+        process.order(&Order::Begin { runtime, arithmetic })?;
         Ok(process)
     }
 
     /// If nobody listens any more, the end of the replies tells.
-    fn order(&mut self, order: &Order) {
-        let line = serde_json::to_string(order).expect("orders serialise");
+    fn order(&mut self, order: &Order) -> Result<()> {
+        let line = serde_json::to_string(order).map_err(|error| {
+            Error::config("a path of the experiment cannot be told to a worker process")
+                .source(error)
+                .help("use paths whose names are Unicode, or --in-process")
+        })?;
         if let Some(orders) = &mut self.orders {
             let _ = writeln!(orders, "{line}").and_then(|()| orders.flush());
+        }
+        Ok(())
+    }
+
+    fn has_ended(&mut self) -> bool {
+        self.child.try_wait().is_ok_and(|status| status.is_some())
+    }
+
+    /// Waits until what it said on standard error is passed on; not for long, since something that it has started may hold
+    /// that open.
+    fn listen_to_the_end(&mut self) {
+        let until = Instant::now() + PATIENCE;
+        while self.listener.as_ref().is_some_and(|listener| !listener.is_finished()) && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(1));
         }
     }
 
@@ -152,8 +197,7 @@ impl Process {
     fn death(mut self) -> Error {
         self.orders = None;
         let status = self.child.wait();
-        // It has said all that it ever will.
-        drop(self.listener.take().map(std::thread::JoinHandle::join));
+        self.listen_to_the_end();
         let last_lines =
             Vec::from(std::mem::take(&mut *self.last_lines.lock().unwrap_or_else(PoisonError::into_inner)));
         match status {
@@ -168,7 +212,7 @@ impl Drop for Process {
     fn drop(&mut self) {
         self.orders = None;
         let _ = self.child.wait();
-        drop(self.listener.take().map(std::thread::JoinHandle::join));
+        self.listen_to_the_end();
     }
 }
 

@@ -297,9 +297,9 @@ pub fn method(method: &Method) -> Value {
 /// Takes the value at a path such as `attack.train.learning_rate` out of a manifest.
 fn remove(manifest: &mut Value, path: &str) {
     let (parents, name) = path.rsplit_once('.').map_or((None, path), |(parents, name)| (Some(parents), name));
-    let parent =
-        parents.into_iter().flat_map(|parents| parents.split('.')).fold(manifest, |value, part| &mut value[part]);
-    if let Some(fields) = parent.as_object_mut() {
+    let mut parts = parents.into_iter().flat_map(|parents| parents.split('.'));
+    let parent = parts.try_fold(manifest, |value, part| value.get_mut(part));
+    if let Some(fields) = parent.and_then(Value::as_object_mut) {
         fields.remove(name);
     }
 }

@@ -37,12 +37,13 @@ pub fn run(args: &Args, logging: Logging) -> Result<Done, Problems> {
         let error = Error::config("the experiment pretrains no model").key("base");
         return Err(loaded.source.locate("", error.help("add [base.pretrain]")).into());
     }
-    parse_device(&loaded.config.device).map_err(|error| loaded.source.locate("", error))?;
-    let jobs = Jobs::new(None);
+    let device = parse_device(&loaded.config.device).map_err(|error| loaded.source.locate("", error))?;
+    // Several on one GPU would only compete for its memory.
+    let jobs = Jobs::new((!device.is_cpu()).then_some(1));
     let interrupt = Interrupt::default();
     interrupt.on_ctrl_c()?;
-    let runtime = plan.runtime.clone();
-    let crew = Processes { store: store.root().to_owned(), runtime, threads: jobs.threads, logging };
+    let (runtime, arithmetic) = (plan.runtime.clone(), plan.arithmetic.clone());
+    let crew = Processes { store: store.root().to_owned(), runtime, arithmetic, threads: jobs.threads, logging };
     let sink = for_stderr(logging.format, Outlook::new(&plan, &store, jobs.count));
     let outcome = execute(&plan, &store, &crew, &*sink, &interrupt, jobs.count);
     if outcome.interrupted {

@@ -73,7 +73,8 @@ pub fn run(args: &Args, logging: Logging) -> Result<Done, Problems> {
         let stages = Stages::new(&runtime, device);
         execute(&plan, &store, &InProcess { store: &store, runner: &stages, threads }, &sink, &interrupt, jobs.count)
     } else {
-        let crew = Processes { store: store.root().to_owned(), runtime, threads, logging };
+        let (store_folder, arithmetic) = (store.root().to_owned(), plan.arithmetic.clone());
+        let crew = Processes { store: store_folder, runtime, arithmetic, threads, logging };
         execute(&plan, &store, &crew, &sink, &interrupt, jobs.count)
     };
     let provenance = Provenance { started, ..provenance::of(&loaded, &plan, &device_name)? };

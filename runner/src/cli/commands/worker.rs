@@ -67,7 +67,7 @@ pub fn run(args: &Args, logging: Logging) -> Result<Done, Problems> {
     if let Some(device) = &args.device {
         plan.runtime.device.clone_from(device);
     }
-    let stages = open(&plan.runtime, Some(&plan.arithmetic))?;
+    let stages = open(&plan.runtime, &plan.arithmetic)?;
     let chain = chain(&plan, key)?;
     let interrupt = Interrupt::default();
     interrupt.on_ctrl_c()?;
@@ -98,12 +98,12 @@ fn read(path: &Path) -> Result<Plan> {
 }
 
 /// What runs stages on this machine. A machine that rounds otherwise would store other numbers under the same keys.
-fn open(runtime: &Runtime, expected: Option<&str>) -> Result<Stages> {
+fn open(runtime: &Runtime, expected: &str) -> Result<Stages> {
     runtime.plugins.iter().try_for_each(plugins::load)?;
     arithmetic::choose(runtime.arithmetic);
     let device = parse_device(&runtime.device)?;
     let ours = arithmetic::identity(runtime.arithmetic, &device);
-    if let Some(expected) = expected.filter(|expected| **expected != ours) {
+    if expected != ours {
         return Err(Error::device(format!("the plan is for the arithmetic `{expected}`, this machine has `{ours}`"))
             .help("make the plan on this machine, or choose the device with --device"));
     }
@@ -126,7 +126,7 @@ fn chain(plan: &Plan, key: &str) -> Result<Vec<PlannedStage>> {
     }
     for stage in &chain {
         let manifest = identity::of_stage(&stage.spec, stage.parent.as_ref(), &plan.arithmetic);
-        if digest(&manifest) != stage.key {
+        if manifest != stage.manifest || digest(&manifest) != stage.key {
             return Err(Error::data(format!("the stage `{}` is not what its key says", stage.label))
                 .key(&stage.key)
                 .help("the plan was edited or made by another version; make it anew with `titer plan CONFIG --json`"));
@@ -138,14 +138,22 @@ fn chain(plan: &Plan, key: &str) -> Result<Vec<PlannedStage>> {
 /// Runs one stage after the other, until there are no more orders.
 fn serve(store: &Store, threads: usize) {
     let interrupt = Interrupt::default();
+    // A job that ends by its time limit gets the signal in every process: a checkpoint is kept here as well.
+    if let Err(error) = interrupt.on_ctrl_c() {
+        tracing::warn!("{error}");
+    }
     let (sender, orders) = channel();
     let stop = interrupt.clone();
     std::thread::spawn(move || {
         let lines = std::io::stdin().lock().lines().map_while(std::io::Result::ok);
-        for order in lines.filter_map(|line| serde_json::from_str::<Order>(&line).ok()) {
+        for order in lines.map(|line| serde_json::from_str::<Order>(&line)) {
             match order {
-                Order::Stop => drop(stop.set()),
-                order => {
+                Err(error) => {
+                    let error = Error::run("a worker process cannot read its order").source(error);
+                    Replies::send(&Reply::Failed(Report::from(&error)));
+                }
+                Ok(Order::Stop) => drop(stop.set()),
+                Ok(order) => {
                     if sender.send(order).is_err() {
                         return;
                     }
@@ -155,12 +163,12 @@ fn serve(store: &Store, threads: usize) {
         // Without a run, nobody waits for the stage.
         stop.set();
     });
-    let Ok(Order::Begin(runtime)) = orders.recv() else { return };
+    let Ok(Order::Begin { runtime, arithmetic }) = orders.recv() else { return };
     let chains = orders.iter().filter_map(|order| match order {
         Order::Run { chain } => Some(chain),
-        Order::Begin(_) | Order::Stop => None,
+        Order::Begin { .. } | Order::Stop => None,
     });
-    let stages = match open(&runtime, None) {
+    let stages = match open(&runtime, &arithmetic) {
         Ok(stages) => stages,
         Err(error) => {
             // What stands against working at all is the answer to every order.
@@ -187,7 +195,8 @@ impl Replies {
     fn send(reply: &Reply) {
         let line = serde_json::to_string(reply).expect("replies serialise");
         let mut out = std::io::stdout().lock();
-        let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+        // A plugin may have printed without an end of line.
+        let _ = writeln!(out, "\n{line}").and_then(|()| out.flush());
     }
 }
 
