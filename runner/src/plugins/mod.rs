@@ -3,7 +3,7 @@
 //! Loading a shared library runs its code, so nothing is loaded but what the command line or a configuration names.
 
 #[cfg(feature = "dynamic")]
-mod dynamic;
+pub(crate) mod dynamic;
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
