@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use titer_core::bounds;
-use titer_core::registry::nearest;
+use titer_core::registry::did_you_mean;
 use titer_core::{Error, Result};
 
 /// One record: text by column.
@@ -106,8 +106,7 @@ impl Table {
     pub fn text<'a>(&self, record: &'a Record, column: &str) -> Result<&'a str> {
         record.fields.get(column).map(String::as_str).ok_or_else(|| {
             let columns: Vec<&str> = record.fields.keys().map(String::as_str).collect();
-            let near = nearest(column, columns.iter().copied());
-            let near = near.map_or_else(String::new, |near| format!("; did you mean `{near}`?"));
+            let near = did_you_mean(column, columns.iter().copied());
             self.fault(record, format!("there is no column `{column}`{near}"))
                 .help(format!("columns of this row: {}", columns.join(", ")))
         })

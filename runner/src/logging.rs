@@ -69,7 +69,7 @@ impl FormatTime for Utc {
     }
 }
 
-/// The time in UTC, to the second, as log lines have it.
+/// The time in UTC, to the second, as RFC 3339 has it: in log lines and in the provenance of results.
 pub fn now() -> String {
     jiff::Timestamp::now().round(jiff::Unit::Second).map_or_else(|_| String::new(), |now| now.to_string())
 }

@@ -6,7 +6,7 @@ use std::time::Instant;
 use titer_core::event::Event;
 
 use crate::plan::Plan;
-use crate::plan::cost::{Measured, duration, kind, totals, work};
+use crate::plan::cost::{Measured, duration, kind, work};
 use crate::store::{Key, Store};
 
 /// What a reporter knows of a run: the work of its stages, and what the events have said.
@@ -41,10 +41,15 @@ impl Running {
 impl Outlook {
     /// The outlook on running what the store lacks of a plan, `jobs` stages at once.
     pub fn new(plan: &Plan, store: &Store, jobs: usize) -> Self {
-        let missing = plan.stages.iter().filter(|stage| !store.is_committed(&stage.key));
-        let left = missing.map(|stage| (stage.key.clone(), (kind(&stage.spec), work(&stage.spec))));
-        let measured = totals(plan, store).into_iter().map(|(kind, total)| (kind, total.measured));
-        Self { left: left.collect(), measured: measured.collect(), jobs, ..Self::default() }
+        let mut outlook = Self { jobs, ..Self::default() };
+        for stage in &plan.stages {
+            let (kind, work) = (kind(&stage.spec), work(&stage.spec));
+            match store.artifact(&stage.key) {
+                Ok(artifact) => outlook.measured.entry(kind).or_default().add(work, artifact.seconds()),
+                Err(_) => drop(outlook.left.insert(stage.key.clone(), (kind, work))),
+            }
+        }
+        outlook
     }
 
     /// Takes in what happened at `now`.

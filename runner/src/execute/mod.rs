@@ -84,6 +84,7 @@ pub fn execute(
         sink,
         interrupt,
         stages: plan.stages.iter().map(|stage| (stage.key.as_str(), stage)).collect(),
+        bases: bases(plan),
         board: Mutex::new(Board::new(plan, cached)),
         changed: Condvar::new(),
     };
@@ -103,11 +104,23 @@ pub fn execute(
     outcome
 }
 
+/// The base of every stage, by the stage's key. A plan has parents before their children.
+fn bases(plan: &Plan) -> BTreeMap<&str, &str> {
+    let mut bases: BTreeMap<&str, &str> = BTreeMap::new();
+    for stage in &plan.stages {
+        let of_parent = stage.parent.as_deref().and_then(|parent| bases.get(parent).copied());
+        bases.insert(&stage.key, of_parent.unwrap_or(&stage.key));
+    }
+    bases
+}
+
 struct Execution<'a> {
     sink: &'a dyn Sink,
     interrupt: &'a Interrupt,
     /// The plan's stages by key.
     stages: BTreeMap<&'a str, &'a PlannedStage>,
+    /// The base that each stage builds on.
+    bases: BTreeMap<&'a str, &'a str>,
     board: Mutex<Board<'a>>,
     changed: Condvar,
 }
@@ -124,8 +137,7 @@ impl<'a> Execution<'a> {
         while let Some(stage) = self.next(base) {
             let started = Instant::now();
             let chain = self.chain(stage);
-            base = chain.last().map(|base| base.key.as_str());
-            let chain: Vec<PlannedStage> = chain.into_iter().cloned().collect();
+            base = self.base(stage);
             let run = || worker.run(&chain, self.sink, self.interrupt);
             let result =
                 catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| Err(panicked("stage", panic.as_ref())));
@@ -151,14 +163,13 @@ impl<'a> Execution<'a> {
     }
 
     /// A stage and all that it builds on, the base last.
-    fn chain(&self, stage: &'a PlannedStage) -> Vec<&'a PlannedStage> {
-        let parent = |stage: &&'a PlannedStage| self.stages.get(stage.parent.as_deref()?).copied();
-        std::iter::successors(Some(stage), parent).collect()
+    fn chain(&self, stage: &PlannedStage) -> Vec<PlannedStage> {
+        let parent = |stage: &&PlannedStage| self.stages.get(stage.parent.as_deref()?).copied();
+        std::iter::successors(Some(stage), parent).cloned().collect()
     }
 
     fn base(&self, stage: &PlannedStage) -> Option<&'a str> {
-        let stage = self.stages.get(stage.key.as_str())?;
-        Some(self.chain(stage).last()?.key.as_str())
+        self.bases.get(stage.key.as_str()).copied()
     }
 
     fn settle(&self, stage: &PlannedStage, result: Result<bool>, started: Instant) {

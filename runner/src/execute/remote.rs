@@ -14,10 +14,10 @@ use titer_core::{Error, Result};
 use super::protocol::{Order, Reply};
 use super::{Crew, Worker};
 use crate::environment;
-use crate::experiment::spec::Runtime;
 use crate::interrupt::Interrupt;
 use crate::logging::Logging;
-use crate::plan::PlannedStage;
+use crate::plan::{Plan, PlannedStage};
+use crate::store::Store;
 
 /// How often the user's wish to stop is looked at while a worker is busy.
 const BREATH: Duration = Duration::from_millis(50);
@@ -33,27 +33,25 @@ const SIGABRT: i32 = 6;
 
 /// Workers in processes of their own. One that dies fails the stage that it runs, and nothing else.
 #[derive(Debug)]
-pub struct Processes {
-    /// The stage store's folder.
-    pub store: PathBuf,
-    /// What the stages need.
-    pub runtime: Runtime,
-    /// How the run rounds: see [`titer_core::arithmetic`].
-    pub arithmetic: String,
+pub struct Processes<'a> {
+    /// The plan that the stages are of.
+    pub plan: &'a Plan,
+    /// Where finished stages are.
+    pub store: &'a Store,
     /// Threads of a worker.
     pub threads: usize,
     /// What workers log, and how.
     pub logging: Logging,
 }
 
-impl Crew for Processes {
+impl Crew for Processes<'_> {
     fn worker(&self) -> Box<dyn Worker + '_> {
         Box::new(Remote { crew: self, process: None })
     }
 }
 
 struct Remote<'a> {
-    crew: &'a Processes,
+    crew: &'a Processes<'a>,
     /// Started for the first stage, and anew after one has died.
     process: Option<Process>,
 }
@@ -120,7 +118,7 @@ impl Process {
                 .help("allow more processes or memory (`ulimit -u`, `ulimit -v`), or use --in-process")
         };
         let mut command = Command::new(program().map_err(cannot)?);
-        command.args(["worker", "--serve", "--threads", &crew.threads.to_string(), "--store"]).arg(&crew.store);
+        command.args(["worker", "--serve", "--threads", &crew.threads.to_string(), "--store"]).arg(crew.store.root());
         command.args(crew.logging.arguments());
         command.envs(environment::variables(crew.threads));
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -162,7 +160,7 @@ impl Process {
             })
         });
         let mut process = Self { child, orders, replies, last_lines, listener };
-        let (runtime, arithmetic) = (Box::new(crew.runtime.clone()), crew.arithmetic.clone());
+        let (runtime, arithmetic) = (Box::new(crew.plan.runtime.clone()), crew.plan.arithmetic.clone());
         process.order(&Order::Begin { runtime, arithmetic })?;
         Ok(process)
     }

@@ -5,7 +5,7 @@
 use serde_json::Value;
 use titer_core::Error;
 use titer_core::bounds::shortened;
-use titer_core::registry::nearest;
+use titer_core::registry::did_you_mean;
 
 /// Every way in which `value` departs from the schema `root`.
 pub(super) fn check(root: &Value, value: &Value) -> Vec<Error> {
@@ -108,8 +108,7 @@ impl<'a> Checker<'a> {
             return;
         }
         let names: Vec<&str> = names.iter().filter_map(|name| name.as_str()).collect();
-        let hint = value.as_str().and_then(|word| nearest(word, names.iter().copied()));
-        let hint = hint.map_or_else(String::new, |near| format!("; did you mean `{near}`?"));
+        let hint = value.as_str().map_or_else(String::new, |word| did_you_mean(word, names.iter().copied()));
         let message = format!("`{}` is not possible here{hint}", plain(value));
         self.report(key, Error::config(message).help(format!("use one of {}", names.join(", "))));
     }
@@ -200,8 +199,7 @@ fn mismatch(expected: &str, found: &Value) -> Error {
 }
 
 fn unknown(name: &str, known: &[&str]) -> Error {
-    let hint = nearest(name, known.iter().copied());
-    let hint = hint.map_or_else(String::new, |near| format!("; did you mean `{near}`?"));
+    let hint = did_you_mean(name, known.iter().copied());
     Error::config(format!("unknown key `{name}`{hint}")).help(format!("known keys: {}", known.join(", ")))
 }
 

@@ -10,13 +10,9 @@ use titer_core::{DefenseEntry, Entry, JudgeEntry, ModelEntry, TaskEntry};
 
 use crate::environment;
 use crate::experiment::config::Loaded;
+use crate::logging::now;
 use crate::plan::Plan;
 use crate::plugins;
-
-/// The time now, in UTC, as RFC 3339 has it.
-pub fn now() -> String {
-    jiff::Timestamp::now().round(jiff::Unit::Second).map_or_else(|_| String::new(), |now| now.to_string())
-}
 
 /// The provenance of a run that ends now. When it started is for the caller to say.
 ///

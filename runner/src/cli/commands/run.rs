@@ -13,7 +13,7 @@ use crate::cli::progress::{Fanout, Journal, for_stderr};
 use crate::diagnostics::Problems;
 use crate::execute::{InProcess, Jobs, Processes, execute};
 use crate::interrupt::Interrupt;
-use crate::logging::Logging;
+use crate::logging::{Logging, now};
 use crate::plan::{Plan, StageSpec};
 use crate::report::folder::OutputFolder;
 use crate::results::provenance;
@@ -63,18 +63,16 @@ pub fn run(args: &Args, logging: Logging) -> Result<Done, Problems> {
     if args.in_process {
         environment::fix(jobs.threads);
     }
-    let started = provenance::now();
+    let started = now();
     let (journal, progress) =
         (Journal::open(&out)?, for_stderr(logging.format, Outlook::new(&plan, &store, jobs.count)));
     let sink = Fanout(vec![&journal, &*progress]);
-    let runtime = plan.runtime.clone();
     let threads = jobs.threads;
     let outcome = if args.in_process {
-        let stages = Stages::new(&runtime, device);
+        let stages = Stages::new(&plan.runtime, device);
         execute(&plan, &store, &InProcess { store: &store, runner: &stages, threads }, &sink, &interrupt, jobs.count)
     } else {
-        let (store_folder, arithmetic) = (store.root().to_owned(), plan.arithmetic.clone());
-        let crew = Processes { store: store_folder, runtime, arithmetic, threads, logging };
+        let crew = Processes { plan: &plan, store: &store, threads, logging };
         execute(&plan, &store, &crew, &sink, &interrupt, jobs.count)
     };
     let provenance = Provenance { started, ..provenance::of(&loaded, &plan, &device_name)? };
