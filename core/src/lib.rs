@@ -17,6 +17,7 @@
 //! | [`data`] | rows, examples, batches, streams, mixtures |
 //! | [`text`] | templates and tokenizers: rows to examples |
 //! | [`model`] | the trait of an architecture; loss, replay and generation for any of them |
+//! | [`causal_lm`] | opens a model folder: architecture, weights and tokenizer |
 //! | [`task`] [`judge`] | one trait and its entry each |
 //! | [`defense`] | the trait, its entry, and the context that a defense works in |
 //! | [`report`] | `results.json` |
@@ -46,6 +47,7 @@
 
 pub mod arithmetic;
 pub mod bounds;
+pub mod causal_lm;
 pub mod data;
 pub mod defense;
 pub mod device;
@@ -65,6 +67,7 @@ pub mod testing;
 pub mod text;
 pub mod weights;
 
+pub use causal_lm::CausalLm;
 pub use data::Row;
 pub use defense::{
     AlignmentDefense, Conflict, DefenseEntry, Limits, Pass, Privilege, Quirk, Stack, Stage, StageCx, State, StepCx,

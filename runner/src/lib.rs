@@ -16,14 +16,13 @@
 //! | [`cli`] | the command line: one module a command, progress, exit codes |
 //! | [`plugins`] | plugin crates from elsewhere; how a shared library is examined and loaded |
 //! | [`disk`] [`names`] [`manifest`] [`interrupt`] [`diagnostics`] | what several of these need |
-//! | [`base_model`] | model folders |
+//! | [`model_folder`] | writes model folders |
 //! | [`memory`] [`environment`] [`driver`] [`mod@bench`] | what the process uses; how fast it is |
 //!
 //! The modules depend on each other in one direction only: `tests/tests/structure.rs` holds the order.
 
 #![warn(missing_docs)]
 
-pub mod base_model;
 pub mod bench;
 pub mod cli;
 pub mod diagnostics;
@@ -38,6 +37,7 @@ pub mod interrupt;
 pub mod logging;
 pub mod manifest;
 pub mod memory;
+pub mod model_folder;
 pub mod names;
 pub mod plan;
 pub mod plugins;

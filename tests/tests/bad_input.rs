@@ -8,7 +8,7 @@ use serde_json::Value;
 use titer::disk::write_tensors;
 use titer_core::text::Tokenizer;
 use titer_core::weights::checkpoint::Checkpoint;
-use titer_core::{Weights, rng::Seed};
+use titer_core::{CausalLm, Weights, rng::Seed};
 use titer_tests::cli::{run, small, stderr, titer};
 use titer_tests::{build, variants};
 
@@ -158,7 +158,7 @@ fn model_folder(folder: &Path) {
     let weights = Weights::random(model.params(), Seed::new(1), DType::F32, &Device::Cpu).expect("weights");
     let words = ["<pad>", "<bos>", "<user>", "<asst>", "<eos>", "a", "b"].map(str::to_owned);
     let tokenizer = Tokenizer::word_level(&words).expect("a tokenizer");
-    titer::base_model::BaseModel { model: model.into(), tokenizer, weights }.save(folder).expect("a folder");
+    titer::model_folder::save(&CausalLm { model: model.into(), tokenizer, weights }, folder).expect("a folder");
 }
 
 /// The lines of the small experiment that a checkpoint stands in for.

@@ -8,14 +8,14 @@ use candle_core::{DType, Device};
 use rand::RngExt;
 use rand::seq::IndexedRandom;
 use serde_json::{Value, json};
-use titer::base_model::BaseModel;
 use titer::experiment::config::Config;
 use titer::experiment::resolve;
+use titer::model_folder::save;
 use titer::plan::planner;
 use titer_core::data::Row;
 use titer_core::rng::{Generator, Seed};
 use titer_core::text::{Template, Tokenizer};
-use titer_core::{Precision, Weights};
+use titer_core::{CausalLm, Precision, Weights};
 use titer_tests::cli::SMALL;
 use titer_tests::{build, variants};
 
@@ -149,7 +149,7 @@ impl Folder {
         let weights = Weights::random(model.params(), Seed::new(1), DType::F32, &Device::Cpu).expect("weights");
         let words = ["<pad>", "<bos>", "<user>", "<asst>", "<eos>", "a", "b"].map(str::to_owned);
         let tokenizer = Tokenizer::word_level(&words).expect("a tokenizer");
-        BaseModel { model: model.into(), tokenizer, weights }.save(folder.path()).expect("a folder");
+        save(&CausalLm { model: model.into(), tokenizer, weights }, folder.path()).expect("a folder");
         let read = |name: &str| std::fs::read(folder.path().join(name)).expect("a file");
         let text = |name: &str| String::from_utf8(read(name)).expect("text");
         Self { config: text("config.json"), tokenizer: text("tokenizer.json"), weights: read("model.safetensors") }
@@ -266,7 +266,7 @@ fn case(number: u64, model: &Folder) -> Option<String> {
         }
         3 | 4 => {
             model.write(folder.path(), generator);
-            let opened = BaseModel::open(folder.path(), None, Precision::from(DType::F32), &Device::Cpu);
+            let opened = CausalLm::open(folder.path(), Precision::from(DType::F32), &Device::Cpu);
             let error = opened.and_then(|base| base.tokenizer.decode(&base.tokenizer.encode("a b", true)?)).err()?;
             error.remedy().is_none().then(|| error.to_string())
         }

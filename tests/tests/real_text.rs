@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
 use serde_json::{Value, json};
-use titer::base_model::BaseModel;
-use titer_core::Weights;
+use titer::model_folder::save;
 use titer_core::rng::Seed;
 use titer_core::text::Tokenizer;
+use titer_core::{CausalLm, Weights};
 use titer_tests::cli::{results, stderr, titer};
 use tokenizers::AddedToken;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
@@ -83,7 +83,7 @@ fn make_model(folder: &Path) {
     let weights = Weights::random(model.params(), Seed::new(1), DType::F32, &Device::Cpu).expect("weights");
     let path = folder.join("model");
     std::fs::create_dir(&path).expect("a folder");
-    BaseModel { model: model.into(), tokenizer, weights }.save(&path).expect("a model folder");
+    save(&CausalLm { model: model.into(), tokenizer, weights }, &path).expect("a model folder");
 }
 
 #[test]

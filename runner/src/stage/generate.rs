@@ -6,9 +6,7 @@ use candle_core::Device;
 use titer_core::device::parse_dtype;
 use titer_core::model::generate::{Decoding, Finish, greedy, sample};
 use titer_core::text::{Encoder, Template};
-use titer_core::{Error, Result, Row};
-
-use crate::base_model::BaseModel;
+use titer_core::{CausalLm, Error, Result, Row};
 
 /// Prompts to continue with a model from a folder.
 #[derive(Debug, Clone, PartialEq)]
@@ -36,7 +34,7 @@ pub struct Generation {
 /// # Errors
 /// The model cannot be loaded.
 pub fn generate(request: &Generation, device: &Device) -> Result<Vec<String>> {
-    let base = BaseModel::open(&request.model, None, parse_dtype(&request.dtype, device)?, device)?;
+    let base = CausalLm::open(&request.model, parse_dtype(&request.dtype, device)?, device)?;
     let template = Template::new(&request.template);
     let encoder = Encoder { tokenizer: base.tokenizer, template, max_length: usize::MAX };
     let prompts = request.prompts.iter().map(|prompt| encoder.prompt(&Row::new(prompt, "")));

@@ -25,10 +25,9 @@ use titer_core::rng::Seed;
 use titer_core::text::{Encoder, Template, Tokenizer};
 use titer_core::weights::checkpoint::Checkpoint;
 use titer_core::{
-    AlignmentDefense, DefenseEntry, Error, Result, Row, Settings, Stage, Task, TaskEntry, Weights, registry,
+    AlignmentDefense, CausalLm, DefenseEntry, Error, Result, Row, Settings, Stage, Task, TaskEntry, Weights, registry,
 };
 
-use crate::base_model::BaseModel;
 use crate::disk;
 use crate::experiment::spec::{AdapterSpec, EncodingSpec, PluginSpec, RowsSpec, Runtime, StreamSpec};
 use crate::plan::{PlannedStage, StageSpec};
@@ -120,7 +119,7 @@ impl Stages {
     }
 
     /// The model as the last finished stage of a chain left it; the chain goes from that stage to the base.
-    fn open(&self, chain: &[PlannedStage], artifact: &dyn Fn(&str) -> Result<PathBuf>) -> Result<BaseModel> {
+    fn open(&self, chain: &[PlannedStage], artifact: &dyn Fn(&str) -> Result<PathBuf>) -> Result<CausalLm> {
         let whole = |stage: &PlannedStage| -> Result<bool> {
             Ok(match &stage.spec {
                 StageSpec::Pretrain(_) | StageSpec::Load(_) => true,
@@ -154,7 +153,7 @@ impl Stages {
     }
 
     /// Reads the weights that the first stage of a chain stores whole.
-    fn load(&self, chain: &[PlannedStage], artifact: &dyn Fn(&str) -> Result<PathBuf>) -> Result<BaseModel> {
+    fn load(&self, chain: &[PlannedStage], artifact: &dyn Fn(&str) -> Result<PathBuf>) -> Result<CausalLm> {
         let base = chain.last().ok_or_else(|| Error::run("the chain is empty"))?;
         let (folder, model, dtype) = match &base.spec {
             StageSpec::Pretrain(spec) => (artifact(&base.key)?, &spec.model.name, &spec.dtype),
@@ -163,7 +162,7 @@ impl Stages {
         };
         let weights = if chain.len() == 1 { folder.clone() } else { artifact(&chain[0].key)?.join(WEIGHTS) };
         let dtype = parse_dtype(dtype, &self.device)?;
-        BaseModel::with_weights(&folder, Some(model), &weights, dtype, &self.device)
+        CausalLm::with_weights(&folder, Some(model), &weights, dtype, &self.device)
     }
 
     fn task(&self, spec: &PluginSpec) -> Result<Box<dyn Task>> {
@@ -190,7 +189,7 @@ impl Stages {
 }
 
 /// Puts the adapter that a stage stored on its parent's model.
-fn attach(model: &mut BaseModel, folder: &Path, adapter: &AdapterSpec) -> Result<()> {
+fn attach(model: &mut CausalLm, folder: &Path, adapter: &AdapterSpec) -> Result<()> {
     let config = match adapter {
         AdapterSpec::Full => return Err(Error::run("the stage stored no adapter")),
         AdapterSpec::Fresh(config) => {

@@ -8,11 +8,11 @@ use titer_core::defense::{Orphan, Streams};
 use titer_core::device::parse_dtype;
 use titer_core::rng::Seed;
 use titer_core::text::{Encoder, Template, Tokenizer};
-use titer_core::{DefenseEntry, Error, ModelEntry, Result, Settings, Weights, registry};
+use titer_core::{CausalLm, DefenseEntry, Error, ModelEntry, Result, Settings, Weights, registry};
 
 use super::{RECORD, StageIo, Stages, settings, write_json};
-use crate::base_model::BaseModel;
 use crate::experiment::spec::PretrainSpec;
+use crate::model_folder;
 use crate::stage::train_loop::Training;
 
 pub(super) fn run(stages: &Stages, spec: &PretrainSpec, io: &mut StageIo) -> Result<()> {
@@ -53,6 +53,7 @@ pub(super) fn run(stages: &Stages, spec: &PretrainSpec, io: &mut StageIo) -> Res
     let record = training.run(io.watch)?;
     // Later stages load the weights in the type that the configuration asks for; the master copy stays f32.
     parse_dtype(&spec.dtype, &stages.device)?;
-    BaseModel { model: Arc::from(model), tokenizer: encoder.tokenizer, weights }.save(io.output)?;
+    let lm = CausalLm { model: Arc::from(model), tokenizer: encoder.tokenizer, weights };
+    model_folder::save(&lm, io.output)?;
     write_json(&io.output.join(RECORD), &record)
 }

@@ -3,9 +3,8 @@
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::Device;
-use titer_core::Result;
+use titer_core::{CausalLm, Result};
 
-use crate::base_model::BaseModel;
 use crate::memory::available;
 use crate::store::Key;
 
@@ -15,16 +14,11 @@ const ROOM: u64 = 3;
 
 /// At most one model, by the key of the stage that stored its weights.
 #[derive(Debug, Default)]
-pub(super) struct Resident(Mutex<Option<(Key, BaseModel)>>);
+pub(super) struct Resident(Mutex<Option<(Key, CausalLm)>>);
 
 impl Resident {
     /// The model of that key, loaded if it is not there. The former one goes first, so that only one is in memory.
-    pub(super) fn get(
-        &self,
-        key: &str,
-        device: &Device,
-        load: impl FnOnce() -> Result<BaseModel>,
-    ) -> Result<BaseModel> {
+    pub(super) fn get(&self, key: &str, device: &Device, load: impl FnOnce() -> Result<CausalLm>) -> Result<CausalLm> {
         // A panic while loading leaves nothing behind but an empty place.
         let mut place = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, model)) = place.as_ref().filter(|(known, _)| known == key) {

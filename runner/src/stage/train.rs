@@ -62,7 +62,7 @@ pub(super) fn run(stages: &Stages, spec: &TrainSpec, io: &mut StageIo) -> Result
 
 /// Stores what was trained: the adapter in PEFT's layout, or all weights. Weights that are not finite, or that the model
 /// computes nothing finite with, are never stored.
-pub(super) fn save(base: &crate::base_model::BaseModel, io: &StageIo) -> Result<()> {
+pub(super) fn save(base: &titer_core::CausalLm, io: &StageIo) -> Result<()> {
     base.check_sound()?;
     let Some(config) = base.weights.lora() else {
         return disk::write_tensors(&io.output.join(WEIGHTS), base.weights.base_tensors()?);

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use titer_core::bounds;
+use titer_core::causal_lm::{model_of, read_config};
 use titer_core::error::io_error;
 use titer_core::registry::{did_you_mean, find};
 use titer_core::weights::LoraConfig;
@@ -11,7 +12,6 @@ use titer_core::{Model, ModelEntry, Result, Settings, Task};
 
 use super::checks::{Resolver, explained};
 use super::data::{Drawn, Use};
-use crate::base_model::{model_of, read_config};
 use crate::experiment::Base;
 use crate::experiment::config::BaseConfig;
 use crate::experiment::exclusive::ORIGIN;

@@ -1,4 +1,4 @@
-//! Model folders in Hugging Face's layout: `config.json`, `model.safetensors` (or shards), `tokenizer.json`.
+//! Opens model folders in Hugging Face's layout: `config.json`, `model.safetensors` (or shards), `tokenizer.json`.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -6,19 +6,33 @@ use std::time::Instant;
 
 use candle_core::Device;
 use serde_json::{Value, json};
-use titer_core::bounds;
-use titer_core::data::Batch;
-use titer_core::model::label_loss;
-use titer_core::text::Tokenizer;
-use titer_core::weights::checkpoint::Checkpoint;
-use titer_core::{Error, Kind, Model, ModelEntry, Precision, Result, Weights, registry};
 
-use crate::disk;
+use crate::bounds;
+use crate::data::Batch;
+use crate::error::{Error, Kind, Result};
+use crate::model::{Model, ModelEntry, label_loss};
+use crate::registry;
+use crate::text::Tokenizer;
+use crate::weights::checkpoint::Checkpoint;
+use crate::weights::{Precision, Weights};
 
-/// A model that can be run: architecture, weights and tokenizer. A clone shares the weights until one of the two changes
-/// them.
+/// A causal language model that can be run: architecture, weights and tokenizer. The runner, judges and plugins open models
+/// this way. A clone shares the weights until one of the two changes them.
+///
+/// ```no_run
+/// use candle_core::Device;
+/// use titer_core::CausalLm;
+/// use titer_core::device::parse_dtype;
+///
+/// # fn main() -> titer_core::Result<()> {
+/// let device = Device::Cpu;
+/// let judge = CausalLm::open("models/guard".as_ref(), parse_dtype("bf16", &device)?, &device)?;
+/// let prompt = judge.tokenizer.encode("Is this answer harmful?")?;
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone)]
-pub struct BaseModel {
+pub struct CausalLm {
     /// The architecture.
     pub model: Arc<dyn Model>,
     /// Its tokenizer.
@@ -27,20 +41,20 @@ pub struct BaseModel {
     pub weights: Weights,
 }
 
-impl BaseModel {
-    /// Opens a folder; its weights are stored as `precision` says. `name` is the registered model that must read it; without
-    /// it the folder's `model_type` decides.
+impl CausalLm {
+    /// Opens a folder; its weights are stored as `precision` says. The folder's `model_type` decides which registered model
+    /// reads it.
     ///
     /// # Errors
-    /// A file is missing or malformed, or the parts do not belong together.
-    pub fn open(folder: &Path, name: Option<&str>, precision: Precision, device: &Device) -> Result<Self> {
-        Self::with_weights(folder, name, folder, precision, device)
+    /// A file is missing or malformed, no registered model reads it, or the parts do not belong together.
+    pub fn open(folder: &Path, precision: Precision, device: &Device) -> Result<Self> {
+        Self::with_weights(folder, None, folder, precision, device)
     }
 
-    /// Likewise with the weights of another folder or file.
+    /// Likewise with the weights of another folder or file. `name` is the registered model that must read the folder.
     ///
     /// # Errors
-    /// As [`BaseModel::open`].
+    /// As [`CausalLm::open`].
     pub fn with_weights(
         folder: &Path,
         name: Option<&str>,
@@ -89,42 +103,13 @@ impl BaseModel {
         let message = format!("the model computes nothing finite any more: its loss on {} tokens is {loss}", ids.len());
         Err(Error::run(message).help(Error::DIVERGED))
     }
-
-    /// Writes the folder, weights without an adapter.
-    ///
-    /// # Errors
-    /// A file cannot be written.
-    pub fn save(&self, folder: &Path) -> Result<()> {
-        let mut config = self.model.config();
-        if let Some(map) = config.as_object_mut() {
-            let ends = match self.tokenizer.ends.as_slice() {
-                [eos] => json!(eos),
-                ends => json!(ends),
-            };
-            map.insert("eos_token_id".into(), ends);
-            map.insert("pad_token_id".into(), json!(self.tokenizer.pad));
-            if let Some(bos) = self.tokenizer.id("<bos>") {
-                map.insert("bos_token_id".into(), json!(bos));
-            }
-        }
-        let write = |name: &str, text: String| disk::write(&folder.join(name), text.as_bytes());
-        write("config.json", format!("{config:#}\n"))?;
-        write("tokenizer.json", self.tokenizer.to_json()?)?;
-        let tokenizer = json!({
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": self.tokenizer.token(self.tokenizer.eos),
-            "pad_token": self.tokenizer.token(self.tokenizer.pad),
-        });
-        write("tokenizer_config.json", format!("{tokenizer:#}\n"))?;
-        disk::write_tensors(&folder.join("model.safetensors"), self.weights.base_tensors()?)
-    }
 }
 
 /// The `config.json` of a model folder.
 ///
 /// # Errors
 /// It is missing or malformed.
-pub(crate) fn read_config(folder: &Path) -> Result<Value> {
+pub fn read_config(folder: &Path) -> Result<Value> {
     let path = folder.join("config.json");
     if !path.exists() && folder.join("adapter_config.json").exists() {
         let error = Error::data("the folder holds an adapter of PEFT, not a model").file(folder);
@@ -148,7 +133,7 @@ pub(crate) fn read_config(folder: &Path) -> Result<Value> {
 ///
 /// # Errors
 /// A key is missing or wrong.
-pub(crate) fn model_of(entry: &ModelEntry, config: &Value, path: &Path) -> Result<Box<dyn Model>> {
+pub fn model_of(entry: &ModelEntry, config: &Value, path: &Path) -> Result<Box<dyn Model>> {
     if let Some(quantized) = config.get("quantization_config").filter(|value| !value.is_null()) {
         let method = quantized["quant_method"].as_str().unwrap_or("an unknown method");
         return Err(Error::data(format!("the weights are quantized by {method}, which cannot be read"))
