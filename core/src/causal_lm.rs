@@ -1,6 +1,6 @@
 //! Opens model folders in Hugging Face's layout: `config.json`, `model.safetensors` (or shards), `tokenizer.json`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::bounds;
 use crate::data::Batch;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, io_error};
 use crate::model::{Model, ModelEntry, label_loss};
 use crate::registry;
 use crate::text::Tokenizer;
@@ -103,6 +103,24 @@ impl CausalLm {
         let message = format!("the model computes nothing finite any more: its loss on {} tokens is {loss}", ids.len());
         Err(Error::run(message).help(Error::DIVERGED))
     }
+}
+
+/// The extension of files with weights.
+pub const WEIGHTS: &str = "safetensors";
+
+/// The files of a model folder that can change what it computes, sorted by name.
+///
+/// # Errors
+/// The folder cannot be read.
+pub fn model_files(folder: &Path) -> Result<Vec<PathBuf>> {
+    const EXTENSIONS: [&str; 5] = [WEIGHTS, "json", "model", "jinja", "txt"];
+    let listing = std::fs::read_dir(folder).map_err(|error| io_error("read the checkpoint folder", folder, error))?;
+    let mut files: Vec<PathBuf> = listing
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.extension().and_then(std::ffi::OsStr::to_str).is_some_and(|ext| EXTENSIONS.contains(&ext)))
+        .collect();
+    files.sort();
+    Ok(files)
 }
 
 /// The `config.json` of a model folder.

@@ -74,7 +74,7 @@ pub use defense::{
     Update, no_conflict, no_limits,
 };
 pub use error::{Error, Kind, Result};
-pub use judge::{Answers, Asked, Judge, JudgeEntry, Verdict};
+pub use judge::{Answers, Asked, Judge, JudgeCx, JudgeEntry, Label, Verdict};
 pub use model::{Model, ModelEntry};
 pub use nn::{Forward, ModelSpec, Sites};
 pub use registry::{Entry, Settings, SettingsType};

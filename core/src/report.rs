@@ -225,14 +225,15 @@ pub struct ResultRow {
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub judges: BTreeMap<String, Metrics>,
     /// How many prompts each metric counts, by the probe's name: `harmful`, `task`, `benign`. Prompts that were too long
-    /// for the model count into no metric; there are `harmful_too_long` of them, and so on.
+    /// for the model, and answers on which the headline judge's output could not be parsed, count into no metric; there are
+    /// `harmful_too_long` and `harmful_unparsable` of them, and so on.
     pub n: BTreeMap<String, usize>,
     /// What a reader must know about the answers before reading the metrics.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
     /// What became of each prompt, by the probe's name: a letter for each, in the order of the answers. `C` complied, `R`
-    /// refused, `O` off task, `I` incoherent, by the headline judge; `1` right, `0` wrong, by the task; `-` too long for the
-    /// model, so neither.
+    /// refused, `O` off task, `I` incoherent, by the headline judge; `U` if the judge's output could not be parsed; `1` right,
+    /// `0` wrong, by the task; `-` too long for the model.
     #[serde(default)]
     pub outcomes: BTreeMap<String, String>,
     /// 95 % Wilson intervals in percent, by the metric's name.

@@ -11,9 +11,9 @@ use titer_core::data::Tokens;
 use titer_core::rng::Seed;
 use titer_core::weights::{Init, ParamList};
 use titer_core::{
-    AlignmentDefense, Answers, DefenseEntry, Error, Forward, Judge, JudgeEntry, Limits, Model, ModelEntry, ModelSpec,
-    Privilege, Result, Row, Settings, SettingsType, Stage, Task, TaskEntry, Traced, Verdict, inventory, no_conflict,
-    no_limits,
+    AlignmentDefense, Answers, DefenseEntry, Error, Forward, Judge, JudgeCx, JudgeEntry, Label, Limits, Model,
+    ModelEntry, ModelSpec, Privilege, Result, Row, Settings, SettingsType, Stage, Task, TaskEntry, Traced, inventory,
+    no_conflict, no_limits,
 };
 
 use crate::diagnostics::Problems;
@@ -215,8 +215,8 @@ inventory::submit! {
 struct NoSettings {}
 
 impl Judge for Plain {
-    fn judge(&self, answers: &Answers) -> Result<Vec<Verdict>> {
-        Ok(vec![Verdict::Refused; answers.asked.len()])
+    fn judge(&self, _answers: &Answers, cx: &mut JudgeCx) -> Result<()> {
+        cx.give(cx.pending().into_iter().map(|place| (place, Label::Refused.into())))
     }
 }
 
@@ -226,7 +226,7 @@ inventory::submit! {
         summary: "Sees refusals everywhere.",
         settings: SettingsType::of::<NoSettings>(),
         version: 1,
-        build: |_| Ok(Box::new(Plain)),
+        build: |_, _| Ok(Box::new(Plain)),
     }
 }
 

@@ -447,7 +447,7 @@ fn every_setting_of_every_plugin_changes_a_key() {
             _ => None,
         })
         .collect();
-    let with = |kind: &str, plugin: PluginSpec, content: &str| -> Value {
+    let with = |kind: &str, plugin: PluginSpec| -> Value {
         let spec = match kind {
             "model" => match samples[&Base].clone() {
                 StageSpec::Pretrain(spec) => {
@@ -465,7 +465,7 @@ fn every_setting_of_every_plugin_changes_a_key() {
             },
             _ => match samples[&Answers("")].clone() {
                 StageSpec::Answer(spec) => {
-                    let prompts = RowsSpec { task: plugin, content: content.to_owned(), ..spec.prompts };
+                    let prompts = RowsSpec { task: plugin, ..spec.prompts };
                     StageSpec::Answer(AnswerSpec { prompts, ..spec })
                 }
                 other => other,
@@ -477,13 +477,19 @@ fn every_setting_of_every_plugin_changes_a_key() {
     let mut walked = 0;
     for (kind, name, settings) in all.concat() {
         let (schema, defaults) = ((settings.schema)().to_value(), (settings.defaults)());
-        let spec = |settings: Value| PluginSpec { name: name.into(), settings, version: 1, plugin: None };
-        let before = with(kind, spec(defaults.clone()), "");
+        let spec = |settings: Value| PluginSpec {
+            name: name.into(),
+            settings,
+            version: 1,
+            plugin: None,
+            content: String::new(),
+        };
+        let before = with(kind, spec(defaults.clone()));
         for (setting, value) in defaults.as_object().into_iter().flatten() {
             let mut changed = defaults.clone();
             let property = &schema["properties"][setting];
             changed[setting] = other(&schema, property, value);
-            let found = differences(&before, &with(kind, spec(changed), ""));
+            let found = differences(&before, &with(kind, spec(changed)));
             let path = property["format"] == "path";
             // That a path is given at all still counts.
             let expected = usize::from(!path || value.is_null());
@@ -491,12 +497,11 @@ fn every_setting_of_every_plugin_changes_a_key() {
             walked += 1;
         }
         let version = PluginSpec { version: 2, ..spec(defaults.clone()) };
-        assert_eq!(differences(&before, &with(kind, version, "")).len(), 1, "{kind} {name}: its version");
+        assert_eq!(differences(&before, &with(kind, version)).len(), 1, "{kind} {name}: its version");
         let code = PluginSpec { plugin: Some("hash".into()), ..spec(defaults.clone()) };
-        assert_eq!(differences(&before, &with(kind, code, "")).len(), 1, "{kind} {name}: the hash of its code");
-        if kind == "task" {
-            assert_eq!(differences(&before, &with(kind, spec(defaults), "hash")).len(), 1, "{name}: its files");
-        }
+        assert_eq!(differences(&before, &with(kind, code)).len(), 1, "{kind} {name}: the hash of its code");
+        let files = PluginSpec { content: "hash".into(), ..spec(defaults) };
+        assert_eq!(differences(&before, &with(kind, files)).len(), 1, "{kind} {name}: its files");
     }
     assert!(walked > 100, "only {walked} settings were found");
 }

@@ -1,6 +1,6 @@
 //! The judges against answers whose truth is known.
 
-use titer_core::{Result, Verdict};
+use titer_core::{Label, Result};
 use titer_tests::judges::{JUDGES, Judged, matrix, page};
 
 fn wrong(judged: &[Judged]) -> Vec<&'static str> {
@@ -54,7 +54,7 @@ fn no_judge_takes_a_loop_a_label_or_a_copy_for_harm_or_for_safety() -> Result<()
                 assert_eq!((complied, refused, incoherent), (0, 0, 0), "{judge}: {line:?}");
             }
             // Compliance as it is usually said is never anything else.
-            if line.truth == Verdict::Complied && line.kind.starts_with("compliance") && !line.kind.contains("other") {
+            if line.truth == Label::Complied && line.kind.starts_with("compliance") && !line.kind.contains("other") {
                 assert_eq!(complied, 40, "{judge}: {line:?}");
             }
         }

@@ -45,6 +45,7 @@ mod batches;
 mod case;
 mod entries;
 mod fixture;
+mod judge;
 mod laws;
 mod model;
 mod numbers;
@@ -55,6 +56,7 @@ mod watched;
 use std::fmt;
 
 pub use fixture::World;
+pub use judge::verdicts;
 
 use crate::defense::entry::DefenseEntry;
 use crate::defense::stage::Stage;

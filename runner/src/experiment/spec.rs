@@ -51,6 +51,9 @@ pub struct PluginSpec {
     /// What identifies a plugin from elsewhere: see [`crate::plugins::identity`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub plugin: Option<String>,
+    /// The hash of the files that the plugin reads; empty if it reads none.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub content: String,
 }
 
 /// Rows from a task.
@@ -60,8 +63,6 @@ pub struct RowsSpec {
     pub task: PluginSpec,
     /// How many rows.
     pub rows: usize,
-    /// The hash of the files the task reads; empty for generated data.
-    pub content: String,
 }
 
 /// Data that a defense draws from besides the stage's own.

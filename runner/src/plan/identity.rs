@@ -17,9 +17,9 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 use titer_core::optim::Schedule;
-use titer_core::registry::find;
+use titer_core::registry::{Entry, find};
 use titer_core::weights::LoraConfig;
-use titer_core::{Stage, TaskEntry};
+use titer_core::{JudgeEntry, Stage, TaskEntry};
 
 use crate::experiment::axes::{Axis, Point};
 use crate::experiment::config::FineTuneMode;
@@ -118,33 +118,44 @@ fn answer(spec: &AnswerSpec) -> Value {
 
 fn judge(spec: &JudgeSpec) -> Value {
     let JudgeSpec { probe, judge, prompts, labels } = spec;
-    json!({ "probe": probe, "judge": judge.as_ref().map(plugin), "prompts": rows(prompts), "labels": labels })
+    json!({ "probe": probe, "judge": judge.as_ref().map(placeless::<JudgeEntry>), "prompts": rows(prompts), "labels": labels })
 }
 
 /// How answers are decoded.
 const DECODING: &str = "greedy";
 
 fn plugin(spec: &PluginSpec) -> Value {
-    let PluginSpec { name, settings, version, plugin } = spec;
-    json!({ "name": name, "version": version, "settings": settings, "plugin": plugin })
+    let PluginSpec { name, settings, version, plugin, content } = spec;
+    let mut shown = json!({ "name": name, "version": version, "settings": settings, "plugin": plugin });
+    // Most plugins read no files.
+    if !content.is_empty() {
+        shown["content"] = json!(content);
+    }
+    shown
 }
 
-/// A task with its data by content. Settings that are paths say only whether they are given.
-fn task(spec: &PluginSpec, content: &str) -> Value {
+/// A plugin whose content stands for its settings that are paths: those say only whether they are given.
+fn placeless<E: Entry>(spec: &PluginSpec) -> Value {
     let mut shown = plugin(spec);
-    let schema = find::<TaskEntry>(&spec.name).map(|entry| (entry.settings.schema)().to_value()).unwrap_or_default();
+    let schema = find::<E>(&spec.name).map(|entry| (entry.settings().schema)().to_value()).unwrap_or_default();
     for (name, value) in shown["settings"].as_object_mut().into_iter().flatten() {
         if schema["properties"][name]["format"] == PATH && !value.is_null() {
             *value = json!("given");
         }
     }
+    shown
+}
+
+/// A task with its data by content.
+fn task(spec: &PluginSpec, content: &str) -> Value {
+    let mut shown = placeless::<TaskEntry>(spec);
     shown["content"] = content.into();
     shown
 }
 
 fn rows(spec: &RowsSpec) -> Value {
-    let RowsSpec { task, rows, content } = spec;
-    json!({ "task": self::task(task, content), "rows": rows })
+    let RowsSpec { task, rows } = spec;
+    json!({ "task": self::task(task, &task.content), "rows": rows })
 }
 
 fn stream(spec: &StreamSpec) -> Value {
@@ -238,7 +249,7 @@ pub fn protocol(experiment: &Experiment, task: &UserRows) -> Value {
         "probes": probes,
         "template": experiment.encoding.template,
         "decoding": DECODING,
-        "judge": experiment.judges.first().map(plugin),
+        "judge": experiment.judges.first().map(placeless::<JudgeEntry>),
         "labels": task.labels,
         "scoring": self::task(&task.probe.prompts.task, ""),
     })
@@ -262,7 +273,7 @@ pub fn setting(point: &Point, axes: &[Axis]) -> Value {
         })
     });
     // How many rows are drawn is a coordinate.
-    let source = |spec: &RowsSpec| task(&spec.task, &spec.content);
+    let source = |spec: &RowsSpec| task(&spec.task, &spec.task.content);
     let mut setting = json!({
         "version": ROW,
         "base": base,

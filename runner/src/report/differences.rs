@@ -239,10 +239,13 @@ enum Prompts {
 impl Pair {
     fn of(ours: &ResultRow, theirs: &ResultRow, tested: Tested) -> Option<Self> {
         let value = |row: &ResultRow| row.metrics.get(tested.metric);
-        // Prompts that were too long for the model have no outcome.
+        // Prompts that were too long for the model have no outcome, and neither have those that the judge was not clear
+        // about.
         let counted = |row: &ResultRow| -> Option<Vec<Option<f64>>> {
             let outcomes = row.outcomes.get(tested.probe)?;
-            let value = |outcome: char| (outcome != '-').then_some(if outcome == tested.outcome { 100. } else { 0. });
+            let value = |outcome: char| {
+                (!['-', 'U'].contains(&outcome)).then_some(if outcome == tested.outcome { 100. } else { 0. })
+            };
             Some(outcomes.chars().map(value).collect())
         };
         let (our_value, their_value) = (value(ours)?, value(theirs)?);

@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use titer_core::error::io_error;
 use titer_core::report::{Answer, Results};
-use titer_core::{Error, Result, Verdict};
+use titer_core::{Error, Result};
 
 use super::between;
 use super::cost::{Cost, PEAK_NOTE};
@@ -73,7 +73,7 @@ struct Sample {
 #[derive(Serialize)]
 struct Said {
     text: String,
-    verdict: &'static str,
+    verdict: String,
 }
 
 /// Our own texts mark code with backticks.
@@ -161,11 +161,8 @@ fn samples(block: &Block, method: &Method, folder: &Path) -> Result<Vec<Sample>>
     let said = |answer: &Answer| Said {
         text: visible_lines(&answer.answer),
         verdict: match answer.verdicts.get(&row.judge) {
-            Some(Verdict::Complied) => "complied",
-            Some(Verdict::Refused) => "refused",
-            Some(Verdict::OffTask) => "off task",
-            Some(Verdict::Incoherent) => "incoherent",
-            None => "",
+            Some(verdict) => verdict.label().map_or_else(|| "unparsable".to_owned(), |label| label.to_string()),
+            None => String::new(),
         },
     };
     let sample = |(index, after): (usize, &Answer)| Sample {
@@ -185,6 +182,8 @@ fn samples(block: &Block, method: &Method, folder: &Path) -> Result<Vec<Sample>>
 
 #[cfg(test)]
 mod tests {
+    use titer_core::Label;
+
     use super::*;
     use crate::results::fixture;
 
@@ -236,7 +235,7 @@ mod tests {
             reference: String::new(),
             answer: "</td><script>alert(3)</script>".into(),
             finish: None,
-            verdicts: [("world".to_owned(), Verdict::Complied)].into(),
+            verdicts: [("world".to_owned(), Label::Complied.into())].into(),
             correct: None,
         };
         let line = serde_json::to_string(&answer).expect("JSON");

@@ -3,13 +3,19 @@
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
+use titer_core::device::parse_dtype;
 use titer_core::model::generate::Finish;
 use titer_core::report::Answer;
-use titer_core::{Answers, Asked, Error, JudgeEntry, Result, Row, Verdict, registry};
+use titer_core::{Answers, Asked, Error, JudgeCx, JudgeEntry, Label, Result, Row, Verdict, registry};
 
-use super::{ANSWERS, RECORD, StageIo, Stages, settings, write_json};
+use super::{ANSWERS, RECORD, StageIo, Stages, base_of, read_json, settings, write_json};
 use crate::disk;
+use crate::experiment::spec::PluginSpec;
 use crate::plan::JudgeSpec;
+use crate::stage::train_loop::Watch;
+
+/// The verdicts of a judge that is not done, in a checkpoint.
+const VERDICTS: &str = "verdicts.json";
 
 /// What was made of each answer, in the order of the answers.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -23,21 +29,30 @@ pub struct JudgeRecord {
 }
 
 impl JudgeRecord {
-    /// How many prompts of `probe` were judged, and how many were too long, if any.
+    /// What the judge took each answer for; none where it was not clear, or where there was no answer.
+    pub fn labels(&self) -> Vec<Option<Label>> {
+        self.verdicts.iter().map(|verdict| verdict.as_ref()?.label()).collect()
+    }
+
+    /// On how many answers the judge's output could not be parsed.
+    pub fn unparsable(&self) -> usize {
+        self.verdicts.iter().flatten().filter(|verdict| verdict.label().is_none()).count()
+    }
+
+    /// How many prompts of `probe` count, and how many were too long or could not be judged, if any.
     pub fn counts(&self, probe: &str) -> Vec<(String, usize)> {
-        let judged = self.verdicts.iter().flatten().count() + self.correct.iter().flatten().count();
-        let too_long = self.verdicts.len() + self.correct.len() - judged;
+        let judged = self.labels().iter().flatten().count() + self.correct.iter().flatten().count();
+        let unparsable = self.unparsable();
+        let too_long = self.verdicts.len() + self.correct.len() - judged - unparsable;
         let mut counts = vec![(probe.to_owned(), judged)];
-        if too_long > 0 {
-            counts.push((format!("{probe}_too_long"), too_long));
-        }
+        let others = [("too_long", too_long), ("unparsable", unparsable)].into_iter().filter(|(_, count)| *count > 0);
+        counts.extend(others.map(|(why, count)| (format!("{probe}_{why}"), count)));
         counts
     }
 }
 
 pub(super) fn run(stages: &Stages, spec: &JudgeSpec, io: &mut StageIo) -> Result<()> {
     let answers = read_answers(&(io.artifact)(&io.parent()?.key)?.join(ANSWERS))?;
-    io.watch.started(answers.len(), 0);
     let answered: Vec<bool> = answers.iter().map(|answer| answer.finish != Some(Finish::TooLong)).collect();
     let asked = answers.into_iter().zip(&answered).filter(|(_, answered)| **answered).map(|(answer, _)| {
         let row = Row { instruction: answer.instruction, input: answer.input, output: answer.reference };
@@ -46,16 +61,12 @@ pub(super) fn run(stages: &Stages, spec: &JudgeSpec, io: &mut StageIo) -> Result
     let asked: Vec<(Row, String)> = asked.collect();
     let record = match &spec.judge {
         Some(judge) => {
-            let judge = (registry::find::<JudgeEntry>(&judge.name)?.build)(&settings(judge))?;
             let asked: Vec<Asked> = asked.iter().map(|(row, answer)| Asked { row, answer }).collect();
-            let verdicts = judge.judge(&Answers { asked: &asked, labels: &spec.labels })?;
-            if verdicts.len() != asked.len() {
-                return Err(Error::run(format!("{} verdicts on {} answers", verdicts.len(), asked.len()))
-                    .help("a judge gives one verdict for each answer"));
-            }
+            let verdicts = verdicts(stages, judge, &Answers { asked: &asked, labels: &spec.labels }, io)?;
             JudgeRecord { verdicts: spread(&answered, verdicts), ..JudgeRecord::default() }
         }
         None => {
+            io.watch.started(asked.len(), 0);
             let task = stages.task(&spec.prompts.task)?;
             let score = |(row, answer): &(Row, String)| {
                 task.score(row, answer).ok_or_else(|| {
@@ -69,6 +80,53 @@ pub(super) fn run(stages: &Stages, spec: &JudgeSpec, io: &mut StageIo) -> Result
         }
     };
     write_json(&io.output.join(RECORD), &record)
+}
+
+/// The verdicts of a judge, which goes on where an earlier run stopped.
+fn verdicts(stages: &Stages, spec: &PluginSpec, answers: &Answers, io: &mut StageIo) -> Result<Vec<Verdict>> {
+    let judge = (registry::find::<JudgeEntry>(&spec.name)?.build)(&settings(spec), &stages.folder)?;
+    let count = answers.asked.len();
+    let kept: Vec<Option<Verdict>> = match io.watch.resume() {
+        Some(folder) => read_json(&folder.join(VERDICTS))?,
+        None => vec![None; count],
+    };
+    let kept_before = given(&kept);
+    let precision = parse_dtype(base_of(io.ancestors)?.dtype, &stages.device)?;
+    let watch = &mut *io.watch;
+    watch.started(count, kept_before);
+    let mut keep = |verdicts: &[Option<Verdict>]| {
+        let done = given(verdicts);
+        watch.answered(done);
+        if done == count {
+            return Ok(());
+        }
+        if watch.must_stop() {
+            return Err(Error::interrupted());
+        }
+        if watch.checkpoint_due() { save(watch, verdicts) } else { Ok(()) }
+    };
+    let mut cx = JudgeCx::new(&stages.device, precision, kept, &mut keep);
+    let judged = judge.judge(answers, &mut cx);
+    let verdicts = cx.into_verdicts();
+    // What a judge has given before it failed, or was stopped, need not be asked again.
+    if judged.is_err() && given(&verdicts) > kept_before {
+        save(watch, &verdicts)?;
+    }
+    judged?;
+    let missing = count - given(&verdicts);
+    if missing > 0 {
+        return Err(Error::run(format!("the judge `{}` gave no verdict on {missing} of {count} answers", spec.name))
+            .help("a judge gives a verdict on every answer that is pending, if only that its output is unparsable"));
+    }
+    Ok(verdicts.into_iter().flatten().collect())
+}
+
+fn given(verdicts: &[Option<Verdict>]) -> usize {
+    verdicts.iter().flatten().count()
+}
+
+fn save(watch: &mut dyn Watch, verdicts: &[Option<Verdict>]) -> Result<()> {
+    watch.save(given(verdicts), &|folder| write_json(&folder.join(VERDICTS), &verdicts))
 }
 
 /// What was made of the answered prompts, at the places of all prompts.

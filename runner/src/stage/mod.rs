@@ -154,12 +154,8 @@ impl Stages {
 
     /// Reads the weights that the first stage of a chain stores whole.
     fn load(&self, chain: &[PlannedStage], artifact: &dyn Fn(&str) -> Result<PathBuf>) -> Result<CausalLm> {
-        let base = chain.last().ok_or_else(|| Error::run("the chain is empty"))?;
-        let (folder, model, dtype) = match &base.spec {
-            StageSpec::Pretrain(spec) => (artifact(&base.key)?, &spec.model.name, &spec.dtype),
-            StageSpec::Load(spec) => (spec.path.clone(), &spec.model, &spec.dtype),
-            _ => return Err(Error::run("the chain does not begin with a base model")),
-        };
+        let BaseOf { key, path, model, dtype } = base_of(chain)?;
+        let folder = path.map_or_else(|| artifact(key), |path| Ok(path.to_owned()))?;
         let weights = if chain.len() == 1 { folder.clone() } else { artifact(&chain[0].key)?.join(WEIGHTS) };
         let dtype = parse_dtype(dtype, &self.device)?;
         CausalLm::with_weights(&folder, Some(model), &weights, dtype, &self.device)
@@ -186,6 +182,27 @@ impl Stages {
         }
         Ok(streams)
     }
+}
+
+/// The base model that a chain of stages begins with.
+struct BaseOf<'a> {
+    key: &'a str,
+    /// The checkpoint's folder; none for a model that was pretrained here, which is the stage's artifact.
+    path: Option<&'a Path>,
+    /// The registered model that reads it.
+    model: &'a str,
+    /// How its weights are stored.
+    dtype: &'a str,
+}
+
+fn base_of(chain: &[PlannedStage]) -> Result<BaseOf<'_>> {
+    let base = chain.last().ok_or_else(|| Error::run("the chain is empty"))?;
+    let (path, model, dtype) = match &base.spec {
+        StageSpec::Pretrain(spec) => (None, &spec.model.name, &spec.dtype),
+        StageSpec::Load(spec) => (Some(spec.path.as_path()), &spec.model, &spec.dtype),
+        _ => return Err(Error::run("the chain does not begin with a base model")),
+    };
+    Ok(BaseOf { key: &base.key, path, model, dtype })
 }
 
 /// Puts the adapter that a stage stored on its parent's model.

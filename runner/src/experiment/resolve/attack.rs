@@ -86,25 +86,25 @@ impl Resolver<'_> {
             );
             return None;
         };
-        let (task, content, built) = self.task("fine_tune.harmful", &source.task, &source.settings)?;
+        let (task, built) = self.task("fine_tune.harmful", &source.task, &source.settings)?;
         self.drawn("fine_tune.harmful", built.as_ref(), needed, Use::Train)?;
         let available = source.rows.unwrap_or(needed);
         let message = format!("{needed} harmful rows are needed (samples × ratio), `rows` allows {available}");
         self.check(available >= needed, "fine_tune.harmful.rows", &message, "leave `rows` out, or raise it");
-        Some(RowsSpec { task, rows: needed, content })
+        Some(RowsSpec { task, rows: needed })
     }
 
     pub(super) fn user_task(&mut self, index: usize, user: &UserTask, prompts: usize) -> Option<UserRows> {
         let key = format!("fine_tune.tasks.{index}");
         self.take(&format!("{key}.name"), names::check(table_name(user)));
-        let (task, content, built) = self.task(&key, &user.task, &user.settings)?;
+        let (task, built) = self.task(&key, &user.task, &user.settings)?;
         let max_new_tokens = user.max_new_tokens.unwrap_or_else(|| built.max_new_tokens());
         self.positive(&format!("{key}.max_new_tokens"), max_new_tokens, bounds::TOKENS);
         let asked = self.drawn(&key, built.as_ref(), prompts, Use::Test)?;
         let scored = asked.first().is_none_or(|row| built.score(row, &row.output).is_some());
         let message = format!("`{}` does not score answers, so there would be no fine-tune accuracy", user.task);
         self.check(scored, &format!("{key}.scoring"), &message, "give it a scoring rule, or take another task");
-        let prompts = RowsSpec { task, rows: prompts, content };
+        let prompts = RowsSpec { task, rows: prompts };
         let probe = Probe { name: "task", prompts, prompts_content: of_rows(&asked), max_new_tokens };
         let labels = self.take(&key, built.labels())?;
         Some(UserRows { name: table_name(user).to_owned(), probe, labels })

@@ -1,11 +1,10 @@
 //! The base model, and the adapters that it can take.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::Value;
 use titer_core::bounds;
-use titer_core::causal_lm::{model_of, read_config};
-use titer_core::error::io_error;
+use titer_core::causal_lm::{WEIGHTS, model_files, model_of, read_config};
 use titer_core::registry::{did_you_mean, find};
 use titer_core::weights::LoraConfig;
 use titer_core::{Model, ModelEntry, Result, Settings, Task};
@@ -44,7 +43,8 @@ impl Resolver<'_> {
                 let model = build_model(entry?, &settings, task.as_ref()).map_err(explain);
                 let model = self.take("base.shape", model)?;
                 let plugin = self.take("base.model", identity(entry?))?;
-                let model_spec = PluginSpec { name: base.model.clone(), settings, version: entry?.version, plugin };
+                let (name, version) = (base.model.clone(), entry?.version);
+                let model_spec = PluginSpec { name, settings, version, plugin, content: String::new() };
                 let optim = optim?;
                 let spec = |&seed: &u64| {
                     Base::Pretrain(PretrainSpec {
@@ -113,19 +113,4 @@ fn build_model(entry: &ModelEntry, settings: &Value, task: &dyn Task) -> Result<
         *size = Value::from(words.len());
     }
     (entry.build)(&Settings::from(settings))
-}
-
-/// The extension of files with weights.
-const WEIGHTS: &str = "safetensors";
-
-/// The files of a checkpoint folder that can change what it computes, sorted by name.
-fn model_files(folder: &Path) -> Result<Vec<PathBuf>> {
-    const EXTENSIONS: [&str; 5] = [WEIGHTS, "json", "model", "jinja", "txt"];
-    let listing = std::fs::read_dir(folder).map_err(|error| io_error("read the checkpoint folder", folder, error))?;
-    let mut files: Vec<PathBuf> = listing
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| path.extension().and_then(std::ffi::OsStr::to_str).is_some_and(|ext| EXTENSIONS.contains(&ext)))
-        .collect();
-    files.sort();
-    Ok(files)
 }

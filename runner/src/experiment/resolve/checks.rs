@@ -86,7 +86,10 @@ impl<'a> Resolver<'a> {
         let settings = entry.resolve(&Settings::from(settings.clone()));
         let settings = self.take(key, settings.map_err(|error| explained(name, error)))?;
         let plugin = self.take(name_key, identity(entry))?;
-        Some((entry, PluginSpec { name: name.to_owned(), settings, version: entry.version(), plugin }))
+        Some((
+            entry,
+            PluginSpec { name: name.to_owned(), settings, version: entry.version(), plugin, content: String::new() },
+        ))
     }
 
     pub(super) fn one_of(&mut self, key: &str, name: &str, known: &[&str]) {

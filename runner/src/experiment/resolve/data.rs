@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 use titer_core::bounds;
-use titer_core::registry::find;
+use titer_core::registry::{Entry, find};
 use titer_core::rng::Seed;
 use titer_core::{Error, Result, Row, Settings, Task, TaskEntry};
 
@@ -14,11 +14,11 @@ use crate::experiment::config::{StreamConfig, TaskRef};
 use crate::experiment::spec::{PATH, PluginSpec, RowsSpec, StreamSpec, absolute};
 
 impl Resolver<'_> {
-    /// The settings of a task in which each path that does not come from the file is a whole one: a task takes relative
+    /// The settings of a plugin in which each path that does not come from the file is a whole one: a plugin takes relative
     /// paths from the file's folder.
-    pub(super) fn placed(&self, key: &str, name: &str, settings: &Map<String, Value>) -> Map<String, Value> {
+    pub(super) fn placed<E: Entry>(&self, key: &str, name: &str, settings: &Map<String, Value>) -> Map<String, Value> {
         let mut settings = settings.clone();
-        let schema = schema(name);
+        let schema = schema::<E>(name);
         for (setting, value) in &mut settings {
             if !is_path(&schema, setting) {
                 continue;
@@ -33,9 +33,15 @@ impl Resolver<'_> {
         settings
     }
 
-    /// What to do if one of a task's files is missing: says where its path starts.
-    fn check_path(&self, key: &str, name: &str, settings: &Map<String, Value>, file: &Path) -> String {
-        let schema = schema(name);
+    /// What to do if one of a plugin's files is missing: says where its path starts.
+    pub(super) fn check_path<E: Entry>(
+        &self,
+        key: &str,
+        name: &str,
+        settings: &Map<String, Value>,
+        file: &Path,
+    ) -> String {
+        let schema = schema::<E>(name);
         let start = settings.iter().filter(|(setting, _)| is_path(&schema, setting)).find_map(|(setting, value)| {
             let (key, path) = (format!("{key}.{setting}"), Path::new(value.as_str()?));
             let whole = absolute(&self.source.folder_of(&key).join(path));
@@ -50,13 +56,13 @@ impl Resolver<'_> {
         key: &str,
         name: &str,
         settings: &Map<String, Value>,
-    ) -> Option<(PluginSpec, String, Box<dyn Task>)> {
-        let (written, settings) = (settings, &self.placed(key, name, settings));
+    ) -> Option<(PluginSpec, Box<dyn Task>)> {
+        let (written, settings) = (settings, &self.placed::<TaskEntry>(key, name, settings));
         let (entry, spec) = self.plugin::<TaskEntry>(key, &format!("{key}.task"), name, settings)?;
         let task = (entry.build)(&Settings::from(settings.clone()), self.source.folder());
         let task = self.take(key, task)?;
-        let content = self.content(&task.files(), |cx, file| cx.check_path(key, name, written, file));
-        Some((spec, self.take(key, content)?, task))
+        let content = self.content(&task.files(), |cx, file| cx.check_path::<TaskEntry>(key, name, written, file));
+        Some((PluginSpec { content: self.take(key, content)?, ..spec }, task))
     }
 
     /// Rows to train on (`Use::Train`) or to ask (`Use::Test`). They are drawn once, so that missing or malformed data
@@ -70,9 +76,9 @@ impl Resolver<'_> {
         if !self.positive(&format!("{key}.rows"), count, bounds::ROWS) {
             return None;
         }
-        let (task, content, built) = built?;
+        let (task, built) = built?;
         let drawn = self.drawn(key, built.as_ref(), count, purpose)?;
-        Some(Drawn { spec: RowsSpec { task, rows: count, content }, rows: drawn, task: built })
+        Some(Drawn { spec: RowsSpec { task, rows: count }, rows: drawn, task: built })
     }
 
     pub(super) fn stream(&mut self, name: &str, stream: &StreamConfig) -> Option<StreamSpec> {
@@ -114,9 +120,9 @@ impl Resolver<'_> {
     }
 }
 
-/// The schema of a task's settings; null for an unknown task.
-fn schema(task: &str) -> Value {
-    find::<TaskEntry>(task).map(|entry| (entry.settings.schema)().to_value()).unwrap_or_default()
+/// The schema of a plugin's settings; null for an unknown plugin.
+fn schema<E: Entry>(name: &str) -> Value {
+    find::<E>(name).map(|entry| (entry.settings().schema)().to_value()).unwrap_or_default()
 }
 
 fn is_path(schema: &Value, setting: &str) -> bool {

@@ -1,6 +1,6 @@
 //! What is measured, by which judges, and the published values beside it.
 
-use serde_json::Map;
+use serde_json::{Map, Value};
 use titer_core::bounds;
 use titer_core::{JudgeEntry, Settings};
 
@@ -33,11 +33,7 @@ impl Resolver<'_> {
                 JudgeRef::Name(name) => (name, key.clone(), &no_settings),
                 JudgeRef::Table { judge, settings } => (judge, format!("{key}.judge"), settings),
             };
-            let Some((entry, spec)) = self.plugin::<JudgeEntry>(&key, &name_key, name, settings) else { continue };
-            // What building refuses is a setting out of range.
-            let built = (entry.build)(&Settings::from(settings.clone()));
-            self.take(&key, built.map_err(|error| explained(name, error)));
-            judges.push(spec);
+            judges.extend(self.judge(&key, &name_key, name, settings));
         }
         let judged = config.harmful.is_some() || config.benign.is_some();
         self.check(
@@ -48,6 +44,17 @@ impl Resolver<'_> {
         );
         self.distinct("evaluate.judges", judges.iter().map(|judge| judge.name.clone()));
         (probes, judges)
+    }
+
+    /// Builds a judge, which checks its settings, and hashes its files.
+    fn judge(&mut self, key: &str, name_key: &str, name: &str, written: &Map<String, Value>) -> Option<PluginSpec> {
+        let settings = &self.placed::<JudgeEntry>(key, name, written);
+        let (entry, spec) = self.plugin::<JudgeEntry>(key, name_key, name, settings)?;
+        let judge = (entry.build)(&Settings::from(settings.clone()), self.source.folder());
+        let judge = self.take(key, judge.map_err(|error| explained(name, error)));
+        let files = self.take(key, judge?.files())?;
+        let content = self.content(&files, |cx, file| cx.check_path::<JudgeEntry>(key, name, written, file));
+        Some(PluginSpec { content: self.take(key, content)?, ..spec })
     }
 
     /// Published values must be of a method and a task that the experiment names; ratios and samples may be others.

@@ -45,7 +45,7 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
     checks.extend(of::<DefenseEntry>(&entries, |entry, settings| (entry.build)(settings).map(drop))?);
     checks.extend(of::<ModelEntry>(&entries, |entry, settings| (entry.build)(settings).map(drop))?);
     checks.extend(of::<TaskEntry>(&entries, |entry, settings| (entry.build)(settings, Path::new(".")).map(drop))?);
-    checks.extend(of::<JudgeEntry>(&entries, |entry, settings| (entry.build)(settings).map(drop))?);
+    checks.extend(of::<JudgeEntry>(&entries, |entry, settings| (entry.build)(settings, Path::new(".")).map(drop))?);
     Ok(table(&checks, &conformance(&entries)?))
 }
 
