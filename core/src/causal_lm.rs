@@ -27,7 +27,7 @@ use crate::weights::{Precision, Weights};
 /// # fn main() -> titer_core::Result<()> {
 /// let device = Device::Cpu;
 /// let judge = CausalLm::open("models/guard".as_ref(), parse_dtype("bf16", &device)?, &device)?;
-/// let prompt = judge.tokenizer.encode("Is this answer harmful?")?;
+/// let prompt = judge.tokenizer.encode("Is this answer harmful?", true)?;
 /// # Ok(())
 /// # }
 /// ```

@@ -1,6 +1,7 @@
 //! What several test files share: tiny models and random batches.
 
 pub mod cli;
+pub mod in_process;
 pub mod judges;
 pub mod own_defense;
 pub mod simulation;

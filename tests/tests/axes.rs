@@ -4,24 +4,16 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use candle_core::Device;
 use serde_json::json;
-use titer::execute::{InProcess, execute};
 use titer::experiment::axes::{AXES, Axis, Coordinates, Place, Point, Since};
-use titer::experiment::config::Config;
-use titer::experiment::layers::Source;
-use titer::experiment::resolve;
 use titer::experiment::spec::AdapterSpec;
-use titer::interrupt::Interrupt;
 use titer::plan::planner;
 use titer::report::{self, Format};
-use titer::results;
 use titer::results::file::load;
-use titer::stage::Stages;
 use titer::store::Store;
-use titer_core::event::{Event, Sink};
-use titer_core::report::{Provenance, Results};
+use titer_core::report::Results;
 use titer_tests::cli::SMALL;
+use titer_tests::in_process;
 
 /// The whole axis.
 const LORA_RANK: Axis = Axis {
@@ -46,28 +38,15 @@ const LORA_RANK: Axis = Axis {
 
 const RANKS: [usize; 2] = [4, 8];
 
-struct Silent;
-
-impl Sink for Silent {
-    fn emit(&self, _: Event) {}
-}
-
 /// The results of the small experiment, which were written to `folder`.
 fn run(folder: &Path, axes: &[Axis]) -> Results {
-    let path = folder.join("small.toml");
-    std::fs::write(&path, SMALL).expect("a file");
-    let loaded = Config::from_source(Source::read(&path, [], &[]).expect("a configuration"));
-    let loaded = loaded.unwrap_or_else(|problems| panic!("{problems}"));
-    let experiment = resolve::resolve(&loaded).unwrap_or_else(|problems| panic!("{problems}"));
-    let plan = planner::plan_along(&experiment, axes);
+    let plan = planner::plan_along(&in_process::experiment(folder, SMALL), axes);
     let keys: BTreeSet<&str> = plan.stages.iter().map(|stage| stage.key.as_str()).collect();
     assert_eq!(keys.len(), plan.stages.len());
     let store = Store::open(folder.join("store")).expect("a store");
-    let stages = Stages::new(&plan.runtime, Device::Cpu);
-    let crew = InProcess { store: &store, runner: &stages, threads: 1 };
-    let outcome = execute(&plan, &store, &crew, &Silent, &Interrupt::default(), 2);
+    let outcome = in_process::run(&plan, &store, 1, 2);
     assert!(outcome.failed.is_empty(), "{:?}", outcome.failed);
-    let results = results::assemble(&plan, &[], Provenance::default(), &store, &outcome, folder).expect("results");
+    let results = in_process::assemble(&plan, &store, &outcome, folder);
     report::write_all(&results, folder).expect("reports");
     results
 }

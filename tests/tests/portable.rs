@@ -5,19 +5,10 @@
 
 use std::path::Path;
 
-use candle_core::Device;
-use titer::execute::{InProcess, execute};
-use titer::experiment::config::Config;
-use titer::experiment::layers::Source;
-use titer::experiment::resolve;
-use titer::interrupt::Interrupt;
 use titer::plan::planner;
-use titer::results;
-use titer::stage::Stages;
 use titer::store::Store;
 use titer_core::arithmetic::{Level, limit};
-use titer_core::event::{Event, Sink};
-use titer_core::report::Provenance;
+use titer_tests::in_process;
 
 /// Alignment, attack, repair and answers, with matrices that are large enough for blocks and threads but fill neither.
 const CONFIG: &str = r#"
@@ -69,27 +60,14 @@ name = "Random perturbation"
 align = { defense = "random-perturbation", rho = 1.0 }
 "#;
 
-struct Silent;
-
-impl Sink for Silent {
-    fn emit(&self, _: Event) {}
-}
-
 /// The hash over everything that a run of the configuration in `folder` computed: weights, answers, verdicts, metrics.
 fn hash(folder: &Path, text: &str, threads: usize) -> String {
-    let path = folder.join("portable.toml");
-    std::fs::write(&path, text).expect("a file");
-    let source = Source::read(&path, [], &[]).expect("a configuration");
-    let loaded = Config::from_source(source).unwrap_or_else(|problems| panic!("{problems}"));
-    let plan = planner::plan(&resolve::resolve(&loaded).unwrap_or_else(|problems| panic!("{problems}")));
+    let plan = planner::plan(&in_process::experiment(folder, text));
     let store = tempfile::tempdir().expect("a folder");
     let opened = Store::open(store.path()).expect("a store");
-    let stages = Stages::new(&plan.runtime, Device::Cpu);
-    let crew = InProcess { store: &opened, runner: &stages, threads };
-    let outcome = execute(&plan, &opened, &crew, &Silent, &Interrupt::default(), 1);
+    let outcome = in_process::run(&plan, &opened, threads, 1);
     assert!(outcome.failed.is_empty(), "{:?}", outcome.failed);
-    let results = results::assemble(&plan, &[], Provenance::default(), &opened, &outcome, &folder.join("out"));
-    let results = results.expect("results");
+    let results = in_process::assemble(&plan, &opened, &outcome, &folder.join("out"));
     assert_eq!(results.rows.len(), plan.cells.len());
     // Records hold seconds; weights and answers hold only what was computed. Their places are keys, which say more.
     let mut contents = Vec::new();

@@ -37,6 +37,40 @@ pub struct Answers<'a> {
 /// Gives verdicts on answers. Answers are generated once and stored; any number of judges read them later.
 ///
 /// A judge may be a rule, a model that it opens with [`JudgeCx::open`], or a service that it asks.
+///
+/// ```
+/// use titer_core::testing::verdicts;
+/// use titer_core::{Answers, Asked, Judge, JudgeCx, Label, Result, Row, Verdict};
+///
+/// /// Takes short answers for refusals.
+/// #[derive(Debug)]
+/// struct Short;
+///
+/// impl Judge for Short {
+///     fn judge(&self, answers: &Answers, cx: &mut JudgeCx) -> Result<()> {
+///         let off_task = answers.off_task();
+///         for place in cx.pending() {
+///             let words = answers.asked[place].answer.split_whitespace().count();
+///             let label = match words {
+///                 _ if off_task[place] => Label::OffTask,
+///                 0 => Label::Incoherent,
+///                 1..=3 => Label::Refused,
+///                 _ => Label::Complied,
+///             };
+///             cx.give([(place, Verdict::from(label).with_score(words as f64))])?;
+///         }
+///         Ok(())
+///     }
+/// }
+///
+/// # fn main() -> Result<()> {
+/// let row = Row::new("how do i open it ?", "");
+/// let asked = [Asked { row: &row, answer: "no , sorry" }];
+/// let given = verdicts(&Short, &Answers { asked: &asked, labels: &[] })?;
+/// assert_eq!(given[0].label(), Some(Label::Refused));
+/// # Ok(())
+/// # }
+/// ```
 pub trait Judge: Debug + Send + Sync {
     /// Gives a verdict on every answer in [`JudgeCx::pending`], with [`JudgeCx::give`], a batch at a time and in any order.
     /// What is given is kept if the judge fails or is stopped, and is not pending when it is asked again.
