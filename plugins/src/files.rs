@@ -10,13 +10,13 @@ use titer_core::{Error, Result};
 
 /// One record: text by column.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Record {
+pub struct DataRecord {
     /// The line it starts on, from 1; in a JSON array, its number.
     pub line: usize,
     fields: BTreeMap<String, String>,
 }
 
-impl Record {
+impl DataRecord {
     fn bytes(&self) -> usize {
         self.fields.values().map(String::len).sum()
     }
@@ -24,9 +24,9 @@ impl Record {
 
 /// A file read whole.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Table {
+pub struct DataFile {
     path: PathBuf,
-    records: Vec<Record>,
+    records: Vec<DataRecord>,
 }
 
 /// Whether the first line of a CSV or TSV file names the columns. Without names they are called `0`, `1`, ….
@@ -40,7 +40,7 @@ pub enum Header {
     If(&'static str),
 }
 
-impl Table {
+impl DataFile {
     /// Reads a file by its extension: `.json` (an array of objects or of texts, or an object that holds one such array),
     /// `.jsonl`, `.csv` or `.tsv`. Texts alone go into the column `instruction`.
     ///
@@ -82,7 +82,7 @@ impl Table {
     }
 
     /// Every record.
-    pub fn records(&self) -> &[Record] {
+    pub fn records(&self) -> &[DataRecord] {
         &self.records
     }
 
@@ -90,7 +90,7 @@ impl Table {
     ///
     /// # Errors
     /// There are fewer.
-    pub fn first(&self, count: usize) -> Result<&[Record]> {
+    pub fn first(&self, count: usize) -> Result<&[DataRecord]> {
         self.records.get(..count).ok_or_else(|| {
             Error::data(format!("{count} rows were asked for, the file has {}", self.records.len()))
                 .file(&self.path)
@@ -103,7 +103,7 @@ impl Table {
     ///
     /// # Errors
     /// The record has no such column.
-    pub fn text<'a>(&self, record: &'a Record, column: &str) -> Result<&'a str> {
+    pub fn text<'a>(&self, record: &'a DataRecord, column: &str) -> Result<&'a str> {
         record.fields.get(column).map(String::as_str).ok_or_else(|| {
             let columns: Vec<&str> = record.fields.keys().map(String::as_str).collect();
             let near = did_you_mean(column, columns.iter().copied());
@@ -116,7 +116,7 @@ impl Table {
     ///
     /// # Errors
     /// There is no such column, or the value is not a label.
-    pub fn label<'a>(&self, record: &Record, column: &str, labels: &[(&str, &'a str)]) -> Result<&'a str> {
+    pub fn label<'a>(&self, record: &DataRecord, column: &str, labels: &[(&str, &'a str)]) -> Result<&'a str> {
         let value = self.text(record, column)?.trim();
         labels.iter().find(|(known, _)| *known == value).map(|(_, label)| *label).ok_or_else(|| {
             let known: Vec<&str> = labels.iter().map(|(known, _)| *known).collect();
@@ -125,12 +125,12 @@ impl Table {
     }
 
     /// An error at a record.
-    pub fn fault(&self, record: &Record, message: impl Into<String>) -> Error {
+    pub fn fault(&self, record: &DataRecord, message: impl Into<String>) -> Error {
         Error::data(message).file(&self.path).at("line", record.line.to_string())
     }
 }
 
-fn json(text: &str) -> Result<Vec<Record>> {
+fn json(text: &str) -> Result<Vec<DataRecord>> {
     let broken = |error: &serde_json::Error| {
         let help = if error.to_string().starts_with("trailing characters") {
             "give a file of JSON lines the extension .jsonl"
@@ -157,7 +157,7 @@ fn json(text: &str) -> Result<Vec<Record>> {
     rows.into_iter().enumerate().map(|(index, row)| record(index + 1, row)).collect()
 }
 
-fn json_lines(text: &str) -> Result<Vec<Record>> {
+fn json_lines(text: &str) -> Result<Vec<DataRecord>> {
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
     let parse = |(index, line): (usize, &str)| {
         let row = serde_json::from_str(line).map_err(|error| {
@@ -169,7 +169,7 @@ fn json_lines(text: &str) -> Result<Vec<Record>> {
     lines.map(parse).collect()
 }
 
-fn record(line: usize, row: Value) -> Result<Record> {
+fn record(line: usize, row: Value) -> Result<DataRecord> {
     let text = |value: Value| match value {
         Value::String(text) => Some(text),
         Value::Null => None,
@@ -187,10 +187,10 @@ fn record(line: usize, row: Value) -> Result<Record> {
             .help("write rows as {\"instruction\": \"…\", \"output\": \"…\"}"));
         }
     };
-    Ok(Record { line, fields })
+    Ok(DataRecord { line, fields })
 }
 
-fn separated(text: &str, delimiter: u8, header: Header) -> Result<Vec<Record>> {
+fn separated(text: &str, delimiter: u8, header: Header) -> Result<Vec<DataRecord>> {
     let mut reader = csv::ReaderBuilder::new()
         .delimiter(delimiter)
         .quoting(delimiter == b',')
@@ -231,20 +231,20 @@ fn separated(text: &str, delimiter: u8, header: Header) -> Result<Vec<Record>> {
     Ok(records)
 }
 
-fn fields(row: &csv::StringRecord, columns: &[String]) -> Record {
+fn fields(row: &csv::StringRecord, columns: &[String]) -> DataRecord {
     let line = row.position().map_or(0, |position| position.line() as usize);
-    Record { line, fields: columns.iter().cloned().zip(row.iter().map(str::to_owned)).collect() }
+    DataRecord { line, fields: columns.iter().cloned().zip(row.iter().map(str::to_owned)).collect() }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn read(name: &str, content: &[u8], header: Header) -> Result<Table> {
+    fn read(name: &str, content: &[u8], header: Header) -> Result<DataFile> {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join(name);
         std::fs::write(&path, content).expect("a file");
-        Table::read(&path, header)
+        DataFile::read(&path, header)
     }
 
     #[test]
@@ -291,7 +291,7 @@ mod tests {
             assert!(error.place("file").is_some(), "{error}");
             assert_eq!(error.kind(), titer_core::Kind::Data);
         }
-        let error = Table::read(Path::new("no/such.json"), Header::Yes).expect_err("a missing file");
+        let error = DataFile::read(Path::new("no/such.json"), Header::Yes).expect_err("a missing file");
         assert!(error.to_string().contains("no/such.json"), "{error}");
     }
 

@@ -43,10 +43,10 @@ struct Shape {
     heads: usize,
     inner: usize,
     vocabulary: usize,
-    family: Family,
+    family: ShapeFamily,
 }
 
-enum Family {
+enum ShapeFamily {
     Decoder { kind: &'static str, key_value: usize, tied: bool },
     Opt,
 }
@@ -59,13 +59,13 @@ const fn llama(name: &'static str, sizes: [usize; 5], vocabulary: usize, tied: b
 /// The same sizes of any architecture with Llama's keys.
 const fn decoder(kind: &'static str, name: &'static str, sizes: [usize; 5], vocabulary: usize, tied: bool) -> Shape {
     let [hidden, layers, heads, key_value, inner] = sizes;
-    Shape { name, hidden, layers, heads, inner, vocabulary, family: Family::Decoder { kind, key_value, tied } }
+    Shape { name, hidden, layers, heads, inner, vocabulary, family: ShapeFamily::Decoder { kind, key_value, tied } }
 }
 
 /// `sizes`: width, blocks, heads, inner width of the MLP.
 const fn opt(name: &'static str, sizes: [usize; 4]) -> Shape {
     let [hidden, layers, heads, inner] = sizes;
-    Shape { name, hidden, layers, heads, inner, vocabulary: 50_272, family: Family::Opt }
+    Shape { name, hidden, layers, heads, inner, vocabulary: 50_272, family: ShapeFamily::Opt }
 }
 
 impl Shape {
@@ -76,14 +76,16 @@ impl Shape {
             "num_hidden_layers": layers.unwrap_or(self.layers),
         });
         let (kind, own) = match self.family {
-            Family::Decoder { kind, key_value, tied } => (
+            ShapeFamily::Decoder { kind, key_value, tied } => (
                 kind,
                 json!({
                     "num_key_value_heads": key_value, "intermediate_size": self.inner, "tie_word_embeddings": tied,
                     "max_position_embeddings": 4096, "initializer_range": 0.02,
                 }),
             ),
-            Family::Opt => ("opt", json!({ "ffn_dim": self.inner, "max_position_embeddings": 2048, "init_std": 0.02 })),
+            ShapeFamily::Opt => {
+                ("opt", json!({ "ffn_dim": self.inner, "max_position_embeddings": 2048, "init_std": 0.02 }))
+            }
         };
         for (key, value) in own.as_object().into_iter().flatten() {
             keys[key] = value.clone();

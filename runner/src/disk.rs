@@ -298,7 +298,7 @@ pub(crate) mod fault {
 
     /// What a folder's operations were, and which one is to fail.
     #[derive(Debug)]
-    struct Watched {
+    struct WatchedDisk {
         folder: PathBuf,
         fault: Fault,
         /// The operation to fail, from 1; 0 for none.
@@ -308,16 +308,16 @@ pub(crate) mod fault {
     }
 
     /// The folders that tests watch now. Tests run side by side in one process, so that a fault is tied to a folder.
-    static WATCHED: Mutex<Vec<Arc<Mutex<Watched>>>> = Mutex::new(Vec::new());
+    static WATCHED: Mutex<Vec<Arc<Mutex<WatchedDisk>>>> = Mutex::new(Vec::new());
 
     /// Watches a folder until it is dropped.
     #[derive(Debug)]
-    pub(crate) struct Watch(Arc<Mutex<Watched>>);
+    pub(crate) struct DiskWatch(Arc<Mutex<WatchedDisk>>);
 
-    impl Watch {
+    impl DiskWatch {
         /// Lets the operation number `at` within `folder` fail.
         pub(crate) fn new(folder: &Path, fault: Fault, at: usize) -> Self {
-            let watched = Watched { folder: folder.to_owned(), fault, at, calls: 0, counts: BTreeMap::new() };
+            let watched = WatchedDisk { folder: folder.to_owned(), fault, at, calls: 0, counts: BTreeMap::new() };
             let watched = Arc::new(Mutex::new(watched));
             WATCHED.lock().unwrap_or_else(PoisonError::into_inner).push(watched.clone());
             Self(watched)
@@ -335,7 +335,7 @@ pub(crate) mod fault {
         }
     }
 
-    impl Drop for Watch {
+    impl Drop for DiskWatch {
         fn drop(&mut self) {
             let mut watched = WATCHED.lock().unwrap_or_else(PoisonError::into_inner);
             watched.retain(|other| !Arc::ptr_eq(other, &self.0));
@@ -409,7 +409,7 @@ mod tests {
         replace(&path, b"old").unwrap();
         // Made, written, synced, renamed.
         for at in 1..=4 {
-            let watch = fault::Watch::new(folder.path(), fault::Fault::Full, at);
+            let watch = fault::DiskWatch::new(folder.path(), fault::Fault::Full, at);
             let error = replace(&path, b"new").unwrap_err().to_string();
             assert!(watch.struck() && error.contains("a.txt") && error.contains("help: free space"), "{error}");
             assert_eq!(read(&path).unwrap(), b"old");

@@ -11,7 +11,7 @@ use titer_core::weights::checkpoint::Checkpoint;
 use titer_core::{Error, Result};
 
 use crate::cli::progress::Journal;
-use crate::disk::fault::{Fault, Watch};
+use crate::disk::fault::{DiskWatch, Fault};
 use crate::execute::{InProcess, execute};
 use crate::interrupt::Interrupt;
 use crate::plan::{Plan, PlannedStage, StageSpec};
@@ -153,7 +153,7 @@ fn every_access_fails_with(fault: Fault) {
     let (mut failed, mut failed_cells, mut absorbed) = (0, 0, 0);
     for at in 1.. {
         let root = folder();
-        let watch = Watch::new(root.path(), fault, at);
+        let watch = DiskWatch::new(root.path(), fault, at);
         let outcome = run_twice(root.path(), &plan);
         let (struck, counts) = (watch.struck(), watch.counts());
         drop(watch);

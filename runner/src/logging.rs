@@ -6,12 +6,12 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::FormatTime;
 
-/// The environment variable of [`Format`].
+/// The environment variable of [`LogFormat`].
 pub const FORMAT: &str = "TITER_LOG_FORMAT";
 
 /// The form of log lines and of progress.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
-pub enum Format {
+pub enum LogFormat {
     /// Text; with the time unless it goes to a terminal.
     #[default]
     Text,
@@ -25,15 +25,15 @@ pub struct Logging {
     /// The number of `-v`.
     pub verbose: u8,
     /// The form.
-    pub format: Format,
+    pub format: LogFormat,
 }
 
 impl Logging {
     /// The arguments that give another process of this program the same.
     pub fn arguments(self) -> Vec<&'static str> {
         let format = match self.format {
-            Format::Text => "text",
-            Format::Json => "json",
+            LogFormat::Text => "text",
+            LogFormat::Json => "json",
         };
         [vec!["--log-format", format], vec!["-v"; usize::from(self.verbose)]].concat()
     }
@@ -53,9 +53,9 @@ impl Logging {
         let logger = logger.with_ansi(terminal && !plain);
         // A second call in one process, as in tests, keeps the first logger.
         let _ = match self.format {
-            Format::Json => logger.with_timer(Utc).json().try_init(),
-            Format::Text if terminal => logger.without_time().try_init(),
-            Format::Text => logger.with_timer(Utc).try_init(),
+            LogFormat::Json => logger.with_timer(Utc).json().try_init(),
+            LogFormat::Text if terminal => logger.without_time().try_init(),
+            LogFormat::Text => logger.with_timer(Utc).try_init(),
         };
     }
 }

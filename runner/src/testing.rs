@@ -17,7 +17,7 @@ use titer_core::{
 };
 
 use crate::diagnostics::Problems;
-use crate::experiment::config::{Config, Loaded};
+use crate::experiment::config::{Config, LoadedConfig};
 use crate::experiment::layers::Source;
 use crate::plan::Plan;
 
@@ -68,7 +68,7 @@ fine_tune = "fake-plain"
 "#;
 
 /// The configuration above with some texts replaced, and assignments as after `--set`.
-pub(crate) fn load(replacements: &[(&str, &str)], overrides: &[&str]) -> Result<Loaded, Problems> {
+pub(crate) fn load(replacements: &[(&str, &str)], overrides: &[&str]) -> Result<LoadedConfig, Problems> {
     let text = replacements.iter().fold(CONFIG.to_owned(), |text, (from, to)| {
         assert!(text.contains(from), "`{from}` is not in the sample");
         text.replacen(from, to, 1)
@@ -103,12 +103,12 @@ struct RowsSettings {
 }
 
 #[derive(Debug)]
-struct Rows {
+struct FakeRows {
     settings: RowsSettings,
     folder: PathBuf,
 }
 
-impl Task for Rows {
+impl Task for FakeRows {
     fn train(&self, count: usize, _seed: Seed) -> Result<Vec<Row>> {
         Ok(vec![Row::new(&self.settings.word, "yes"); count])
     }
@@ -127,7 +127,7 @@ impl Task for Rows {
 }
 
 fn build_rows(settings: &Settings, folder: &Path) -> Result<Box<dyn Task>> {
-    Ok(Box::new(Rows { settings: settings.parse()?, folder: folder.to_owned() }))
+    Ok(Box::new(FakeRows { settings: settings.parse()?, folder: folder.to_owned() }))
 }
 
 inventory::submit! {
@@ -154,9 +154,9 @@ impl Default for ShieldSettings {
 }
 
 #[derive(Debug)]
-struct Plain;
+struct Fake;
 
-impl AlignmentDefense for Plain {}
+impl AlignmentDefense for Fake {}
 
 const PLAIN: DefenseEntry = DefenseEntry {
     name: "fake-plain",
@@ -175,7 +175,7 @@ const PLAIN: DefenseEntry = DefenseEntry {
     settings: SettingsType::of::<NoSettings>(),
     neutral: None,
     version: 1,
-    build: |_| Ok(Box::new(Plain)),
+    build: |_| Ok(Box::new(Fake)),
 };
 
 inventory::submit! { PLAIN }
@@ -195,7 +195,7 @@ inventory::submit! {
             if rho < 0. {
                 return Err(Error::config(format!("`rho` must be at least 0, found `{rho}`")).key("rho"));
             }
-            Ok(Box::new(Plain))
+            Ok(Box::new(Fake))
         },
         ..PLAIN
     }
@@ -214,7 +214,7 @@ inventory::submit! {
 #[serde(default, deny_unknown_fields)]
 struct NoSettings {}
 
-impl Judge for Plain {
+impl Judge for Fake {
     fn judge(&self, _answers: &Answers, cx: &mut JudgeCx) -> Result<()> {
         cx.give(cx.pending().into_iter().map(|place| (place, Label::Refused.into())))
     }
@@ -226,7 +226,7 @@ inventory::submit! {
         summary: "Sees refusals everywhere.",
         settings: SettingsType::of::<NoSettings>(),
         version: 1,
-        build: |_, _| Ok(Box::new(Plain)),
+        build: |_, _| Ok(Box::new(Fake)),
     }
 }
 

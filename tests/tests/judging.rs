@@ -59,7 +59,7 @@ impl Judge for Likelihood {
                     [vec![lm.tokenizer.eos], lm.tokenizer.encode(answer, false)?, vec![lm.tokenizer.eos]].concat();
                 let labels = (1..ids.len()).map(|at| (0, at - 1, ids[at])).collect::<Vec<_>>();
                 let batch = Batch::with_labels(&[&ids], labels, lm.tokenizer.pad, lm.weights.device())?;
-                let loss = f64::from(label_loss(lm.model.as_ref(), &lm.weights, &batch)?);
+                let loss = label_loss(lm.model.as_ref(), &lm.weights, &batch)?;
                 Verdict::from(if loss < 1. { Label::Complied } else { Label::Incoherent }).with_score(loss)
             };
             if let Some(log) = &self.log {

@@ -240,6 +240,26 @@ impl<'ast> Visit<'ast> for Paths {
     }
 }
 
+/// The types that a file defines and that a test does not.
+#[derive(Default)]
+struct Types {
+    found: Vec<String>,
+}
+
+impl<'ast> Visit<'ast> for Types {
+    fn visit_item(&mut self, item: &'ast Item) {
+        match item {
+            Item::Mod(module) if for_tests(&module.attrs) => return,
+            Item::Struct(item) => self.found.push(item.ident.to_string()),
+            Item::Enum(item) => self.found.push(item.ident.to_string()),
+            Item::Trait(item) => self.found.push(item.ident.to_string()),
+            Item::Type(item) => self.found.push(item.ident.to_string()),
+            _ => {}
+        }
+        visit::visit_item(self, item);
+    }
+}
+
 fn floor(module: &str) -> &str {
     module.split("::").next().unwrap_or(module)
 }
@@ -297,6 +317,24 @@ fn no_module_imports_from_a_higher_floor() {
         let gone: Vec<_> = floors.iter().filter(|floor| !found.contains(*floor)).collect();
         assert!(gone.is_empty(), "{name}: FLOORS names {gone:?}, which the crate does not have");
     }
+}
+
+/// A name that two types share is looked up twice by every reader. `Args` are the arguments of a command, one in each module
+/// below `cli/commands`.
+#[test]
+fn no_two_types_share_a_name() {
+    let mut named: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for (name, _) in FLOORS {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(name).join("src");
+        for (module, file) in Crate::read(&root).files {
+            let mut types = Types::default();
+            types.visit_file(&file);
+            types.found.into_iter().for_each(|found| named.entry(found).or_default().push(format!("{name} {module}")));
+        }
+    }
+    assert!(named.len() > 200, "only {} types were found", named.len());
+    named.retain(|name, places| places.len() > 1 && name != "Args");
+    assert!(named.is_empty(), "{named:#?}");
 }
 
 #[test]

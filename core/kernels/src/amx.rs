@@ -119,7 +119,7 @@ impl Amx {
         // Equal shares for the threads, in whole panels.
         let width = c.columns.div_ceil(chunks).next_multiple_of(PANEL);
         let chunks = c.columns.div_ceil(width);
-        let (left, right) = (Lines::rows(a), Lines::columns(b));
+        let (left, right) = (TileLines::rows(a), TileLines::columns(b));
         let target = Destination { data: Shared::new(c.data), stride: c.row_stride, size: [c.rows, c.columns] };
         let mut packed = LEFT.take();
         for k in (0..a.columns).step_by(DEPTH) {
@@ -170,12 +170,12 @@ fn for_each(count: usize, threads: usize, f: impl Fn(usize) + Sync + Send) {
 
 /// Memory that tiles are packed into, kept by each thread for its next product.
 #[derive(Default)]
-struct PackedTiles(Vec<Line>);
+struct PackedTiles(Vec<CacheLine>);
 
 #[derive(Clone, Copy)]
 #[repr(align(64))]
 #[expect(dead_code, reason = "reached through pointers")]
-struct Line([u8; 64]);
+struct CacheLine([u8; 64]);
 
 thread_local! {
     static LEFT: Cell<PackedTiles> = Cell::default();
@@ -184,9 +184,9 @@ thread_local! {
 
 impl PackedTiles {
     fn resize_at_least(&mut self, bytes: usize) {
-        let lines = bytes.div_ceil(size_of::<Line>());
+        let lines = bytes.div_ceil(size_of::<CacheLine>());
         if self.0.len() < lines {
-            self.0.resize(lines, Line([0; 64]));
+            self.0.resize(lines, CacheLine([0; 64]));
         }
     }
 
@@ -197,7 +197,7 @@ impl PackedTiles {
 
 /// The lines of an operand: rows of `A`, columns of `B`.
 #[derive(Clone, Copy)]
-struct Lines {
+struct TileLines {
     data: Shared<f32>,
     count: usize,
     /// Elements from one line to the next, and from one element of the inner dimension to the next. One of them is 1.
@@ -213,7 +213,7 @@ enum Across {
     Columns,
 }
 
-impl Lines {
+impl TileLines {
     fn rows(a: RawMatrix<*const f32>) -> Self {
         Self { data: Shared::new(a.data.cast_mut()), count: a.rows, stride: [a.row_stride, a.column_stride] }
     }

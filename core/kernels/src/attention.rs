@@ -32,7 +32,7 @@ pub struct Attention {
 /// Query `q` of batch row `b` has the position `starts[b] + q`, which is also its slot in the row's keys and values. It
 /// sees the slots up to its own that hold real tokens; padding is never seen.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Mask {
+pub struct CausalMask {
     /// Queries per batch row.
     pub queries: usize,
     /// The position of the first query of each batch row.
@@ -43,7 +43,7 @@ pub struct Mask {
     pub rows: Vec<usize>,
 }
 
-impl Mask {
+impl CausalMask {
     /// The slots that query `q` of batch row `b` sees, with at most `window` of them.
     #[inline]
     pub fn range(&self, b: usize, q: usize, window: Option<usize>) -> Range<usize> {
@@ -74,12 +74,12 @@ impl Mask {
 pub fn forward<T: Factor>(
     shape: Attention,
     [q, k, v]: [&[T]; 3],
-    mask: &Mask,
+    mask: &CausalMask,
     slots: usize,
     keep: bool,
 ) -> (Vec<T>, Vec<T>) {
     assert!(mask.fits(q.len(), k.len(), shape, slots) && k.len() == v.len(), "attention of another size");
-    let (batch, queries, plan) = (mask.starts.len(), mask.queries, Plan::new(shape, mask, slots));
+    let (batch, queries, plan) = (mask.starts.len(), mask.queries, Tasks::new(shape, mask, slots));
     let mut y = vec![T::zero(); q.len()];
     let mut sums = vec![T::zero(); if keep { batch * shape.query * queries } else { 0 }];
     let (out, out_sums) = (Shared::new(y.as_mut_ptr()), Shared::new(sums.as_mut_ptr()));
@@ -117,10 +117,10 @@ pub fn backward<T: Factor>(
     shape: Attention,
     [q, k, v]: [&[T]; 3],
     [y, sums, gradient]: [&[T]; 3],
-    mask: &Mask,
+    mask: &CausalMask,
     slots: usize,
 ) -> [Vec<T>; 3] {
-    let (batch, queries, plan) = (mask.starts.len(), mask.queries, Plan::new(shape, mask, slots));
+    let (batch, queries, plan) = (mask.starts.len(), mask.queries, Tasks::new(shape, mask, slots));
     assert!(mask.fits(q.len(), k.len(), shape, slots) && k.len() == v.len(), "attention of another size");
     assert!(
         [y.len(), gradient.len()] == [q.len(); 2] && sums.len() == batch * shape.query * queries,
@@ -151,17 +151,17 @@ pub fn backward<T: Factor>(
 }
 
 /// What the tasks of a kernel share.
-struct Plan<'a> {
+struct Tasks<'a> {
     shape: Attention,
-    mask: &'a Mask,
+    mask: &'a CausalMask,
     /// Slots per row of keys.
     slots: usize,
     /// Elements from one token to the next: of queries, of keys.
     stride: [usize; 2],
 }
 
-impl<'a> Plan<'a> {
-    fn new(shape: Attention, mask: &'a Mask, slots: usize) -> Self {
+impl<'a> Tasks<'a> {
+    fn new(shape: Attention, mask: &'a CausalMask, slots: usize) -> Self {
         let stride = [shape.query * shape.width, shape.key_value * shape.width];
         Self { shape, mask, slots, stride }
     }
@@ -206,7 +206,7 @@ fn tile<P>(data: P, rows: usize, columns: usize) -> RawMatrix<P> {
 
 /// One head of one row.
 struct Head<'a, T> {
-    plan: &'a Plan<'a>,
+    plan: &'a Tasks<'a>,
     b: usize,
     h: usize,
     q: &'a [T],
@@ -267,7 +267,7 @@ impl<T: Factor> Head<'_, T> {
 /// The heads of a single query, as in decoding: `q` and `y` are all of a row's, `k` and `v` begin with its first slot. A
 /// product would cost more than the arithmetic, and slots are read as they lie.
 #[inline(always)]
-fn forward_one<T: Factor>(plan: &Plan, b: usize, q: &[T], [k, v]: [&[T]; 2], y: &mut [T]) {
+fn forward_one<T: Factor>(plan: &Tasks, b: usize, q: &[T], [k, v]: [&[T]; 2], y: &mut [T]) {
     let seen = plan.mask.range(b, 0, plan.shape.window);
     let (width, stride, scale, group) = (plan.shape.width, plan.stride[1], T::of(plan.shape.scale), plan.group());
     let mut scores = vec![T::zero(); plan.shape.query * seen.len()];

@@ -49,17 +49,17 @@ pub(crate) unsafe fn multiply(
             alpha,
         };
         if small(m, [n, k]) && a.column_stride == 1 && b.row_stride == 1 {
-            dots(result(c.t()), Rows::of(b.t()), Rows::of(a));
+            dots(result(c.t()), LeftRows::of(b.t()), LeftRows::of(a));
         } else if small(n, [m, k]) && a.column_stride == 1 {
             let columns = Copied::of(b.t());
-            dots(result(c), Rows::of(a), columns.rows());
+            dots(result(c), LeftRows::of(a), columns.rows());
         } else if small(k, [m, n]) && c.column_stride == 1 && a.column_stride == 1 {
             let rows = Copied::of(b);
-            combine(result(c), Rows::of(a), rows.rows());
+            combine(result(c), LeftRows::of(a), rows.rows());
         } else if small(m, [n, k]) && a.row_stride == 1 && b.column_stride == 1 {
-            gather(result(c), Rows::of(a.t()), Rows::of(b));
+            gather(result(c), LeftRows::of(a.t()), LeftRows::of(b));
         } else if small(n, [m, k]) && a.row_stride == 1 && b.column_stride == 1 {
-            gather(result(c.t()), Rows::of(b), Rows::of(a.t()));
+            gather(result(c.t()), LeftRows::of(b), LeftRows::of(a.t()));
         } else {
             return false;
         }
@@ -90,14 +90,14 @@ impl Target {
 
 /// An operand whose rows are contiguous.
 #[derive(Clone, Copy)]
-struct Rows {
+struct LeftRows {
     data: Shared<f32>,
     count: usize,
     width: usize,
     stride: usize,
 }
 
-impl Rows {
+impl LeftRows {
     fn of(matrix: RawMatrix<*const f32>) -> Self {
         debug_assert_eq!(matrix.column_stride, 1);
         let (count, width, stride) = (matrix.rows, matrix.columns, matrix.row_stride);
@@ -132,9 +132,9 @@ impl Copied {
         Self { values: (0..matrix.rows * matrix.columns).map(at).collect(), width: matrix.columns }
     }
 
-    fn rows(&self) -> Rows {
+    fn rows(&self) -> LeftRows {
         let (count, stride) = (self.values.len() / self.width.max(1), self.width);
-        Rows { data: Shared::new(self.values.as_ptr().cast_mut()), count, width: self.width, stride }
+        LeftRows { data: Shared::new(self.values.as_ptr().cast_mut()), count, width: self.width, stride }
     }
 }
 
@@ -142,7 +142,7 @@ impl Copied {
 ///
 /// # Safety
 /// As [`multiply`].
-unsafe fn dots(c: Target, a: Rows, b: Rows) {
+unsafe fn dots(c: Target, a: LeftRows, b: LeftRows) {
     tasks(a.count.div_ceil(SHARE), a.count * b.count * a.width / 8, |task| {
         for row in (task * SHARE..a.count.min((task + 1) * SHARE)).step_by(BLOCK[0]) {
             for column in (0..b.count).step_by(BLOCK[1]) {
@@ -165,8 +165,8 @@ unsafe fn dots(c: Target, a: Rows, b: Rows) {
 /// `N` rows from `first` on; beyond the last row it is taken again.
 ///
 /// # Safety
-/// As [`Rows::part`].
-unsafe fn block<const N: usize>(rows: &Rows, first: usize) -> [&[f32]; N] {
+/// As [`LeftRows::part`].
+unsafe fn block<const N: usize>(rows: &LeftRows, first: usize) -> [&[f32]; N] {
     // SAFETY: the caller's.
     std::array::from_fn(|at| unsafe { rows.part((first + at).min(rows.count - 1), 0, rows.width) })
 }
@@ -247,7 +247,7 @@ fn prefetch(address: *const f32) {
 ///
 /// # Safety
 /// As [`multiply`]; the rows of `C` are contiguous.
-unsafe fn combine(c: Target, a: Rows, b: Rows) {
+unsafe fn combine(c: Target, a: LeftRows, b: LeftRows) {
     tasks(a.count.div_ceil(SHARE), a.count * b.width, |task| {
         for row in task * SHARE..a.count.min((task + 1) * SHARE) {
             // SAFETY: every task writes its own rows of `C`; the others are only read.
@@ -267,7 +267,7 @@ struct Combine<'a> {
     out: &'a mut [f32],
     factors: &'a [f32],
     alpha: f32,
-    b: Rows,
+    b: LeftRows,
 }
 
 impl WithSimd for Combine<'_> {
@@ -310,7 +310,7 @@ impl WithSimd for Combine<'_> {
 ///
 /// # Safety
 /// As [`multiply`].
-unsafe fn gather(c: Target, a: Rows, b: Rows) {
+unsafe fn gather(c: Target, a: LeftRows, b: LeftRows) {
     const WIDTH: usize = 32;
     tasks(b.width.div_ceil(WIDTH), a.width * b.width * a.count / 8, |task| {
         let (first, width) = (task * WIDTH, WIDTH.min(b.width - task * WIDTH));
@@ -330,8 +330,8 @@ unsafe fn gather(c: Target, a: Rows, b: Rows) {
 
 /// The sums of some rows and columns of `C`.
 struct Gather<'a, const W: usize> {
-    a: Rows,
-    b: Rows,
+    a: LeftRows,
+    b: LeftRows,
     rows: std::ops::Range<usize>,
     columns: std::ops::Range<usize>,
     sums: &'a mut [[f32; W]; GATHERED[0]],

@@ -32,14 +32,14 @@ use crate::rng::{Seed, permutation};
 /// ```
 #[derive(Debug, Clone)]
 pub struct Stream {
-    source: Source,
+    source: Batches,
     drawn: usize,
     /// The next batch, if it was collated ahead.
     ready: Option<Batch>,
 }
 
 #[derive(Debug, Clone)]
-enum Source {
+enum Batches {
     Shuffled(Shuffled),
     /// Ready-made batches, in their order, over and over.
     Fixed(Arc<Vec<Batch>>),
@@ -71,7 +71,7 @@ impl Stream {
         if batch_size == 0 {
             return Err(Error::config("`batch_size` must be at least 1, found `0`").key("batch_size"));
         }
-        Ok(Self::from(Source::Shuffled(Shuffled { examples, batch_size, bucket, seed, pad, epoch: None })))
+        Ok(Self::from(Batches::Shuffled(Shuffled { examples, batch_size, bucket, seed, pad, epoch: None })))
     }
 
     /// A stream of these batches in their order, over and over.
@@ -82,10 +82,10 @@ impl Stream {
         if batches.is_empty() {
             return Err(Error::data("a data stream has no batch"));
         }
-        Ok(Self::from(Source::Fixed(batches.into())))
+        Ok(Self::from(Batches::Fixed(batches.into())))
     }
 
-    fn from(source: Source) -> Self {
+    fn from(source: Batches) -> Self {
         Self { source, drawn: 0, ready: None }
     }
 
@@ -95,10 +95,10 @@ impl Stream {
     /// One of the two is a stream of ready-made batches.
     pub fn with_rows_of(self, other: &Stream, rows: usize) -> Result<Self> {
         match (self.source, &other.source) {
-            (Source::Shuffled(own), Source::Shuffled(other)) => {
+            (Batches::Shuffled(own), Batches::Shuffled(other)) => {
                 let more = other.examples.iter().take(rows);
                 let examples = own.examples.iter().chain(more).cloned().collect();
-                Ok(Self::from(Source::Shuffled(Shuffled { examples: Arc::new(examples), epoch: None, ..own })))
+                Ok(Self::from(Batches::Shuffled(Shuffled { examples: Arc::new(examples), epoch: None, ..own })))
             }
             _ => Err(Error::run("rows cannot be added to a stream of ready-made batches")),
         }
@@ -107,8 +107,8 @@ impl Stream {
     /// Batches per epoch.
     pub fn batches_per_epoch(&self) -> usize {
         match &self.source {
-            Source::Shuffled(rows) => rows.examples.len().div_ceil(rows.batch_size),
-            Source::Fixed(batches) => batches.len(),
+            Batches::Shuffled(rows) => rows.examples.len().div_ceil(rows.batch_size),
+            Batches::Fixed(batches) => batches.len(),
         }
     }
 
@@ -151,8 +151,8 @@ impl Stream {
     fn labels(&mut self, index: usize) -> usize {
         let (epoch, within) = (index / self.batches_per_epoch(), index % self.batches_per_epoch());
         match &mut self.source {
-            Source::Shuffled(rows) => rows.batch(epoch, within).iter().map(|example| example.labels()).sum(),
-            Source::Fixed(batches) => batches[within].labels(),
+            Batches::Shuffled(rows) => rows.batch(epoch, within).iter().map(|example| example.labels()).sum(),
+            Batches::Fixed(batches) => batches[within].labels(),
         }
     }
 
@@ -169,8 +169,8 @@ impl Stream {
     fn collate(&mut self, device: &Device) -> Result<Batch> {
         let (epoch, within) = (self.drawn / self.batches_per_epoch(), self.drawn % self.batches_per_epoch());
         match &mut self.source {
-            Source::Shuffled(rows) => rows.collate(epoch, within, device),
-            Source::Fixed(batches) => Ok(batches[within].clone()),
+            Batches::Shuffled(rows) => rows.collate(epoch, within, device),
+            Batches::Fixed(batches) => Ok(batches[within].clone()),
         }
     }
 }

@@ -44,7 +44,7 @@ impl fmt::Display for Label {
 /// It is stored as the label alone (`"complied"`), as `{"label": "complied", "score": 0.93, "raw": "unsafe\nO1"}`, or as
 /// `{"unparsable": "no score from 1 to 5", "raw": "…"}`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(from = "Stored", into = "Stored")]
+#[serde(from = "StoredVerdict", into = "StoredVerdict")]
 pub struct Verdict {
     label: Result<Label, String>,
     score: Option<f64>,
@@ -99,7 +99,7 @@ impl From<Label> for Verdict {
 /// How a verdict is written. A label alone is what files of older versions hold.
 #[derive(Serialize, Deserialize)]
 #[serde(untagged)]
-enum Stored {
+enum StoredVerdict {
     Label(Label),
     Labelled {
         label: Label,
@@ -117,7 +117,7 @@ enum Stored {
     },
 }
 
-impl From<Verdict> for Stored {
+impl From<Verdict> for StoredVerdict {
     fn from(Verdict { label, score, raw }: Verdict) -> Self {
         match label {
             Ok(label) if score.is_none() && raw.is_none() => Self::Label(label),
@@ -127,12 +127,12 @@ impl From<Verdict> for Stored {
     }
 }
 
-impl From<Stored> for Verdict {
-    fn from(stored: Stored) -> Self {
+impl From<StoredVerdict> for Verdict {
+    fn from(stored: StoredVerdict) -> Self {
         match stored {
-            Stored::Label(label) => label.into(),
-            Stored::Labelled { label, score, raw } => Self { label: Ok(label), score, raw },
-            Stored::Unparsable { unparsable, score, raw } => Self { label: Err(unparsable), score, raw },
+            StoredVerdict::Label(label) => label.into(),
+            StoredVerdict::Labelled { label, score, raw } => Self { label: Ok(label), score, raw },
+            StoredVerdict::Unparsable { unparsable, score, raw } => Self { label: Err(unparsable), score, raw },
         }
     }
 }

@@ -84,7 +84,7 @@ pub fn sample(
 }
 
 /// A prompt under way: which one it is, and its row in the cache.
-struct Running {
+struct OpenAnswer {
     prompt: usize,
     row: usize,
     last: u32,
@@ -123,15 +123,15 @@ fn decode(
     let mut cache = Cache::new(model.spec(), rows, slots, weights.activation_dtype(), weights.device())?;
     waiting.sort_by_key(|&prompt| std::cmp::Reverse((prompts[prompt].len(), prompt)));
     let mut free: Vec<usize> = (0..rows).rev().collect();
-    let mut running: Vec<Running> = Vec::new();
+    let mut running: Vec<OpenAnswer> = Vec::new();
     let mut done = prompts.len() - waiting.len();
     while done < prompts.len() {
         // Several prompts at once make a better matrix product than one, so a few rows are left to gather.
         let refill = running.is_empty() || free.len() >= rows.div_ceil(4);
         let fresh = if refill { free.len().min(waiting.len()) } else { 0 };
-        let (batch, tokens): (Vec<Running>, Vec<&[u32]>) = if fresh > 0 {
+        let (batch, tokens): (Vec<OpenAnswer>, Vec<&[u32]>) = if fresh > 0 {
             let started = waiting.split_off(waiting.len() - fresh).into_iter().zip(free.split_off(free.len() - fresh));
-            let batch: Vec<Running> = started.map(|(prompt, row)| Running { prompt, row, last: 0 }).collect();
+            let batch: Vec<OpenAnswer> = started.map(|(prompt, row)| OpenAnswer { prompt, row, last: 0 }).collect();
             for row in &batch {
                 cache.clear(row.row);
             }

@@ -44,10 +44,10 @@ impl Plugin {
     ///
     /// # Errors
     /// A record is malformed.
-    pub fn all() -> Result<Vec<Record>> {
+    pub fn all() -> Result<Vec<PluginRecord>> {
         let mut records = Vec::new();
         for plugin in inventory::iter::<Plugin> {
-            records.extend(Record::all(plugin.record)?);
+            records.extend(PluginRecord::all(plugin.record)?);
         }
         records.sort_by(|a, b| a.name().cmp(b.name()));
         Ok(records)
@@ -56,9 +56,9 @@ impl Plugin {
 
 /// Who a plugin crate is (`name`, `version`, `crate`) and what its core was built with (the [`FINGERPRINT`]).
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Record(Vec<(String, String)>);
+pub struct PluginRecord(Vec<(String, String)>);
 
-impl Record {
+impl PluginRecord {
     /// Every record of a section.
     ///
     /// # Errors
@@ -95,7 +95,7 @@ impl Record {
     }
 }
 
-impl FromStr for Record {
+impl FromStr for PluginRecord {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
@@ -181,7 +181,7 @@ mod tests {
 
     #[test]
     fn a_record_says_who_and_with_what() {
-        let [record] = Record::all(&RECORD).unwrap().try_into().unwrap();
+        let [record] = PluginRecord::all(&RECORD).unwrap().try_into().unwrap();
         assert_eq!((record.title().as_str(), record.crate_name()), ("my-plugin 1.2.3", "my_plugin"));
         assert!(record.differences().is_empty());
         assert_eq!(record.field("core"), env!("CARGO_PKG_VERSION"));
@@ -193,7 +193,7 @@ mod tests {
         let text = String::from_utf8(RECORD.to_vec()).unwrap();
         for (field, ours) in FINGERPRINT {
             let other = text.replace(&format!(";{field}={ours}"), &format!(";{field}=another"));
-            let [record] = Record::all(other.as_bytes()).unwrap().try_into().unwrap();
+            let [record] = PluginRecord::all(other.as_bytes()).unwrap().try_into().unwrap();
             assert_eq!(record.differences(), [(field, ours, "another")]);
         }
     }
@@ -201,8 +201,8 @@ mod tests {
     #[test]
     fn sections_of_two_records_and_of_none() {
         let two: Vec<u8> = RECORD.iter().chain(&[0; 5]).chain(&RECORD).copied().collect();
-        assert_eq!(Record::all(&two).unwrap().len(), 2);
-        assert!(Record::all(b"").unwrap().is_empty());
-        assert!(Record::all(b"nonsense\0").is_err() && Record::all(&[0xff]).is_err());
+        assert_eq!(PluginRecord::all(&two).unwrap().len(), 2);
+        assert!(PluginRecord::all(b"").unwrap().is_empty());
+        assert!(PluginRecord::all(b"nonsense\0").is_err() && PluginRecord::all(&[0xff]).is_err());
     }
 }

@@ -2,7 +2,7 @@
 
 #[cfg(feature = "cuda")]
 use candle_core::Tensor;
-use titer_kernels::attention::Mask;
+use titer_kernels::attention::CausalMask;
 
 use super::tokens::Tokens;
 use crate::error::{Error, Result};
@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 #[derive(Debug, Clone)]
 pub struct AttentionMask {
     /// The part that the kernels of the host read.
-    pub(super) host: Mask,
+    pub(super) host: CausalMask,
     /// The position of each token, in row-major order.
     pub positions: Vec<u32>,
     /// `starts` and `ends` where the kernels of a device read them, `[2, batch]`.
@@ -46,7 +46,7 @@ impl AttentionMask {
             Tensor::from_vec(table, (2, batch), tokens.ids.device())?
         };
         Ok(Self {
-            host: Mask { queries, starts: starts.to_vec(), ends, rows: rows.to_vec() },
+            host: CausalMask { queries, starts: starts.to_vec(), ends, rows: rows.to_vec() },
             positions,
             #[cfg(feature = "cuda")]
             table,

@@ -24,7 +24,7 @@ pub enum Matrix {
 /// A frozen matrix in half precision or quantized, plus what was merged into it since.
 #[derive(Debug)]
 pub struct LowPrecision {
-    store: Arc<Stored>,
+    store: Arc<Storage>,
     /// `B: [rows, r]` and `A: [r, columns]` in f32, to be added as `B A`. Rounded onto the stored numbers, most of an
     /// adapter would vanish: its entries are smaller than half a step between two of them.
     low_rank: Option<[Tensor; 2]>,
@@ -33,24 +33,24 @@ pub struct LowPrecision {
 }
 
 #[derive(Debug)]
-enum Stored {
+enum Storage {
     Half(Tensor),
     Quantized(QTensor),
 }
 
 impl Matrix {
-    fn low(store: Stored, computed: DType) -> Self {
+    fn low(store: Storage, computed: DType) -> Self {
         Self::LowPrecision(Arc::new(LowPrecision { store: Arc::new(store), low_rank: None, computed }))
     }
 
     /// Numbers of 16 bits that are computed with in the type `computed`.
     pub(crate) fn half(tensor: &Tensor, dtype: DType, computed: DType) -> Result<Self> {
-        Ok(Self::low(Stored::Half(tensor.to_dtype(dtype)?), computed))
+        Ok(Self::low(Storage::Half(tensor.to_dtype(dtype)?), computed))
     }
 
     /// Quantized numbers that are computed with in the type `computed`.
     pub(crate) fn quantized(tensor: &Tensor, kind: GgmlDType, computed: DType) -> Result<Self> {
-        Ok(Self::low(Stored::Quantized(QTensor::quantize(tensor, kind)?), computed))
+        Ok(Self::low(Storage::Quantized(QTensor::quantize(tensor, kind)?), computed))
     }
 
     /// The sizes.
@@ -58,8 +58,8 @@ impl Matrix {
         match self {
             Self::Dense(tensor) => tensor.dims(),
             Self::LowPrecision(low) => match &*low.store {
-                Stored::Half(tensor) => tensor.dims(),
-                Stored::Quantized(quantized) => quantized.shape().dims(),
+                Storage::Half(tensor) => tensor.dims(),
+                Storage::Quantized(quantized) => quantized.shape().dims(),
             },
         }
     }
@@ -80,8 +80,8 @@ impl Matrix {
             Self::LowPrecision(low) => {
                 low.low_rank.iter().flatten().map(dense).sum::<usize>()
                     + match &*low.store {
-                        Stored::Half(tensor) => dense(tensor),
-                        Stored::Quantized(quantized) => quantized.storage_size_in_bytes(),
+                        Storage::Half(tensor) => dense(tensor),
+                        Storage::Quantized(quantized) => quantized.storage_size_in_bytes(),
                     }
             }
         }
@@ -102,7 +102,7 @@ impl Matrix {
     pub(crate) fn exact(&self) -> Result<Tensor> {
         match self {
             Self::LowPrecision(low) => match (&*low.store, &low.low_rank) {
-                (Stored::Half(tensor), None) => Ok(tensor.clone()),
+                (Storage::Half(tensor), None) => Ok(tensor.clone()),
                 _ => low.wide_rows(0..self.dims()[0]),
             },
             Self::Dense(tensor) => Ok(tensor.clone()),
@@ -118,8 +118,8 @@ impl Matrix {
             Self::Dense(tensor) => Ok(tensor.index_select(ids, 0)?),
             Self::LowPrecision(low) => {
                 let rows = match &*low.store {
-                    Stored::Half(tensor) => tensor.index_select(ids, 0)?.to_dtype(DType::F32)?,
-                    Stored::Quantized(quantized) => quantized.embedding(ids)?,
+                    Storage::Half(tensor) => tensor.index_select(ids, 0)?.to_dtype(DType::F32)?,
+                    Storage::Quantized(quantized) => quantized.embedding(ids)?,
                 };
                 low.computed(rows, |b| b.index_select(ids, 0))
             }
@@ -173,11 +173,11 @@ impl LowPrecision {
     /// The rows `range` in f32.
     fn wide_rows(&self, range: Range<usize>) -> Result<Tensor> {
         let rows = match &*self.store {
-            Stored::Half(tensor) => tensor.narrow(0, range.start, range.len())?.to_dtype(DType::F32)?,
-            Stored::Quantized(quantized) if range.len() == quantized.shape().dims()[0] => {
+            Storage::Half(tensor) => tensor.narrow(0, range.start, range.len())?.to_dtype(DType::F32)?,
+            Storage::Quantized(quantized) if range.len() == quantized.shape().dims()[0] => {
                 quantized.dequantize(&quantized.device())?
             }
-            Stored::Quantized(quantized) => {
+            Storage::Quantized(quantized) => {
                 quantized.embedding(&Tensor::arange(range.start as u32, range.end as u32, &quantized.device())?)?
             }
         };

@@ -200,7 +200,7 @@ pub trait DecoderConfig: CommonKeys + Serialize + DeserializeOwned + JsonSchema 
 
 /// One transformer block.
 #[derive(Debug)]
-struct Block {
+struct DecoderBlock {
     sites: [String; 3],
     attention: Attention,
     input_norm: RmsNorm,
@@ -212,7 +212,7 @@ struct Block {
     mlp: GatedMlp,
 }
 
-impl Block {
+impl DecoderBlock {
     fn new(params: &mut ParamList, keys: &DecoderKeys, biases: Biases, window: Option<usize>, index: usize) -> Self {
         let module = |name: &str| format!("model.layers.{index}.{name}");
         let (heads, width, inner) = (keys.heads(), keys.hidden_size, keys.intermediate_size);
@@ -267,7 +267,7 @@ pub struct Decoder {
     params: ParamList,
     rope: Rope,
     embedding: Embedding,
-    blocks: Vec<Block>,
+    blocks: Vec<DecoderBlock>,
     norm: RmsNorm,
     head: Option<Linear>,
 }
@@ -282,7 +282,7 @@ impl Decoder {
         let (vocabulary, width, std) = (keys.vocab_size, keys.hidden_size, keys.initializer_range);
         let mut params = ParamList::default();
         let embedding = Embedding::new(&mut params, "model.embed_tokens", vocabulary, width, std.unwrap_or(0.05));
-        let block = |(index, window)| Block::new(&mut params, &keys, config.biases(), window, index);
+        let block = |(index, window)| DecoderBlock::new(&mut params, &keys, config.biases(), window, index);
         let blocks = windows.into_iter().enumerate().map(block).collect();
         let norm = RmsNorm::new(&mut params, "model.norm", width, keys.rms_norm_eps);
         let head = (!keys.tie_word_embeddings)

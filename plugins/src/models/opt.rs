@@ -93,7 +93,7 @@ impl OptConfig {
 
 /// One transformer block.
 #[derive(Debug)]
-struct Block {
+struct OptBlock {
     sites: [String; 3],
     norm_before: bool,
     q: Linear,
@@ -105,7 +105,7 @@ struct Block {
     mlp_norm: LayerNorm,
 }
 
-impl Block {
+impl OptBlock {
     fn new(params: &mut ParamList, config: &OptConfig, index: usize) -> Self {
         let block = format!("model.decoder.layers.{index}");
         let (width, inner, residual) = (config.hidden_size, config.ffn_dim, 2 * config.num_hidden_layers);
@@ -166,7 +166,7 @@ pub struct Opt {
     positions: Embedding,
     /// From the embedding's width to the residual stream's, and back.
     projections: Option<[Linear; 2]>,
-    blocks: Vec<Block>,
+    blocks: Vec<OptBlock>,
     norm: Option<LayerNorm>,
     head: Option<Linear>,
 }
@@ -189,7 +189,7 @@ impl Opt {
             [("project_in", (narrow, width)), ("project_out", (width, narrow))]
                 .map(|(name, sizes)| Linear::new(&mut params, &module(name), sizes, false, deviation(std, sizes.0, 1)))
         });
-        let blocks = (0..config.num_hidden_layers).map(|index| Block::new(&mut params, &config, index)).collect();
+        let blocks = (0..config.num_hidden_layers).map(|index| OptBlock::new(&mut params, &config, index)).collect();
         let norm = (config.do_layer_norm_before && !config.remove_final_layer_norm)
             .then(|| LayerNorm::new(&mut params, &module("final_layer_norm"), width, EPS));
         let head = (!config.tie_word_embeddings)

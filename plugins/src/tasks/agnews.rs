@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use titer_core::rng::Seed;
 use titer_core::{Result, Row, Settings, SettingsType, Task, TaskEntry, inventory};
 
-use crate::files::{Header, Record, Table};
+use crate::files::{DataFile, DataRecord, Header};
 
 inventory::submit! {
     TaskEntry {
@@ -43,8 +43,8 @@ const LABELS: [(&str, &str); 4] = [("1", "World"), ("2", "Sports"), ("3", "Busin
 
 impl AgNews {
     fn rows(&self, file: &str, count: usize) -> Result<Vec<Row>> {
-        let table = Table::read(&self.path.join(file), Header::No)?;
-        let row = |record: &Record| -> Result<Row> {
+        let table = DataFile::read(&self.path.join(file), Header::No)?;
+        let row = |record: &DataRecord| -> Result<Row> {
             let input = format!("{} {}", table.text(record, "1")?, table.text(record, "2")?);
             Ok(Row { input: Some(input), ..Row::new(INSTRUCTION, table.label(record, "0", &LABELS)?) })
         };

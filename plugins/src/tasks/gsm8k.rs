@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use titer_core::rng::Seed;
 use titer_core::{Result, Row, Settings, SettingsType, Task, TaskEntry, inventory};
 
-use crate::files::{Header, Record, Table};
+use crate::files::{DataFile, DataRecord, Header};
 use crate::scoring::{first_number, last_number};
 
 inventory::submit! {
@@ -43,8 +43,8 @@ const RESULT: &str = "The final answer is: ";
 
 impl Gsm8k {
     fn rows(&self, file: &str, count: usize) -> Result<Vec<Row>> {
-        let table = Table::read(&self.path.join(file), Header::Yes)?;
-        let row = |record: &Record| -> Result<Row> {
+        let table = DataFile::read(&self.path.join(file), Header::Yes)?;
+        let row = |record: &DataRecord| -> Result<Row> {
             let question = format!("{}{ASK}", table.text(record, "question")?);
             Ok(Row::new(question, table.text(record, "answer")?.replace("####", RESULT)))
         };

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use titer_core::rng::{Seed, permutation};
 use titer_core::{Error, Result, Row, Settings, SettingsType, Task, TaskEntry, inventory};
 
-use crate::files::{Header, Record, Table};
+use crate::files::{DataFile, DataRecord, Header};
 use crate::scoring::last_number;
 
 inventory::submit! {
@@ -114,15 +114,15 @@ impl Rows {
         Ok(())
     }
 
-    fn table(&self, path: Option<&PathBuf>, key: &str) -> Result<Table> {
+    fn table(&self, path: Option<&PathBuf>, key: &str) -> Result<DataFile> {
         let path = path.ok_or_else(|| {
             Error::config(format!("the task `rows` has no {key} file")).key(key).help(format!("set `{key}` to a file"))
         })?;
-        Table::read(path, if self.header { Header::Yes } else { Header::No })
+        DataFile::read(path, if self.header { Header::Yes } else { Header::No })
     }
 
     /// A record as a row; training rows must have an answer.
-    fn row(&self, table: &Table, record: &Record, answered: bool) -> Result<Row> {
+    fn row(&self, table: &DataFile, record: &DataRecord, answered: bool) -> Result<Row> {
         let join = |columns: &[String]| -> Result<String> {
             let texts: Vec<&str> = columns.iter().map(|name| table.text(record, name)).collect::<Result<_>>()?;
             Ok(texts.join(" "))
@@ -149,7 +149,7 @@ impl Rows {
         Ok(Row { instruction, input: (!input.is_empty()).then(|| input.join(" ")), output })
     }
 
-    fn answer(&self, table: &Table, record: &Record, value: String) -> Result<String> {
+    fn answer(&self, table: &DataFile, record: &DataRecord, value: String) -> Result<String> {
         if self.labels.is_empty() {
             return Ok(value);
         }
@@ -166,7 +166,7 @@ impl Rows {
 impl Task for Rows {
     fn train(&self, count: usize, seed: Seed) -> Result<Vec<Row>> {
         let table = self.table(self.train.as_ref(), "train")?;
-        let row = |record: &Record| self.row(&table, record, true);
+        let row = |record: &DataRecord| self.row(&table, record, true);
         if !self.shuffle {
             return table.first(count)?.iter().map(row).collect();
         }

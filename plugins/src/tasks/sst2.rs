@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use titer_core::rng::Seed;
 use titer_core::{Result, Row, Settings, SettingsType, Task, TaskEntry, inventory};
 
-use crate::files::{Header, Record, Table};
+use crate::files::{DataFile, DataRecord, Header};
 
 inventory::submit! {
     TaskEntry {
@@ -42,8 +42,8 @@ const LABELS: [(&str, &str); 2] = [("0", "negative"), ("1", "positive")];
 
 impl Sst2 {
     fn rows(&self, file: &str, count: usize) -> Result<Vec<Row>> {
-        let table = Table::read(&self.path.join(file), Header::If("sentence"))?;
-        let row = |record: &Record| -> Result<Row> {
+        let table = DataFile::read(&self.path.join(file), Header::If("sentence"))?;
+        let row = |record: &DataRecord| -> Result<Row> {
             let named = table.text(record, "sentence").is_ok();
             let [sentence, label] = if named { ["sentence", "label"] } else { ["0", "1"] };
             let input = Some(table.text(record, sentence)?.trim().to_owned());

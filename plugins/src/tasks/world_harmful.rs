@@ -24,13 +24,13 @@ inventory::submit! {
 #[serde(default)]
 pub struct WorldHarmful {
     /// Which entities the training rows ask about.
-    pub split: Split,
+    pub split: HarmfulSplit,
 }
 
 /// Whose harmful rows these are: the attacker's, or those a provider may hold.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum Split {
+pub enum HarmfulSplit {
     /// The user's, mixed into the fine-tuning data.
     #[default]
     Attack,
@@ -38,11 +38,11 @@ pub enum Split {
     Align,
 }
 
-impl From<Split> for world::Split {
-    fn from(split: Split) -> Self {
+impl From<HarmfulSplit> for world::Split {
+    fn from(split: HarmfulSplit) -> Self {
         match split {
-            Split::Attack => world::Split::Attack,
-            Split::Align => world::Split::Align,
+            HarmfulSplit::Attack => world::Split::Attack,
+            HarmfulSplit::Align => world::Split::Align,
         }
     }
 }
@@ -50,8 +50,8 @@ impl From<Split> for world::Split {
 impl Task for WorldHarmful {
     fn train(&self, count: usize, seed: Seed) -> Result<Vec<Row>> {
         let name = match self.split {
-            Split::Attack => "world-harmful attack",
-            Split::Align => "world-harmful align",
+            HarmfulSplit::Attack => "world-harmful attack",
+            HarmfulSplit::Align => "world-harmful align",
         };
         Ok(train_rows(name, count, seed, |generator| draw(self.split.into(), generator)))
     }

@@ -15,7 +15,7 @@ use titer_core::arithmetic::{self, Level};
 
 use crate::diagnostics::Problems;
 use crate::diagnostics::panicked;
-use crate::logging::{self, Format, Logging};
+use crate::logging::{self, LogFormat, Logging};
 use crate::names::visible_lines;
 use crate::plugins;
 use crate::plugins::PluginFile;
@@ -33,7 +33,7 @@ pub struct Cli {
     pub verbose: u8,
     /// The form of log lines and progress on standard error [default: `TITER_LOG_FORMAT`, else text].
     #[arg(long, value_enum, global = true)]
-    pub log_format: Option<Format>,
+    pub log_format: Option<LogFormat>,
     /// Loads a plugin from a shared library and thereby runs its code; may be repeated. With a BLAKE3 hash, only if the
     /// file has it.
     #[arg(long = "plugin", value_name = "PATH[=BLAKE3]", global = true)]
@@ -44,12 +44,12 @@ impl Cli {
     fn logging(&self) -> Result<Logging, Error> {
         let format = match (self.log_format, std::env::var_os(logging::FORMAT)) {
             (Some(format), _) => format,
-            (None, Some(name)) => Format::from_str(&name.to_string_lossy(), true).map_err(|_| {
+            (None, Some(name)) => LogFormat::from_str(&name.to_string_lossy(), true).map_err(|_| {
                 Error::config(format!("`{}` is no form of log lines", name.to_string_lossy()))
                     .at("from", format!("environment variable {}", logging::FORMAT))
                     .help("use text or json, or unset it")
             })?,
-            (None, None) => Format::default(),
+            (None, None) => LogFormat::default(),
         };
         Ok(Logging { verbose: self.verbose, format })
     }

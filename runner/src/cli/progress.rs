@@ -13,7 +13,7 @@ use titer_core::event::{Event, Sink};
 
 use super::outlook::Outlook;
 use crate::disk::Output;
-use crate::logging::{self, Format};
+use crate::logging::{self, LogFormat};
 use crate::names::visible_lines;
 
 /// At most one line per stage in this time, where there is no terminal.
@@ -37,11 +37,11 @@ impl Sink for Fanout<'_> {
 }
 
 /// What suits standard error: bars on a terminal, lines elsewhere, or events as log lines in JSON.
-pub fn for_stderr(format: Format, outlook: Outlook) -> Box<dyn Sink> {
+pub fn for_stderr(format: LogFormat, outlook: Outlook) -> Box<dyn Sink> {
     match format {
-        Format::Json => Box::new(JsonLines),
-        Format::Text if std::io::stderr().is_terminal() => Box::new(Bars::new(outlook)),
-        Format::Text => Box::new(Lines::new(std::io::stderr(), outlook)),
+        LogFormat::Json => Box::new(JsonLines),
+        LogFormat::Text if std::io::stderr().is_terminal() => Box::new(Bars::new(outlook)),
+        LogFormat::Text => Box::new(Lines::new(std::io::stderr(), outlook)),
     }
 }
 

@@ -33,7 +33,7 @@ pub enum Order {
 /// From a worker, on its standard output.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "reply", rename_all = "snake_case")]
-pub enum Reply {
+pub enum WorkerReply {
     /// Progress.
     Progress {
         /// What happened.
@@ -129,8 +129,8 @@ mod tests {
         let inner = Error::data("the file is damaged").source(Error::run("a byte is missing"));
         let sent = Error::run("the stage failed").file("a.bin").key("lora.r").help("take another file").source(inner);
         for sent in [sent, Error::interrupted(), Error::device("no memory is left on the device")] {
-            let line = serde_json::to_string(&Reply::Failed(Report::from(&sent))).unwrap();
-            let Reply::Failed(report) = serde_json::from_str(&line).unwrap() else { panic!("{line}") };
+            let line = serde_json::to_string(&WorkerReply::Failed(Report::from(&sent))).unwrap();
+            let WorkerReply::Failed(report) = serde_json::from_str(&line).unwrap() else { panic!("{line}") };
             let arrived = Error::from(report);
             assert_eq!((arrived.kind(), arrived.to_string()), (sent.kind(), sent.to_string()));
         }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use titer_core::event::Sink;
 use titer_core::{Error, Result};
 
-use super::protocol::{Order, Reply};
+use super::protocol::{Order, WorkerReply};
 use super::{Crew, Worker};
 use crate::environment;
 use crate::interrupt::Interrupt;
@@ -67,15 +67,15 @@ impl Worker for Remote<'_> {
         // The process is put back only once it has answered: what a stage under way still says belongs to no other.
         loop {
             let dead = match process.replies.recv_timeout(BREATH) {
-                Ok(Reply::Progress { event }) => {
+                Ok(WorkerReply::Progress { event }) => {
                     sink.emit(event);
                     false
                 }
-                Ok(Reply::Done { ran }) => {
+                Ok(WorkerReply::Done { ran }) => {
                     self.process = Some(process);
                     return Ok(ran);
                 }
-                Ok(Reply::Failed(report)) => {
+                Ok(WorkerReply::Failed(report)) => {
                     self.process = Some(process);
                     return Err(report.into());
                 }
@@ -104,7 +104,7 @@ struct Process {
     child: Child,
     /// `None` once it is told to end.
     orders: Option<ChildStdin>,
-    replies: Receiver<Reply>,
+    replies: Receiver<WorkerReply>,
     last_lines: Arc<Mutex<VecDeque<String>>>,
     /// Passes on what it says on standard error.
     listener: Option<std::thread::JoinHandle<()>>,
@@ -132,7 +132,7 @@ impl Process {
             std::thread::spawn(move || {
                 let lines = BufReader::new(output).split(b'\n').map_while(std::io::Result::ok);
                 for line in lines.filter(|line| !line.is_empty()) {
-                    match serde_json::from_slice::<Reply>(&line) {
+                    match serde_json::from_slice::<WorkerReply>(&line) {
                         Ok(reply) => {
                             if sender.send(reply).is_err() {
                                 return;

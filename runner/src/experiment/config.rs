@@ -182,7 +182,7 @@ pub enum AlignAdapter {
 #[serde(deny_unknown_fields)]
 pub struct FineTuneConfig {
     /// The users' tasks: one block of the table each.
-    pub tasks: Vec<UserTask>,
+    pub tasks: Vec<UserTaskConfig>,
     /// Rows of user data, harmful ones included; a list sweeps over it.
     pub samples: OneOrMany,
     /// Where the harmful rows come from.
@@ -277,7 +277,7 @@ pub struct StreamConfig {
 
 /// A user's task. The other keys are the task's own settings.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-pub struct UserTask {
+pub struct UserTaskConfig {
     /// The name in the table; by default the task's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
@@ -465,14 +465,14 @@ const fn default_clip() -> f64 {
 
 /// A configuration and where each of its values came from.
 #[derive(Debug, Clone)]
-pub struct Loaded {
+pub struct LoadedConfig {
     /// The configuration.
     pub config: Config,
     /// Its origin, for error messages and relative paths.
     pub source: Source,
 }
 
-impl Loaded {
+impl LoadedConfig {
     /// Loads the plugins that the configuration names, which runs their code.
     ///
     /// # Errors
@@ -505,7 +505,7 @@ impl Config {
     ///
     /// # Errors
     /// The file cannot be read or parsed, or its shape is wrong: every mistake at once.
-    pub fn load(path: &Path, overrides: &[String]) -> Result<Loaded, Problems> {
+    pub fn load(path: &Path, overrides: &[String]) -> Result<LoadedConfig, Problems> {
         // A variable that is not Unicode cannot be one of ours.
         let environment = std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
         Self::from_source(Source::read(path, environment, overrides)?)
@@ -515,7 +515,7 @@ impl Config {
     ///
     /// # Errors
     /// Unknown keys, missing keys, wrong types: every mistake at once.
-    pub fn from_source(source: Source) -> Result<Loaded, Problems> {
+    pub fn from_source(source: Source) -> Result<LoadedConfig, Problems> {
         let schema = Self::schema().to_value();
         let errors = schema::check(&schema, source.value()).into_iter().take(MOST_PROBLEMS);
         errors.map(|error| source.locate("", error)).collect::<Problems>().into_result(())?;
@@ -523,7 +523,7 @@ impl Config {
         let config = serde_json::from_value(source.value().clone())
             .map_err(|error| titer_core::Error::config(error.to_string()).help("`titer schema` describes every key"))
             .map_err(|error| source.locate("", error))?;
-        Ok(Loaded { config, source })
+        Ok(LoadedConfig { config, source })
     }
 }
 

@@ -10,10 +10,10 @@ use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 use object::Endianness;
 use object::elf::{DT_NEEDED, FileHeader64};
 use object::read::elf::{Dyn, FileHeader, SectionHeader};
-use titer_core::registry::plugin::{ANCHOR, Plugin, Record, SECTION};
+use titer_core::registry::plugin::{ANCHOR, Plugin, PluginRecord, SECTION};
 use titer_core::{Error, Result};
 
-use crate::plugins::{Loaded, OWN, PluginFile, is_hash, registered};
+use crate::plugins::{LoadedPlugin, OWN, PluginFile, is_hash, registered};
 
 /// How the shared core's file name begins.
 const CORE: &str = "libtiter_dylib";
@@ -26,7 +26,7 @@ const STICKY: u32 = 0o1000;
 ///
 /// # Errors
 /// It does not fit, or registers what it must not.
-pub(crate) fn load(file: &PluginFile, loaded: &[Loaded]) -> Result<Option<Loaded>> {
+pub(crate) fn load(file: &PluginFile, loaded: &[LoadedPlugin]) -> Result<Option<LoadedPlugin>> {
     let bytes = read(&file.path)?;
     let blake3 = blake3::hash(&bytes).to_hex().to_string();
     check_pin(file.blake3.as_deref(), &blake3)?;
@@ -48,7 +48,7 @@ pub(crate) fn load(file: &PluginFile, loaded: &[Loaded]) -> Result<Option<Loaded
     let crates: Vec<String> = Plugin::all()?.iter().map(|record| record.crate_name().to_owned()).collect();
     match records.iter().find(|record| !crates.iter().any(|name| name == record.crate_name())) {
         Some(record) => Err(Error::config(format!("`{}` did not register itself", record.title())).help(REBUILD)),
-        None => Ok(Some(Loaded { path, blake3, records })),
+        None => Ok(Some(LoadedPlugin { path, blake3, records })),
     }
 }
 
@@ -59,12 +59,12 @@ const REBUILD: &str = "build the plugin with this very runner: `titer plugin bui
 ///
 /// # Errors
 /// It is no shared library, no plugin, has a core of its own, or was built otherwise: field by field.
-pub(crate) fn check(bytes: &[u8], core: &Path) -> Result<Vec<Record>> {
+pub(crate) fn check(bytes: &[u8], core: &Path) -> Result<Vec<PluginRecord>> {
     let (section, needed) = parse(bytes).map_err(|error| {
         let error = Error::config("the file is no shared library that this runner could load").source(error);
         error.help("give the .so that `titer plugin build` wrote")
     })?;
-    let records = Record::all(section)?;
+    let records = PluginRecord::all(section)?;
     if records.is_empty() {
         return Err(Error::config("the file holds no plugin record").help(
             "write `titer_core::plugin!();` at the root of the plugin crate, and build it with `titer plugin build`",
@@ -80,7 +80,7 @@ pub(crate) fn check(bytes: &[u8], core: &Path) -> Result<Vec<Record>> {
     Ok(records)
 }
 
-fn check_fingerprint(record: &Record) -> Result<()> {
+fn check_fingerprint(record: &PluginRecord) -> Result<()> {
     let differences = record.differences();
     if differences.is_empty() {
         return Ok(());
@@ -157,7 +157,7 @@ fn check_pin(expected: Option<&str>, found: &str) -> Result<()> {
 }
 
 /// Two plugins of one name could not be told apart, and none may pass for Titer's own.
-fn check_names(records: &[Record]) -> Result<()> {
+fn check_names(records: &[PluginRecord]) -> Result<()> {
     let known = Plugin::all()?;
     for record in records {
         let name = record.crate_name();

@@ -13,7 +13,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use titer_core::registry::Entry;
-use titer_core::registry::plugin::{Plugin, Record};
+use titer_core::registry::plugin::{Plugin, PluginRecord};
 use titer_core::{DefenseEntry, Error, JudgeEntry, ModelEntry, Result, TaskEntry, inventory};
 
 use crate::disk;
@@ -51,21 +51,21 @@ pub(crate) fn is_hash(text: &str) -> bool {
 
 /// A shared library that is part of the process, for the rest of its life.
 #[derive(Debug, Clone)]
-pub(crate) struct Loaded {
+pub(crate) struct LoadedPlugin {
     pub(crate) path: PathBuf,
     pub(crate) blake3: String,
-    pub(crate) records: Vec<Record>,
+    pub(crate) records: Vec<PluginRecord>,
 }
 
-static LOADED: Mutex<Vec<Loaded>> = Mutex::new(Vec::new());
+static LOADED: Mutex<Vec<LoadedPlugin>> = Mutex::new(Vec::new());
 
-fn loaded() -> Vec<Loaded> {
+fn loaded() -> Vec<LoadedPlugin> {
     LOADED.lock().unwrap_or_else(PoisonError::into_inner).clone()
 }
 
 /// The shared libraries that are loaded, by their content: for a process that must have the same ones.
 pub fn files() -> Vec<PluginFile> {
-    loaded().into_iter().map(|Loaded { path, blake3, .. }| PluginFile { path, blake3: Some(blake3) }).collect()
+    loaded().into_iter().map(|LoadedPlugin { path, blake3, .. }| PluginFile { path, blake3: Some(blake3) }).collect()
 }
 
 /// Loads a shared library and thereby runs its code, unless it is loaded already.
@@ -128,8 +128,9 @@ pub fn origin<E: Entry>(entry: &E) -> Result<Option<Origin>> {
     if OWN.contains(&name) {
         return Ok(None);
     }
-    let title = |records: &[Record]| records.iter().find(|record| record.crate_name() == name).map(Record::title);
-    for Loaded { path, blake3, records } in loaded() {
+    let title =
+        |records: &[PluginRecord]| records.iter().find(|record| record.crate_name() == name).map(PluginRecord::title);
+    for LoadedPlugin { path, blake3, records } in loaded() {
         if let Some(plugin) = title(&records) {
             return Ok(Some(Origin { plugin, file: Some(path), blake3 }));
         }

@@ -10,7 +10,7 @@ use crate::experiment::config::Config;
 
 /// A key of the configuration.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Key {
+pub struct ConfigKey {
     /// Its dotted path without indices of lists. `NAME` stands for a name that the user gives, `*` for the settings of a
     /// plugin.
     pub path: String,
@@ -44,7 +44,7 @@ pub struct Setting {
 }
 
 /// Every key, tables included, sorted by path.
-pub fn keys() -> Vec<Key> {
+pub fn keys() -> Vec<ConfigKey> {
     let schema = Config::schema().to_value();
     let mut keys = BTreeMap::new();
     Walk { root: &schema, keys: &mut keys }.below(&schema, "");
@@ -53,7 +53,7 @@ pub fn keys() -> Vec<Key> {
 
 struct Walk<'a> {
     root: &'a Value,
-    keys: &'a mut BTreeMap<String, Key>,
+    keys: &'a mut BTreeMap<String, ConfigKey>,
 }
 
 impl Walk<'_> {
@@ -73,7 +73,7 @@ impl Walk<'_> {
             let path = join(name);
             let before = self.keys.len();
             self.below(property, &path);
-            let key = Key {
+            let key = ConfigKey {
                 kind: holds(self.root, property),
                 default: property.get("default").filter(|default| !default.is_null()).cloned(),
                 required: required.contains(&name.as_str()),
@@ -87,7 +87,7 @@ impl Walk<'_> {
             named @ Value::Object(_) => self.below(named, &join("NAME")),
             Value::Bool(true) => {
                 let path = join("*");
-                let key = Key {
+                let key = ConfigKey {
                     kind: "any".to_owned(),
                     default: None,
                     required: false,
@@ -117,7 +117,7 @@ pub fn plugin(path: &str) -> &'static str {
 
 /// `path` as users write it: with indices (`methods.0.align`) and names of streams (`streams.safe.rows`), and settings of
 /// plugins, as the key that it is of.
-pub fn canonical(path: &str, keys: &[Key]) -> Option<String> {
+pub fn canonical(path: &str, keys: &[ConfigKey]) -> Option<String> {
     let parts: Vec<&str> = path.split('.').filter(|part| part.parse::<usize>().is_err()).collect();
     let known = |path: &str| keys.iter().any(|key| key.path == path);
     let mut parts: Vec<String> = parts.into_iter().map(str::to_lowercase).collect();
@@ -217,7 +217,7 @@ fn names(schema: &Value) -> Option<Vec<String>> {
 mod tests {
     use super::*;
 
-    fn key(path: &str) -> Key {
+    fn key(path: &str) -> ConfigKey {
         keys().into_iter().find(|key| key.path == path).unwrap_or_else(|| panic!("no key {path}"))
     }
 

@@ -7,7 +7,7 @@ use titer_core::registry::{Entry, all};
 use titer_core::{DefenseEntry, JudgeEntry, Kind, ModelEntry, Result, TaskEntry};
 
 use super::effects::{self, Part, Reach};
-use super::keys::{self, Key};
+use super::keys::{self, ConfigKey};
 
 /// How the pages are written anew.
 pub const COMMAND: &str = "cargo run --release -p titer-tests --example docs";
@@ -44,19 +44,19 @@ computed anew. *Row* is the part of a [row's identity](../glossary.md#row-identi
 fn configuration() -> String {
     let keys = keys::keys();
     let mut page = head("Configuration") + CONFIGURATION;
-    let (tables, single): (Vec<&Key>, Vec<&Key>) =
+    let (tables, single): (Vec<&ConfigKey>, Vec<&ConfigKey>) =
         keys.iter().filter(|key| !key.path.contains('.')).partition(|key| key.table);
     page += "\n## Top level\n";
     rows(&mut page, &single);
     for table in tables {
         let _ = write!(page, "\n## {}\n\n{}\n", table.path, table.description);
-        let below = |key: &&Key| key.path.starts_with(&format!("{}.", table.path));
+        let below = |key: &&ConfigKey| key.path.starts_with(&format!("{}.", table.path));
         rows(&mut page, &keys.iter().filter(below).collect::<Vec<_>>());
     }
     page
 }
 
-fn rows(page: &mut String, keys: &[&Key]) {
+fn rows(page: &mut String, keys: &[&ConfigKey]) {
     *page += "\n| key | type | default | meaning | stages | row |\n|---|---|---|---|---|---|\n";
     for key in keys {
         let default = match (&key.default, key.required) {

@@ -22,17 +22,18 @@ pub fn full() -> Result<Value> {
     for stage in [Stage::Align, Stage::FineTune, Stage::Post] {
         let acts =
             |entry: &DefenseEntry| entry.stages.contains(&stage) || (entry.name == NONE && stage != Stage::FineTune);
-        let place = Place { name: stage.name(), of: "DefenseRef", key: "defense" };
+        let place = SchemaPlace { name: stage.name(), of: "DefenseRef", key: "defense" };
         place.fill::<DefenseEntry>(&mut definitions, acts)?;
         let mut method = definitions["MethodConfig"]["properties"][stage.name()].take();
         replace_reference(&mut method, "DefenseRef", stage.name());
         definitions["MethodConfig"]["properties"][stage.name()] = method;
     }
     definitions.remove("DefenseRef");
-    Place { name: "judge", of: "JudgeRef", key: "judge" }.fill::<JudgeEntry>(&mut definitions, |_| true)?;
-    Place { name: "rows", of: "TaskRef", key: "task" }.fill::<TaskEntry>(&mut definitions, |_| true)?;
-    Place { name: "stream", of: "StreamConfig", key: "task" }.fill::<TaskEntry>(&mut definitions, |_| true)?;
-    Place { name: "user_task", of: "UserTask", key: "task" }.fill::<TaskEntry>(&mut definitions, |_| true)?;
+    SchemaPlace { name: "judge", of: "JudgeRef", key: "judge" }.fill::<JudgeEntry>(&mut definitions, |_| true)?;
+    SchemaPlace { name: "rows", of: "TaskRef", key: "task" }.fill::<TaskEntry>(&mut definitions, |_| true)?;
+    SchemaPlace { name: "stream", of: "StreamConfig", key: "task" }.fill::<TaskEntry>(&mut definitions, |_| true)?;
+    SchemaPlace { name: "user_task", of: "UserTaskConfig", key: "task" }
+        .fill::<TaskEntry>(&mut definitions, |_| true)?;
     for (of, name) in
         [("JudgeRef", "judge"), ("TaskRef", "rows"), ("StreamConfig", "stream"), ("UserTask", "user_task")]
     {
@@ -46,7 +47,7 @@ pub fn full() -> Result<Value> {
 }
 
 /// A place of the configuration that names a plugin.
-struct Place {
+struct SchemaPlace {
     /// The name of its definition here.
     name: &'static str,
     /// The definition that it replaces, whose settings are open.
@@ -55,9 +56,9 @@ struct Place {
     key: &'static str,
 }
 
-impl Place {
+impl SchemaPlace {
     fn fill<E: Entry>(&self, definitions: &mut Map<String, Value>, fits: impl Fn(&E) -> bool) -> Result<()> {
-        let Place { name, of, key } = *self;
+        let SchemaPlace { name, of, key } = *self;
         let open = definitions[of].clone();
         // A plugin by its bare name, or a table.
         let branches = open["anyOf"].as_array();

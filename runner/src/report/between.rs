@@ -4,7 +4,7 @@ use serde::Serialize;
 use titer_core::report::{ResultRow, Results};
 
 use super::differences::{TESTED, Test, Tested, correct, signed, test};
-use super::table::{Block, Method, Runs, Table, labels};
+use super::table::{Block, MethodRows, Runs, Table, labels};
 use crate::experiment::axes::{Coordinate, Coordinates};
 
 /// The columns of a line.
@@ -19,7 +19,7 @@ pub(super) const LEGEND: &str = "Values are those of the table of each setting, 
 
 /// Two settings of one task.
 #[derive(Debug, Serialize)]
-pub(super) struct Section {
+pub(super) struct BetweenSection {
     /// What they share.
     pub title: String,
     /// What tells them apart.
@@ -29,7 +29,7 @@ pub(super) struct Section {
 }
 
 /// The first setting of each task against each other one that has a method and ratio in common with it.
-pub(super) fn sections(results: &Results, table: &Table) -> Vec<Section> {
+pub(super) fn sections(results: &Results, table: &Table) -> Vec<BetweenSection> {
     // Blocks of one place, each with one of its rows.
     let mut places: Vec<Vec<(&Block, &ResultRow)>> = Vec::new();
     for block in &table.blocks {
@@ -44,7 +44,7 @@ pub(super) fn sections(results: &Results, table: &Table) -> Vec<Section> {
     places.iter().flat_map(|blocks| of_place(results, blocks)).collect()
 }
 
-fn of_place(results: &Results, blocks: &[(&Block, &ResultRow)]) -> Vec<Section> {
+fn of_place(results: &Results, blocks: &[(&Block, &ResultRow)]) -> Vec<BetweenSection> {
     let (first, row) = blocks[0];
     let ResultRow { model, lora, .. } = row;
     let shared = Coordinates::of_row(row).of_block().map(Coordinate::titled).collect::<Vec<_>>().join(" · ");
@@ -57,7 +57,7 @@ fn of_place(results: &Results, blocks: &[(&Block, &ResultRow)]) -> Vec<Section> 
         parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
     };
     let labels: Vec<String> = blocks.iter().zip(labels(results, &settings)).map(label).collect();
-    let section = |((block, _), label): (&(&Block, &ResultRow), &String)| Section {
+    let section = |((block, _), label): (&(&Block, &ResultRow), &String)| BetweenSection {
         title: shared.clone(),
         settings: [labels[0].clone(), label.clone()],
         lines: lines(first, block),
@@ -72,8 +72,8 @@ fn place(row: &ResultRow) -> (Vec<Coordinate>, &str) {
 
 /// One cell and metric in two settings.
 struct Line<'a> {
-    a: &'a Method<'a>,
-    b: &'a Method<'a>,
+    a: &'a MethodRows<'a>,
+    b: &'a MethodRows<'a>,
     ratio: f64,
     tested: Tested,
     test: Option<Test<'a>>,
@@ -101,7 +101,7 @@ fn lines(a: &Block, b: &Block) -> Vec<[String; 7]> {
 }
 
 /// The runs of a cell.
-fn runs(method: &Method, ratio: f64) -> Runs {
+fn runs(method: &MethodRows, ratio: f64) -> Runs {
     Runs::of(&method.cell(ratio))
 }
 
@@ -109,7 +109,7 @@ impl Line<'_> {
     /// Its columns, if both settings have the value.
     fn columns(&self, [a, b]: [&Block; 2], family: usize) -> Option<[String; 7]> {
         let Self { a: ours, b: theirs, ratio, tested: Tested { metric, short, .. }, test } = self;
-        let mean = |method: &Method| Some(method.summary(*ratio, metric)?.mean);
+        let mean = |method: &MethodRows| Some(method.summary(*ratio, metric)?.mean);
         let difference = mean(theirs)? - mean(ours)?;
         let (size, verdict) = match test {
             Some(test) => (test.size(), test.verdict(family)),

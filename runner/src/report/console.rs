@@ -30,7 +30,7 @@ pub(super) fn render(results: &Results, table: &Table) -> String {
 fn between_settings(results: &Results, table: &Table) -> String {
     let sections = between::sections(results, table);
     let mut text = String::new();
-    for between::Section { title, settings: [a, b], lines } in &sections {
+    for between::BetweenSection { title, settings: [a, b], lines } in &sections {
         let mut grid = grid();
         grid.set_header(between::HEADINGS).add_rows(lines);
         text += &format!("\nBetween settings: {title}\nA: {a}\nB: {b}\n{grid}\n");

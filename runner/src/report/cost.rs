@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use serde::Serialize;
 use titer_core::report::{Ledger, ResultRow};
 
-use super::table::Method;
+use super::table::MethodRows;
 use crate::names::visible_json;
 
 /// What the peaks are, for the foot of a table.
@@ -42,7 +42,7 @@ impl Cost {
         "must know",
     ];
 
-    pub(super) fn of(method: &Method) -> Self {
+    pub(super) fn of(method: &MethodRows) -> Self {
         let mean =
             |of: fn(&ResultRow) -> f64| method.rows.iter().map(|row| of(row)).sum::<f64>() / method.rows.len() as f64;
         let row = method.rows[0];

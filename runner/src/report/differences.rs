@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use titer_core::report::ResultRow;
 
-use super::table::{Block, Method};
+use super::table::{Block, MethodRows};
 use crate::stats::{ALPHA, Difference, holm, least_p};
 
 /// A metric that is tested.
@@ -200,7 +200,12 @@ fn rounded(p: f64) -> String {
 }
 
 /// One test, not yet corrected; `None` if no pair of runs has the metric.
-pub(super) fn test<'a>(method: &Method<'a>, reference: &Method, ratio: f64, tested: Tested) -> Option<Test<'a>> {
+pub(super) fn test<'a>(
+    method: &MethodRows<'a>,
+    reference: &MethodRows,
+    ratio: f64,
+    tested: Tested,
+) -> Option<Test<'a>> {
     let theirs: BTreeMap<_, &ResultRow> = reference.at(ratio).map(|row| ((row.base_seed, row.seed), row)).collect();
     let pair = |row: &ResultRow| {
         let pair = Pair::of(row, theirs.get(&(row.base_seed, row.seed))?, tested)?;

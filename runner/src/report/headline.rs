@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::table::{Block, INCOHERENT_NOTE, Method, SHOWN, Shown, number};
+use super::table::{Block, INCOHERENT_NOTE, MethodRows, SHOWN, Shown, number};
 
 /// The metrics of the table.
 const METRICS: [&str; 2] = ["harmful_score", "fine_tune_accuracy"];
@@ -11,7 +11,7 @@ const METRICS: [&str; 2] = ["harmful_score", "fine_tune_accuracy"];
 #[derive(Debug, Serialize)]
 pub(super) struct Headline<'a> {
     /// The metrics, each over all [`columns`](Self::columns).
-    pub groups: Vec<Group>,
+    pub groups: Vec<Column>,
     /// The columns of each metric: the harmful ratios, and their average.
     pub columns: Vec<String>,
     /// Each method with its values of the first metric, then of the second.
@@ -22,7 +22,7 @@ pub(super) struct Headline<'a> {
 
 /// A metric of the table.
 #[derive(Debug, Serialize)]
-pub(super) struct Group {
+pub(super) struct Column {
     /// Its short form.
     pub short: &'static str,
     /// Its short form with an arrow towards the better side.
@@ -34,9 +34,9 @@ pub(super) struct Group {
 impl<'a> Headline<'a> {
     pub(super) fn of(block: &'a Block) -> Self {
         let shown: Vec<&Shown> = SHOWN.iter().filter(|shown| METRICS.contains(&shown.after)).collect();
-        let group = |shown: &&Shown| Group { short: shown.short, heading: shown.heading(), higher: shown.higher };
+        let group = |shown: &&Shown| Column { short: shown.short, heading: shown.heading(), higher: shown.higher };
         let ratios = block.ratios.iter().map(|p| format!("p = {p}"));
-        let line = |method: &'a Method| {
+        let line = |method: &'a MethodRows| {
             (method.name, shown.iter().flat_map(|shown| values(block, method, shown.after)).collect())
         };
         Self {
@@ -49,7 +49,7 @@ impl<'a> Headline<'a> {
 }
 
 /// The means at each ratio and their average; a dash where a value is missing.
-fn values(block: &Block, method: &Method, metric: &str) -> Vec<String> {
+fn values(block: &Block, method: &MethodRows, metric: &str) -> Vec<String> {
     let means: Vec<Option<f64>> = block.ratios.iter().map(|&ratio| Some(method.summary(ratio, metric)?.mean)).collect();
     let cells: Vec<_> = block.ratios.iter().map(|&ratio| method.cell(ratio)).collect();
     let all: Option<Vec<f64>> = means.iter().copied().collect();

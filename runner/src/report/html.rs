@@ -17,7 +17,7 @@ use super::markdown::protocols;
 use super::plots;
 use super::published;
 use super::summary::{note, sentences};
-use super::table::{Block, LEGEND, Method, SHOWN, Table, headings, numbers};
+use super::table::{Block, LEGEND, MethodRows, SHOWN, Table, headings, numbers};
 use crate::names::{visible, visible_lines};
 use crate::results::pending_and_failed;
 use crate::stage::read_answers;
@@ -57,7 +57,7 @@ pub(super) fn render(results: &Results, table: &Table, folder: &Path) -> Result<
 }
 
 #[derive(Serialize)]
-struct Group {
+struct MethodLines {
     method: String,
     lines: Vec<(String, Vec<String>)>,
 }
@@ -89,7 +89,7 @@ fn prose(text: &str) -> minijinja::Value {
 }
 
 fn block_view(block: &Block, folder: &Path) -> Result<Value> {
-    let groups: Vec<Group> = block.methods.iter().map(|method| group(block, method)).collect();
+    let groups: Vec<MethodLines> = block.methods.iter().map(|method| group(block, method)).collect();
     let plots = [
         ("Harmful score after the attack", plots::over_ratio(block, "harmful_score", "HS, %", false)?),
         ("Fine-tune accuracy after the attack", plots::over_ratio(block, "fine_tune_accuracy", "FA, %", false)?),
@@ -118,9 +118,9 @@ fn block_view(block: &Block, folder: &Path) -> Result<Value> {
     }))
 }
 
-fn group(block: &Block, method: &Method) -> Group {
+fn group(block: &Block, method: &MethodRows) -> MethodLines {
     let lines = SHOWN.iter().map(|shown| (shown.heading(), numbers(block, method, shown))).collect();
-    Group { method: method.name.to_owned(), lines }
+    MethodLines { method: method.name.to_owned(), lines }
 }
 
 /// The drawing with its title, for those who hear the page.
@@ -151,7 +151,7 @@ fn inside(folder: &Path, path: &str) -> Result<Option<PathBuf>> {
 
 /// Answers to the first harmful prompts before and after the strongest attack, with the first seed. A run's folder
 /// without its answers gives a page without samples.
-fn samples(block: &Block, method: &Method, folder: &Path) -> Result<Vec<Sample>> {
+fn samples(block: &Block, method: &MethodRows, folder: &Path) -> Result<Vec<Sample>> {
     let Some(row) = block.ratios.last().and_then(|&ratio| method.at(ratio).next()) else { return Ok(Vec::new()) };
     let read = |probe: &str| -> Result<Vec<Answer>> {
         let path = row.answers.get(probe).map(|path| inside(folder, path)).transpose()?.flatten();

@@ -102,7 +102,7 @@ fn costs(block: &Block) -> String {
 fn between_settings(results: &Results, table: &Table) -> String {
     let sections = between::sections(results, table);
     let mut text = String::new();
-    for between::Section { title, settings: [a, b], lines } in &sections {
+    for between::BetweenSection { title, settings: [a, b], lines } in &sections {
         text += &format!("\n## Between settings: {}\n\n- A: {}\n- B: {}\n\n", escape(title), escape(a), escape(b));
         text += &format!("| {} |\n|---|--:|---|--:|--:|--:|---|\n", between::HEADINGS.join(" | "));
         for line in lines {

@@ -4,7 +4,7 @@ use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 use titer_core::{Error, Result};
 
-use super::table::{Block, Method};
+use super::table::{Block, MethodRows};
 
 /// Colours that colour-blind people tell apart (Okabe and Ito 2008); each method also has its own marker.
 const COLOURS: [RGBColor; 8] = [
@@ -23,21 +23,21 @@ const GRID: RGBColor = RGBColor(228, 228, 232);
 
 /// A point with its spread, in the plot's units.
 #[derive(Debug, Clone, Copy, PartialEq)]
-struct Point {
+struct PlotPoint {
     x: f64,
     y: f64,
     spread: f64,
 }
 
 /// One line of a plot.
-type Series = Vec<Point>;
+type Series = Vec<PlotPoint>;
 
 /// A metric over the harmful ratios, with the standard deviation over seeds; `names` puts a legend into the plot, for
 /// use on its own.
 pub(super) fn over_ratio(block: &Block, metric: &str, label: &str, names: bool) -> Result<String> {
-    let point = |method: &Method, ratio: f64| {
+    let point = |method: &MethodRows, ratio: f64| {
         let summary = method.summary(ratio, metric)?;
-        Some(Point { x: ratio, y: summary.mean, spread: summary.std.unwrap_or(0.) })
+        Some(PlotPoint { x: ratio, y: summary.mean, spread: summary.std.unwrap_or(0.) })
     };
     let series =
         block.methods.iter().map(|method| block.ratios.iter().filter_map(|&ratio| point(method, ratio)).collect());
@@ -52,9 +52,9 @@ pub(super) fn over_ratio(block: &Block, metric: &str, label: &str, names: bool) 
 
 /// Harm against usefulness: one point for each method and ratio.
 pub(super) fn trade_off(block: &Block) -> Result<String> {
-    let point = |method: &Method, ratio: f64| {
+    let point = |method: &MethodRows, ratio: f64| {
         let (x, y) = (method.summary(ratio, "fine_tune_accuracy")?, method.summary(ratio, "harmful_score")?);
-        Some(Point { x: x.mean, y: y.mean, spread: 0. })
+        Some(PlotPoint { x: x.mean, y: y.mean, spread: 0. })
     };
     let series =
         block.methods.iter().map(|method| block.ratios.iter().filter_map(|&ratio| point(method, ratio)).collect());
@@ -94,11 +94,11 @@ pub(super) fn curves(block: &Block, pick: Curve, label: &str) -> Result<String> 
 /// Which curve of a row.
 pub(super) type Curve = fn(&titer_core::report::Curves) -> &[(usize, f64)];
 
-fn mean_curve(method: &Method, ratio: f64, pick: Curve) -> Vec<Point> {
+fn mean_curve(method: &MethodRows, ratio: f64, pick: Curve) -> Vec<PlotPoint> {
     let curves: Vec<&[(usize, f64)]> = method.at(ratio).map(|row| pick(&row.curves)).collect();
     let shortest = curves.iter().map(|curve| curve.len()).min().unwrap_or(0);
     let mean = |at: usize| curves.iter().map(|curve| curve[at].1).sum::<f64>() / curves.len() as f64;
-    (0..shortest).map(|at| Point { x: curves[0][at].0 as f64, y: mean(at), spread: 0. }).collect()
+    (0..shortest).map(|at| PlotPoint { x: curves[0][at].0 as f64, y: mean(at), spread: 0. }).collect()
 }
 
 struct Axes<'a> {

@@ -18,7 +18,7 @@ pub(super) const LEGEND: &str = "Published values are of single runs. The tolera
 
 /// The values of one publication's table.
 #[derive(Debug, Serialize)]
-pub(super) struct Section {
+pub(super) struct PublishedSection {
     /// Where they stand.
     pub source: String,
     /// How many were reproduced, not reproduced, and cannot be told.
@@ -30,7 +30,7 @@ pub(super) struct Section {
 }
 
 /// One section for each source, in the order of the configuration.
-pub(super) fn sections(results: &Results) -> Vec<Section> {
+pub(super) fn sections(results: &Results) -> Vec<PublishedSection> {
     let compared = compare(results);
     let mut sources: Vec<&str> = Vec::new();
     for published in &results.published {
@@ -41,14 +41,14 @@ pub(super) fn sections(results: &Results) -> Vec<Section> {
     sources.into_iter().map(|source| section(results, &compared, source)).collect()
 }
 
-fn section(results: &Results, compared: &[Comparison], source: &str) -> Section {
+fn section(results: &Results, compared: &[Comparison], source: &str) -> PublishedSection {
     let here: Vec<&Comparison> = compared.iter().filter(|comparison| comparison.published.source == source).collect();
     let counted = [Finding::Reproduced, Finding::NotReproduced, Finding::CannotTell(String::new())].map(|finding| {
         let words = finding.words();
         format!("{} {words}", here.iter().filter(|comparison| comparison.finding.words() == words).count())
     });
     let sic = |published: &Published| Some(format!("{}, sic: {}", published.method, published.sic.as_ref()?));
-    Section {
+    PublishedSection {
         source: source.to_owned(),
         count: counted.join(", "),
         lines: here.into_iter().map(line).collect(),

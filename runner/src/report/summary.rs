@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::differences::Differences;
-use super::table::{Block, INCOHERENT, Method, coherent};
+use super::table::{Block, INCOHERENT, MethodRows, coherent};
 
 /// Above this share of benign requests refused, a low harmful score may mean that the model refuses everything.
 const REFUSES_TOO_MUCH: f64 = 20.;
@@ -25,7 +25,7 @@ pub(super) fn note(block: &Block) -> Option<String> {
     Differences::of(block).filter(|differences| !differences.tests.is_empty()).map(|differences| differences.note())
 }
 
-fn sentence(block: &Block, method: &Method, differences: Option<&Differences>) -> String {
+fn sentence(block: &Block, method: &MethodRows, differences: Option<&Differences>) -> String {
     let Some(&worst) = block.ratios.last() else { return String::new() };
     let before = block.before(method, "harmful_score_aligned");
     let after = block.after(method, worst, "harmful_score");
@@ -43,7 +43,7 @@ fn sentence(block: &Block, method: &Method, differences: Option<&Differences>) -
     text + &warnings(block, method) + "."
 }
 
-fn warnings(block: &Block, method: &Method) -> String {
+fn warnings(block: &Block, method: &MethodRows) -> String {
     let worst_of = |metric: &str, before: &str, pick: fn(f64, f64) -> f64| {
         let after = block.ratios.iter().filter_map(|&ratio| method.summary(ratio, metric));
         after.chain(method.before(before)).map(|summary| summary.mean).reduce(pick)

@@ -78,7 +78,7 @@ pub struct Block<'a> {
     /// The harmful ratios, ascending.
     pub ratios: Vec<f64>,
     /// The methods, in the order of the configuration.
-    pub methods: Vec<Method<'a>>,
+    pub methods: Vec<MethodRows<'a>>,
     /// The runs of the cell that has most.
     pub runs: Runs,
 }
@@ -120,7 +120,7 @@ impl Runs {
 
 /// One method's rows.
 #[derive(Debug)]
-pub struct Method<'a> {
+pub struct MethodRows<'a> {
     /// Its name.
     pub name: &'a str,
     /// Its rows: every ratio and seed.
@@ -139,7 +139,7 @@ impl<'a> Table<'a> {
             );
         }
         // In the order of the rows: by title, and under each title by setting.
-        let mut titles: Vec<(String, Vec<Group>)> = Vec::new();
+        let mut titles: Vec<(String, Vec<SettingRows>)> = Vec::new();
         for row in &results.rows {
             let title = title(row);
             let at = titles.iter().position(|(known, _)| *known == title).unwrap_or_else(|| {
@@ -149,7 +149,7 @@ impl<'a> Table<'a> {
             let groups = &mut titles[at].1;
             match groups.iter_mut().find(|group| group.setting == row.setting) {
                 Some(group) => group.rows.push(row),
-                None => groups.push(Group { setting: &row.setting, rows: vec![row] }),
+                None => groups.push(SettingRows { setting: &row.setting, rows: vec![row] }),
             }
         }
         let mut blocks = Vec::new();
@@ -177,7 +177,7 @@ impl<'a> Table<'a> {
 }
 
 /// The rows under one title that share a setting.
-struct Group<'a> {
+struct SettingRows<'a> {
     setting: &'a str,
     rows: Vec<&'a ResultRow>,
 }
@@ -186,7 +186,7 @@ struct Group<'a> {
 const NAMED: usize = 8;
 
 /// Refuses rows that were measured in different ways.
-fn one_protocol(results: &Results, title: &str, groups: &[Group]) -> Result<()> {
+fn one_protocol(results: &Results, title: &str, groups: &[SettingRows]) -> Result<()> {
     let mut rows = groups.iter().flat_map(|group| &group.rows);
     let Some(first) = rows.next() else { return Ok(()) };
     let Some(other) = rows.find(|row| row.protocol != first.protocol) else { return Ok(()) };
@@ -262,11 +262,11 @@ impl<'a> Block<'a> {
         let mut ratios: Vec<f64> = rows.iter().map(|row| row.harmful_ratio).collect();
         ratios.sort_by(f64::total_cmp);
         ratios.dedup();
-        let mut methods: Vec<Method> = Vec::new();
+        let mut methods: Vec<MethodRows> = Vec::new();
         for row in rows {
             match methods.iter_mut().find(|method| method.name == row.method) {
                 Some(method) => method.rows.push(row),
-                None => methods.push(Method { name: &row.method, rows: vec![row] }),
+                None => methods.push(MethodRows { name: &row.method, rows: vec![row] }),
             }
         }
         let cells = methods.iter().flat_map(|method| ratios.iter().map(|&ratio| Runs::of(&method.cell(ratio))));
@@ -305,19 +305,19 @@ impl<'a> Block<'a> {
     }
 
     /// A metric after the attack at one ratio, with its spread; a dash where nothing was measured.
-    pub fn after(&self, method: &Method, ratio: f64, metric: &str) -> String {
+    pub fn after(&self, method: &MethodRows, ratio: f64, metric: &str) -> String {
         let shown = |summary| self.marked(&number(Some(summary)), &[method.cell(ratio)], metric);
         method.summary(ratio, metric).map_or_else(|| number(None), shown)
     }
 
     /// A metric before the attack, likewise.
-    pub fn before(&self, method: &Method, metric: &str) -> String {
+    pub fn before(&self, method: &MethodRows, metric: &str) -> String {
         let shown = |summary| self.marked(&number(Some(summary)), std::slice::from_ref(&method.rows), metric);
         method.before(metric).map_or_else(|| number(None), shown)
     }
 
     /// Plain fine-tuning after plain alignment: what the others are compared with.
-    pub fn reference(&self) -> Option<&Method<'a>> {
+    pub fn reference(&self) -> Option<&MethodRows<'a>> {
         self.methods.iter().find(|method| method.rows.iter().all(|row| plain(row)))
     }
 }
@@ -341,7 +341,7 @@ pub(super) fn coherent(row: &ResultRow, metric: &str) -> Option<f64> {
     Some(harm? + others.into_iter().flatten().sum::<f64>())
 }
 
-impl<'a> Method<'a> {
+impl<'a> MethodRows<'a> {
     /// The rows at one harmful ratio.
     pub fn at(&self, ratio: f64) -> impl Iterator<Item = &'a ResultRow> {
         self.rows.iter().copied().filter(move |row| row.harmful_ratio == ratio)
@@ -382,7 +382,7 @@ pub fn headings(block: &Block) -> Vec<String> {
 }
 
 /// The numbers of one method's metric, in the order of [`headings`].
-pub fn numbers(block: &Block, method: &Method, shown: &Shown) -> Vec<String> {
+pub fn numbers(block: &Block, method: &MethodRows, shown: &Shown) -> Vec<String> {
     let after = block.ratios.iter().map(|&ratio| block.after(method, ratio, shown.after));
     std::iter::once(block.before(method, shown.before)).chain(after).collect()
 }

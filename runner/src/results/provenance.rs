@@ -9,7 +9,7 @@ use titer_core::report::{PluginOrigin, Provenance};
 use titer_core::{DefenseEntry, Entry, JudgeEntry, ModelEntry, TaskEntry};
 
 use crate::environment;
-use crate::experiment::config::Loaded;
+use crate::experiment::config::LoadedConfig;
 use crate::logging::now;
 use crate::plan::Plan;
 use crate::plugins;
@@ -18,7 +18,7 @@ use crate::plugins;
 ///
 /// # Errors
 /// The running program cannot be read, or two plugins share a name.
-pub fn of(loaded: &Loaded, plan: &Plan, device: &str) -> Result<Provenance> {
+pub fn of(loaded: &LoadedConfig, plan: &Plan, device: &str) -> Result<Provenance> {
     Ok(Provenance {
         commit: option_env!("TITER_COMMIT").map(str::to_owned),
         plugins: plugin_origins()?.into_iter().collect(),

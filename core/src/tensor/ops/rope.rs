@@ -15,12 +15,12 @@ use crate::tensor::tape::{Tape, Traced};
 pub struct Rope {
     frequencies: Vec<f32>,
     positions: usize,
-    table: RwLock<Table>,
+    table: RwLock<Rotations>,
 }
 
 /// `cos` and `sin` of the first positions, a row each.
 #[derive(Debug, Default)]
-struct Table {
+struct Rotations {
     cos: Vec<f32>,
     sin: Vec<f32>,
 }
@@ -75,7 +75,7 @@ impl Rope {
 }
 
 /// A table is whole whatever happened to another thread: it only grows.
-fn read_lock(table: &RwLock<Table>) -> RwLockReadGuard<'_, Table> {
+fn read_lock(table: &RwLock<Rotations>) -> RwLockReadGuard<'_, Rotations> {
     table.read().unwrap_or_else(PoisonError::into_inner)
 }
 

@@ -11,7 +11,7 @@ use super::{Done, cell};
 use crate::diagnostics::Problems;
 use crate::plugins::{origin, registered};
 use crate::reference::glossary::{self, Term};
-use crate::reference::keys::{self, Key, Setting};
+use crate::reference::keys::{self, ConfigKey, Setting};
 use crate::reference::{effects, normalized};
 
 /// The arguments.
@@ -115,7 +115,7 @@ fn setting_of(name: &str) -> Result<Option<Topic>, Error> {
 }
 
 /// A key at `path`, which the user wrote as `asked`.
-fn key(path: &str, asked: &str, keys: &[Key]) -> Result<String, Error> {
+fn key(path: &str, asked: &str, keys: &[ConfigKey]) -> Result<String, Error> {
     let Some(found) = keys.iter().find(|key| key.path == path) else { return Ok(String::new()) };
     let mut text = format!("{path} (key of the configuration)\n{}\n\n  type      {}\n", found.description, found.kind);
     let default = match (&found.default, found.required) {
@@ -127,7 +127,7 @@ fn key(path: &str, asked: &str, keys: &[Key]) -> Result<String, Error> {
     if let Some((reach, part)) = effects::of(path) {
         let _ = writeln!(text, "  changes   the key of {}; of a row's identity: {}", reach.words(), part.words());
     }
-    let below: Vec<&Key> = keys.iter().filter(|key| key.path.starts_with(&format!("{path}."))).collect();
+    let below: Vec<&ConfigKey> = keys.iter().filter(|key| key.path.starts_with(&format!("{path}."))).collect();
     if !below.is_empty() {
         text += "\nkeys below it\n";
         for key in below {
@@ -162,8 +162,8 @@ fn of_plugin(setting: &Setting) -> String {
 /// The keys and settings of plugins whose last part is `name`; one key alone in full.
 fn by_last_part(name: &str) -> Result<String, Error> {
     let (keys, settings) = (keys::keys(), keys::settings()?);
-    let ends = |key: &&Key| key.path.ends_with(&format!(".{}", name.to_lowercase()));
-    let found: Vec<&Key> = keys.iter().filter(ends).collect();
+    let ends = |key: &&ConfigKey| key.path.ends_with(&format!(".{}", name.to_lowercase()));
+    let found: Vec<&ConfigKey> = keys.iter().filter(ends).collect();
     let of_plugins: String = settings.iter().filter(|setting| setting.name == name).map(of_plugin).collect();
     match found.as_slice() {
         [] if of_plugins.is_empty() => Err(unknown(name, &keys, &settings)),
@@ -181,7 +181,7 @@ fn by_last_part(name: &str) -> Result<String, Error> {
 /// How many near names an error offers.
 const OFFERED: usize = 3;
 
-fn unknown(name: &str, keys: &[Key], settings: &[Setting]) -> Error {
+fn unknown(name: &str, keys: &[ConfigKey], settings: &[Setting]) -> Error {
     let mut names: BTreeSet<String> = glossary::terms().iter().flat_map(Term::names).map(str::to_owned).collect();
     names.extend(keys.iter().flat_map(|key| [key.path.as_str(), last_part(&key.path)]).map(str::to_owned));
     names.extend(settings.iter().map(|setting| setting.name.clone()));

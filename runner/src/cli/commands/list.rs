@@ -13,7 +13,7 @@ use crate::plugins::origin;
 pub struct Args {
     /// Only plugins of this kind.
     #[arg(value_enum)]
-    pub kind: Option<Kind>,
+    pub kind: Option<ListedKind>,
     /// For programs: with versions and default settings.
     #[arg(long)]
     pub json: bool,
@@ -21,7 +21,7 @@ pub struct Args {
 
 /// A kind of plugin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Kind {
+pub enum ListedKind {
     /// Defenses against harmful fine-tuning.
     Defenses,
     /// Architectures.
@@ -39,13 +39,13 @@ pub enum Kind {
 /// # Errors
 /// Two plugins of a kind share a name.
 pub fn run(args: &Args) -> Result<Done, Problems> {
-    let wanted = |kind: Kind| args.kind.is_none_or(|only| only == kind);
+    let wanted = |kind: ListedKind| args.kind.is_none_or(|only| only == kind);
     let mut plugins = Vec::new();
     for (kind, listed) in [
-        (Kind::Defenses, described::<DefenseEntry>()),
-        (Kind::Models, described::<ModelEntry>()),
-        (Kind::Tasks, described::<TaskEntry>()),
-        (Kind::Judges, described::<JudgeEntry>()),
+        (ListedKind::Defenses, described::<DefenseEntry>()),
+        (ListedKind::Models, described::<ModelEntry>()),
+        (ListedKind::Tasks, described::<TaskEntry>()),
+        (ListedKind::Judges, described::<JudgeEntry>()),
     ] {
         plugins.extend(if wanted(kind) { listed? } else { Vec::new() });
     }

@@ -6,7 +6,7 @@ use titer_core::weights::checkpoint::Checkpoint;
 use titer_core::{Error, arithmetic};
 
 use crate::diagnostics::Problems;
-use crate::experiment::config::{Config, Loaded};
+use crate::experiment::config::{Config, LoadedConfig};
 use crate::experiment::resolve;
 use crate::plan::Plan;
 use crate::plan::planner;
@@ -61,7 +61,7 @@ impl ConfigArgs {
     ///
     /// # Errors
     /// Every mistake in the configuration; or the checkpoint has no weights.
-    pub fn prepare(&self, device: Option<&str>) -> Result<(Loaded, Plan, Store), Problems> {
+    pub fn prepare(&self, device: Option<&str>) -> Result<(LoadedConfig, Plan, Store), Problems> {
         let (loaded, plan, store) = self.sketch(device)?;
         if let Some(spec) = plan.without_weights() {
             let error = Checkpoint::open(&spec.path).err().unwrap_or_else(|| {
@@ -77,7 +77,7 @@ impl ConfigArgs {
     ///
     /// # Errors
     /// Every mistake in the configuration.
-    pub fn sketch(&self, device: Option<&str>) -> Result<(Loaded, Plan, Store), Problems> {
+    pub fn sketch(&self, device: Option<&str>) -> Result<(LoadedConfig, Plan, Store), Problems> {
         let mut overrides = self.overrides.clone();
         overrides.extend(device.map(|device| format!("device={device:?}")));
         let loaded = Config::load(&self.config, &overrides)?;

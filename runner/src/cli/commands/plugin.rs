@@ -12,12 +12,12 @@ pub mod new;
 pub struct Args {
     /// What to do.
     #[command(subcommand)]
-    pub command: Command,
+    pub command: PluginCommand,
 }
 
 /// What can be done with a plugin.
 #[derive(Debug, Clone, clap::Subcommand)]
-pub enum Command {
+pub enum PluginCommand {
     /// Makes a crate with a small plugin that works, to be changed.
     New(new::Args),
     /// Compiles a plugin crate into a shared library that fits this runner.
@@ -32,8 +32,8 @@ pub enum Command {
 /// What could not be done.
 pub fn run(args: &Args) -> Result<Done, Problems> {
     match &args.command {
-        Command::New(args) => new::run(args),
-        Command::Build(args) => build::run(args),
-        Command::Check(args) => check::run(args),
+        PluginCommand::New(args) => new::run(args),
+        PluginCommand::Build(args) => build::run(args),
+        PluginCommand::Check(args) => check::run(args),
     }
 }

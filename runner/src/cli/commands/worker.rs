@@ -13,7 +13,7 @@ use super::{Done, open_store};
 use crate::cli::outlook::Outlook;
 use crate::cli::progress::for_stderr;
 use crate::diagnostics::{Problems, panicked};
-use crate::execute::protocol::{Order, Reply, Report};
+use crate::execute::protocol::{Order, Report, WorkerReply};
 use crate::execute::{Crew, InProcess, Jobs};
 use crate::experiment::spec::Runtime;
 use crate::interrupt::Interrupt;
@@ -150,7 +150,7 @@ fn serve(store: &Store, threads: usize) {
             match order {
                 Err(error) => {
                     let error = Error::run("a worker process cannot read its order").source(error);
-                    Replies::send(&Reply::Failed(Report::from(&error)));
+                    Replies::send(&WorkerReply::Failed(Report::from(&error)));
                 }
                 Ok(Order::Stop) => drop(stop.set()),
                 Ok(order) => {
@@ -172,7 +172,7 @@ fn serve(store: &Store, threads: usize) {
         Ok(stages) => stages,
         Err(error) => {
             // What stands against working at all is the answer to every order.
-            let failed = Reply::Failed(Report::from(&error));
+            let failed = WorkerReply::Failed(Report::from(&error));
             return chains.for_each(|_| Replies::send(&failed));
         }
     };
@@ -182,8 +182,8 @@ fn serve(store: &Store, threads: usize) {
         let run = || worker.run(&chain, &Replies, &interrupt);
         let result = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| Err(panicked("stage", panic.as_ref())));
         Replies::send(&match result {
-            Ok(ran) => Reply::Done { ran },
-            Err(error) => Reply::Failed(Report::from(&error)),
+            Ok(ran) => WorkerReply::Done { ran },
+            Err(error) => WorkerReply::Failed(Report::from(&error)),
         });
     }
 }
@@ -192,7 +192,7 @@ fn serve(store: &Store, threads: usize) {
 struct Replies;
 
 impl Replies {
-    fn send(reply: &Reply) {
+    fn send(reply: &WorkerReply) {
         let line = serde_json::to_string(reply).expect("replies serialise");
         let mut out = std::io::stdout().lock();
         // A plugin may have printed without an end of line.
@@ -202,6 +202,6 @@ impl Replies {
 
 impl Sink for Replies {
     fn emit(&self, event: Event) {
-        Self::send(&Reply::Progress { event });
+        Self::send(&WorkerReply::Progress { event });
     }
 }

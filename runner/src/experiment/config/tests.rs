@@ -3,7 +3,7 @@ use std::path::Path;
 use super::*;
 use crate::testing::{CONFIG, load, problems};
 
-fn read(path: &str, text: &str, environment: &[(&str, &str)], sets: &[&str]) -> Result<Loaded, Problems> {
+fn read(path: &str, text: &str, environment: &[(&str, &str)], sets: &[&str]) -> Result<LoadedConfig, Problems> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join(path);
     std::fs::write(&path, text).unwrap();

@@ -7,7 +7,7 @@ use titer_core::weights::LoraConfig;
 
 use super::checks::Resolver;
 use super::data::Use;
-use crate::experiment::config::{FineTuneConfig, FineTuneMode, UserTask};
+use crate::experiment::config::{FineTuneConfig, FineTuneMode, UserTaskConfig};
 use crate::experiment::spec::{AdapterSpec, RowsSpec, of_rows};
 use crate::experiment::{FineTune, Probe, UserRows};
 use crate::names;
@@ -94,7 +94,7 @@ impl Resolver<'_> {
         Some(RowsSpec { task, rows: needed })
     }
 
-    pub(super) fn user_task(&mut self, index: usize, user: &UserTask, prompts: usize) -> Option<UserRows> {
+    pub(super) fn user_task(&mut self, index: usize, user: &UserTaskConfig, prompts: usize) -> Option<UserRows> {
         let key = format!("fine_tune.tasks.{index}");
         self.take(&format!("{key}.name"), names::check(table_name(user)));
         let (task, built) = self.task(&key, &user.task, &user.settings)?;
@@ -132,6 +132,6 @@ impl Resolver<'_> {
 }
 
 /// The name of a user's task in the table.
-pub(super) fn table_name(user: &UserTask) -> &str {
+pub(super) fn table_name(user: &UserTaskConfig) -> &str {
     user.name.as_deref().unwrap_or(&user.task)
 }

@@ -20,7 +20,7 @@ use titer_core::weights::LoraConfig;
 use titer_core::{Kind, Precision, arithmetic, bounds};
 
 use super::axes::AXES;
-use super::config::{AlignAdapter, Config, FineTuneMode, Loaded};
+use super::config::{AlignAdapter, Config, FineTuneMode, LoadedConfig};
 use super::spec::{AdapterSpec, EncodingSpec, Runtime, absolute};
 use super::{Align, Experiment};
 use crate::diagnostics::Problems;
@@ -32,7 +32,7 @@ use data::Use;
 ///
 /// # Errors
 /// Every mistake that can be known without a device.
-pub fn resolve(loaded: &Loaded) -> Result<Experiment, Problems> {
+pub fn resolve(loaded: &LoadedConfig) -> Result<Experiment, Problems> {
     let config = &loaded.config;
     let mut cx = Resolver::new(&loaded.source);
 

@@ -24,7 +24,7 @@ pub struct Args {
 }
 
 /// One thing that a plugin owes.
-struct Check {
+struct Owed {
     kind: &'static str,
     plugin: &'static str,
     what: &'static str,
@@ -97,10 +97,10 @@ fn entries(path: Option<&Path>) -> Result<BTreeSet<Registered>> {
 const UNKNOWN: &str = "no_plugin_has_this_setting";
 
 /// The checks of every entry of one kind.
-fn of<E: Entry>(entries: &BTreeSet<Registered>, build: fn(&E, &Settings) -> Result<()>) -> Result<Vec<Check>> {
+fn of<E: Entry>(entries: &BTreeSet<Registered>, build: fn(&E, &Settings) -> Result<()>) -> Result<Vec<Owed>> {
     let mut checks = Vec::new();
     for entry in all::<E>()?.into_iter().filter(|entry| among(entries, *entry)) {
-        let mut check = |what, outcome| checks.push(Check { kind: E::KIND, plugin: entry.name(), what, outcome });
+        let mut check = |what, outcome| checks.push(Owed { kind: E::KIND, plugin: entry.name(), what, outcome });
         check("is described", described(entry));
         check("its default settings load", defaults(entry).and_then(|settings| entry.resolve(&settings)).map(drop));
         check(
@@ -151,10 +151,10 @@ fn refuses<E: Entry>(entry: &E, build: fn(&E, &Settings) -> Result<()>) -> Resul
 }
 
 /// The checks in a table, and below it the laws; exit code 1 if one failed.
-fn table(checks: &[Check], laws: &[(String, Vec<testing::Check>)]) -> Done {
+fn table(checks: &[Owed], laws: &[(String, Vec<testing::Check>)]) -> Done {
     let width = checks.iter().map(|check| check.plugin.len()).max().unwrap_or(0);
     let mut text = String::new();
-    for Check { kind, plugin, what, outcome } in checks {
+    for Owed { kind, plugin, what, outcome } in checks {
         let state = if outcome.is_ok() { "ok" } else { "FAILED" };
         let _ = writeln!(text, "{state:<6}  {kind:<8} {plugin:<width$}  {what}");
         if let Err(error) = outcome {

@@ -14,7 +14,7 @@ use crate::disk;
 pub struct Args {
     /// What the plugin is.
     #[arg(value_enum)]
-    pub kind: Kind,
+    pub kind: PluginKind,
     /// Its name: of the crate, and in configurations.
     pub name: String,
     /// The folder to make [default: one of that name, here].
@@ -24,7 +24,7 @@ pub struct Args {
 
 /// A kind of plugin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Kind {
+pub enum PluginKind {
     /// A defense against harmful fine-tuning.
     Defense,
     /// An architecture.
@@ -35,22 +35,22 @@ pub enum Kind {
     Judge,
 }
 
-impl Kind {
+impl PluginKind {
     fn word(self) -> &'static str {
         match self {
-            Kind::Defense => DefenseEntry::KIND,
-            Kind::Model => ModelEntry::KIND,
-            Kind::Task => TaskEntry::KIND,
-            Kind::Judge => JudgeEntry::KIND,
+            PluginKind::Defense => DefenseEntry::KIND,
+            PluginKind::Model => ModelEntry::KIND,
+            PluginKind::Task => TaskEntry::KIND,
+            PluginKind::Judge => JudgeEntry::KIND,
         }
     }
 
     fn example(self) -> &'static str {
         match self {
-            Kind::Defense => include_str!("../../../../templates/plugin/defense.rs"),
-            Kind::Model => include_str!("../../../../templates/plugin/model.rs"),
-            Kind::Task => include_str!("../../../../templates/plugin/task.rs"),
-            Kind::Judge => include_str!("../../../../templates/plugin/judge.rs"),
+            PluginKind::Defense => include_str!("../../../../templates/plugin/defense.rs"),
+            PluginKind::Model => include_str!("../../../../templates/plugin/model.rs"),
+            PluginKind::Task => include_str!("../../../../templates/plugin/task.rs"),
+            PluginKind::Judge => include_str!("../../../../templates/plugin/judge.rs"),
         }
     }
 
@@ -59,10 +59,10 @@ impl Kind {
             Ok(all::<E>()?.into_iter().map(Entry::name).collect())
         }
         match self {
-            Kind::Defense => of::<DefenseEntry>(),
-            Kind::Model => of::<ModelEntry>(),
-            Kind::Task => of::<TaskEntry>(),
-            Kind::Judge => of::<JudgeEntry>(),
+            PluginKind::Defense => of::<DefenseEntry>(),
+            PluginKind::Model => of::<ModelEntry>(),
+            PluginKind::Task => of::<TaskEntry>(),
+            PluginKind::Judge => of::<JudgeEntry>(),
         }
     }
 }
@@ -109,7 +109,7 @@ fn next(folder: &str) -> String {
 }
 
 /// The crate's files: the templates are a crate called `my-plugin`, and compile as they are.
-fn files(kind: Kind, name: &str) -> Vec<(&'static str, String)> {
+fn files(kind: PluginKind, name: &str) -> Vec<(&'static str, String)> {
     let checkout = checkout();
     let filled = |template: &str| {
         template
@@ -171,7 +171,7 @@ mod tests {
 
     #[test]
     fn nothing_of_the_template_is_left() {
-        for kind in [Kind::Defense, Kind::Model, Kind::Task, Kind::Judge] {
+        for kind in [PluginKind::Defense, PluginKind::Model, PluginKind::Task, PluginKind::Judge] {
             for (file, text) in files(kind, "gradient-noise") {
                 for left in ["my-plugin", "my_plugin", "MyPlugin", "KIND", "TITER"] {
                     let allowed = file == "README.md" && left == "TITER";

@@ -122,14 +122,14 @@ fn cargo(command: &str, manifest: &Path) -> Command {
 }
 
 /// What cargo has built, or found to be up to date.
-struct Artifact {
+struct BuiltArtifact {
     package: String,
     name: String,
     files: Vec<PathBuf>,
     fresh: bool,
 }
 
-impl Artifact {
+impl BuiltArtifact {
     /// The artifact that a message tells of.
     fn of(message: &Value) -> Option<Self> {
         let text = |value: &Value| value.as_str().map(str::to_owned);
@@ -143,7 +143,7 @@ impl Artifact {
 }
 
 /// Runs cargo, which tells the user about its progress, and reads what it tells us.
-fn artifacts(cargo: &mut Command, failure: &str) -> Result<Vec<Artifact>> {
+fn artifacts(cargo: &mut Command, failure: &str) -> Result<Vec<BuiltArtifact>> {
     // Before `--`, behind which all is rustc's.
     let mut whole = Command::new(cargo.get_program());
     let mut arguments = cargo.get_args();
@@ -151,7 +151,7 @@ fn artifacts(cargo: &mut Command, failure: &str) -> Result<Vec<Artifact>> {
     whole.arg("--message-format=json-render-diagnostics").args(arguments);
     let text = output(&mut whole, failure)?;
     let messages = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    Ok(messages.filter_map(|message| Artifact::of(&message)).collect())
+    Ok(messages.filter_map(|message| BuiltArtifact::of(&message)).collect())
 }
 
 fn output(command: &mut Command, failure: &str) -> Result<String> {
@@ -185,7 +185,7 @@ fn core_dependencies(manifest: &Path) -> Result<Vec<(String, String)>> {
 }
 
 /// The last library that fits: cargo builds what build scripts need before what the runner needs.
-fn rlib(artifacts: &[Artifact], fits: impl Fn(&Artifact) -> bool) -> Option<PathBuf> {
+fn rlib(artifacts: &[BuiltArtifact], fits: impl Fn(&BuiltArtifact) -> bool) -> Option<PathBuf> {
     let files = artifacts.iter().rev().filter(|artifact| fits(artifact)).flat_map(|artifact| &artifact.files);
     files.into_iter().find(|file| has_extension(file, "rlib")).cloned()
 }
