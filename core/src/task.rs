@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::data::row::Row;
 use crate::error::Result;
-use crate::registry::entry::Entry;
+use crate::registry::entry::{Entry, by_fields};
 use crate::registry::settings::{Settings, SettingsType};
 use crate::rng::Seed;
 
@@ -76,16 +76,5 @@ inventory::collect!(TaskEntry);
 
 impl Entry for TaskEntry {
     const KIND: &'static str = "task";
-    fn name(&self) -> &'static str {
-        self.name
-    }
-    fn summary(&self) -> &'static str {
-        self.summary
-    }
-    fn settings(&self) -> &SettingsType {
-        &self.settings
-    }
-    fn version(&self) -> u32 {
-        self.version
-    }
+    by_fields!();
 }

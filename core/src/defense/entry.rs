@@ -6,7 +6,7 @@ use serde_json::Value;
 use crate::defense::alignment_defense::AlignmentDefense;
 use crate::defense::stage::Stage;
 use crate::error::{Error, Result};
-use crate::registry::entry::Entry;
+use crate::registry::entry::{Entry, by_fields};
 use crate::registry::settings::{Settings, SettingsType};
 
 /// What a defense must know that an ordinary provider may not: declared, so that unequal comparisons show.
@@ -204,18 +204,7 @@ impl DefenseEntry {
 
 impl Entry for DefenseEntry {
     const KIND: &'static str = "defense";
-    fn name(&self) -> &'static str {
-        self.name
-    }
-    fn summary(&self) -> &'static str {
-        self.summary
-    }
-    fn settings(&self) -> &SettingsType {
-        &self.settings
-    }
-    fn version(&self) -> u32 {
-        self.version
-    }
+    by_fields!();
     fn resolve(&self, given: &Settings) -> Result<Value> {
         self.settings.resolve(&self.with_fidelity(given)?)
     }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use crate::data::row::Row;
 use crate::error::Result;
-use crate::registry::entry::Entry;
+use crate::registry::entry::{Entry, by_fields};
 use crate::registry::settings::{Settings, SettingsType};
 
 pub use context::JudgeCx;
@@ -111,16 +111,5 @@ inventory::collect!(JudgeEntry);
 
 impl Entry for JudgeEntry {
     const KIND: &'static str = "judge";
-    fn name(&self) -> &'static str {
-        self.name
-    }
-    fn summary(&self) -> &'static str {
-        self.summary
-    }
-    fn settings(&self) -> &SettingsType {
-        &self.settings
-    }
-    fn version(&self) -> u32 {
-        self.version
-    }
+    by_fields!();
 }

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::error::Result;
 use crate::model::architecture::Model;
-use crate::registry::entry::Entry;
+use crate::registry::entry::{Entry, by_fields};
 use crate::registry::settings::{Settings, SettingsType};
 
 /// Builds an architecture from its settings (the keys of `config.json`).
@@ -35,16 +35,5 @@ inventory::collect!(ModelEntry);
 
 impl Entry for ModelEntry {
     const KIND: &'static str = "model";
-    fn name(&self) -> &'static str {
-        self.name
-    }
-    fn summary(&self) -> &'static str {
-        self.summary
-    }
-    fn settings(&self) -> &SettingsType {
-        &self.settings
-    }
-    fn version(&self) -> u32 {
-        self.version
-    }
+    by_fields!();
 }

@@ -31,6 +31,25 @@ pub trait Entry: inventory::Collect + 'static {
     }
 }
 
+/// The part of an [`Entry`] that is read from the fields of the same names.
+macro_rules! by_fields {
+    () => {
+        fn name(&self) -> &'static str {
+            self.name
+        }
+        fn summary(&self) -> &'static str {
+            self.summary
+        }
+        fn settings(&self) -> &$crate::registry::SettingsType {
+            &self.settings
+        }
+        fn version(&self) -> u32 {
+            self.version
+        }
+    };
+}
+pub(crate) use by_fields;
+
 /// All entries of one kind, sorted by name.
 ///
 /// # Errors

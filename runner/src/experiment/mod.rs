@@ -5,7 +5,7 @@ pub mod config;
 mod exclusive;
 pub mod layers;
 pub mod resolve;
-mod schema;
+pub(crate) mod schema;
 pub mod spec;
 
 use titer_core::report::Input;

@@ -21,7 +21,7 @@ struct Checker<'a> {
 
 impl<'a> Checker<'a> {
     fn visit(&mut self, schema: &'a Value, value: &Value, key: &str) {
-        let schema = self.follow(schema);
+        let schema = follow(self.root, schema);
         if let Some(branches) = branches(schema) {
             return self.visit_branches(schema, branches, value, key);
         }
@@ -54,7 +54,7 @@ impl<'a> Checker<'a> {
                         // What a key is for says more than what its type is.
                         let expected = expected.map(|schema| match schema.get("description") {
                             Some(_) => schema,
-                            None => self.follow(schema),
+                            None => follow(self.root, schema),
                         });
                         let expected = expected.map_or_else(String::new, |schema| format!(": {}", summary(schema)));
                         let place = if key.is_empty() { "the configuration".into() } else { format!("`{key}`") };
@@ -83,7 +83,7 @@ impl<'a> Checker<'a> {
         if constants.len() == branches.len() {
             return self.visit_names(&constants, value, key);
         }
-        match branches.iter().map(|branch| self.follow(branch)).find(|branch| self.fits(branch, value)) {
+        match branches.iter().map(|branch| follow(self.root, branch)).find(|branch| self.fits(branch, value)) {
             Some(branch) => self.visit(branch, value, key),
             None => self.report(key, mismatch(&self.expectation(schema), value)),
         }
@@ -91,7 +91,7 @@ impl<'a> Checker<'a> {
 
     fn fits(&self, schema: &'a Value, value: &Value) -> bool {
         match branches(schema) {
-            Some(branches) => branches.iter().any(|branch| self.fits(self.follow(branch), value)),
+            Some(branches) => branches.iter().any(|branch| self.fits(follow(self.root, branch), value)),
             None => accepts(schema, value),
         }
     }
@@ -99,7 +99,7 @@ impl<'a> Checker<'a> {
     /// The expected type in words; of alternatives, each one but `null`.
     fn expectation(&self, schema: &'a Value) -> String {
         let Some(branches) = branches(schema) else { return expected_type(schema) };
-        let words = branches.iter().map(|branch| self.expectation(self.follow(branch)));
+        let words = branches.iter().map(|branch| self.expectation(follow(self.root, branch)));
         words.filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" or ")
     }
 
@@ -113,17 +113,15 @@ impl<'a> Checker<'a> {
         self.report(key, Error::config(message).help(format!("use one of {}", names.join(", "))));
     }
 
-    fn follow(&self, schema: &'a Value) -> &'a Value {
-        let reference = schema.get("$ref").and_then(Value::as_str).and_then(|path| path.strip_prefix('#'));
-        match reference.and_then(|path| self.root.pointer(path)) {
-            Some(target) => self.follow(target),
-            None => schema,
-        }
-    }
-
     fn report(&mut self, key: &str, error: Error) {
         self.errors.push(error.key(key));
     }
+}
+
+/// The schema that a reference stands for.
+pub(crate) fn follow<'a>(root: &'a Value, schema: &'a Value) -> &'a Value {
+    let target = schema["$ref"].as_str().and_then(|path| root.pointer(path.trim_start_matches('#')));
+    target.map_or(schema, |target| follow(root, target))
 }
 
 fn branches(schema: &Value) -> Option<&[Value]> {

@@ -7,6 +7,7 @@ use titer_core::registry::{Entry, all};
 use titer_core::{DefenseEntry, JudgeEntry, ModelEntry, Result, TaskEntry};
 
 use crate::experiment::config::Config;
+use crate::experiment::schema::follow;
 
 /// A key of the configuration.
 #[derive(Debug, Clone, PartialEq)]
@@ -157,11 +158,6 @@ pub fn settings_of<E: Entry>(entry: &E) -> Vec<Setting> {
         name,
     };
     properties.into_iter().map(setting).collect()
-}
-
-fn follow<'a>(root: &'a Value, schema: &'a Value) -> &'a Value {
-    let target = schema["$ref"].as_str().and_then(|path| root.pointer(path.trim_start_matches('#')));
-    target.map_or(schema, |target| follow(root, target))
 }
 
 /// The description on one line: the key's own, or that of its type.
