@@ -98,7 +98,7 @@ fn write_error(f: &mut fmt::Formatter<'_>, error: &Error) -> fmt::Result {
 pub(crate) fn panicked(what: &str, panic: &(dyn std::any::Any + Send)) -> Error {
     let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
     Error::run(format!("the {what} panicked: {}", text.unwrap_or("no message")))
-        .help("this is a defect of Titer or of a plugin; please report it with the configuration")
+        .help(DEFECT)
 }
 
 #[cfg(test)]
