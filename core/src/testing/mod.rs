@@ -55,6 +55,7 @@ mod watched;
 use std::fmt;
 
 pub use fixture::World;
+pub use numbers::{difference, dot, values};
 
 use crate::defense::entry::DefenseEntry;
 use crate::defense::stage::Stage;

@@ -9,7 +9,7 @@ use candle_core::{D, DType, Device, IndexOp, Tensor};
 use super::case::seed;
 use super::entries::survives;
 use super::fixture::{Adapted, SEED, adapted, normal, padded, sizes, stream};
-use super::numbers::{distance, values};
+use super::numbers::{difference, distance, values};
 use super::{Listed, Outcome};
 use crate::data::batch::Batch;
 use crate::defense::stage::Clock;
@@ -166,12 +166,6 @@ fn hidden(model: &dyn Model, weights: &Weights, ids: &[u32]) -> Result<Tensor> {
     Ok(model.hidden(&tokens, &mut Forward::new(weights, &mut Sites::none()))?.tensor().clone())
 }
 
-/// The largest difference of two tensors; infinite if one holds a value that is not a number.
-fn gap(a: &Tensor, b: &Tensor) -> Result<f64> {
-    let gaps = values(&(a - b)?)?.into_iter().map(f64::abs);
-    Ok(gaps.fold(0., |max, gap| if gap.is_nan() { f64::INFINITY } else { max.max(gap) }))
-}
-
 /// Some tokens, the same for all checks.
 fn text(model: &dyn Model) -> Vec<u32> {
     let vocabulary = model.spec().vocab_size as u32;
@@ -185,8 +179,8 @@ fn causality(model: &dyn Model) -> Result<Outcome> {
     let last = ids.len() - 1;
     other[last] = (other[last] + 1) % model.spec().vocab_size as u32;
     let [a, b] = [hidden(model, &weights, &ids)?, hidden(model, &weights, &other)?];
-    let before = gap(&a.i((.., ..last))?, &b.i((.., ..last))?)?;
-    let own = gap(&a.i((.., last))?, &b.i((.., last))?)?;
+    let before = difference(&a.i((.., ..last))?, &b.i((.., ..last))?)?;
+    let own = difference(&a.i((.., last))?, &b.i((.., last))?)?;
     Ok(Outcome::judge(
         before == 0. && own > 0.,
         format!("its own state moves by {own:.1e}, earlier ones by {before:.1e}"),
@@ -205,7 +199,7 @@ fn decoding(model: &dyn Model) -> Result<Outcome> {
         let mut pass = Forward { cache: Some(&mut cache), ..Forward::new(&weights, &mut idle) };
         parts.push(model.hidden(&tokens, &mut pass)?.tensor().clone());
     }
-    let gap = gap(&whole, &Tensor::cat(&parts, D::Minus2)?)?;
+    let gap = difference(&whole, &Tensor::cat(&parts, D::Minus2)?)?;
     Ok(Outcome::judge(gap < 1e-4, format!("hidden states differ by {gap:.1e}")))
 }
 
@@ -218,7 +212,7 @@ fn adapter(model: &dyn Model) -> Result<Outcome> {
         return Ok(Outcome::Failed(format!("no gradient reaches `{name}`")));
     }
     let merged = weights.merged()?;
-    let gap = gap(&hidden(model, &weights, &text(model))?, &hidden(model, &merged, &text(model))?)?;
+    let gap = difference(&hidden(model, &weights, &text(model))?, &hidden(model, &merged, &text(model))?)?;
     Ok(Outcome::judge(gap < 1e-4, format!("{} factors; merged, hidden states differ by {gap:.1e}", found.len())))
 }
 
