@@ -135,6 +135,27 @@ fn every_site_gives_the_right_gradient() -> Result<()> {
     Ok(())
 }
 
+/// What a model declares about blocks is what its Hugging Face names say.
+#[test]
+fn parameters_belong_to_the_blocks_in_their_names() -> Result<()> {
+    let named = |name: &str| -> Option<usize> {
+        let (_, rest) = name.split_once(".layers.")?;
+        rest.split('.').next()?.parse().ok()
+    };
+    for (variant, config) in variants() {
+        let (model, mut weights) = random(&config, DType::F32)?;
+        for param in model.params().iter() {
+            assert_eq!(param.block, named(&param.name), "{variant}: {}", param.name);
+        }
+        adapt(&mut weights, 0.)?;
+        let blocks = weights.blocks();
+        for name in weights.trainable().keys() {
+            assert_eq!(blocks.get(name).copied(), named(name), "{variant}: {name}");
+        }
+    }
+    Ok(())
+}
+
 /// The last logits of a sequence by another implementation.
 type Reference = Box<dyn FnMut(&Tensor) -> Result<Tensor>>;
 

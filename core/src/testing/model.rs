@@ -1,6 +1,7 @@
 //! What an architecture owes: gradients of every parameter and site, padding that nothing sees, causality, decoding
 //! that equals the full pass, and adapters that merge.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use candle_core::quantized::GgmlDType;
@@ -38,6 +39,7 @@ type ModelCheck = (&'static str, fn(&dyn Model) -> Result<Outcome>);
 
 /// The checks of a small model.
 pub(super) const CHECKS: &[ModelCheck] = &[
+    ("blocks", blocks),
     ("parameters", parameters),
     ("sites", sites),
     ("padding", padding),
@@ -85,6 +87,15 @@ fn pass(model: &dyn Model, weights: &Weights, batch: &Batch, sites: Sites, check
 /// Whether a slope is that of the gradient.
 fn agrees(gradient: f64, slope: f64) -> bool {
     (gradient - slope).abs() < TOLERANCE * (gradient.abs() + 1e-4)
+}
+
+/// Every block says which parameters are its own.
+#[expect(clippy::unnecessary_wraps, reason = "all checks of a model have the same signature")]
+fn blocks(model: &dyn Model) -> Result<Outcome> {
+    let found: BTreeSet<usize> = model.params().iter().filter_map(|param| param.block).collect();
+    let layers = model.spec().layers;
+    let finding = format!("the model has {layers} blocks, its parameters belong to {found:?}");
+    Ok(Outcome::judge(found.into_iter().eq(0..layers), finding))
 }
 
 /// Law 5: every parameter gets a gradient, the slope of the loss along its largest component.

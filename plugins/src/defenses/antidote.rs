@@ -11,7 +11,6 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use titer_core::data::Tokens;
 use titer_core::defense::toolkit::check_fraction;
-use titer_core::weights::layer_of;
 use titer_core::{
     AlignmentDefense, Conflict, DefenseEntry, Error, Grads, Privilege, Quirk, Result, SettingsType, Sites, Stack,
     Stage, StageCx, StepCx, Weights, inventory, no_limits,
@@ -187,10 +186,11 @@ impl Antidote {
 
 /// The matrices under training in the blocks: the factors of adapters, or the weights of linear layers.
 fn prunable(weights: &Weights) -> Result<Grads> {
+    let blocks = weights.blocks();
     let matrices: Grads = weights
         .trainable()
         .iter()
-        .filter(|(name, var)| layer_of(name).is_some() && var.rank() == 2)
+        .filter(|(name, var)| blocks.contains_key(*name) && var.rank() == 2)
         .map(|(name, var)| (name.clone(), var.as_detached_tensor()))
         .collect();
     if matrices.is_empty() {
