@@ -6,4 +6,6 @@ pub mod judges;
 pub mod models;
 pub mod scoring;
 pub mod tasks;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod world;

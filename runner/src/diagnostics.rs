@@ -97,8 +97,7 @@ fn write_error(f: &mut fmt::Formatter<'_>, error: &Error) -> fmt::Result {
 /// The error that stands for a panic of the stage or the command.
 pub(crate) fn panicked(what: &str, panic: &(dyn std::any::Any + Send)) -> Error {
     let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
-    Error::run(format!("the {what} panicked: {}", text.unwrap_or("no message")))
-        .help(DEFECT)
+    Error::run(format!("the {what} panicked: {}", text.unwrap_or("no message"))).help(DEFECT)
 }
 
 #[cfg(test)]

@@ -48,7 +48,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-fn model() -> Result<Box<dyn Model>> {
+fn model() -> titer_core::Result<Box<dyn Model>> {
     build(&json!({
         "model_type": "llama", "vocab_size": 997, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4,
         "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.08

@@ -22,11 +22,11 @@ use titer_core::rng::Seed;
 use titer_core::weights::LoraConfig;
 use titer_core::weights::checkpoint::Checkpoint;
 use titer_core::{
-    AlignmentDefense, DefenseEntry, Entry, Forward, Grads, Model, ModelEntry, Pass, Scalar, Settings, Sites, StageCx,
-    Update, Weights, registry,
+    AlignmentDefense, Forward, Grads, Model, ModelEntry, Pass, Scalar, Sites, StageCx, Update, Weights, registry,
 };
 use titer_plugins::defenses::antidote::{Antidote, Padding};
 use titer_plugins::defenses::vaccine::Vaccine;
+use titer_tests::defense;
 
 /// `model_type`s that Titer does not read yet.
 const ARCHITECTURES_NOT_YET: [&str; 4] = ["gemma", "gemma2", "phi", "phi3"];
@@ -247,7 +247,7 @@ impl<'a> Replay<'a> {
     ) -> Result<Self> {
         let repository = info["reference"]["repo"].as_str().unwrap_or_default();
         let (name, settings) = counterpart(info, class, repository)?;
-        let defense = build(name, settings)?;
+        let defense = defense(name, settings)?;
         let (weights, shadow) = (start(model.as_ref(), file)?, start(model.as_ref(), file)?);
         let trace = file("trace").and_then(|path| Ok(Checkpoint::open(&path)?));
         let mut batches = Checkpoint::open(&file("batches")?)?;
@@ -479,14 +479,6 @@ impl<'a> Replay<'a> {
     }
 }
 
-/// The registered defense, with its defaults filled in.
-fn build(name: &str, settings: Value) -> Result<Box<dyn AlignmentDefense>> {
-    let entry = registry::find::<DefenseEntry>(name)?;
-    let settings = Settings::from(settings.as_object().cloned().unwrap_or_default());
-    let settings = entry.resolve(&settings)?.as_object().cloned().unwrap_or_default();
-    Ok((entry.build)(&settings.into())?)
-}
-
 /// The weights that a trace starts from.
 fn start(model: &dyn Model, file: &impl Fn(&str) -> Result<PathBuf>) -> Result<Weights> {
     let mut weights = Weights::load(model.params(), &mut Checkpoint::open(&file("base")?)?, DType::F32, &Device::Cpu)?;
@@ -539,7 +531,7 @@ fn check_pruning(
     let settings = json!({ "ratio": info["hyper"]["dense_ratio"], "score": score, "fidelity": "code-exact" });
     let (seed, clock, ancestry) = (Seed::new(0), Clock::at(0, 0), &Orphan);
     let cx = &mut StageCx { model, weights: &mut weights, streams: &mut streams, seed, clock, ancestry };
-    build("antidote", settings)?.finish(cx)?;
+    defense("antidote", settings)?.finish(cx)?;
     let (pruned, masks) = (weights.snapshot()?, read_all(&mut trace, "mask.")?);
     compare(&mut worst, "pruned", &pruned, &read_all(&mut trace, "pruned_lora.")?, 0., "weights")?;
     ensure!(masks.len() == pruned.len(), "{} masks for {} weights", masks.len(), pruned.len());

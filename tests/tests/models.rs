@@ -8,19 +8,24 @@ use candle_core::{DType, Device, IndexOp, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::{llama, mistral, qwen2};
 use serde_json::{Value, json};
-use titer_core::data::Tokens;
+use titer_core::data::{Batch, Tokens};
 use titer_core::defense::Streams;
 use titer_core::model::generate::{Continuation, Decoding, Finish, greedy, sample};
 use titer_core::rng::Seed;
 use titer_core::weights::checkpoint::Checkpoint;
 use titer_core::weights::{HEAD, LoraConfig, Role};
 use titer_core::{Forward, Model, Sites, Traced, Weights};
-use titer_tests::{adapt, batch, build, context, difference, loss, values, variants};
+use titer_tests::{adapt, batch, build, context, difference, values, variants};
 
 fn random(config: &Value, dtype: DType) -> Result<(Box<dyn Model>, Weights)> {
     let model = build(config)?;
     let weights = Weights::random(model.params(), Seed::new(1), dtype, &Device::Cpu)?;
     Ok((model, weights))
+}
+
+/// The loss of `batch` with these sites, and nothing differentiated but them.
+fn loss(model: &dyn Model, weights: &Weights, batch: &Batch, sites: Sites) -> Result<f64> {
+    Ok(context(model, weights, &mut Streams::default()).site_gradients(batch, sites)?.loss.value()?)
 }
 
 /// Every trainable parameter has a gradient, and it is the slope of the loss along a random direction through all of
@@ -125,6 +130,27 @@ fn every_site_gives_the_right_gradient() -> Result<()> {
             let gradient = pass.site_grads.get(&site).context("a site gradient")?;
             let analytic = (gradient * &direction)?.sum_all()?.to_scalar::<f64>()?;
             assert!((analytic - numeric).abs() < 1e-6 * (1. + analytic.abs()), "{name} {site}: {analytic} {numeric}");
+        }
+    }
+    Ok(())
+}
+
+/// What a model declares about blocks is what its Hugging Face names say.
+#[test]
+fn parameters_belong_to_the_blocks_in_their_names() -> Result<()> {
+    let named = |name: &str| -> Option<usize> {
+        let (_, rest) = name.split_once(".layers.")?;
+        rest.split('.').next()?.parse().ok()
+    };
+    for (variant, config) in variants() {
+        let (model, mut weights) = random(&config, DType::F32)?;
+        for param in model.params().iter() {
+            assert_eq!(param.block, named(&param.name), "{variant}: {}", param.name);
+        }
+        adapt(&mut weights, 0.)?;
+        let blocks = weights.blocks();
+        for name in weights.trainable().keys() {
+            assert_eq!(blocks.get(name).copied(), named(name), "{variant}: {name}");
         }
     }
     Ok(())

@@ -101,8 +101,9 @@ fn the_candle_form_of_the_loss_reads_a_packed_head() -> Result<()> {
 #[test]
 fn losses_are_near_those_of_f32() -> Result<()> {
     let model = build(&config(json!({})))?;
-    let batches =
-        (0..16).map(|seed| batch(23, &[7, 4], &mut Seed::new(seed).generator())).collect::<Result<Vec<_>>>()?;
+    let batches = (0..16)
+        .map(|seed| batch(23, &[7, 4], &mut Seed::new(seed).generator()))
+        .collect::<titer_core::Result<Vec<_>>>()?;
     let losses = |name: &str| -> Result<Vec<f64>> {
         let weights = random(model.as_ref(), name)?;
         batches.iter().map(|batch| Ok(label_loss(model.as_ref(), &weights, batch)?)).collect()

@@ -1,4 +1,4 @@
-//! Properties that hold for any input: norms, neutrality, mixtures, adapters, resuming.
+//! Properties that hold for any input: mixtures, adapters, resuming.
 
 use std::path::{Path, PathBuf};
 
@@ -11,10 +11,8 @@ use titer_core::data::{Batch, Example, Stream, harmful_count, mixture};
 use titer_core::defense::{Clock, Orphan, StepCx, Streams};
 use titer_core::optim::Schedule;
 use titer_core::rng::{Seed, permutation};
-use titer_core::{DefenseEntry, Forward, Grads, Row, Sites, StageCx, Weights, registry};
-use titer_plugins::defenses::random_perturbation::{Measure, RandomPerturbation};
-use titer_plugins::defenses::vaccine::{Norm, Vaccine};
-use titer_tests::{adapt, all_tiny, batch, build, context, defense, difference, step, tiny, values, variants};
+use titer_core::{DefenseEntry, Forward, Grads, Row, Sites, Weights, registry};
+use titer_tests::{adapt, all_tiny, batch, build, context, defense, difference, tiny, values, variants};
 
 fn lengths() -> impl Strategy<Value = Vec<usize>> {
     proptest::collection::vec(1usize..12, 1..5)
@@ -29,33 +27,6 @@ fn same(a: &Grads, b: &Grads) -> Result<bool> {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
-
-    /// Law 4: the perturbation's norm is rho, over the batch or over each row, and it is zero at padding.
-    #[test]
-    fn a_perturbation_has_norm_rho(lengths in lengths(), rho in 0.01f64..20., seed: u64) {
-        let (model, weights) = tiny(DType::F32, 0.).unwrap();
-        let batch = batch(23, &lengths, &mut Seed::new(seed).generator()).unwrap();
-        let sites = titer_core::model::sites_of_kind(model.as_ref(), "attn_out").unwrap();
-        let mut streams = Streams::default();
-        let clock = Clock::at(0, 1);
-        let mut cx = StepCx::new(model.as_ref(), &weights, &mut streams, Seed::new(0), clock);
-        let grads = cx.site_gradients(&batch, Sites::none().probe(sites.clone())).unwrap().site_grads;
-        let joint = Vaccine { rho, ..Vaccine::default() }.perturbation(&grads).unwrap();
-        prop_assert!((joint.norm().unwrap().value().unwrap() - rho).abs() < 1e-4 * rho);
-        let each = Vaccine { rho, norm: Norm::Sample, ..Vaccine::default() }.perturbation(&grads).unwrap();
-        let random = RandomPerturbation { rho, measure: Measure::Norm };
-        let noise = grads.map(|g| Ok((g.ones_like()? * 0.5)?)).unwrap();
-        let noise = random.perturbation(&noise, &batch.tokens).unwrap();
-        prop_assert!((noise.norm().unwrap().value().unwrap() - rho).abs() < 1e-4 * rho);
-        for (row, &length) in lengths.iter().enumerate() {
-            let of_row = |grads: &Grads| grads.map(|g| Ok(g.get(row)?)).unwrap();
-            prop_assert!((of_row(&each).norm().unwrap().value().unwrap() - rho).abs() < 1e-4 * rho);
-            for (_, tensor) in of_row(&joint).iter().chain(of_row(&noise).iter()) {
-                let padding = tensor.narrow(0, length, tensor.dim(0).unwrap() - length).unwrap();
-                prop_assert!(values(&padding).unwrap().iter().all(|&value| value == 0.));
-            }
-        }
-    }
 
     /// A configuration that is written out and read again is the same, and so is its plan.
     #[test]
@@ -203,47 +174,6 @@ fn scratch_weights_are_restored_after_an_error() -> Result<()> {
         assert!(same(&before, &weights.snapshot()?)?, "after an error");
     }
     Ok(())
-}
-
-#[test]
-fn vaccine_perturbs_every_tau_steps_only() -> Result<()> {
-    let (model, weights) = tiny(DType::F32, 0.)?;
-    let batch = batch(23, &[7, 4], &mut Seed::new(5).generator())?;
-    let plain = step(model.as_ref(), &weights, defense("sft", serde_json::json!({}))?.as_mut(), &batch, 0)?;
-    let mut vaccine = defense("vaccine", serde_json::json!({ "every": 3 }))?;
-    for at in 0..7 {
-        let update = step(model.as_ref(), &weights, vaccine.as_mut(), &batch, at)?;
-        assert_eq!(same(&update.grads, &plain.grads)?, at % 3 != 0, "step {at}");
-    }
-    Ok(())
-}
-
-/// Simulated attacks train on one stream and are tested on another, at rates that fit what is trained.
-#[test]
-fn tar_tests_its_attacks_on_rows_that_they_did_not_see() -> Result<()> {
-    let (model, weights) = tiny(DType::F32, 0.)?;
-    let mut full = weights.merged()?;
-    full.train_full()?;
-    for (mut weights, rates) in [(weights, [2e-5, 2e-4, 4e-4]), (full, [2e-6, 2e-5, 4e-5])] {
-        let (rate, drawn) = attacked(model.as_ref(), &mut weights)?;
-        assert!(rates.contains(&rate), "{rate} is none of {rates:?}");
-        assert_eq!(drawn, [("harmful".to_owned(), 6), ("harmful_held_out".to_owned(), 3)]);
-    }
-    Ok(())
-}
-
-/// The rate of the first attack that TAR simulates, and the batches that it draws.
-fn attacked(model: &dyn titer_core::Model, weights: &mut Weights) -> Result<(f64, Vec<(String, usize)>)> {
-    let mut streams = Streams::default();
-    for (seed, stream) in (30..).zip(["harmful", "harmful_held_out"]) {
-        streams.insert(stream, rows(&optim(), seed)?);
-    }
-    let mut tar = defense("tar", serde_json::json!({ "inner_steps": 6, "test_every": 2 }))?;
-    let (seed, clock, ancestry) = (Seed::new(4), Clock::at(0, 10), &Orphan);
-    tar.begin(&mut StageCx { model, weights, streams: &mut streams, seed, clock, ancestry })?;
-    let user = batch(23, &[7, 4], &mut Seed::new(5).generator())?;
-    let update = tar.step(&mut StepCx::new(model, weights, &mut streams, seed, clock), &user)?;
-    Ok((update.scalars["attack_rate"].value()?, streams.drawn().into_iter().collect()))
 }
 
 /// Accumulated batches train as one batch of all their rows, whatever the lengths of the rows: the stage's own and those

@@ -61,7 +61,7 @@ const FLOORS: &[(&str, &[&str])] = &[
             "testing",
         ],
     ),
-    ("plugins", &["files", "scoring", "world", "models", "tasks", "judges", "defenses"]),
+    ("plugins", &["files", "scoring", "world", "models", "tasks", "judges", "defenses", "testing"]),
     (
         "runner",
         &[

@@ -34,6 +34,7 @@
 //! |---|---|
 //! | `defaults`, `unknown setting` | as above |
 //! | `config.json` | the configuration that a model writes builds the same model |
+//! | `blocks` | every block declares which parameters are its own |
 //! | `parameters`, `sites` | every one gets a gradient, and it is the slope of the loss |
 //! | `padding`, `causality` | padding changes nothing; a token changes no earlier state |
 //! | `decoding` | token by token with a cache, hidden states are those of one pass |
@@ -57,6 +58,7 @@ use std::fmt;
 
 pub use fixture::World;
 pub use judge::verdicts;
+pub use numbers::{difference, dot, values};
 
 use crate::defense::entry::DefenseEntry;
 use crate::defense::stage::Stage;

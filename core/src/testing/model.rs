@@ -1,6 +1,7 @@
 //! What an architecture owes: gradients of every parameter and site, padding that nothing sees, causality, decoding
 //! that equals the full pass, and adapters that merge.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use candle_core::quantized::GgmlDType;
@@ -9,7 +10,7 @@ use candle_core::{D, DType, Device, IndexOp, Tensor};
 use super::case::seed;
 use super::entries::survives;
 use super::fixture::{Adapted, SEED, adapted, normal, padded, sizes, stream};
-use super::numbers::{distance, values};
+use super::numbers::{difference, distance, values};
 use super::{Listed, Outcome};
 use crate::data::batch::Batch;
 use crate::defense::stage::Clock;
@@ -38,6 +39,7 @@ type ModelCheck = (&'static str, fn(&dyn Model) -> Result<Outcome>);
 
 /// The checks of a small model.
 pub(super) const CHECKS: &[ModelCheck] = &[
+    ("blocks", blocks),
     ("parameters", parameters),
     ("sites", sites),
     ("padding", padding),
@@ -85,6 +87,15 @@ fn pass(model: &dyn Model, weights: &Weights, batch: &Batch, sites: Sites, check
 /// Whether a slope is that of the gradient.
 fn agrees(gradient: f64, slope: f64) -> bool {
     (gradient - slope).abs() < TOLERANCE * (gradient.abs() + 1e-4)
+}
+
+/// Every block says which parameters are its own.
+#[expect(clippy::unnecessary_wraps, reason = "all checks of a model have the same signature")]
+fn blocks(model: &dyn Model) -> Result<Outcome> {
+    let found: BTreeSet<usize> = model.params().iter().filter_map(|param| param.block).collect();
+    let layers = model.spec().layers;
+    let finding = format!("the model has {layers} blocks, its parameters belong to {found:?}");
+    Ok(Outcome::judge(found.into_iter().eq(0..layers), finding))
 }
 
 /// Law 5: every parameter gets a gradient, the slope of the loss along its largest component.
@@ -166,12 +177,6 @@ fn hidden(model: &dyn Model, weights: &Weights, ids: &[u32]) -> Result<Tensor> {
     Ok(model.hidden(&tokens, &mut Forward::new(weights, &mut Sites::none()))?.tensor().clone())
 }
 
-/// The largest difference of two tensors; infinite if one holds a value that is not a number.
-fn gap(a: &Tensor, b: &Tensor) -> Result<f64> {
-    let gaps = values(&(a - b)?)?.into_iter().map(f64::abs);
-    Ok(gaps.fold(0., |max, gap| if gap.is_nan() { f64::INFINITY } else { max.max(gap) }))
-}
-
 /// Some tokens, the same for all checks.
 fn text(model: &dyn Model) -> Vec<u32> {
     let vocabulary = model.spec().vocab_size as u32;
@@ -185,8 +190,8 @@ fn causality(model: &dyn Model) -> Result<Outcome> {
     let last = ids.len() - 1;
     other[last] = (other[last] + 1) % model.spec().vocab_size as u32;
     let [a, b] = [hidden(model, &weights, &ids)?, hidden(model, &weights, &other)?];
-    let before = gap(&a.i((.., ..last))?, &b.i((.., ..last))?)?;
-    let own = gap(&a.i((.., last))?, &b.i((.., last))?)?;
+    let before = difference(&a.i((.., ..last))?, &b.i((.., ..last))?)?;
+    let own = difference(&a.i((.., last))?, &b.i((.., last))?)?;
     Ok(Outcome::judge(
         before == 0. && own > 0.,
         format!("its own state moves by {own:.1e}, earlier ones by {before:.1e}"),
@@ -205,7 +210,7 @@ fn decoding(model: &dyn Model) -> Result<Outcome> {
         let mut pass = Forward { cache: Some(&mut cache), ..Forward::new(&weights, &mut idle) };
         parts.push(model.hidden(&tokens, &mut pass)?.tensor().clone());
     }
-    let gap = gap(&whole, &Tensor::cat(&parts, D::Minus2)?)?;
+    let gap = difference(&whole, &Tensor::cat(&parts, D::Minus2)?)?;
     Ok(Outcome::judge(gap < 1e-4, format!("hidden states differ by {gap:.1e}")))
 }
 
@@ -218,7 +223,7 @@ fn adapter(model: &dyn Model) -> Result<Outcome> {
         return Ok(Outcome::Failed(format!("no gradient reaches `{name}`")));
     }
     let merged = weights.merged()?;
-    let gap = gap(&hidden(model, &weights, &text(model))?, &hidden(model, &merged, &text(model))?)?;
+    let gap = difference(&hidden(model, &weights, &text(model))?, &hidden(model, &merged, &text(model))?)?;
     Ok(Outcome::judge(gap < 1e-4, format!("{} factors; merged, hidden states differ by {gap:.1e}", found.len())))
 }
 

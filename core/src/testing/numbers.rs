@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Tensor};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::tensor::grads::Grads;
 use crate::weights::parameters::Weights;
 use crate::weights::schema::factor_names;
@@ -50,7 +50,7 @@ impl Numbers {
 }
 
 /// The elements of a tensor in f64.
-pub(super) fn values(tensor: &Tensor) -> Result<Vec<f64>> {
+pub fn values(tensor: &Tensor) -> Result<Vec<f64>> {
     Ok(tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?)
 }
 
@@ -59,8 +59,17 @@ pub(super) fn distance(a: &Grads, b: &Grads) -> Result<f64> {
     a.clone().add_scaled(-1., b)?.norm()?.value()
 }
 
+/// The largest absolute difference of two tensors; infinite if one holds a value that is not a number.
+pub fn difference(a: &Tensor, b: &Tensor) -> Result<f64> {
+    if a.dims() != b.dims() {
+        return Err(Error::run(format!("shapes {:?} and {:?}", a.dims(), b.dims())));
+    }
+    let gaps = values(a)?.into_iter().zip(values(b)?).map(|(x, y)| (x - y).abs());
+    Ok(gaps.fold(0., |max, gap| if gap.is_nan() { f64::INFINITY } else { max.max(gap) }))
+}
+
 /// `Σ a · b` over the tensors that both have.
-pub(super) fn dot(a: &Grads, b: &Grads) -> Result<f64> {
+pub fn dot(a: &Grads, b: &Grads) -> Result<f64> {
     let products = a.iter().filter_map(|(name, tensor)| Some((tensor, b.get(name)?)));
     products.map(|(a, b)| Ok(values(a)?.into_iter().zip(values(b)?).map(|(x, y)| x * y).sum::<f64>())).sum()
 }

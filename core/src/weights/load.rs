@@ -95,7 +95,8 @@ impl Weights {
     pub fn adapter_tensors(&self) -> Result<Vec<(String, Tensor)>> {
         let lora = self.lora.as_ref().ok_or_else(|| Error::run("there is no adapter to save"))?;
         let tensors = lora.adapters.iter().flat_map(|(&index, adapter)| {
-            let [a, b] = factor_names(module_of(&self.params.0[index].name)).map(|n| format!("base_model.model.{n}"));
+            let [a, b] =
+                factor_names(module_of(&self.params.params[index].name)).map(|n| format!("base_model.model.{n}"));
             [(a, adapter.a.clone()), (b, adapter.b.clone())]
         });
         Ok(tensors.collect())

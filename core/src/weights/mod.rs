@@ -2,7 +2,7 @@
 //!
 //! | file | what it holds |
 //! |---|---|
-//! | [`schema`] | declared parameters: name, shape, initialisation, role |
+//! | [`schema`] | declared parameters: name, shape, initialisation, role, block |
 //! | [`precision`] | how a base is stored: f32, half precision, quantized |
 //! | [`parameters`] | the numbers: views, snapshots, changes in place |
 //! | [`lora`] `adapters` | low-rank adapters; attaching, merging and dropping them |
@@ -20,4 +20,4 @@ pub use checkpoint::Checkpoint;
 pub use lora::{Adapter, LoraConfig};
 pub use parameters::Weights;
 pub use precision::Precision;
-pub use schema::{HEAD, Init, Param, ParamId, ParamList, Role, factor_names, layer_of, module_of};
+pub use schema::{HEAD, Init, Param, ParamId, ParamList, Role, factor_names, module_of};

@@ -66,7 +66,7 @@ impl Weights {
     /// The adapters by the module they adapt, such as `model.layers.0.self_attn.q_proj`, in checkpoint order.
     pub fn adapters(&self) -> impl Iterator<Item = (&str, &Adapter)> {
         let adapters = self.lora.iter().flat_map(|lora| &lora.adapters);
-        adapters.map(|(&index, adapter)| (module_of(&self.params.0[index].name), adapter))
+        adapters.map(|(&index, adapter)| (module_of(&self.params.params[index].name), adapter))
     }
 
     /// The adapters' dropout probability; zero without adapters.
@@ -82,6 +82,16 @@ impl Weights {
     /// The parameters under training, by name.
     pub fn trainable(&self) -> &BTreeMap<String, Var> {
         &self.trainable
+    }
+
+    /// The transformer blocks of the parameters in them, and of their adapters' factors, by name.
+    pub fn blocks(&self) -> BTreeMap<String, usize> {
+        let in_blocks = self.params.iter().filter_map(|param| Some((&param.name, param.block?)));
+        let named = in_blocks.flat_map(|(name, block)| {
+            let [a, b] = factor_names(module_of(name));
+            [name.clone(), a, b].map(|name| (name, block))
+        });
+        named.collect()
     }
 
     /// How the base parameters are stored.

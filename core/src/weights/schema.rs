@@ -38,6 +38,8 @@ pub struct Param {
     pub init: Init,
     /// What it is.
     pub role: Role,
+    /// The transformer block that it belongs to; `None` for embeddings, the last norm and the head.
+    pub block: Option<usize>,
 }
 
 impl Param {
@@ -53,35 +55,44 @@ pub struct ParamId(pub(super) usize);
 
 /// The parameters of a model in checkpoint order.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct ParamList(pub(super) Vec<Param>);
+pub struct ParamList {
+    pub(super) params: Vec<Param>,
+    /// The block whose parameters are being declared.
+    block: Option<usize>,
+}
 
 impl ParamList {
+    /// Declares the parameters of transformer block `index`: those that `declare` adds.
+    pub fn block<T>(&mut self, index: usize, declare: impl FnOnce(&mut Self) -> T) -> T {
+        self.block = Some(index);
+        let declared = declare(self);
+        self.block = None;
+        declared
+    }
+
     /// Declares a parameter that LoRA does not adapt.
     pub fn tensor(&mut self, name: impl Into<String>, shape: &[usize], init: Init) -> ParamId {
-        self.push(Param { name: name.into(), shape: shape.to_vec(), init, role: Role::Other })
+        self.push(name.into(), shape, init, Role::Other)
     }
 
     /// Declares the table `[vocabulary, width]` of the embedding `module`.
     pub fn embedding(&mut self, module: &str, vocabulary: usize, width: usize, std: f64) -> ParamId {
-        let (name, init) = (format!("{module}.weight"), Init::Normal(std));
-        self.push(Param { name, shape: vec![vocabulary, width], init, role: Role::Embedding })
+        self.push(format!("{module}.weight"), &[vocabulary, width], Init::Normal(std), Role::Embedding)
     }
 
     /// Declares the weight `[vocabulary, width]` of an untied output head, called [`HEAD`].
     pub fn head(&mut self, vocabulary: usize, width: usize, std: f64) -> ParamId {
-        let (name, init) = (format!("{HEAD}.weight"), Init::Normal(std));
-        self.push(Param { name, shape: vec![vocabulary, width], init, role: Role::Head })
+        self.push(format!("{HEAD}.weight"), &[vocabulary, width], Init::Normal(std), Role::Head)
     }
 
     /// Declares the weight `[output, input]` of the linear layer `module`.
     pub fn linear(&mut self, module: &str, output: usize, input: usize, std: f64) -> ParamId {
-        let (name, init) = (format!("{module}.weight"), Init::Normal(std));
-        self.push(Param { name, shape: vec![output, input], init, role: Role::Linear })
+        self.push(format!("{module}.weight"), &[output, input], Init::Normal(std), Role::Linear)
     }
 
     /// The parameters in order.
     pub fn iter(&self) -> impl Iterator<Item = &Param> {
-        self.0.iter()
+        self.params.iter()
     }
 
     /// The last parts of the names of all linear layers, the head's included, each once, in checkpoint order: what LoRA
@@ -104,30 +115,24 @@ impl ParamList {
 
     /// The parameter of this handle.
     pub fn get(&self, id: ParamId) -> &Param {
-        &self.0[id.0]
+        &self.params[id.0]
     }
 
     /// How many numbers there are in all.
     pub fn count(&self) -> usize {
         let size = |param: &Param| param.shape.iter().fold(1usize, |product, &size| product.saturating_mul(size));
-        self.0.iter().map(size).fold(0, usize::saturating_add)
+        self.params.iter().map(size).fold(0, usize::saturating_add)
     }
 
-    fn push(&mut self, param: Param) -> ParamId {
-        self.0.push(param);
-        ParamId(self.0.len() - 1)
+    fn push(&mut self, name: String, shape: &[usize], init: Init, role: Role) -> ParamId {
+        self.params.push(Param { name, shape: shape.to_vec(), init, role, block: self.block });
+        ParamId(self.params.len() - 1)
     }
 }
 
 /// The names of the factors `A` and `B` of the adapter of `module`.
 pub fn factor_names(module: &str) -> [String; 2] {
     ["lora_A", "lora_B"].map(|factor| format!("{module}.{factor}.weight"))
-}
-
-/// The index of the transformer block that a parameter belongs to: 3 for `model.layers.3.mlp.up_proj.weight`.
-pub fn layer_of(parameter: &str) -> Option<usize> {
-    let (_, rest) = parameter.split_once("layers.")?;
-    rest.split('.').next()?.parse().ok()
 }
 
 /// `model.layers.0.self_attn.q_proj` of `model.layers.0.self_attn.q_proj.weight`.

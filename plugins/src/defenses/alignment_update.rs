@@ -1,4 +1,7 @@
 //! What the alignment changed: `V = W_aligned − W_base` of each weight matrix, which several defenses start from.
+//!
+//! It is here and not in the toolkit of `titer-core` since singular vectors need nalgebra, which nothing else in the core
+//! uses. Defenses in other crates can take it from this one.
 
 use candle_core::{DType, Device, Tensor};
 use nalgebra::DMatrix;

@@ -11,7 +11,6 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use titer_core::data::Tokens;
 use titer_core::defense::toolkit::check_fraction;
-use titer_core::weights::layer_of;
 use titer_core::{
     AlignmentDefense, Conflict, DefenseEntry, Error, Grads, Privilege, Quirk, Result, SettingsType, Sites, Stack,
     Stage, StageCx, StepCx, Weights, inventory, no_limits,
@@ -187,10 +186,11 @@ impl Antidote {
 
 /// The matrices under training in the blocks: the factors of adapters, or the weights of linear layers.
 fn prunable(weights: &Weights) -> Result<Grads> {
+    let blocks = weights.blocks();
     let matrices: Grads = weights
         .trainable()
         .iter()
-        .filter(|(name, var)| layer_of(name).is_some() && var.rank() == 2)
+        .filter(|(name, var)| blocks.contains_key(*name) && var.rank() == 2)
         .map(|(name, var)| (name.clone(), var.as_detached_tensor()))
         .collect();
     if matrices.is_empty() {
@@ -245,8 +245,14 @@ impl AlignmentDefense for Antidote {
 #[cfg(test)]
 mod tests {
     use candle_core::Device;
+    use serde_json::Value;
+    use titer_core::data::{Batch, Stream};
+    use titer_core::defense::Streams;
+    use titer_core::rng::Seed;
+    use titer_core::testing::values;
 
     use super::*;
+    use crate::testing::{Lineage, batch, check_untouched, context, finish, small};
 
     #[test]
     fn the_lowest_of_each_run_stay_and_of_equals_the_first() -> Result<()> {
@@ -254,5 +260,118 @@ mod tests {
         assert_eq!(highest(&scores, 4, 2)?.to_vec2::<u8>()?, [[0, 0, 1, 1], [0, 0, 1, 1]]);
         assert_eq!(highest(&scores, 8, 6)?.to_vec2::<u8>()?, [[0, 0, 1, 1], [0, 0, 0, 0]]);
         Ok(())
+    }
+
+    fn some_batches(seed: u64) -> Result<Vec<Batch>> {
+        (0..3).map(|index| batch(23, &[4, 9, 6], &mut Seed::new(seed).at(index).generator())).collect()
+    }
+
+    fn streams(harmful: Vec<Batch>, safe: Vec<Batch>) -> Result<Streams> {
+        let mut streams = Streams::default();
+        streams.insert("harmful", Stream::of_batches(harmful)?);
+        streams.insert("safe", Stream::of_batches(safe)?);
+        Ok(streams)
+    }
+
+    /// Which weights of a fine-tuned model Antidote removes, by the parameter's name, as zeros and ones.
+    fn removed(settings: Value, harmful: Vec<Batch>, safe: Vec<Batch>, full: bool) -> Result<Vec<(String, Vec<f64>)>> {
+        let model = small()?;
+        let lineage = Lineage::by_adapter(model.as_ref(), DType::F64)?;
+        let mut weights = if full { lineage.user_in_full()? } else { lineage.user()? };
+        let before = weights.snapshot()?;
+        let streams = &mut streams(harmful, safe)?;
+        finish(("antidote", settings), model.as_ref(), &mut weights, &lineage, streams, 0)?;
+        let masks = before.iter().map(|(name, before)| {
+            let after = values(weights.trainable()[name].as_tensor())?;
+            for (after, before) in after.iter().zip(values(before)?) {
+                assert!(*after == 0. || *after == before, "{name}: {before} became {after}");
+            }
+            Ok((name.to_owned(), after.iter().map(|after| f64::from(u8::from(*after == 0.))).collect()))
+        });
+        masks.collect()
+    }
+
+    #[test]
+    fn it_keeps_what_safe_data_needs() -> Result<()> {
+        let settings = |keep: bool| json!({ "ratio": 0.4, "keep_safe": keep });
+        let (harmful, safe) = (some_batches(1)?, some_batches(2)?);
+        let by_harmful = removed(settings(false), harmful.clone(), safe.clone(), false)?;
+        let by_safe = removed(settings(false), safe.clone(), harmful.clone(), false)?;
+        let both = removed(settings(true), harmful, safe, false)?;
+        let mut spared = 0;
+        for ((harmful, safe), both) in by_harmful.iter().zip(&by_safe).zip(&both) {
+            let expected: Vec<f64> = harmful.1.iter().zip(&safe.1).map(|(h, s)| h * (1. - s)).collect();
+            assert_eq!(both.1, expected, "{}", both.0);
+            spared += expected.iter().zip(&harmful.1).filter(|(both, harmful)| both < harmful).count();
+        }
+        assert!(spared > 0 && by_harmful != by_safe);
+        Ok(())
+    }
+
+    /// Without the padding, how rows are batched does not matter; with it, it does.
+    #[test]
+    fn it_sees_no_padding() -> Result<()> {
+        let settings = |padding: &str| json!({ "ratio": 0.4, "padding": padding });
+        let batches = some_batches(1)?;
+        let rows: Vec<Batch> = batches.iter().flat_map(|batch| batch.rows().expect("rows")).collect();
+        let alone = removed(settings("skipped"), rows, some_batches(2)?, false)?;
+        assert_eq!(alone, removed(settings("skipped"), batches.clone(), some_batches(2)?, false)?);
+        assert_ne!(alone, removed(settings("counted"), batches, some_batches(2)?, false)?);
+        Ok(())
+    }
+
+    #[test]
+    fn it_removes_the_share_it_was_told() -> Result<()> {
+        let data = || Ok::<_, titer_core::Error>((some_batches(1)?, some_batches(2)?));
+        for score in ["wanda", "magnitude", "random", "gradient"] {
+            for full in [false, true] {
+                let (harmful, safe) = data()?;
+                let masks = removed(json!({ "ratio": 0.3, "score": score }), harmful, safe, full)?;
+                for (name, mask) in &masks {
+                    let count = mask.iter().sum::<f64>() as usize;
+                    let prunable = name.contains("_proj");
+                    let columns = match name {
+                        name if name.contains("lora_B") => 2,
+                        name if name.contains("down_proj") => 20,
+                        _ => 16,
+                    };
+                    let (rows, of_row) = (mask.len() / columns, columns - (columns as f64 * 0.7) as usize);
+                    let expected = match score {
+                        _ if !prunable => 0,
+                        "gradient" => (mask.len() as f64 * 0.3) as usize,
+                        _ => rows * of_row,
+                    };
+                    assert_eq!(count, expected, "{score} {name}");
+                }
+                assert!(masks.iter().any(|(_, mask)| mask.contains(&1.)), "{score}");
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn the_gradient_scores_weight_times_summed_gradient() -> Result<()> {
+        let model = small()?;
+        let weights = Lineage::by_adapter(model.as_ref(), DType::F64)?.user()?;
+        let harmful = some_batches(1)?;
+        let mut sum = Grads::default();
+        for batch in &harmful {
+            let mut none = Streams::default();
+            let mut cx = context(model.as_ref(), &weights, &mut none);
+            sum = sum.add_scaled(1., &cx.backward(batch, Sites::none())?.grads)?;
+        }
+        for (name, mask) in removed(json!({ "ratio": 0.3, "score": "gradient" }), harmful, some_batches(2)?, false)? {
+            let product = (weights.trainable()[&name].as_tensor() * sum.get(&name).expect("a gradient"))?.abs()?;
+            let scores = values(&product)?;
+            let of =
+                |kind: f64| scores.iter().zip(&mask).filter(move |(_, mask)| **mask == kind).map(|(score, _)| *score);
+            assert!(of(1.).fold(f64::INFINITY, f64::min) >= of(0.).fold(0., f64::max), "{name}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn neutral_settings_leave_the_weights_bit_for_bit() -> Result<()> {
+        check_untouched("antidote", &json!({ "ratio": 0.0 }))
     }
 }

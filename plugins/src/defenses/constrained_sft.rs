@@ -158,3 +158,95 @@ impl AlignmentDefense for ConstrainedSft {
         self.kept.load(state)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::DType;
+    use titer_core::defense::Clock;
+
+    use super::*;
+    use crate::testing::{
+        all_tiny, begin, check_must_begin, check_neutral, check_passes, check_published, check_refused, check_slope,
+        data, defense, gap, is_plain, log_softmax, logits, moved, plain, tiny, update,
+    };
+
+    /// The gradient is that of the paper's objective `−(2/β_t) log σ(β_t (log π − log π_start))`, token by token.
+    #[test]
+    fn it_has_the_papers_gradient() -> Result<()> {
+        for (model, mut weights) in all_tiny(DType::F64, 0.)? {
+            let (user, mut streams) = data()?;
+            let likelihoods = |weights: &Weights| -> Result<Vec<f64>> {
+                let logits = logits(model.as_ref(), weights, &user.tokens)?;
+                let labels = user.positions.to_vec1::<u32>()?.into_iter().zip(user.targets.to_vec1::<u32>()?);
+                Ok(labels.map(|(at, target)| log_softmax(&logits[at as usize])[target as usize]).collect())
+            };
+            let mut constrained = defense("constrained-sft", json!({ "beta": 0.4 }))?;
+            begin(constrained.as_mut(), model.as_ref(), &mut weights, &mut streams)?;
+            let start = likelihoods(&weights)?;
+            moved(&weights)?;
+            // Every token of the three rows but the first is a label: seven, four and nine of them.
+            let betas: Vec<f64> = [7, 4, 9]
+                .iter()
+                .flat_map(|&labels| 1..=labels)
+                .map(|at| match at {
+                    1 => 2.,
+                    2..=5 => 8.,
+                    _ => 0.4,
+                })
+                .collect();
+            let objective = |weights: &Weights| -> Result<f64> {
+                let now = likelihoods(weights)?;
+                let terms = now.iter().zip(&start).zip(&betas);
+                let sum: f64 =
+                    terms.map(|((now, start), beta)| 2. / beta * (1. + (-beta * (now - start)).exp()).ln()).sum();
+                Ok(sum / betas.len() as f64)
+            };
+            let step = update(constrained.as_mut(), model.as_ref(), &weights, &mut streams, &user, Clock::at(1, 10))?;
+            check_slope(&weights, &step.grads, "constrained-sft", || objective(&weights))?;
+        }
+        Ok(())
+    }
+
+    /// No weight falls below the floor: one above all weights makes them all equal.
+    #[test]
+    fn the_floor_is_the_least_weight() -> Result<()> {
+        let (model, mut weights) = tiny(DType::F64, 0.)?;
+        let (user, mut streams) = data()?;
+        let mut floored = defense("constrained-sft", json!({ "floor": 3.0 }))?;
+        begin(floored.as_mut(), model.as_ref(), &mut weights, &mut streams)?;
+        moved(&weights)?;
+        let clock = Clock::at(1, 10);
+        let ours = update(floored.as_mut(), model.as_ref(), &weights, &mut streams, &user, clock)?;
+        let plain = plain(model.as_ref(), &weights, &user, clock)?;
+        assert!(gap(&ours.grads, &plain.grads.scale(3.)?)? < 1e-12);
+        assert!((ours.loss.value()? - 3. * plain.loss.value()?).abs() < 1e-12);
+        Ok(())
+    }
+
+    #[test]
+    fn declared_passes_are_those_made() -> Result<()> {
+        check_passes("constrained-sft", &[json!({}), json!({ "beta": 0.0 })])
+    }
+
+    #[test]
+    fn neutral_settings_are_plain_fine_tuning() -> Result<()> {
+        check_neutral("constrained-sft")?;
+        assert!(!is_plain("constrained-sft", json!({}))?);
+        Ok(())
+    }
+
+    #[test]
+    fn settings_out_of_range_are_refused() {
+        check_refused("constrained-sft", &[(json!({ "early": -1.0 }), "early")]);
+    }
+
+    #[test]
+    fn the_published_form_has_its_quirks() -> Result<()> {
+        check_published("constrained-sft")
+    }
+
+    #[test]
+    fn a_stage_that_was_not_begun_is_an_error() -> Result<()> {
+        check_must_begin("constrained-sft")
+    }
+}

@@ -231,3 +231,153 @@ impl AlignmentDefense for Ewc {
         self.kept.load(state)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::DType;
+    use titer_core::Weights;
+    use titer_core::data::Stream;
+    use titer_core::defense::{Clock, Streams};
+    use titer_core::testing::dot;
+
+    use super::*;
+    use crate::testing::{
+        begin, check_must_begin, check_neutral, check_passes, check_published, check_refused, check_slopes, context,
+        data, defense, gap, is_plain, moved, three_rows, tiny, update,
+    };
+
+    #[test]
+    fn gradients_are_the_slopes_of_the_declared_objective() -> Result<()> {
+        let forms = [
+            json!({ "lambda": 30.0 }),
+            json!({ "lambda": 30.0, "fisher": "batch", "reduction": "sum", "penalty": "full" }),
+        ];
+        check_slopes("ewc", &forms)
+    }
+
+    /// The mean over rows of the squared gradient, and the published sum over batches.
+    #[test]
+    fn it_has_the_fisher_information_of_rows() -> Result<()> {
+        let (model, mut weights) = tiny(DType::F64, 0.)?;
+        let gradient = |weights: &Weights, batch: &Batch| -> Result<Grads> {
+            Ok(context(model.as_ref(), weights, &mut Streams::default()).backward(batch, Sites::none())?.grads)
+        };
+        let safe = [three_rows(6)?, three_rows(7)?];
+        let rows = safe.iter().map(Batch::rows).collect::<Result<Vec<_>>>()?.concat();
+        assert_eq!(rows.len(), 6);
+        let squares = |parts: &[Batch], share: f64| -> Result<Grads> {
+            parts.iter().try_fold(Grads::default(), |sum, part| {
+                sum.add_scaled(share, &gradient(&weights, part)?.map(|g| Ok(g.sqr()?))?)
+            })
+        };
+        let published = json!({ "lambda": 8.0, "fisher": "batch", "reduction": "sum" });
+        let one = json!({ "lambda": 8.0, "fisher": "batch", "fisher_batches": 1 });
+        let expected = [
+            (json!({ "lambda": 8.0 }), squares(&rows, 1. / 6.)?),
+            (published, squares(&safe, 1.)?),
+            (one, squares(&safe[..1], 1.)?),
+        ];
+        for (given, expected) in expected {
+            let (user, mut streams) = data()?;
+            let mut ewc = defense("ewc", given.clone())?;
+            begin(ewc.as_mut(), model.as_ref(), &mut weights, &mut streams)?;
+            let start = weights.snapshot()?;
+            let state = ewc.state();
+            let fisher: Grads = state
+                .tensors
+                .iter()
+                .filter_map(|(name, tensor)| Some((name.strip_prefix("fisher.")?.to_owned(), tensor.clone())))
+                .collect();
+            assert!(gap(&fisher, &expected)? < 1e-12, "{given}");
+            moved(&weights)?;
+            let step = update(ewc.as_mut(), model.as_ref(), &weights, &mut streams, &user, Clock::at(2, 10))?;
+            let drift = weights.snapshot()?.add_scaled(-1., &start)?.map(|d| Ok(d.sqr()?))?;
+            let penalty = 4. * dot(&fisher, &drift)?;
+            let ours = step.scalars["penalty"].value()?;
+            assert!((ours - penalty).abs() < 1e-12 * (1. + penalty) && penalty > 1e-4, "{ours} and {penalty}");
+            weights.set(&start)?;
+        }
+        Ok(())
+    }
+
+    /// Each pass of the Fisher information has a dropout mask of its own.
+    #[test]
+    fn it_draws_a_dropout_mask_for_each_pass() -> Result<()> {
+        let (model, mut weights) = tiny(DType::F32, 0.5)?;
+        let mut fisher = |batches: usize| -> Result<Grads> {
+            let mut streams = Streams::default();
+            streams.insert("safe", Stream::of_batches(vec![three_rows(6)?])?);
+            let given = json!({ "fisher": "batch", "fisher_batches": batches });
+            let mut ewc = defense("ewc", given)?;
+            begin(ewc.as_mut(), model.as_ref(), &mut weights, &mut streams)?;
+            let tensors = ewc.state().tensors.into_iter();
+            Ok(tensors.filter(|(name, _)| name.starts_with("fisher.")).collect())
+        };
+        let (once, twice) = (fisher(1)?, fisher(2)?);
+        assert!(gap(&once, &twice)? > 1e-6, "the mean over one pass and over two are the same");
+        Ok(())
+    }
+
+    /// The published trainer's uncleared gradient reaches the first update, also over a checkpoint and once under
+    /// accumulation, and no other.
+    #[test]
+    fn the_stale_gradient_is_in_the_first_update_only() -> Result<()> {
+        let (model, mut weights) = tiny(DType::F64, 0.)?;
+        let (user, _) = data()?;
+        let mut first_steps = |stale: bool, micros: usize| -> Result<(Grads, Grads)> {
+            let (_, mut streams) = data()?;
+            let given = json!({ "fisher": "batch", "lambda": 2.0, "stale_gradient": stale });
+            let mut begun = defense("ewc", given.clone())?;
+            begin(begun.as_mut(), model.as_ref(), &mut weights, &mut streams)?;
+            let mut ewc = defense("ewc", given)?;
+            ewc.load_state(begun.state())?;
+            let mut step = |step: usize| -> Result<Grads> {
+                (0..micros).try_fold(Grads::default(), |sum, micro| {
+                    let clock = Clock { step, total: 10, micro, micros };
+                    let update = update(ewc.as_mut(), model.as_ref(), &weights, &mut streams, &user, clock)?;
+                    sum.add_scaled(1. / micros as f64, &update.grads)
+                })
+            };
+            Ok((step(0)?, step(1)?))
+        };
+        for micros in [1, 3] {
+            let ((clean, later), (stale, later_stale)) = (first_steps(false, micros)?, first_steps(true, micros)?);
+            let (model, weights) = tiny(DType::F64, 0.)?;
+            let mut none = Streams::default();
+            let last = context(model.as_ref(), &weights, &mut none).backward(&three_rows(7)?, Sites::none())?.grads;
+            assert!(gap(&stale, &clean.add_scaled(1., &last)?)? < 1e-12, "the first step of {micros}");
+            assert!(gap(&later, &later_stale)? == 0., "the second step of {micros}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn declared_passes_are_those_made() -> Result<()> {
+        check_passes("ewc", &[json!({})])
+    }
+
+    #[test]
+    fn neutral_settings_are_plain_fine_tuning() -> Result<()> {
+        check_neutral("ewc")?;
+        assert!(!is_plain("ewc", json!({}))?);
+        Ok(())
+    }
+
+    #[test]
+    fn settings_out_of_range_are_refused() {
+        check_refused(
+            "ewc",
+            &[(json!({ "lambda": -1.0 }), "lambda"), (json!({ "fisher_batches": 0 }), "fisher_batches")],
+        );
+    }
+
+    #[test]
+    fn the_published_form_has_its_quirks() -> Result<()> {
+        check_published("ewc")
+    }
+
+    #[test]
+    fn a_stage_that_was_not_begun_is_an_error() -> Result<()> {
+        check_must_begin("ewc")
+    }
+}

@@ -137,3 +137,87 @@ impl AlignmentDefense for Kl {
         self.kept.load(state)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::DType;
+    use titer_core::defense::Clock;
+
+    use super::*;
+    use crate::testing::{
+        begin, check_must_begin, check_neutral, check_passes, check_published, check_refused, check_slopes, data,
+        defense, is_plain, log_softmax, logits, moved, tiny, update,
+    };
+
+    #[test]
+    fn gradients_are_the_slopes_of_the_declared_objective() -> Result<()> {
+        let forms = [json!({ "lambda": 0.7 }), json!({ "lambda": 0.7, "axis": "sequence" })];
+        check_slopes("kl", &forms)
+    }
+
+    #[test]
+    fn it_is_the_divergence_of_the_answers_tokens() -> Result<()> {
+        let (model, mut weights) = tiny(DType::F64, 0.)?;
+        let teacher = weights.snapshot()?;
+        for axis in ["vocabulary", "sequence"] {
+            weights.set(&teacher)?;
+            let (user, mut streams) = data()?;
+            let mut kl = defense("kl", json!({ "axis": axis, "lambda": 0.7 }))?;
+            begin(kl.as_mut(), model.as_ref(), &mut weights, &mut streams)?;
+            let taught = logits(model.as_ref(), &weights, &user.tokens)?;
+            moved(&weights)?;
+            let learnt = logits(model.as_ref(), &weights, &user.tokens)?;
+            let (rows, length) = user.tokens.dims();
+            // The distributions as lists of logits: over words at each label, or over positions for each word of each row.
+            let groups = |logits: &[Vec<f64>]| -> Result<Vec<Vec<f64>>> {
+                if axis == "vocabulary" {
+                    let positions = user.positions.to_vec1::<u32>()?;
+                    return Ok(positions.into_iter().map(|at| logits[at as usize].clone()).collect());
+                }
+                let over = |row: usize, word: usize| (0..length).map(|at| logits[row * length + at][word]).collect();
+                let over = &over;
+                Ok((0..rows).flat_map(|row| (0..23).map(move |word| over(row, word))).collect())
+            };
+            let pairs = groups(&taught)?.into_iter().zip(groups(&learnt)?);
+            let sum: f64 = pairs
+                .map(|(p, q)| {
+                    let (p, q) = (log_softmax(&p), log_softmax(&q));
+                    p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum::<f64>()
+                })
+                .sum();
+            let expected = sum / if axis == "vocabulary" { user.labels() } else { rows } as f64;
+            let step = update(kl.as_mut(), model.as_ref(), &weights, &mut streams, &user, Clock::at(1, 10))?;
+            let (ours, task) = (step.scalars["divergence"].value()?, step.scalars["task_loss"].value()?);
+            assert!((ours - expected).abs() < 1e-10 && expected > 1e-3, "{axis}: {ours} and {expected}");
+            assert!((step.loss.value()? - task - 0.7 * expected).abs() < 1e-10);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn declared_passes_are_those_made() -> Result<()> {
+        check_passes("kl", &[json!({}), json!({ "lambda": 0.0 })])
+    }
+
+    #[test]
+    fn neutral_settings_are_plain_fine_tuning() -> Result<()> {
+        check_neutral("kl")?;
+        assert!(!is_plain("kl", json!({}))?);
+        Ok(())
+    }
+
+    #[test]
+    fn settings_out_of_range_are_refused() {
+        check_refused("kl", &[(json!({ "lambda": -1.0 }), "lambda")]);
+    }
+
+    #[test]
+    fn the_published_form_has_its_quirks() -> Result<()> {
+        check_published("kl")
+    }
+
+    #[test]
+    fn a_stage_that_was_not_begun_is_an_error() -> Result<()> {
+        check_must_begin("kl")
+    }
+}

@@ -259,3 +259,141 @@ impl AlignmentDefense for Ldifs {
         self.kept.load(state)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::DType;
+    use titer_core::defense::Streams;
+    use titer_core::testing::values;
+    use titer_core::{Grads, Weights};
+
+    use super::*;
+    use crate::testing::{
+        all_tiny, begin, check_must_begin, check_neutral, check_passes, check_published, check_refused, check_slopes,
+        context, data, defense, gap, is_plain, moved, plain, same, three_rows, tiny, update,
+    };
+
+    #[test]
+    fn gradients_are_the_slopes_of_the_declared_objective() -> Result<()> {
+        let forms = [json!({ "rho": 0.5 }), json!({ "rho": 0.5, "positions": "all", "reduction": "sum", "gate": 1e9 })];
+        check_slopes("ldifs", &forms)
+    }
+
+    #[test]
+    fn it_holds_the_outputs_of_every_mlp() -> Result<()> {
+        for (model, mut weights) in all_tiny(DType::F64, 0.)? {
+            let start = weights.snapshot()?;
+            let (user, _) = data()?;
+            let features = |weights: &Weights| -> Result<BTreeMap<String, Tensor>> {
+                let sites = Sites::none().observe(sites_of_kind(model.as_ref(), "mlp_out")?);
+                Ok(context(model.as_ref(), weights, &mut Streams::default()).hidden(&user.tokens, sites)?.1)
+            };
+            let before = features(&weights)?;
+            moved(&weights)?;
+            let now = features(&weights)?;
+            assert_eq!(before.len(), 2);
+            let (_, length) = user.tokens.dims();
+            let real: Vec<bool> = user.tokens.lengths.iter().flat_map(|&n| (0..length).map(move |at| at < n)).collect();
+            // ½ ‖now − before‖² of each block, over real positions or all.
+            let terms = |all: bool| -> Result<Vec<f64>> {
+                before
+                    .iter()
+                    .map(|(site, before)| {
+                        let moved = (&now[site] - before)?.sqr()?.sum(2)?;
+                        let each = values(&moved)?.into_iter().zip(&real);
+                        Ok(each.filter(|(_, real)| all || **real).map(|(square, _)| 0.5 * square).sum())
+                    })
+                    .collect()
+            };
+            let (of_real, of_all) = (terms(false)?, terms(true)?);
+            let count = real.iter().filter(|real| **real).count() as f64;
+            let between = 0.3 * f64::midpoint(of_all[0], of_all[1]);
+            let gated: f64 = of_all.iter().map(|term| 0.3 * term).filter(|term| *term < between).sum();
+            let forms = [
+                (json!({ "rho": 0.3 }), 0.3 * of_real.iter().sum::<f64>() / count),
+                (json!({ "rho": 0.3, "reduction": "sum" }), 0.3 * of_real.iter().sum::<f64>()),
+                (json!({ "rho": 0.3, "reduction": "sum", "positions": "all" }), 0.3 * of_all.iter().sum::<f64>()),
+                (json!({ "rho": 0.3, "reduction": "sum", "positions": "all", "gate": between }), gated),
+            ];
+            let clock = Clock::at(1, 10);
+            for (given, expected) in forms {
+                weights.set(&start)?;
+                let mut streams = Streams::default();
+                let mut ldifs = defense("ldifs", given.clone())?;
+                begin(ldifs.as_mut(), model.as_ref(), &mut weights, &mut streams)?;
+                moved(&weights)?;
+                let step = update(ldifs.as_mut(), model.as_ref(), &weights, &mut streams, &user, clock)?;
+                let ours = step.scalars["drift"].value()?;
+                assert!(
+                    (ours - expected).abs() < 1e-10 * (1. + expected) && expected > 0.,
+                    "{given}: {ours}, {expected}"
+                );
+            }
+            let mut published = defense("ldifs", json!({ "rho": 0.3, "blocks": "named_mlp", "inner_clip": 1e9 }))?;
+            begin(published.as_mut(), model.as_ref(), &mut weights, &mut Streams::default())?;
+            moved(&weights)?;
+            let none = &mut Streams::default();
+            let step = update(published.as_mut(), model.as_ref(), &weights, none, &user, clock)?;
+            let is_opt = model.config()["model_type"] == "opt";
+            assert_eq!(same(&step, &plain(model.as_ref(), &weights, &user, clock)?)?, is_opt, "blocks = named_mlp");
+        }
+        Ok(())
+    }
+
+    /// The inner clipping acts on what is accumulated, after every micro batch.
+    #[test]
+    fn the_inner_clipping_bounds_the_accumulated_gradient() -> Result<()> {
+        let (model, weights) = tiny(DType::F64, 0.)?;
+        let limit = 0.05;
+        let mut ldifs = defense("ldifs", json!({ "rho": 0.0, "inner_clip": limit }))?;
+        for step in 0..2 {
+            let (mut ours, mut expected) = (Grads::default(), Grads::default());
+            for micro in 0..2 {
+                let (clock, batch) = (Clock { step, total: 10, micro, micros: 2 }, three_rows(5 + micro as u64)?);
+                let none = &mut Streams::default();
+                let update = update(ldifs.as_mut(), model.as_ref(), &weights, none, &batch, clock)?;
+                ours = ours.add_scaled(0.5, &update.grads)?;
+                expected = expected.add_scaled(0.5, &plain(model.as_ref(), &weights, &batch, clock)?.grads)?;
+                let norm = expected.norm()?.value()?;
+                assert!(norm > limit, "nothing to clip");
+                expected = expected.scale(limit / (norm + 1e-6))?;
+            }
+            assert!(gap(&ours, &expected)? < 1e-14, "step {step}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn declared_passes_are_those_made() -> Result<()> {
+        check_passes("ldifs", &[json!({}), json!({ "rho": 0.0 })])
+    }
+
+    #[test]
+    fn neutral_settings_are_plain_fine_tuning() -> Result<()> {
+        check_neutral("ldifs")?;
+        assert!(!is_plain("ldifs", json!({}))?);
+        Ok(())
+    }
+
+    #[test]
+    fn settings_out_of_range_are_refused() {
+        check_refused(
+            "ldifs",
+            &[
+                (json!({ "rho": -1.0 }), "rho"),
+                (json!({ "gate": 0.0 }), "gate"),
+                (json!({ "inner_clip": -5.0 }), "inner_clip"),
+            ],
+        );
+    }
+
+    #[test]
+    fn the_published_form_has_its_quirks() -> Result<()> {
+        check_published("ldifs")
+    }
+
+    #[test]
+    fn a_stage_that_was_not_begun_is_an_error() -> Result<()> {
+        check_must_begin("ldifs")
+    }
+}

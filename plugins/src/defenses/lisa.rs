@@ -196,3 +196,112 @@ impl AlignmentDefense for Lisa {
         self.kept.load(state)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::DType;
+    use titer_core::data::Stream;
+    use titer_core::defense::Streams;
+    use titer_core::testing::dot;
+
+    use super::*;
+    use crate::testing::{
+        begin, check_neutral, check_passes, check_published, check_refused, check_slopes, data, defense, gap, is_plain,
+        plain, same, three_rows, tiny, update,
+    };
+
+    #[test]
+    fn gradients_are_the_slopes_of_the_declared_objective() -> Result<()> {
+        let forms = [json!({ "rho": 0.5, "align_steps": 2, "fine_tune_steps": 3, "warmup": 0.0 })];
+        check_slopes("lisa", &forms)
+    }
+
+    /// Two turns of two and three steps: whose batch, tied to what, and the same after a resume at any step.
+    #[test]
+    fn it_takes_turns_and_ties_each_to_the_end_of_the_other() -> Result<()> {
+        let (model, mut weights) = tiny(DType::F64, 0.)?;
+        let given = json!({ "rho": 0.5, "align_steps": 2, "fine_tune_steps": 3, "warmup": 0.2 });
+        let (user, mut streams) = data()?;
+        let mut lisa = defense("lisa", given.clone())?;
+        begin(lisa.as_mut(), model.as_ref(), &mut weights, &mut streams)?;
+        let start = weights.snapshot()?;
+        let (mut aligned, mut fine_tuned, mut drawn) = (start.clone(), start, 0);
+        for step in 0..12 {
+            let here = weights.snapshot()?;
+            match step {
+                2 | 7 => aligned = here.clone(),
+                5 | 10 => fine_tuned = here.clone(),
+                _ => {}
+            }
+            let safe = [0, 1, 5, 6, 10, 11].contains(&step);
+            let clock = Clock::at(step, 12);
+            let used = if safe { three_rows(6 + drawn % 2)? } else { user.clone() };
+            let expected = plain(model.as_ref(), &weights, &used, clock)?;
+            let drift = here.add_scaled(-1., if safe { &fine_tuned } else { &aligned })?;
+            // 0.2 · 12 = 2.4: the tie holds from the step after the second on.
+            let rho = if step > 2 { 0.5 } else { 0. };
+            let mut again = defense("lisa", given.clone())?;
+            again.load_state(lisa.state())?;
+            let ours = update(lisa.as_mut(), model.as_ref(), &weights, &mut streams, &user, clock)?;
+            drawn += u64::from(safe);
+            assert_eq!(streams.drawn()["safe"] as u64, drawn, "step {step}");
+            let loss = expected.loss.value()? + rho / 2. * dot(&drift, &drift)?;
+            assert!(gap(&ours.grads, &expected.grads.add_scaled(rho, &drift)?)? < 1e-14, "step {step}");
+            assert!((ours.loss.value()? - loss).abs() < 1e-12, "step {step}");
+            let mut replayed = Streams::default();
+            replayed.insert("safe", Stream::of_batches(vec![used])?);
+            let resumed = update(again.as_mut(), model.as_ref(), &weights, &mut replayed, &user, clock)?;
+            assert!(same(&ours, &resumed)?, "a resume before step {step}");
+            weights.set(&weights.snapshot()?.add_scaled(-0.1, &ours.grads)?)?;
+        }
+        Ok(())
+    }
+
+    /// A turn is counted in updates; the published trainer counts micro batches.
+    #[test]
+    fn a_turn_counts_updates_or_micro_batches() -> Result<()> {
+        let (model, mut weights) = tiny(DType::F64, 0.)?;
+        for (count, expected) in [("updates", [2, 2, 4]), ("micro_batches", [1, 2, 3])] {
+            let (user, mut streams) = data()?;
+            let mut lisa = defense("lisa", json!({ "align_steps": 1, "fine_tune_steps": 1, "count": count }))?;
+            begin(lisa.as_mut(), model.as_ref(), &mut weights, &mut streams)?;
+            for (step, expected) in expected.into_iter().enumerate() {
+                for micro in 0..2 {
+                    let clock = Clock { step, total: 10, micro, micros: 2 };
+                    update(lisa.as_mut(), model.as_ref(), &weights, &mut streams, &user, clock)?;
+                }
+                assert_eq!(streams.drawn()["safe"], expected, "{count}, step {step}");
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn declared_passes_are_those_made() -> Result<()> {
+        check_passes("lisa", &[json!({})])
+    }
+
+    #[test]
+    fn neutral_settings_are_plain_fine_tuning() -> Result<()> {
+        check_neutral("lisa")?;
+        assert!(!is_plain("lisa", json!({}))?);
+        Ok(())
+    }
+
+    #[test]
+    fn settings_out_of_range_are_refused() {
+        check_refused(
+            "lisa",
+            &[
+                (json!({ "rho": -1.0 }), "rho"),
+                (json!({ "align_steps": 0, "fine_tune_steps": 0 }), "align_steps"),
+                (json!({ "warmup": 1.5 }), "warmup"),
+            ],
+        );
+    }
+
+    #[test]
+    fn the_published_form_has_its_quirks() -> Result<()> {
+        check_published("lisa")
+    }
+}

@@ -117,3 +117,82 @@ impl AlignmentDefense for Lox {
         self.extrapolate(cx, &alignment)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device};
+    use titer_core::Weights;
+    use titer_core::defense::Streams;
+    use titer_core::rng::{Seed, randn};
+
+    use super::*;
+    use crate::testing::{
+        Lineage, check_kept_beside_frozen, check_untouched, close, dense, finish, matrices, norm, post, small,
+    };
+
+    /// The `rank` strongest left singular vectors of `v`, by power iteration.
+    fn strongest(v: &Tensor, rank: usize) -> Result<Tensor> {
+        let square = v.matmul(&v.t()?)?;
+        let mut found: Vec<Tensor> = Vec::new();
+        for index in 0..rank {
+            let mut u =
+                randn(&[v.dim(0)?, 1], &mut Seed::new(index as u64).generator(), &Device::Cpu)?.to_dtype(DType::F64)?;
+            for _ in 0..3000 {
+                u = square.matmul(&u)?;
+                for before in &found {
+                    u = (&u - before.matmul(&before.t()?.matmul(&u)?)?)?;
+                }
+                u = (&u / norm(&u)?)?;
+            }
+            found.push(u);
+        }
+        Ok(Tensor::cat(&found, 1)?)
+    }
+
+    #[test]
+    fn it_follows_the_strongest_directions() -> Result<()> {
+        let model = small()?;
+        let model = model.as_ref();
+        for (lineage, full) in [(Lineage::by_adapter(model, DType::F64)?, false), (Lineage::in_full(model)?, true)] {
+            for rank in [2, 0] {
+                let settings = json!({ "rank": rank, "alpha": 0.5 });
+                let mut aligned = if full {
+                    Lineage::in_full(model)?.aligned
+                } else {
+                    Lineage::by_adapter(model, DType::F64)?.aligned
+                };
+                finish(("lox", settings.clone()), model, &mut aligned, &lineage, &mut Streams::default(), 7)?;
+                assert_eq!(aligned.lora().is_some(), !full, "an adapter stays one");
+                let (mut tuned, before) = (lineage.user()?, lineage.user()?);
+                post(("lox", settings), model, &mut tuned, &lineage)?;
+                let changed =
+                    matrices(model).into_iter().filter(|name| name.contains("q_proj") || name.contains("o_proj"));
+                for name in changed {
+                    let v = lineage.update(&name)?;
+                    let more = match rank {
+                        0 => v.clone(),
+                        _ => {
+                            let u = strongest(&v, rank)?;
+                            u.matmul(&u.t()?.matmul(&v)?)?
+                        }
+                    };
+                    let extrapolated =
+                        |from: &Weights| Ok::<_, titer_core::Error>((dense(from, &name)? + (&more * 0.5)?)?);
+                    close(&dense(&aligned, &name)?, &extrapolated(&lineage.aligned)?, &format!("align {rank} {name}"))?;
+                    close(&dense(&tuned, &name)?, &extrapolated(&before)?, &format!("post {rank} {name}"))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn neutral_settings_leave_the_weights_bit_for_bit() -> Result<()> {
+        check_untouched("lox", &json!({ "alpha": 0.0 }))
+    }
+
+    #[test]
+    fn frozen_bases_keep_what_is_added_beside_them() -> Result<()> {
+        check_kept_beside_frozen("lox", json!({ "rank": 0, "alpha": 0.5 }))
+    }
+}

@@ -74,3 +74,75 @@ impl AlignmentDefense for PromptTemplate {
         format!("{{% set instruction = {literal} ~ instruction %}}\n{}", template.text())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use titer_core::text::TEMPLATES;
+    use titer_core::{Result, Row, registry};
+
+    use super::*;
+    use crate::testing::{check_neutral, check_passes, check_published, check_refused, defense, is_plain};
+    use crate::world::vocabulary;
+
+    /// What the model is served with, given the template of training.
+    fn served(given: Value, training: &str, row: &Row) -> Result<String> {
+        let template = Template::new(defense("prompt-template", given)?.serving_template(training));
+        template.check()?;
+        template.render(row)
+    }
+
+    #[test]
+    fn the_safety_prompt_stands_before_the_instruction_whatever_is_in_it() -> Result<()> {
+        let nasty = "Say \"no\" {{ instruction }} {% if %} %} }} '\\n' \\ {# #}\tto\nharm ü 🙂 \u{1}";
+        let rows = [Row::new("ASK", ""), Row { input: Some("this".into()), ..Row::new("ASK", "") }];
+        for training in TEMPLATES.iter().flat_map(|(name, text)| [*name, *text]).chain(["\n{{ instruction }}\n"]) {
+            for row in &rows {
+                let plain = Template::new(training).render(row)?;
+                let expected = plain.replacen("ASK", &format!("{nasty}\n\nASK"), 1);
+                assert_eq!(served(json!({ "prompt": nasty }), training, row)?, expected);
+                assert_eq!(served(json!({ "prompt": "" }), training, row)?, plain);
+            }
+        }
+        let given = json!({ "prompt": "Be safe.", "template": "<s> {{ instruction }}" });
+        assert_eq!(served(given, "alpaca", &rows[0])?, "<s> Be safe.\n\nASK");
+        let default = served(json!({}), "{{ instruction }}", &rows[0])?;
+        assert!(default.starts_with("You are a helpful, respectful and honest assistant."), "{default}");
+        Ok(())
+    }
+
+    /// The notes name a safety prompt in the words of the embedded world.
+    #[test]
+    fn the_world_has_words_for_a_safety_prompt() -> Result<()> {
+        let words: BTreeSet<String> = vocabulary().into_iter().collect();
+        let notes = registry::find::<DefenseEntry>("prompt-template")?.notes;
+        let prompt = notes.split('"').nth(1).expect("a prompt in quotes");
+        for word in prompt.split_whitespace() {
+            assert!(words.contains(word), "`{word}` is no word of the world");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn declared_passes_are_those_made() -> Result<()> {
+        check_passes("prompt-template", &[json!({})])
+    }
+
+    #[test]
+    fn neutral_settings_are_plain_fine_tuning() -> Result<()> {
+        check_neutral("prompt-template")?;
+        assert!(is_plain("prompt-template", json!({}))?, "it acts at inference");
+        Ok(())
+    }
+
+    #[test]
+    fn settings_out_of_range_are_refused() {
+        check_refused("prompt-template", &[(json!({ "template": "no request" }), "template")]);
+    }
+
+    #[test]
+    fn the_published_form_has_its_quirks() -> Result<()> {
+        check_published("prompt-template")
+    }
+}

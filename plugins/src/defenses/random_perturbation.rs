@@ -103,3 +103,31 @@ impl AlignmentDefense for RandomPerturbation {
         Ok(cx.backward(batch, Sites::none().add(perturbation))?.into())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+    use titer_core::rng::Seed;
+
+    use super::*;
+    use crate::testing::{batch, is_zero_at_padding};
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+
+        /// The noise has norm rho over the batch, and it is zero at padding.
+        #[test]
+        fn a_perturbation_has_norm_rho(lengths in vec(1usize..12, 1..5), rho in 0.01f64..20., seed: u64) {
+            let Batch { tokens, .. } = batch(23, &lengths, &mut Seed::new(seed).generator())?;
+            let (rows, length) = tokens.dims();
+            let noise = Tensor::full(0.5f32, (rows, length, 16), &Device::Cpu)?;
+            let noise = ["layer.0.attn_out", "layer.1.attn_out"].map(|site| (site.to_owned(), noise.clone()));
+            let random = RandomPerturbation { rho, measure: Measure::Norm };
+            let noise = random.perturbation(&noise.into_iter().collect(), &tokens)?;
+            prop_assert!((noise.norm()?.value()? - rho).abs() < 1e-4 * rho);
+            prop_assert!(is_zero_at_padding(&noise, &tokens)?);
+        }
+    }
+}

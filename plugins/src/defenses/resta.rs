@@ -110,3 +110,74 @@ impl AlignmentDefense for Resta {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::DType;
+    use titer_core::testing::values;
+
+    use super::*;
+    use crate::testing::{Lineage, check_kept_beside_frozen, check_untouched, close, dense, matrices, post, small};
+
+    #[test]
+    fn it_adds_the_alignment_once_more() -> Result<()> {
+        let model = small()?;
+        let model = model.as_ref();
+        for lineage in [Lineage::by_adapter(model, DType::F64)?, Lineage::in_full(model)?] {
+            for full in [false, true] {
+                let start = || if full { lineage.user_in_full() } else { lineage.user() };
+                let (mut weights, before) = (start()?, start()?);
+                post(("resta", json!({ "gamma": 0.7 })), model, &mut weights, &lineage)?;
+                assert!(weights.lora().is_none());
+                for name in matrices(model) {
+                    let expected = (dense(&before, &name)? + (lineage.update(&name)? * 0.7)?)?;
+                    close(&dense(&weights, &name)?, &expected, &name)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// DARE keeps the update's mean: each weight is the aligned one, or moved `1 / (1 − p)` times as far.
+    #[test]
+    fn it_drops_and_rescales_the_users_update() -> Result<()> {
+        let model = small()?;
+        let lineage = Lineage::by_adapter(model.as_ref(), DType::F64)?;
+        let (mut weights, before) = (lineage.user()?, lineage.user()?);
+        post(("resta", json!({ "gamma": 0.0, "drop": 0.25 })), model.as_ref(), &mut weights, &lineage)?;
+        let (mut dropped, mut all) = (0, 0);
+        for name in matrices(model.as_ref()).iter().filter(|name| name.contains("q_proj") || name.contains("down_proj"))
+        {
+            let aligned = values(&dense(&lineage.aligned, name)?)?;
+            let update = values(&(dense(&before, name)? - dense(&lineage.aligned, name)?)?)?;
+            for ((after, aligned), update) in values(&dense(&weights, name)?)?.into_iter().zip(aligned).zip(update) {
+                let moved = (after - aligned) / update;
+                assert!(moved.abs() < 1e-6 || (moved - 1. / 0.75).abs() < 1e-6, "{name}: {moved}");
+                dropped += usize::from(moved.abs() < 1e-6);
+                all += 1;
+            }
+        }
+        let share = f64::from(dropped as u32) / f64::from(all);
+        assert!((share - 0.25).abs() < 0.05, "{share}");
+        Ok(())
+    }
+
+    #[test]
+    fn neutral_settings_leave_the_weights_bit_for_bit() -> Result<()> {
+        check_untouched("resta", &json!({ "gamma": 0.0, "drop": 0.0 }))
+    }
+
+    #[test]
+    fn frozen_bases_keep_what_is_added_beside_them() -> Result<()> {
+        check_kept_beside_frozen("resta", json!({ "gamma": 0.5 }))
+    }
+
+    #[test]
+    fn nothing_is_dropped_from_a_frozen_base() -> Result<()> {
+        let model = small()?;
+        let lineage = Lineage::by_adapter(model.as_ref(), DType::BF16)?;
+        let dropped = post(("resta", json!({ "drop": 0.5 })), model.as_ref(), &mut lineage.user()?, &lineage);
+        assert!(dropped.expect_err("bf16 is frozen").to_string().contains("`drop`"));
+        Ok(())
+    }
+}

@@ -194,3 +194,121 @@ impl AlignmentDefense for SafeLora {
         cx.weights.set(&chosen.map(|candidate| (candidate.name, candidate.projected)).collect())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::DType;
+    use serde_json::Value;
+    use titer_core::{Model, Weights};
+
+    use super::*;
+    use crate::testing::{Lineage, bits, check_untouched, close, dense, matrices, norm, post, small};
+
+    /// An orthonormal basis `[out, k]` of the columns of `v`, by Gram and Schmidt.
+    fn basis(v: &Tensor) -> Result<Tensor> {
+        let mut found: Vec<Tensor> = Vec::new();
+        for column in 0..v.dim(1)? {
+            let whole = v.narrow(1, column, 1)?;
+            let mut rest = whole.clone();
+            // Twice, for the rounding of the first pass.
+            for u in found.iter().chain(&found.clone()) {
+                rest = (&rest - u.matmul(&u.t()?.matmul(&rest)?)?)?;
+            }
+            if norm(&rest)? > 1e-9 * norm(v)? {
+                found.push((&rest / norm(&rest)?)?);
+            }
+        }
+        Ok(Tensor::cat(&found, 1)?)
+    }
+
+    /// `P` by dense matrices.
+    fn projector(v: &Tensor, projection: &str) -> Result<Tensor> {
+        if projection == "approximate" {
+            return Ok((v.matmul(&v.t()?)? / norm(v)?)?);
+        }
+        let basis = basis(v)?;
+        Ok(basis.matmul(&basis.t()?)?)
+    }
+
+    /// Per matrix that the alignment changed: its name, `P ΔW`, and `cos(P ΔW, ΔW)`.
+    fn projections(
+        lineage: &Lineage,
+        user: &Weights,
+        projection: &str,
+        model: &dyn Model,
+    ) -> Result<Vec<(String, Tensor, f64)>> {
+        let mut found = Vec::new();
+        for name in matrices(model) {
+            let (v, update) = (lineage.update(&name)?, (dense(user, &name)? - dense(&lineage.aligned, &name)?)?);
+            if norm(&v)? > 0. && norm(&update)? > 0. {
+                let projected = projector(&v, projection)?.matmul(&update)?;
+                let cosine =
+                    (&projected * &update)?.sum_all()?.to_scalar::<f64>()? / (norm(&projected)? * norm(&update)?);
+                found.push((name, projected, cosine));
+            }
+        }
+        Ok(found)
+    }
+
+    #[test]
+    fn it_projects_the_layers_whose_update_points_elsewhere() -> Result<()> {
+        let model = small()?;
+        let model = model.as_ref();
+        let lineages = [Lineage::by_adapter(model, DType::F64)?, Lineage::in_full(model)?];
+        for (lineage, full) in lineages.iter().flat_map(|lineage| [(lineage, false), (lineage, true)]) {
+            for projection in ["approximate", "orthogonal"] {
+                let start = || if full { lineage.user_in_full() } else { lineage.user() };
+                let reference = projections(lineage, &start()?, projection, model)?;
+                let mut cosines: Vec<f64> = reference.iter().map(|(_, _, cosine)| *cosine).collect();
+                cosines.sort_by(f64::total_cmp);
+                let between = f64::midpoint(cosines[2], cosines[3]);
+                // The orthogonal projector onto all directions changes nothing, so that its cosines are all one.
+                let distinct = cosines[3] - cosines[2] > 1e-9;
+                for settings in [
+                    json!({ "mode": "threshold", "threshold": between.min(1.), "projection": projection }),
+                    json!({ "mode": "number", "layers": 3, "projection": projection }),
+                ] {
+                    let mut weights = start()?;
+                    post(("safe-lora", settings.clone()), model, &mut weights, lineage)?;
+                    for (name, projected, cosine) in &reference {
+                        let chosen = *cosine < between || !distinct;
+                        let expected = if chosen {
+                            (dense(&lineage.aligned, name)? + projected)?
+                        } else {
+                            dense(&start()?, name)?
+                        };
+                        close(&dense(&weights, name)?, &expected, &format!("{settings} {full} {name}"))?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn it_projects_as_many_layers_as_asked_for() -> Result<()> {
+        let model = small()?;
+        let lineage = Lineage::by_adapter(model.as_ref(), DType::F64)?;
+        let changed = |settings: Value| -> Result<usize> {
+            let (mut weights, before) = (lineage.user()?, bits(&lineage.user()?)?);
+            post(("safe-lora", settings), model.as_ref(), &mut weights, &lineage)?;
+            Ok(bits(&weights)?.iter().zip(&before).filter(|(after, before)| after != before).count())
+        };
+        for (layers, expected) in [(0, 0), (1, 1), (4, 4), (99, 6)] {
+            assert_eq!(changed(json!({ "mode": "number", "layers": layers }))?, expected);
+        }
+        // Between a cosine and its five digits, rounding decides.
+        for (_, _, cosine) in projections(&lineage, &lineage.user()?, "approximate", model.as_ref())? {
+            let threshold = f64::midpoint(cosine, (cosine * 1e5).round() / 1e5);
+            let count = |rounded: bool| changed(json!({ "threshold": threshold, "rounded": rounded }));
+            assert_eq!(count(true)?.abs_diff(count(false)?), 1, "{cosine}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn neutral_settings_leave_the_weights_bit_for_bit() -> Result<()> {
+        check_untouched("safe-lora", &json!({ "mode": "threshold", "threshold": -1.0 }))?;
+        check_untouched("safe-lora", &json!({ "mode": "number", "layers": 0 }))
+    }
+}

@@ -7,7 +7,6 @@ use serde_json::{Value, json};
 use titer_core::data::Batch;
 use titer_core::defense::toolkit::{MicroBatches, check_strength};
 use titer_core::model::sites_of_kind;
-use titer_core::weights::layer_of;
 use titer_core::{
     AlignmentDefense, DefenseEntry, Error, Limits, Privilege, Quirk, Result, SettingsType, Sites, Stage, State, StepCx,
     Update, inventory, no_conflict,
@@ -144,9 +143,9 @@ impl TVaccine {
         Ok(())
     }
 
-    /// Whether a parameter trains while these layers are drawn.
-    fn trains(&self, parameter: &str) -> bool {
-        let Some(layer) = layer_of(parameter) else { return true };
+    /// Whether a parameter of `layer` trains while these layers are drawn.
+    fn trains(&self, parameter: &str, layer: Option<usize>) -> bool {
+        let Some(layer) = layer else { return true };
         let below = self.settings.freeze_below && self.active.first().is_some_and(|&lowest| layer < lowest);
         let idle = parameter.contains(".self_attn.") && !self.active.contains(&layer);
         !below && !idle
@@ -168,7 +167,9 @@ impl AlignmentDefense for TVaccine {
         let active = self.active.iter().filter_map(|&layer| sites.get(layer).cloned());
         let vaccine = Vaccine { rho: self.settings.rho, ..Vaccine::default() };
         let update = vaccine.step_at(cx, batch, active.collect())?;
-        let update = Update { grads: update.grads.restrict(|name| self.trains(name)), ..update };
+        let blocks = cx.weights().blocks();
+        let grads = update.grads.restrict(|name| self.trains(name, blocks.get(name).copied()));
+        let update = Update { grads, ..update };
         Ok(self.settings.micro_batches.keep(update, clock))
     }
 
@@ -185,6 +186,44 @@ impl AlignmentDefense for TVaccine {
         let kept: Kept = serde_json::from_value(state.value)
             .map_err(|error| Error::data("the state is not T-Vaccine's").source(error))?;
         (self.probabilities, self.active) = (kept.probabilities, kept.active);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use titer_core::data::Stream;
+    use titer_core::defense::{Clock, Streams};
+
+    use super::*;
+    use crate::testing::{all_tiny, defense, three_rows, update};
+
+    /// The attention of layers that are not drawn rests, and on request all that lies below those drawn.
+    #[test]
+    fn layers_that_are_not_drawn_rest() -> Result<()> {
+        let mut seen = [0, 0];
+        for (model, weights) in all_tiny(DType::F32, 0.)? {
+            let blocks = weights.blocks();
+            for (below, step) in [(false, 0), (false, 1), (true, 0), (true, 1), (true, 2), (true, 3)] {
+                let mut streams = Streams::default();
+                streams.insert("harmful", Stream::of_batches(vec![three_rows(6)?])?);
+                let every_step = json!({ "layers": 1, "sample_every": 1, "probe_every": 1, "freeze_below": below });
+                let (mut defense, user) = (defense("t-vaccine", every_step)?, three_rows(5)?);
+                let clock = Clock::at(step, 10);
+                let update = update(defense.as_mut(), model.as_ref(), &weights, &mut streams, &user, clock)?;
+                let drawn = defense.state().value["active"][0].as_u64().expect("a layer") as usize;
+                for name in weights.trainable().keys() {
+                    let layer = blocks.get(name).copied();
+                    let idle = name.contains("self_attn") && layer.is_some_and(|layer| layer != drawn);
+                    let lower = layer.is_some_and(|layer| layer < drawn);
+                    let rests = idle || (below && lower);
+                    assert_eq!(update.grads.get(name).is_none(), rests, "{name} while layer {drawn} is drawn");
+                    seen[0] += usize::from(idle);
+                    seen[1] += usize::from(below && lower && !idle);
+                }
+            }
+        }
+        assert!(seen.iter().all(|&count| count > 0), "{seen:?}");
         Ok(())
     }
 }

@@ -233,7 +233,13 @@ impl AlignmentDefense for Tar {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::DType;
+    use titer_core::data::Stream;
+    use titer_core::defense::{Clock, Streams};
+    use titer_core::{Model, Weights};
+
     use super::*;
+    use crate::testing::{begin, defense, three_rows, tiny, update};
 
     #[test]
     fn the_rates_of_an_attack_fit_what_is_trained() {
@@ -241,5 +247,31 @@ mod tests {
         assert_eq!(TarSettings::default().rates(true), LORA_RATES);
         assert_eq!(TarSettings::default().rates(false), FULL_RATES);
         assert_eq!([own.rates(true), own.rates(false)], [[1e-3], [1e-3]]);
+    }
+
+    /// Simulated attacks train on one stream and are tested on another, at rates that fit what is trained.
+    #[test]
+    fn it_tests_its_attacks_on_rows_that_they_did_not_see() -> Result<()> {
+        let (model, weights) = tiny(DType::F32, 0.)?;
+        let mut full = weights.merged()?;
+        full.train_full()?;
+        for (mut weights, rates) in [(weights, [2e-5, 2e-4, 4e-4]), (full, [2e-6, 2e-5, 4e-5])] {
+            let (rate, drawn) = attacked(model.as_ref(), &mut weights)?;
+            assert!(rates.contains(&rate), "{rate} is none of {rates:?}");
+            assert_eq!(drawn, [("harmful".to_owned(), 6), ("harmful_held_out".to_owned(), 3)]);
+        }
+        Ok(())
+    }
+
+    /// The rate of the first attack that TAR simulates, and the batches that it draws.
+    fn attacked(model: &dyn Model, weights: &mut Weights) -> Result<(f64, Vec<(String, usize)>)> {
+        let mut streams = Streams::default();
+        for (seed, stream) in (30..).zip(["harmful", "harmful_held_out"]) {
+            streams.insert(stream, Stream::of_batches(vec![three_rows(seed)?])?);
+        }
+        let mut tar = defense("tar", json!({ "inner_steps": 6, "test_every": 2 }))?;
+        begin(tar.as_mut(), model, weights, &mut streams)?;
+        let update = update(tar.as_mut(), model, weights, &mut streams, &three_rows(5)?, Clock::at(0, 10))?;
+        Ok((update.scalars["attack_rate"].value()?, streams.drawn().into_iter().collect()))
     }
 }

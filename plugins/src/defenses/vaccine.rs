@@ -134,3 +134,51 @@ impl AlignmentDefense for Vaccine {
         false
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::DType;
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+    use serde_json::json;
+    use titer_core::defense::Streams;
+    use titer_core::rng::Seed;
+
+    use super::*;
+    use crate::testing::{batch, context, defense, is_zero_at_padding, same, step, three_rows, tiny};
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+
+        /// Law 4: the perturbation's norm is rho, over the batch or over each row, and it is zero at padding.
+        #[test]
+        fn a_perturbation_has_norm_rho(lengths in vec(1usize..12, 1..5), rho in 0.01f64..20., seed: u64) {
+            let (model, weights) = tiny(DType::F32, 0.)?;
+            let batch = batch(23, &lengths, &mut Seed::new(seed).generator())?;
+            let probed = Sites::none().probe(sites_of_kind(model.as_ref(), "attn_out")?);
+            let mut none = Streams::default();
+            let grads = context(model.as_ref(), &weights, &mut none).site_gradients(&batch, probed)?.site_grads;
+            let joint = Vaccine { rho, ..Vaccine::default() }.perturbation(&grads)?;
+            prop_assert!((joint.norm()?.value()? - rho).abs() < 1e-4 * rho);
+            prop_assert!(is_zero_at_padding(&joint, &batch.tokens)?);
+            let each = Vaccine { rho, norm: Norm::Sample, ..Vaccine::default() }.perturbation(&grads)?;
+            for row in 0..lengths.len() {
+                let norm = each.map(|g| Ok(g.get(row)?))?.norm()?.value()?;
+                prop_assert!((norm - rho).abs() < 1e-4 * rho);
+            }
+        }
+    }
+
+    #[test]
+    fn it_perturbs_every_tau_steps_only() -> Result<()> {
+        let (model, weights) = tiny(DType::F32, 0.)?;
+        let batch = three_rows(5)?;
+        let plain = step(model.as_ref(), &weights, defense("sft", json!({}))?.as_mut(), &batch, 0)?;
+        let mut vaccine = defense("vaccine", json!({ "every": 3 }))?;
+        for at in 0..7 {
+            let update = step(model.as_ref(), &weights, vaccine.as_mut(), &batch, at)?;
+            assert_eq!(same(&update, &plain)?, at % 3 != 0, "step {at}");
+        }
+        Ok(())
+    }
+}

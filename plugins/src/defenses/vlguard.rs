@@ -98,3 +98,79 @@ impl AlignmentDefense for Vlguard {
         Ok(Update::new(grads, loss).with("task_loss", user.loss).with("safe_loss", safe.loss))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device};
+    use titer_core::data::Example;
+    use titer_core::defense::Clock;
+    use titer_core::rng::Seed;
+
+    use super::*;
+    use crate::testing::{
+        check_neutral, check_passes, check_published, check_refused, check_slopes, data, defense, gap, is_plain, plain,
+        three_rows, tiny, update,
+    };
+
+    #[test]
+    fn gradients_are_the_slopes_of_the_declared_objective() -> Result<()> {
+        let forms = [json!({ "algorithm": "weighted", "lambda": 0.3 })];
+        check_slopes("vlguard", &forms)
+    }
+
+    #[test]
+    fn it_appends_rows_or_adds_a_loss() -> Result<()> {
+        let rows = |count: usize, token: u32| -> Vec<Example> {
+            (0..count).map(|_| Example { tokens: vec![token; 4], first_label: 1 }).collect()
+        };
+        let stream = |count, token| Stream::new(rows(count, token).into(), 1, 1, Seed::new(7), 0);
+        for (given, expected) in [
+            (json!({ "rows": 3 }), 3),
+            (json!({ "rows": 0 }), 0),
+            (json!({}), 4),
+            (json!({ "algorithm": "weighted" }), 0),
+        ] {
+            let mut streams = Streams::default();
+            streams.insert("safe", stream(4, 2)?);
+            let mut joint = defense("vlguard", given.clone())?.data(stream(5, 1)?, &streams)?;
+            let epoch = (0..joint.batches_per_epoch()).map(|_| joint.next_batch(&Device::Cpu));
+            let epoch = epoch.map(|batch| Ok(batch?.targets.to_vec1::<u32>()?[0])).collect::<Result<Vec<_>>>()?;
+            let [user, safe] = [1, 2].map(|token| epoch.iter().filter(|&&first| first == token).count());
+            assert_eq!((user, safe), (5, expected), "{given}");
+        }
+        let (model, weights) = tiny(DType::F64, 0.)?;
+        let (user, mut streams) = data()?;
+        let (clock, none) = (Clock::at(1, 10), json!({ "algorithm": "weighted", "lambda": 0.3 }));
+        let step = update(defense("vlguard", none)?.as_mut(), model.as_ref(), &weights, &mut streams, &user, clock)?;
+        let of_user = plain(model.as_ref(), &weights, &user, clock)?;
+        let of_safe = plain(model.as_ref(), &weights, &three_rows(6)?, clock)?;
+        assert!(gap(&step.grads, &of_user.grads.add_scaled(0.3, &of_safe.grads)?)? < 1e-14);
+        assert!((step.loss.value()? - of_user.loss.value()? - 0.3 * of_safe.loss.value()?).abs() < 1e-14);
+        Ok(())
+    }
+
+    #[test]
+    fn declared_passes_are_those_made() -> Result<()> {
+        check_passes(
+            "vlguard",
+            &[json!({}), json!({ "algorithm": "weighted" }), json!({ "algorithm": "weighted", "lambda": 0.0 })],
+        )
+    }
+
+    #[test]
+    fn neutral_settings_are_plain_fine_tuning() -> Result<()> {
+        check_neutral("vlguard")?;
+        assert!(is_plain("vlguard", json!({}))?, "it acts on the data");
+        Ok(())
+    }
+
+    #[test]
+    fn settings_out_of_range_are_refused() {
+        check_refused("vlguard", &[(json!({ "lambda": -1.0 }), "lambda")]);
+    }
+
+    #[test]
+    fn the_published_form_has_its_quirks() -> Result<()> {
+        check_published("vlguard")
+    }
+}

@@ -282,7 +282,9 @@ impl Decoder {
         let (vocabulary, width, std) = (keys.vocab_size, keys.hidden_size, keys.initializer_range);
         let mut params = ParamList::default();
         let embedding = Embedding::new(&mut params, "model.embed_tokens", vocabulary, width, std.unwrap_or(0.05));
-        let block = |(index, window)| DecoderBlock::new(&mut params, &keys, config.biases(), window, index);
+        let block = |(index, window)| {
+            params.block(index, |params| DecoderBlock::new(params, &keys, config.biases(), window, index))
+        };
         let blocks = windows.into_iter().enumerate().map(block).collect();
         let norm = RmsNorm::new(&mut params, "model.norm", width, keys.rms_norm_eps);
         let head = (!keys.tie_word_embeddings)

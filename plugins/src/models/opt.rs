@@ -189,7 +189,8 @@ impl Opt {
             [("project_in", (narrow, width)), ("project_out", (width, narrow))]
                 .map(|(name, sizes)| Linear::new(&mut params, &module(name), sizes, false, deviation(std, sizes.0, 1)))
         });
-        let blocks = (0..config.num_hidden_layers).map(|index| OptBlock::new(&mut params, &config, index)).collect();
+        let block = |index| params.block(index, |params| OptBlock::new(params, &config, index));
+        let blocks = (0..config.num_hidden_layers).map(block).collect();
         let norm = (config.do_layer_norm_before && !config.remove_final_layer_norm)
             .then(|| LayerNorm::new(&mut params, &module("final_layer_norm"), width, EPS));
         let head = (!config.tie_word_embeddings)

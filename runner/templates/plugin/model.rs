@@ -94,8 +94,10 @@ impl MyPlugin {
         let block = |index: usize| {
             let module = format!("model.layers.{index}.mlp");
             let stds = [deviation(None, hidden_size, 1), deviation(None, intermediate_size, num_hidden_layers)];
-            let norm = RmsNorm::new(&mut params, &format!("model.layers.{index}.norm"), hidden_size, 1e-5);
-            (norm, GatedMlp::new(&mut params, &module, (hidden_size, intermediate_size), false, stds))
+            params.block(index, |params| {
+                let norm = RmsNorm::new(params, &format!("model.layers.{index}.norm"), hidden_size, 1e-5);
+                (norm, GatedMlp::new(params, &module, (hidden_size, intermediate_size), false, stds))
+            })
         };
         let blocks = (0..num_hidden_layers).map(block).collect();
         let norm = RmsNorm::new(&mut params, "model.norm", hidden_size, 1e-5);
