@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use titer_core::data::Batch;
 use titer_core::defense::Clock;
-use titer_core::testing::{Check, World, check_defense, check_model};
+use titer_core::testing::{Check, Fixture, check_defense, check_model};
 use titer_core::{
     AlignmentDefense, DefenseEntry, Grads, Limits, ModelEntry, Privilege, SettingsType, Sites, Stage, StepCx, Update,
     no_conflict, no_limits, registry,
@@ -31,7 +31,7 @@ fn table(subject: &str, checks: &[Check]) -> Vec<String> {
 
 /// The failures of every defense on one architecture.
 fn defenses_on(architecture: &ModelEntry) -> Result<Vec<String>> {
-    let world = World::small(architecture)?;
+    let world = Fixture::small(architecture)?;
     let failures = registry::all::<DefenseEntry>()?
         .into_iter()
         .flat_map(|entry| table(&format!("{} on {}", entry.name, architecture.name), &check_defense(entry, &world)));
@@ -220,7 +220,7 @@ macro_rules! faulty {
 /// Each fault is found by the checks that are meant for it, and by no other.
 #[test]
 fn each_fault_is_found_by_its_own_check() -> Result<()> {
-    let world = World::small(registry::find("llama")?)?;
+    let world = Fixture::small(registry::find("llama")?)?;
     let cases: [(DefenseEntry, &[&str]); 17] = [
         (faulty!(None), &[]),
         (faulty!(Idle), &["active"]),

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Tensor};
 
-use super::Outcome;
+use super::CheckOutcome;
 use super::case::{Case, Run, seed};
 use super::fixture::{Adapted, joined, normal};
 use super::laws::runs;
@@ -19,9 +19,9 @@ use crate::tensor::grads::Grads;
 use crate::weights::precision::Precision;
 
 /// Every micro batch of an update counts, and accumulated batches are one large batch, or the entry says why not.
-pub(super) fn accumulation(case: &Case) -> Result<Outcome> {
+pub(super) fn accumulation(case: &Case) -> Result<CheckOutcome> {
     let counts = every_micro_batch_counts(case)?;
-    let Outcome::Passed(mut finding) = counts else { return Ok(counts) };
+    let CheckOutcome::Passed(mut finding) = counts else { return Ok(counts) };
     let [loss, grads] = joint_gap(case)?;
     let equal = loss < EQUAL && grads < EQUAL;
     let _ = write!(finding, "; from one large batch the loss is {loss:.1e} away, the gradients {grads:.1e}");
@@ -29,7 +29,7 @@ pub(super) fn accumulation(case: &Case) -> Result<Outcome> {
     if let Some(why) = declared {
         let _ = write!(finding, ", declared: {why}");
     }
-    Ok(Outcome::judge(equal == declared.is_none(), finding))
+    Ok(CheckOutcome::judge(equal == declared.is_none(), finding))
 }
 
 /// How far the update of two micro batches is from that of one batch with the rows of both, in the stage's own data and
@@ -54,17 +54,17 @@ fn joint_gap(case: &Case) -> Result<[f64; 2]> {
 }
 
 /// Another micro batch in the place of one changes the update.
-fn every_micro_batch_counts(case: &Case) -> Result<Outcome> {
+fn every_micro_batch_counts(case: &Case) -> Result<CheckOutcome> {
     let case = Case { micros: 2, ..case.clone() };
     let (grads, mut moved) = (accumulated(&case, None)?, Vec::new());
     for micro in 0..case.micros {
         let change = distance(&grads, &accumulated(&case, Some(micro))?)? / grads.norm()?.value()?;
         if change.is_nan() || change == 0. {
-            return Ok(Outcome::Failed(format!("micro batch {micro} of an update does not count")));
+            return Ok(CheckOutcome::Failed(format!("micro batch {micro} of an update does not count")));
         }
         moved.push(format!("{:.0} %", 100. * change));
     }
-    Ok(Outcome::Passed(format!("another micro batch moves the update by {}", moved.join(" and "))))
+    Ok(CheckOutcome::Passed(format!("another micro batch moves the update by {}", moved.join(" and "))))
 }
 
 /// The gradients of the first update; micro batch `other` has other data, its batches of the streams included.
@@ -97,36 +97,36 @@ fn shift_streams(run: &mut Run, to: impl Fn(usize) -> usize) {
 }
 
 /// The stage runs on batches of one row.
-pub(super) fn one_row(case: &Case) -> Result<Outcome> {
+pub(super) fn one_row(case: &Case) -> Result<CheckOutcome> {
     runs(&Case { batch_size: 1, ..case.clone() })
 }
 
 /// The stage runs on a model of one layer.
-pub(super) fn one_layer(case: &Case) -> Result<Outcome> {
+pub(super) fn one_layer(case: &Case) -> Result<CheckOutcome> {
     match case.shallow {
         Some(model) => runs(&Case { model, ..case.clone() }),
-        None => Ok(Outcome::NotApplicable("there is no model of one layer at hand")),
+        None => Ok(CheckOutcome::NotApplicable("there is no model of one layer at hand")),
     }
 }
 
 /// The stage runs if all parameters are trained.
-pub(super) fn full(case: &Case) -> Result<Outcome> {
+pub(super) fn full(case: &Case) -> Result<CheckOutcome> {
     runs(&Case { trained: Adapted::Full, ..case.clone() })
 }
 
 /// The stage runs over a base in half precision.
-pub(super) fn bf16(case: &Case) -> Result<Outcome> {
+pub(super) fn bf16(case: &Case) -> Result<CheckOutcome> {
     stored(case, DType::BF16.into())
 }
 
 /// The stage runs over a base in blocks of eight bits.
-pub(super) fn q8_0(case: &Case) -> Result<Outcome> {
+pub(super) fn q8_0(case: &Case) -> Result<CheckOutcome> {
     stored(case, Precision::Quantized(GgmlDType::Q8_0))
 }
 
-fn stored(case: &Case, precision: Precision) -> Result<Outcome> {
+fn stored(case: &Case, precision: Precision) -> Result<CheckOutcome> {
     if precision.check(case.model.params()).is_err() {
-        return Ok(Outcome::NotApplicable("the model's sizes do not fit these blocks"));
+        return Ok(CheckOutcome::NotApplicable("the model's sizes do not fit these blocks"));
     }
     runs(&Case { precision, ..case.clone() })
 }
@@ -135,13 +135,13 @@ fn stored(case: &Case, precision: Precision) -> Result<Outcome> {
 const ROUNDING: f64 = 1e-6;
 
 /// More padding changes nothing that is trained.
-pub(super) fn padding(case: &Case) -> Result<Outcome> {
+pub(super) fn padding(case: &Case) -> Result<CheckOutcome> {
     let case = case.precise();
     let wide = Case { padding: 3, ..case.clone() };
     if case.stage == Stage::Post {
         let [narrow, wide] = [case.run()?.whole()?, wide.run()?.whole()?];
         let gap = Numbers::of(&narrow.weights)?.distance(&Numbers::of(&wide.weights)?);
-        return Ok(Outcome::judge(gap < ROUNDING, format!("the weights differ by {gap:.1e}")));
+        return Ok(CheckOutcome::judge(gap < ROUNDING, format!("the weights differ by {gap:.1e}")));
     }
     let (mut narrow, mut wide) = (case.under_way()?, wide.under_way()?);
     let batches = [narrow.draw()?, wide.draw()?];
@@ -152,7 +152,7 @@ pub(super) fn padding(case: &Case) -> Result<Outcome> {
     let (loss, other) = (a.loss.value()?, b.loss.value()?);
     let gap = distance(&a.grads, &b.grads)? / a.grads.norm()?.value()?;
     let holds = gap < ROUNDING && (loss - other).abs() < ROUNDING * loss.abs().max(1.);
-    Ok(Outcome::judge(holds, format!("the loss is {loss} and {other}, the gradients differ by {gap:.1e}")))
+    Ok(CheckOutcome::judge(holds, format!("the loss is {loss} and {other}, the gradients differ by {gap:.1e}")))
 }
 
 /// For each noise of a step one of the first shape, and the same with more noise where the second shape is larger: at

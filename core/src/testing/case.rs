@@ -3,7 +3,7 @@
 use candle_core::{DType, Tensor};
 use serde_json::Value;
 
-use super::World;
+use super::Fixture;
 use super::fixture::{Adapted, Ancestors, SEED, padded, shift, stream, weights};
 use super::numbers::Numbers;
 use crate::data::batch::Batch;
@@ -55,7 +55,7 @@ pub(super) struct Case<'a> {
 
 impl<'a> Case<'a> {
     /// The default settings in ordinary circumstances.
-    pub(super) fn new(entry: &'a DefenseEntry, world: &'a World, stage: Stage) -> Self {
+    pub(super) fn new(entry: &'a DefenseEntry, world: &'a Fixture, stage: Stage) -> Self {
         Self {
             entry,
             settings: Settings::empty(),

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::case::table;
-use super::{Listed, Outcome};
+use super::{CheckOutcome, Listed};
 use crate::defense::entry::DefenseEntry;
 use crate::error::Result;
 use crate::registry::entry::Entry;
@@ -16,31 +16,33 @@ pub(super) const CHECKS: &[Listed<DefenseEntry>] =
 /// A setting that no plugin has.
 const NO_SETTING: &str = "no_plugin_has_this";
 
-fn defaults(entry: &DefenseEntry) -> Result<Outcome> {
+fn defaults(entry: &DefenseEntry) -> Result<CheckOutcome> {
     let settings = entry.resolve(&Settings::empty())?;
     (entry.build)(&table(settings.clone())?)?;
     survives(entry, &settings)
 }
 
 /// The same settings come out of text and out of themselves.
-pub(super) fn survives<E: Entry>(entry: &E, settings: &Value) -> Result<Outcome> {
+pub(super) fn survives<E: Entry>(entry: &E, settings: &Value) -> Result<CheckOutcome> {
     let read: Value = serde_json::from_str(&settings.to_string()).unwrap_or_default();
     let again = entry.resolve(&table(read)?)?;
-    Ok(Outcome::judge(again == *settings, format!("read again: {again}")))
+    Ok(CheckOutcome::judge(again == *settings, format!("read again: {again}")))
 }
 
 /// A misspelt setting is refused, and the nearest one named.
-pub(super) fn unknown_setting<E: Entry>(entry: &E) -> Result<Outcome> {
+pub(super) fn unknown_setting<E: Entry>(entry: &E) -> Result<CheckOutcome> {
     let settings = table((entry.settings().defaults)())?;
     let known = settings.as_map().keys().next();
     let misspelt = known.map_or_else(|| NO_SETTING.to_owned(), |key| doubled(key));
     let given = table(json!({ (misspelt.as_str()): 1 }))?;
     Ok(match (entry.resolve(&given), known) {
-        (Ok(_), _) => Outcome::Failed(format!("`{misspelt}` passes in silence: read settings with `Settings::parse`")),
-        (Err(error), Some(key)) if !error.message().contains(&format!("`{key}`")) => {
-            Outcome::Failed(format!("`{misspelt}` is refused without naming `{key}`: {}", error.message()))
+        (Ok(_), _) => {
+            CheckOutcome::Failed(format!("`{misspelt}` passes in silence: read settings with `Settings::parse`"))
         }
-        (Err(error), _) => Outcome::Passed(error.message().to_owned()),
+        (Err(error), Some(key)) if !error.message().contains(&format!("`{key}`")) => {
+            CheckOutcome::Failed(format!("`{misspelt}` is refused without naming `{key}`: {}", error.message()))
+        }
+        (Err(error), _) => CheckOutcome::Passed(error.message().to_owned()),
     })
 }
 
@@ -49,16 +51,16 @@ fn doubled(key: &str) -> String {
     key.chars().chain(key.chars().last()).collect()
 }
 
-fn published_form(entry: &DefenseEntry) -> Result<Outcome> {
+fn published_form(entry: &DefenseEntry) -> Result<CheckOutcome> {
     if entry.quirks.is_empty() {
-        return Ok(Outcome::NotApplicable("it declares no quirk of the published code"));
+        return Ok(CheckOutcome::NotApplicable("it declares no quirk of the published code"));
     }
     let defaults = entry.resolve(&Settings::empty())?;
     let published = entry.resolve(&table(json!({ "fidelity": "code-exact" }))?)?;
     (entry.build)(&table(published.clone())?)?;
     let idle = entry.quirks.iter().find(|quirk| published[quirk.setting] == defaults[quirk.setting]);
     Ok(match idle {
-        Some(quirk) => Outcome::Failed(format!("the quirk of `{}` is the default", quirk.setting)),
-        None => Outcome::Passed(format!("{} quirks", entry.quirks.len())),
+        Some(quirk) => CheckOutcome::Failed(format!("the quirk of `{}` is the default", quirk.setting)),
+        None => CheckOutcome::Passed(format!("{} quirks", entry.quirks.len())),
     })
 }

@@ -39,12 +39,12 @@ const LAYERS: &str = "num_hidden_layers";
 
 /// A small model that checks run on, with another of one layer if there is such.
 #[derive(Debug)]
-pub struct World {
+pub struct Fixture {
     model: Box<dyn Model>,
     shallow: Option<Box<dyn Model>>,
 }
 
-impl World {
+impl Fixture {
     /// A model of two layers, and one of one layer. Sizes that the architecture calls by other names than most keep
     /// its defaults.
     ///

@@ -6,29 +6,29 @@ use std::collections::BTreeSet;
 use super::case::{Case, Run};
 use super::numbers::Numbers;
 use super::watched::{PLANNED, Watched};
-use super::{Outcome, told};
+use super::{CheckOutcome, told};
 use crate::defense::stage::Stage;
 use crate::error::Result;
 use crate::model::architecture::sites_of_kind;
 
 /// A stage runs to its end on the declared streams, and its numbers stay finite.
-pub(super) fn runs(case: &Case) -> Result<Outcome> {
+pub(super) fn runs(case: &Case) -> Result<CheckOutcome> {
     if case.stage != Stage::Post && case.declared_passes()? == 0. {
-        return Ok(Outcome::NotApplicable("it makes no update: the stage is left out"));
+        return Ok(CheckOutcome::NotApplicable("it makes no update: the stage is left out"));
     }
     let run = case.run()?.whole()?;
     if let Some(step) = run.losses.iter().position(|loss| !loss.is_finite()) {
-        return Ok(Outcome::Failed(format!("the loss of step {step} is {}", run.losses[step])));
+        return Ok(CheckOutcome::Failed(format!("the loss of step {step} is {}", run.losses[step])));
     }
     if let Some(name) = Numbers::of(&run.weights)?.first_not_finite() {
-        return Ok(Outcome::Failed(format!("`{name}` holds a value that is not finite")));
+        return Ok(CheckOutcome::Failed(format!("`{name}` holds a value that is not finite")));
     }
     let drawn = run.streams.drawn().into_iter().map(|(stream, count)| format!(", {count} batches of `{stream}`"));
-    Ok(Outcome::Passed(format!("{} updates{}", run.losses.len(), drawn.collect::<String>())))
+    Ok(CheckOutcome::Passed(format!("{} updates{}", run.losses.len(), drawn.collect::<String>())))
 }
 
 /// Declared sites exist, and no other kind is touched.
-pub(super) fn sites(case: &Case) -> Result<Outcome> {
+pub(super) fn sites(case: &Case) -> Result<CheckOutcome> {
     for kind in case.entry.sites {
         sites_of_kind(case.model, kind)?;
     }
@@ -37,13 +37,13 @@ pub(super) fn sites(case: &Case) -> Result<Outcome> {
     let kinds: BTreeSet<String> =
         watched.touched().iter().filter_map(|site| Some(site.rsplit('.').next()?.to_owned())).collect();
     Ok(match kinds.iter().find(|kind| !case.entry.sites.contains(&kind.as_str())) {
-        Some(kind) => Outcome::Failed(format!("acts on `{kind}`, but declares {:?}", case.entry.sites)),
-        None => Outcome::Passed(format!("acts on {kinds:?}")),
+        Some(kind) => CheckOutcome::Failed(format!("acts on `{kind}`, but declares {:?}", case.entry.sites)),
+        None => CheckOutcome::Passed(format!("acts on {kinds:?}")),
     })
 }
 
 /// A step makes as many passes as declared, with the default and the neutral settings.
-pub(super) fn passes(case: &Case) -> Result<Outcome> {
+pub(super) fn passes(case: &Case) -> Result<CheckOutcome> {
     let mut findings = Vec::new();
     for case in [Some(case.clone()), case.neutral()?].into_iter().flatten() {
         let declared = case.declared_passes()?;
@@ -57,70 +57,72 @@ pub(super) fn passes(case: &Case) -> Result<Outcome> {
         let finding = format!("{declared} declared, {} measured", run.passes as f64 / total as f64);
         // What happens in some steps only may be one time off.
         if (run.passes as f64 - declared * total as f64).abs() >= 1. {
-            return Ok(Outcome::Failed(finding));
+            return Ok(CheckOutcome::Failed(finding));
         }
         findings.push(finding);
     }
-    Ok(Outcome::Passed(findings.join("; neutral: ")))
+    Ok(CheckOutcome::Passed(findings.join("; neutral: ")))
 }
 
 /// Law 3: with the neutral settings the stage equals plain fine-tuning bit for bit.
-pub(super) fn neutral(case: &Case) -> Result<Outcome> {
+pub(super) fn neutral(case: &Case) -> Result<CheckOutcome> {
     let Some(neutral) = case.neutral()? else {
-        return Ok(Outcome::NotApplicable("it declares no neutral settings"));
+        return Ok(CheckOutcome::NotApplicable("it declares no neutral settings"));
     };
     for micros in [1, 2] {
         let case = Case { micros, ..neutral.clone() };
         if let Some(difference) = case.run()?.whole()?.difference(&case.plain()?.whole()?)? {
-            return Ok(Outcome::Failed(format!("with {micros} micro batches {difference}")));
+            return Ok(CheckOutcome::Failed(format!("with {micros} micro batches {difference}")));
         }
     }
-    Ok(Outcome::Passed(format!("{} updates equal to the last bit, also under accumulation", case.total)))
+    Ok(CheckOutcome::Passed(format!("{} updates equal to the last bit, also under accumulation", case.total)))
 }
 
 /// Law 3: with the default settings it does not.
-pub(super) fn active(case: &Case) -> Result<Outcome> {
+pub(super) fn active(case: &Case) -> Result<CheckOutcome> {
     if case.neutral()?.is_some_and(|neutral| neutral.resolved().ok() == case.resolved().ok()) {
-        return Ok(Outcome::NotApplicable("its default settings are the neutral ones"));
+        return Ok(CheckOutcome::NotApplicable("its default settings are the neutral ones"));
     }
     let difference = case.run()?.whole()?.difference(&case.plain()?.whole()?)?;
-    let idle = || Outcome::Failed("with the default settings it does what plain fine-tuning does".to_owned());
-    Ok(difference.map_or_else(idle, Outcome::Passed))
+    let idle = || CheckOutcome::Failed("with the default settings it does what plain fine-tuning does".to_owned());
+    Ok(difference.map_or_else(idle, CheckOutcome::Passed))
 }
 
 /// Gradient checkpointing changes no bit, or the entry says why the two do not go together.
-pub(super) fn checkpointing(case: &Case) -> Result<Outcome> {
+pub(super) fn checkpointing(case: &Case) -> Result<CheckOutcome> {
     let again = Case { checkpointing: true, ..case.clone() };
     let difference = |again: Run| again.difference(&case.run()?.whole()?);
     Ok(match (case.limits()?.checkpointing, again.run()?.whole().and_then(difference)) {
-        (None, Ok(None)) => Outcome::Passed("the same bits with and without".to_owned()),
-        (None, Ok(Some(difference))) => Outcome::Failed(format!("with gradient checkpointing {difference}")),
+        (None, Ok(None)) => CheckOutcome::Passed("the same bits with and without".to_owned()),
+        (None, Ok(Some(difference))) => CheckOutcome::Failed(format!("with gradient checkpointing {difference}")),
         (None, Err(error)) => {
-            Outcome::Failed(format!("fails with gradient checkpointing, undeclared: {}", told(&error)))
+            CheckOutcome::Failed(format!("fails with gradient checkpointing, undeclared: {}", told(&error)))
         }
         (Some(_), Ok(None)) => {
-            Outcome::Failed("goes with gradient checkpointing, but declares that it does not".to_owned())
+            CheckOutcome::Failed("goes with gradient checkpointing, but declares that it does not".to_owned())
         }
-        (Some(why), _) => Outcome::NotApplicable(why),
+        (Some(why), _) => CheckOutcome::NotApplicable(why),
     })
 }
 
 /// Law 1: a step leaves the weights as it found them.
-pub(super) fn untouched(case: &Case) -> Result<Outcome> {
+pub(super) fn untouched(case: &Case) -> Result<CheckOutcome> {
     let mut run = case.run()?;
     run.begin()?;
     while run.step < case.total {
         let (step, before) = (run.step, Numbers::of(&run.weights)?);
         run.update()?;
         if let Some(name) = before.first_difference(&Numbers::of(&run.weights)?) {
-            return Ok(Outcome::Failed(format!("step {step} changes `{name}`: move weights inside `cx.scratch` only")));
+            return Ok(CheckOutcome::Failed(format!(
+                "step {step} changes `{name}`: move weights inside `cx.scratch` only"
+            )));
         }
     }
-    Ok(Outcome::Passed(format!("{} steps leave every bit", case.total)))
+    Ok(CheckOutcome::Passed(format!("{} steps leave every bit", case.total)))
 }
 
 /// Law 1, also for a step in which a pass fails; and the failure reaches the caller.
-pub(super) fn failure(case: &Case) -> Result<Outcome> {
+pub(super) fn failure(case: &Case) -> Result<CheckOutcome> {
     let watched = Watched::new(case.model);
     let case = Case { model: &watched, ..case.clone() };
     let mut run = case.run()?;
@@ -135,11 +137,11 @@ pub(super) fn failure(case: &Case) -> Result<Outcome> {
         let result = run.update();
         watched.fail_after(None);
         if !result.is_err_and(|error| error.to_string().contains(PLANNED)) {
-            return Ok(Outcome::Failed(format!("pass {pass} of a step fails, and nobody is told")));
+            return Ok(CheckOutcome::Failed(format!("pass {pass} of a step fails, and nobody is told")));
         }
         if let Some(name) = before.first_difference(&Numbers::of(&run.weights)?) {
-            return Ok(Outcome::Failed(format!("after pass {pass} of a step fails, `{name}` stays changed")));
+            return Ok(CheckOutcome::Failed(format!("after pass {pass} of a step fails, `{name}` stays changed")));
         }
     }
-    Ok(Outcome::Passed(format!("a failure in any of {passes} passes is told and leaves every bit")))
+    Ok(CheckOutcome::Passed(format!("a failure in any of {passes} passes is told and leaves every bit")))
 }

@@ -5,7 +5,7 @@
 //! taken from its entry. A plugin's own test is
 //!
 //! ```ignore
-//! let world = World::small(registry::find::<ModelEntry>("llama")?)?;
+//! let fixture = Fixture::small(registry::find::<ModelEntry>("llama")?)?;
 //! for check in check_defense(registry::find::<DefenseEntry>("mine")?, &world) {
 //!     assert!(!check.outcome.failed(), "{check}");
 //! }
@@ -56,7 +56,7 @@ mod watched;
 
 use std::fmt;
 
-pub use fixture::World;
+pub use fixture::Fixture;
 pub use judge::verdicts;
 pub use numbers::{difference, dot, values};
 
@@ -74,12 +74,12 @@ pub struct Check {
     /// The stage that the defense acted at, if it was run.
     pub stage: Option<Stage>,
     /// What was found.
-    pub outcome: Outcome,
+    pub outcome: CheckOutcome,
 }
 
 /// How a check went.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Outcome {
+pub enum CheckOutcome {
     /// It holds: what was measured.
     Passed(String),
     /// It does not hold: why.
@@ -88,7 +88,7 @@ pub enum Outcome {
     NotApplicable(&'static str),
 }
 
-impl Outcome {
+impl CheckOutcome {
     /// Whether the check was made and does not hold.
     pub fn failed(&self) -> bool {
         matches!(self, Self::Failed(_))
@@ -100,8 +100,8 @@ impl Outcome {
     }
 }
 
-impl From<Result<Outcome>> for Outcome {
-    fn from(result: Result<Outcome>) -> Self {
+impl From<Result<CheckOutcome>> for CheckOutcome {
+    fn from(result: Result<CheckOutcome>) -> Self {
         result.unwrap_or_else(|error| Self::Failed(told(&error)))
     }
 }
@@ -114,9 +114,9 @@ fn told(error: &Error) -> String {
 impl fmt::Display for Check {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (state, finding) = match &self.outcome {
-            Outcome::Passed(finding) => ("ok", finding.as_str()),
-            Outcome::Failed(finding) => ("FAILED", finding.as_str()),
-            Outcome::NotApplicable(why) => ("-", *why),
+            CheckOutcome::Passed(finding) => ("ok", finding.as_str()),
+            CheckOutcome::Failed(finding) => ("FAILED", finding.as_str()),
+            CheckOutcome::NotApplicable(why) => ("-", *why),
         };
         let stage = self.stage.map_or("", Stage::name);
         write!(f, "{state:<6}  {:<15}  {stage:<9}  {finding}", self.name)
@@ -124,10 +124,10 @@ impl fmt::Display for Check {
 }
 
 /// A check, and the name it goes by.
-type Listed<T> = (&'static str, fn(&T) -> Result<Outcome>);
+type Listed<T> = (&'static str, fn(&T) -> Result<CheckOutcome>);
 
 /// A check of a defense at one stage, and the name it goes by.
-type CaseCheck = (&'static str, fn(&Case) -> Result<Outcome>);
+type CaseCheck = (&'static str, fn(&Case) -> Result<CheckOutcome>);
 
 /// What a stage of training is checked for once it runs at all.
 const TRAINING: &[CaseCheck] = &[
@@ -163,7 +163,7 @@ const POST: &[CaseCheck] = &[
 ];
 
 /// Checks a defense on a model of any architecture.
-pub fn check_defense(entry: &DefenseEntry, world: &World) -> Vec<Check> {
+pub fn check_defense(entry: &DefenseEntry, world: &Fixture) -> Vec<Check> {
     let mut checks = listed(entries::CHECKS, entry, None);
     // Alignment and fine-tuning are the same work to a defense; one of the two is gone through.
     let training = entry.stages.iter().copied().find(|stage| *stage != Stage::Post);
@@ -178,12 +178,12 @@ pub fn check_defense(entry: &DefenseEntry, world: &World) -> Vec<Check> {
 
 /// Checks an architecture.
 pub fn check_model(entry: &ModelEntry) -> Vec<Check> {
-    let built = World::small(entry);
+    let built = Fixture::small(entry);
     let mut checks = listed(model::ENTRY_CHECKS, entry, None);
     match built {
         Ok(world) => checks.extend(listed(model::CHECKS, world.model(), None)),
         Err(error) => {
-            checks.push(Check { name: "builds", stage: None, outcome: Outcome::Failed(told(&error)) });
+            checks.push(Check { name: "builds", stage: None, outcome: CheckOutcome::Failed(told(&error)) });
         }
     }
     checks
@@ -196,17 +196,17 @@ fn listed<T: ?Sized>(list: &[Listed<T>], subject: &T, stage: Option<Stage>) -> V
 /// The checks of one stage. What does not run, or trains nothing, is not checked for how it runs.
 fn at_stage(case: &Case, list: &[CaseCheck]) -> Vec<Check> {
     let (name, stage) = ("runs", Some(case.stage));
-    let outcome = Outcome::from(laws::runs(case));
+    let outcome = CheckOutcome::from(laws::runs(case));
     let why = match &outcome {
-        Outcome::Passed(_) => None,
-        Outcome::Failed(_) => Some("it does not run"),
-        Outcome::NotApplicable(why) => Some(*why),
+        CheckOutcome::Passed(_) => None,
+        CheckOutcome::Failed(_) => Some("it does not run"),
+        CheckOutcome::NotApplicable(why) => Some(*why),
     };
     let mut checks = vec![Check { name, stage, outcome }];
     match why {
         None => checks.extend(listed(list, case, stage)),
         Some(why) => checks.extend(list.iter().map(|(name, _)| {
-            let outcome = Outcome::NotApplicable(why);
+            let outcome = CheckOutcome::NotApplicable(why);
             Check { name, stage, outcome }
         })),
     }

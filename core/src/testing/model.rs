@@ -11,7 +11,7 @@ use super::case::seed;
 use super::entries::survives;
 use super::fixture::{Adapted, SEED, adapted, normal, padded, sizes, stream};
 use super::numbers::{difference, distance, values};
-use super::{Listed, Outcome};
+use super::{CheckOutcome, Listed};
 use crate::data::batch::Batch;
 use crate::defense::stage::Clock;
 use crate::defense::step_context::StepCx;
@@ -35,7 +35,7 @@ pub(super) const ENTRY_CHECKS: &[Listed<ModelEntry>] =
     &[("defaults", defaults), ("unknown setting", super::entries::unknown_setting), ("config.json", config_json)];
 
 /// A check of a model, and the name it goes by.
-type ModelCheck = (&'static str, fn(&dyn Model) -> Result<Outcome>);
+type ModelCheck = (&'static str, fn(&dyn Model) -> Result<CheckOutcome>);
 
 /// The checks of a small model.
 pub(super) const CHECKS: &[ModelCheck] = &[
@@ -56,17 +56,17 @@ const REACH: f64 = 1e-5;
 /// How far a slope may be from the gradient, as a share of it.
 const TOLERANCE: f64 = 1e-5;
 
-fn defaults(entry: &ModelEntry) -> Result<Outcome> {
+fn defaults(entry: &ModelEntry) -> Result<CheckOutcome> {
     (entry.build)(&sizes(entry, 2))?;
     survives(entry, &(entry.settings.defaults)())
 }
 
 /// The configuration that a model writes builds the same model.
-fn config_json(entry: &ModelEntry) -> Result<Outcome> {
+fn config_json(entry: &ModelEntry) -> Result<CheckOutcome> {
     let model = (entry.build)(&sizes(entry, 2))?;
     let again = (entry.from_config)(&model.config(), Path::new("config.json"))?;
     let same = again.params() == model.params() && again.spec() == model.spec() && again.config() == model.config();
-    Ok(Outcome::judge(same, format!("{} parameters", model.params().count())))
+    Ok(CheckOutcome::judge(same, format!("{} parameters", model.params().count())))
 }
 
 fn random(model: &dyn Model, precision: impl Into<Precision>) -> Result<Weights> {
@@ -91,15 +91,15 @@ fn agrees(gradient: f64, slope: f64) -> bool {
 
 /// Every block says which parameters are its own.
 #[expect(clippy::unnecessary_wraps, reason = "all checks of a model have the same signature")]
-fn blocks(model: &dyn Model) -> Result<Outcome> {
+fn blocks(model: &dyn Model) -> Result<CheckOutcome> {
     let found: BTreeSet<usize> = model.params().iter().filter_map(|param| param.block).collect();
     let layers = model.spec().layers;
     let finding = format!("the model has {layers} blocks, its parameters belong to {found:?}");
-    Ok(Outcome::judge(found.into_iter().eq(0..layers), finding))
+    Ok(CheckOutcome::judge(found.into_iter().eq(0..layers), finding))
 }
 
 /// Law 5: every parameter gets a gradient, the slope of the loss along its largest component.
-fn parameters(model: &dyn Model) -> Result<Outcome> {
+fn parameters(model: &dyn Model) -> Result<CheckOutcome> {
     let mut weights = random(model, DType::F64)?;
     weights.train_full()?;
     let batch = batch(model)?;
@@ -112,7 +112,7 @@ fn parameters(model: &dyn Model) -> Result<Outcome> {
         let gradient = grads.get(name).map(values).transpose()?.unwrap_or_default();
         let largest = (0..gradient.len()).max_by(|&i, &j| gradient[i].abs().total_cmp(&gradient[j].abs()));
         let Some(largest) = largest.filter(|&at| gradient[at] != 0.) else {
-            return Ok(Outcome::Failed(format!("no gradient reaches `{name}`")));
+            return Ok(CheckOutcome::Failed(format!("no gradient reaches `{name}`")));
         };
         let start = values(var.as_tensor())?;
         let loss = |by: f64| {
@@ -124,17 +124,21 @@ fn parameters(model: &dyn Model) -> Result<Outcome> {
         let slope = (loss(REACH)? - loss(-REACH)?) / (2. * REACH);
         loss(0.)?;
         if !agrees(gradient[largest], slope) {
-            return Ok(Outcome::Failed(format!(
+            return Ok(CheckOutcome::Failed(format!(
                 "the gradient of `{name}` is {}, the slope {slope}",
                 gradient[largest]
             )));
         }
     }
-    Ok(Outcome::Passed(format!("{} parameters, {} excused", weights.trainable().len() - excused.len(), excused.len())))
+    Ok(CheckOutcome::Passed(format!(
+        "{} parameters, {} excused",
+        weights.trainable().len() - excused.len(),
+        excused.len()
+    )))
 }
 
 /// Every site is visited, and its gradient is the slope of the loss along a random offset there.
-fn sites(model: &dyn Model) -> Result<Outcome> {
+fn sites(model: &dyn Model) -> Result<CheckOutcome> {
     let (weights, batch) = (random(model, DType::F64)?, batch(model)?);
     let (rows, length) = batch.tokens.dims();
     let grads = pass(model, &weights, &batch, Sites::none().probe(model.sites()), false)?.site_grads;
@@ -148,14 +152,14 @@ fn sites(model: &dyn Model) -> Result<Outcome> {
         let gradient = grads.get(&site).ok_or_else(|| Error::run(format!("no gradient reaches the site `{site}`")))?;
         let along = (gradient * direction)?.sum_all()?.to_scalar::<f64>()?;
         if !agrees(along, slope) {
-            return Ok(Outcome::Failed(format!("the gradient at `{site}` gives {along}, the slope is {slope}")));
+            return Ok(CheckOutcome::Failed(format!("the gradient at `{site}` gives {along}, the slope is {slope}")));
         }
     }
-    Ok(Outcome::Passed(format!("{} sites", model.sites().len())))
+    Ok(CheckOutcome::Passed(format!("{} sites", model.sites().len())))
 }
 
 /// A batch with more padding, and its rows one by one, give the loss and the gradients of the batch.
-fn padding(model: &dyn Model) -> Result<Outcome> {
+fn padding(model: &dyn Model) -> Result<CheckOutcome> {
     let mut weights = random(model, DType::F64)?;
     weights.train_full()?;
     let batch = batch(model)?;
@@ -169,7 +173,7 @@ fn padding(model: &dyn Model) -> Result<Outcome> {
     let norm = whole.grads.norm()?.value()?;
     let gaps = [distance(&whole.grads, &wide.grads)? / norm, distance(&whole.grads, &rows)? / norm];
     let holds = gaps.iter().all(|gap| *gap < 1e-9);
-    Ok(Outcome::judge(holds, format!("gradients differ by {:.1e}, row by row by {:.1e}", gaps[0], gaps[1])))
+    Ok(CheckOutcome::judge(holds, format!("gradients differ by {:.1e}, row by row by {:.1e}", gaps[0], gaps[1])))
 }
 
 fn hidden(model: &dyn Model, weights: &Weights, ids: &[u32]) -> Result<Tensor> {
@@ -184,7 +188,7 @@ fn text(model: &dyn Model) -> Vec<u32> {
 }
 
 /// Another last token changes its own hidden state and no earlier one.
-fn causality(model: &dyn Model) -> Result<Outcome> {
+fn causality(model: &dyn Model) -> Result<CheckOutcome> {
     let (weights, ids) = (random(model, DType::F32)?, text(model));
     let mut other = ids.clone();
     let last = ids.len() - 1;
@@ -192,14 +196,14 @@ fn causality(model: &dyn Model) -> Result<Outcome> {
     let [a, b] = [hidden(model, &weights, &ids)?, hidden(model, &weights, &other)?];
     let before = difference(&a.i((.., ..last))?, &b.i((.., ..last))?)?;
     let own = difference(&a.i((.., last))?, &b.i((.., last))?)?;
-    Ok(Outcome::judge(
+    Ok(CheckOutcome::judge(
         before == 0. && own > 0.,
         format!("its own state moves by {own:.1e}, earlier ones by {before:.1e}"),
     ))
 }
 
 /// Token by token with a cache, the hidden states are those of one pass.
-fn decoding(model: &dyn Model) -> Result<Outcome> {
+fn decoding(model: &dyn Model) -> Result<CheckOutcome> {
     let (weights, ids) = (random(model, DType::F32)?, text(model));
     let whole = hidden(model, &weights, &ids)?;
     let mut cache = Cache::new(model.spec(), 1, ids.len(), DType::F32, &Device::Cpu)?;
@@ -211,47 +215,47 @@ fn decoding(model: &dyn Model) -> Result<Outcome> {
         parts.push(model.hidden(&tokens, &mut pass)?.tensor().clone());
     }
     let gap = difference(&whole, &Tensor::cat(&parts, D::Minus2)?)?;
-    Ok(Outcome::judge(gap < 1e-4, format!("hidden states differ by {gap:.1e}")))
+    Ok(CheckOutcome::judge(gap < 1e-4, format!("hidden states differ by {gap:.1e}")))
 }
 
 /// An adapter on every linear layer but the head trains, and merged it computes the same.
-fn adapter(model: &dyn Model) -> Result<Outcome> {
+fn adapter(model: &dyn Model) -> Result<CheckOutcome> {
     let weights = adapted(random(model, DType::F32)?, Adapted::Lora { dropout: 0. }, "adapter")?;
     let batch = batch(model)?;
     let found = pass(model, &weights, &batch, Sites::none(), false)?.grads;
     if let Some(name) = weights.trainable().keys().find(|name| found.get(name).is_none()) {
-        return Ok(Outcome::Failed(format!("no gradient reaches `{name}`")));
+        return Ok(CheckOutcome::Failed(format!("no gradient reaches `{name}`")));
     }
     let merged = weights.merged()?;
     let gap = difference(&hidden(model, &weights, &text(model))?, &hidden(model, &merged, &text(model))?)?;
-    Ok(Outcome::judge(gap < 1e-4, format!("{} factors; merged, hidden states differ by {gap:.1e}", found.len())))
+    Ok(CheckOutcome::judge(gap < 1e-4, format!("{} factors; merged, hidden states differ by {gap:.1e}", found.len())))
 }
 
 /// Running blocks again in the backward pass changes no bit, dropout included.
-fn checkpointing(model: &dyn Model) -> Result<Outcome> {
+fn checkpointing(model: &dyn Model) -> Result<CheckOutcome> {
     let weights = adapted(random(model, DType::F32)?, Adapted::Lora { dropout: 0.2 }, "adapter")?;
     let batch = batch(model)?;
     let [kept, again] = [false, true].map(|on| pass(model, &weights, &batch, Sites::none(), on));
     let gap = distance(&kept?.grads, &again?.grads)?;
-    Ok(Outcome::judge(gap == 0., format!("gradients differ by {gap:.1e}")))
+    Ok(CheckOutcome::judge(gap == 0., format!("gradients differ by {gap:.1e}")))
 }
 
-fn bf16(model: &dyn Model) -> Result<Outcome> {
+fn bf16(model: &dyn Model) -> Result<CheckOutcome> {
     stored(model, DType::BF16.into())
 }
 
-fn q8_0(model: &dyn Model) -> Result<Outcome> {
+fn q8_0(model: &dyn Model) -> Result<CheckOutcome> {
     stored(model, Precision::Quantized(GgmlDType::Q8_0))
 }
 
 /// A base in low precision computes nearly the same.
-fn stored(model: &dyn Model, precision: Precision) -> Result<Outcome> {
+fn stored(model: &dyn Model, precision: Precision) -> Result<CheckOutcome> {
     if precision.check(model.params()).is_err() {
-        return Ok(Outcome::NotApplicable("the sizes do not fit these blocks"));
+        return Ok(CheckOutcome::NotApplicable("the sizes do not fit these blocks"));
     }
     let batch = batch(model)?;
     let [full, stored] =
         [DType::F32.into(), precision].map(|precision| label_loss(model, &random(model, precision)?, &batch));
     let (full, stored) = (full?, stored?);
-    Ok(Outcome::judge((full - stored).abs() < 0.05 * full.abs(), format!("the loss is {stored}, in full {full}")))
+    Ok(CheckOutcome::judge((full - stored).abs() < 0.05 * full.abs(), format!("the loss is {stored}, in full {full}")))
 }

@@ -1,6 +1,6 @@
 //! Law 4: the gradients of a declared objective against finite differences.
 
-use super::Outcome;
+use super::CheckOutcome;
 use super::case::{Case, seed};
 use super::fixture::noise_like;
 use super::numbers::dot;
@@ -12,9 +12,9 @@ const REACH: f64 = 1e-6;
 const TOLERANCE: f64 = 1e-5;
 
 /// The gradients are the slope of the logged loss along random directions, in double precision.
-pub(super) fn gradient(case: &Case) -> Result<Outcome> {
+pub(super) fn gradient(case: &Case) -> Result<CheckOutcome> {
     if !case.defense()?.loss_is_objective() {
-        return Ok(Outcome::NotApplicable("its update is no gradient of the loss that it logs"));
+        return Ok(CheckOutcome::NotApplicable("its update is no gradient of the loss that it logs"));
     }
     let case = case.precise();
     let mut run = case.under_way()?;
@@ -33,5 +33,5 @@ pub(super) fn gradient(case: &Case) -> Result<Outcome> {
     }
     let off = worst.iter().copied().fold(0., f64::max);
     let holds = norm > 0. && worst.iter().all(|gap| *gap < TOLERANCE);
-    Ok(Outcome::judge(holds, format!("slopes differ by {off:.1e} of the gradient's norm {norm:.2e}")))
+    Ok(CheckOutcome::judge(holds, format!("slopes differ by {off:.1e} of the gradient's norm {norm:.2e}")))
 }

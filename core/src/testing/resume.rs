@@ -1,11 +1,11 @@
 //! Law 2: an interrupted and resumed stage ends as an uninterrupted one.
 
-use super::Outcome;
+use super::CheckOutcome;
 use super::case::Case;
 use crate::error::Result;
 
 /// Stopped and put together again from what is stored, the stage ends in the same bits.
-pub(super) fn resume(case: &Case) -> Result<Outcome> {
+pub(super) fn resume(case: &Case) -> Result<CheckOutcome> {
     for micros in [1, 2] {
         let case = Case { micros, ..case.clone() };
         let whole = case.run()?.whole()?;
@@ -15,14 +15,14 @@ pub(super) fn resume(case: &Case) -> Result<Outcome> {
             first.train_to(stop)?;
             let resumed = first.resumed()?.finished()?;
             if let Some(difference) = whole.difference(&resumed)? {
-                return Ok(Outcome::Failed(format!("resumed after step {stop}, {difference}")));
+                return Ok(CheckOutcome::Failed(format!("resumed after step {stop}, {difference}")));
             }
             if whole.streams.drawn() != resumed.streams.drawn() {
-                return Ok(Outcome::Failed(format!("resumed after step {stop}, it draws other batches")));
+                return Ok(CheckOutcome::Failed(format!("resumed after step {stop}, it draws other batches")));
             }
         }
     }
-    Ok(Outcome::Passed(format!("the same bits after stops at {:?} of {} steps", stops(case.total), case.total)))
+    Ok(CheckOutcome::Passed(format!("the same bits after stops at {:?} of {} steps", stops(case.total), case.total)))
 }
 
 /// Where a stage of `total` steps is stopped: early and late.

@@ -57,7 +57,7 @@ fn limits(settings: &Value) -> Limits {
 /// What the compared distributions are over.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum Axis {
+pub enum DistributionAxis {
     /// The vocabulary, at each response token; the mean over these.
     #[default]
     Vocabulary,
@@ -72,14 +72,14 @@ pub struct Kl {
     /// λ: the weight of the divergence, in nats per token, beside the loss.
     pub lambda: f64,
     /// What the compared distributions are over: the vocabulary or the sequence.
-    pub axis: Axis,
+    pub axis: DistributionAxis,
     #[serde(skip)]
     kept: Kept,
 }
 
 impl Default for Kl {
     fn default() -> Self {
-        Self { lambda: 0.1, axis: Axis::Vocabulary, kept: Kept::default() }
+        Self { lambda: 0.1, axis: DistributionAxis::Vocabulary, kept: Kept::default() }
     }
 }
 
@@ -88,8 +88,8 @@ impl Kl {
     /// or `[batch, length, vocabulary]`, normalised over dimension 1.
     fn log_probabilities(&self, cx: &mut StepCx, weights: &Weights, hidden: &Tensor, batch: &Batch) -> Result<Tensor> {
         let logits = match self.axis {
-            Axis::Vocabulary => cx.logits_with(weights, &label_rows(hidden, batch)?)?,
-            Axis::Sequence => {
+            DistributionAxis::Vocabulary => cx.logits_with(weights, &label_rows(hidden, batch)?)?,
+            DistributionAxis::Sequence => {
                 let (rows, length) = batch.tokens.dims();
                 cx.logits_with(weights, &hidden.flatten(0, 1)?)?.reshape((rows, length, ()))?
             }

@@ -82,12 +82,12 @@ impl Count {
 
 /// Whose turn it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Turn {
+enum LisaTurn {
     Align,
     FineTune,
 }
 
-impl Turn {
+impl LisaTurn {
     /// The role of the weights at the end of the last such turn.
     fn anchor(self) -> &'static str {
         match self {
@@ -146,8 +146,12 @@ impl Lisa {
     }
 
     /// Whose turn it is after `done` steps.
-    fn turn(&self, done: usize) -> Turn {
-        if done % (self.align_steps + self.fine_tune_steps) < self.align_steps { Turn::Align } else { Turn::FineTune }
+    fn turn(&self, done: usize) -> LisaTurn {
+        if done % (self.align_steps + self.fine_tune_steps) < self.align_steps {
+            LisaTurn::Align
+        } else {
+            LisaTurn::FineTune
+        }
     }
 
     /// Where one turn has ended and the other begins, keeps the weights as the ended turn's anchor.
@@ -162,7 +166,7 @@ impl Lisa {
 
 impl AlignmentDefense for Lisa {
     fn begin(&mut self, cx: &mut StageCx) -> Result<()> {
-        for turn in [Turn::Align, Turn::FineTune] {
+        for turn in [LisaTurn::Align, LisaTurn::FineTune] {
             self.kept.keep(turn.anchor(), cx.weights.snapshot()?);
         }
         Ok(())
@@ -173,11 +177,11 @@ impl AlignmentDefense for Lisa {
         self.change_turns(done, cx.weights())?;
         let turn = self.turn(done);
         let update = match turn {
-            Turn::Align => {
+            LisaTurn::Align => {
                 let (safe, weight) = cx.next_weighed("safe")?;
                 Update::from(cx.backward(&safe, Sites::none())?).weighed(weight)?
             }
-            Turn::FineTune => cx.backward(batch, Sites::none())?.into(),
+            LisaTurn::FineTune => cx.backward(batch, Sites::none())?.into(),
         };
         if self.rho == 0. || share <= self.warmup {
             return Ok(update);

@@ -111,7 +111,7 @@ pub struct TVaccine {
 
 /// What a resume needs.
 #[derive(Debug, Serialize, Deserialize)]
-struct Kept {
+struct Chosen {
     probabilities: Vec<f64>,
     active: Vec<usize>,
 }
@@ -178,12 +178,12 @@ impl AlignmentDefense for TVaccine {
     }
 
     fn state(&self) -> State {
-        let kept = Kept { probabilities: self.probabilities.clone(), active: self.active.clone() };
+        let kept = Chosen { probabilities: self.probabilities.clone(), active: self.active.clone() };
         State { value: json!(kept), ..State::default() }
     }
 
     fn load_state(&mut self, state: State) -> Result<()> {
-        let kept: Kept = serde_json::from_value(state.value)
+        let kept: Chosen = serde_json::from_value(state.value)
             .map_err(|error| Error::data("the state is not T-Vaccine's").source(error))?;
         (self.probabilities, self.active) = (kept.probabilities, kept.active);
         Ok(())

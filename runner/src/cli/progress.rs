@@ -99,12 +99,12 @@ pub struct Lines<W> {
 #[derive(Debug)]
 struct LinesState<W> {
     out: W,
-    running: BTreeMap<String, Running>,
+    running: BTreeMap<String, RunningStage>,
     outlook: Outlook,
 }
 
 #[derive(Debug)]
-struct Running {
+struct RunningStage {
     label: String,
     total: usize,
     resumed: usize,
@@ -135,7 +135,7 @@ impl<W: Write + Send> Sink for Lines<W> {
                     0 => format!("start   {label}"),
                     _ => format!("resume  {label} at {resumed}/{total}"),
                 };
-                running.insert(key, Running { label, total, resumed, started: now, shown: now });
+                running.insert(key, RunningStage { label, total, resumed, started: now, shown: now });
                 line
             }
             Event::Step { key, step, loss } => {

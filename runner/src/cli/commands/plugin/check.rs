@@ -54,7 +54,7 @@ fn conformance(entries: &BTreeSet<Registered>) -> Result<Vec<(String, Vec<testin
     let mut found = Vec::new();
     for architecture in all::<ModelEntry>()? {
         // An architecture that cannot be built says so in its own checks.
-        if let Ok(world) = testing::World::small(architecture) {
+        if let Ok(world) = testing::Fixture::small(architecture) {
             for defense in all::<DefenseEntry>()?.into_iter().filter(|entry| among(entries, *entry)) {
                 let subject = format!("{} on {}", defense.name, architecture.name);
                 found.push((subject, testing::check_defense(defense, &world)));
