@@ -6,7 +6,7 @@
 //!
 //! ```ignore
 //! let fixture = Fixture::small(registry::find::<ModelEntry>("llama")?)?;
-//! for check in check_defense(registry::find::<DefenseEntry>("mine")?, &world) {
+//! for check in check_defense(registry::find::<DefenseEntry>("mine")?, &fixture) {
 //!     assert!(!check.outcome.failed(), "{check}");
 //! }
 //! ```
