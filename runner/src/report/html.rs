@@ -38,6 +38,7 @@ pub(super) fn render(results: &Results, table: &Table, folder: &Path) -> Result<
         "experiment": results.experiment,
         "titer": results.titer,
         "cells": results.rows.len(),
+        "planned": results.rows.len() + results.failures.len(),
         "seeds": seeds.into_iter().map(|seed| seed.to_string()).collect::<Vec<_>>().join(", "),
         "protocol": protocols(results),
         "legend": LEGEND,
