@@ -214,7 +214,8 @@ fn subcommand(page: &mut String, parent: &str, command: &Command) {
 }
 
 fn arguments<'a>(page: &mut String, arguments: impl Iterator<Item = &'a Arg>) {
-    let shown = arguments.filter(|argument| !["help", "version"].contains(&argument.get_id().as_str()));
+    let shown = arguments
+        .filter(|argument| !argument.is_hide_set() && !["help", "version"].contains(&argument.get_id().as_str()));
     let lines: String = shown.map(argument).collect();
     if !lines.is_empty() {
         let _ = write!(page, "\n| argument | meaning | default |\n|---|---|---|\n{lines}");
