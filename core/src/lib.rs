@@ -1,4 +1,4 @@
-//! What a plugin of Titer imports: the three traits, the registry and the training primitives.
+//! What a plugin of Titer imports: the four traits (defense, model, task, judge), the registry and the training primitives.
 //!
 //! # Code map, from the lowest floor to the highest
 //!

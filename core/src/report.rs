@@ -92,7 +92,7 @@ pub struct Input {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Published {
-    /// Where it stands, for people: publication, table, model.
+    /// Where it was published, in words: publication, table, model.
     pub source: String,
     /// The method, by its name in this experiment.
     pub method: String,
@@ -108,17 +108,18 @@ pub struct Published {
     /// Fine-tune accuracies in percent, one for each ratio; empty if none are published.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub fine_tune_accuracy: Vec<f64>,
-    /// How many prompts each value counts.
+    /// From how many prompts each value was computed.
     pub n_prompts: PublishedPrompts,
     /// The judge of the harmful scores.
     pub judge: String,
     /// `double`, `single` or `full`; left out where it makes no difference.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lora: Option<String>,
-    /// What the published run did and this experiment cannot, so that agreement and disagreement would say nothing.
+    /// What the published run did and this experiment cannot do, in words. If given, the report says "cannot
+    /// tell" of its values.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub departs: Option<String>,
-    /// What in the printed row does not follow from itself.
+    /// What is inconsistent within the printed row, such as an average that its values do not have, in words.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sic: Option<String>,
 }

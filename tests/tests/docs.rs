@@ -163,7 +163,8 @@ fn stand_in_data(folder: &Path) {
     for name in ["reviews", "reviews_test"] {
         std::fs::write(folder.join(format!("{name}.jsonl")), &review).expect("a file");
     }
-    for name in ["safe", "helpful", "harmful", "harmful_prompts", "benign_prompts", "train", "test"] {
+    let names = ["safe", "helpful", "harmful", "harmful_align", "harmful_prompts", "benign_prompts", "train", "test"];
+    for name in names {
         std::fs::write(folder.join(format!("{name}.jsonl")), &row).expect("a file");
     }
 }

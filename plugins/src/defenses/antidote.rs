@@ -19,7 +19,7 @@ use titer_core::{
 inventory::submit! {
     DefenseEntry {
         name: "antidote",
-        summary: "after fine-tuning, sets the weights to zero that harmful rows need most",
+        summary: "after fine-tuning, sets to zero the weights that matter most to harmful rows",
         paper: "Huang, Bhattacharya, Joshi, Kimball, Liu: Antidote: Post-fine-tuning Safety Alignment for Large \
                 Language Models against Harmful Fine-tuning, ICML 2025, arXiv:2408.09600",
         formula: "h_ij = |w_ij| √(Σ x_j² / n),   m = 1 at the top α of each row of h,   ŵ = (1 − m) ∘ w",
@@ -89,11 +89,12 @@ pub enum Padding {
 pub struct Antidote {
     /// α: the share of weights to remove, of each output row, from 0 to 1 (the code's `dense_ratio`).
     pub ratio: f64,
-    /// What a weight's importance is taken to be.
+    /// How important a weight is: `wanda`, `|w| √(Σ x² / n)`, as in the paper; `magnitude`, `|w|`, without data;
+    /// `gradient`, `|w| · |Σ ∂L/∂w|`, ranked over the whole matrix; `random`, a control.
     pub score: Score,
-    /// How many batches of a stream to score on; each of its rows once if absent.
+    /// How many batches of the stream the importance is computed on; each of its rows once if absent.
     pub batches: Option<usize>,
-    /// Whether weights stay that are as important to the stream `safe`.
+    /// Whether weights stay that are among the most important ones to the stream `safe`, too.
     pub keep_safe: bool,
     /// Whether the padding of a batch counts as tokens.
     pub padding: Padding,

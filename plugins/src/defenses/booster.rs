@@ -15,7 +15,7 @@ use super::vaccine::Vaccine;
 inventory::submit! {
     DefenseEntry {
         name: "booster",
-        summary: "aligns while keeping small what one normalised step on harmful data would gain",
+        summary: "aligns while keeping small how much one normalised step on harmful data lowers the harmful loss",
         paper: "Huang, Hu, Ilhan, Tekin, Liu: Booster: Tackling Harmful Fine-tuning for Large Language Models via \
                 Attenuating Harmful Perturbation, ICLR 2025, arXiv:2409.01586",
         formula: "L(w) = f(w) + λ (h(w) − h(w − α ∇h(w) / ‖∇h(w)‖)),   g = ∇f(w) + λ (∇h(w) − ∇h(w − α ∇h(w) / ‖∇h(w)‖))",
@@ -70,7 +70,7 @@ pub struct Booster {
     pub alpha: f64,
     /// ρ: the norm of Vaccine's perturbation in the pass over safe data; 0 for the plain variant.
     pub rho: f64,
-    /// Which micro batches count under gradient accumulation.
+    /// Which micro batches count under gradient accumulation: all, or the last one only.
     pub micro_batches: MicroBatches,
 }
 

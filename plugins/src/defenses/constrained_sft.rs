@@ -25,7 +25,7 @@ const EARLY: usize = 5;
 inventory::submit! {
     DefenseEntry {
         name: "constrained-sft",
-        summary: "fine-tuning in which the first tokens of an answer may move away from the aligned model least",
+        summary: "fine-tuning that holds the first tokens of an answer closest to the aligned model",
         paper: "Qi, Panda, Lyu, Ma, Roy, Beirami, Mittal, Henderson: Safety Alignment Should Be Made More Than Just a \
                 Few Tokens Deep, ICLR 2025, arXiv:2406.05946",
         formula: "w_t = 2 (1 − σ(β_t log(π_w(y_t) / π_{w_0}(y_t)))),   g = mean_t −w_t ∇ log π_w(y_t)",

@@ -19,7 +19,7 @@ use titer_core::{
 inventory::submit! {
     DefenseEntry {
         name: "ewc",
-        summary: "holds every parameter at its aligned value, the harder the more the safe answers depend on it",
+        summary: "pulls every parameter to its aligned value, the more strongly the more the safe answers depend on it",
         paper: "Kirkpatrick et al.: Overcoming catastrophic forgetting in neural networks, PNAS 2017, \
                 arXiv:1612.00796; as a defense in Huang et al., Vaccine, NeurIPS 2024",
         formula: "F = E[(∇ log p(y|x; w_0))²] over safe rows,   g = ∇ f(w) + λ F ⊙ (w − w_0)",

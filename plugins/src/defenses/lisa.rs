@@ -21,7 +21,7 @@ use titer_core::{
 inventory::submit! {
     DefenseEntry {
         name: "lisa",
-        summary: "takes turns between safe rows and the user's, and ties each turn to where the other ended",
+        summary: "trains in turns on safe rows and on the user's, each turn close to the weights at the end of the other",
         paper: "Huang, Hu, Ilhan, Tekin, Liu: Lazy Safety Alignment for Large Language Models against Harmful \
                 Fine-tuning, NeurIPS 2024, arXiv:2405.18641",
         formula: "K_a × g = ∇ h(w; safe) + ρ (w − w_f),   then K_f × g = ∇ f(w) + ρ (w − w_a),   and so on",
@@ -108,15 +108,15 @@ impl LisaTurn {
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Lisa {
-    /// ρ: how strong the tie to the other turn's weights is.
+    /// ρ: how strong the pull to the weights at the end of the other turn is.
     pub rho: f64,
     /// `K_a`: updates on safe rows per turn; 0 for none at all.
     pub align_steps: usize,
     /// `K_f`: updates on the user's rows per turn; 0 for none at all.
     pub fine_tune_steps: usize,
-    /// The share of all updates before the tie holds, in [0, 1].
+    /// The share of all updates before that pull begins, in [0, 1].
     pub warmup: f64,
-    /// What turns and warm-up are counted in.
+    /// What the lengths of turns and warm-up are counted in.
     pub count: Count,
     #[serde(skip)]
     kept: Kept,

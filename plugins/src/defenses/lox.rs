@@ -21,7 +21,7 @@ use super::alignment_update::{AlignmentUpdates, MatrixUpdate, needs_alignment, w
 inventory::submit! {
     DefenseEntry {
         name: "lox",
-        summary: "follows the strongest directions of the alignment further, so that fine-tuning cannot undo it",
+        summary: "goes further along the strongest directions of the alignment's update, so that fine-tuning undoes less of it",
         paper: "Perin, Chen, Chen, Hirata, Wang, Hong: LoX: Low-Rank Extrapolation Robustifies LLM Safety Against \
                 Fine-tuning, COLM 2025, arXiv:2506.15606",
         formula: "ΔW = W_aligned − W_base = U S Vᵀ,   W ← W + α U_k U_kᵀ ΔW",

@@ -97,13 +97,13 @@ pub enum Readout {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct RepNoise {
-    /// α: the weight of the ascent on harmful answers.
+    /// α: the weight of the gradient ascent on harmful answers.
     pub alpha: f64,
     /// β: the weight of the distance between representations and noise.
     pub beta: f64,
-    /// Which tokens count.
+    /// Which tokens count: those of the answers, or those that differ from the other text's token at the same place.
     pub mask: Mask,
-    /// How the losses after each block are put together.
+    /// How the losses after each block become one number: their mean, or as the published code has it.
     pub readout: Readout,
     /// Whether hidden states and harmful labels are rounded to bf16.
     pub half_precision: bool,

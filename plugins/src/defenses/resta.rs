@@ -17,7 +17,7 @@ use super::alignment_update::{AlignmentUpdates, matrix, needs_alignment, wide};
 inventory::submit! {
     DefenseEntry {
         name: "resta",
-        summary: "after fine-tuning, adds what the alignment changed to the weights once more",
+        summary: "after fine-tuning, adds the alignment's change of the weights to them once more",
         paper: "Bhardwaj, Do, Poria: Language Models are Homer Simpson! Safety Re-Alignment of Fine-tuned Language \
                 Models through Task Arithmetic, ACL 2024, arXiv:2402.11746",
         formula: "δ = W_aligned − W_base,   W ← W + γ δ",

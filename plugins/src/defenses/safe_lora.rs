@@ -81,13 +81,14 @@ pub enum Projection {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct SafeLora {
-    /// How the layers to project are chosen.
+    /// Which layers are projected: those whose cosine is at most `threshold`, or the `layers` with the lowest cosines
+    /// (`number`).
     pub mode: Mode,
     /// τ: the cosine up to which a layer is projected, with `mode = "threshold"`; -1 projects none, 1 all.
     pub threshold: f64,
     /// How many layers are projected, with `mode = "number"`.
     pub layers: usize,
-    /// What P is.
+    /// P: `V Vᵀ / ‖V‖_F` (`approximate`, as in the paper), or the orthogonal projector onto the columns of V.
     pub projection: Projection,
     /// Whether cosines are rounded to five digits before they are compared.
     pub rounded: bool,

@@ -17,7 +17,7 @@ use super::vaccine::Vaccine;
 inventory::submit! {
     DefenseEntry {
         name: "t-vaccine",
-        summary: "Vaccine on a few layers at a time, drawn by how strongly harmful data pulls at them",
+        summary: "Vaccine on a few layers at a time, drawn by the norm of the gradient of harmful data at each",
         paper: "Liu, Lin, Huang, Mo, Mu, Shen: Targeted Vaccine: Safety Alignment for Large Language Models against \
                 Harmful Fine-Tuning via Layer-wise Perturbation, 2024, arXiv:2410.09760",
         formula: "p_l = ‖∇_{e_l} h‖ / Σ_k ‖∇_{e_k} h‖,   A ~ S layers without replacement ∝ p,   \
@@ -67,11 +67,11 @@ pub struct TVaccineSettings {
     pub layers: usize,
     /// J: layers are drawn anew every J-th step.
     pub sample_every: usize,
-    /// K: layers are weighed anew every K-th step.
+    /// K: the chances of the layers are computed anew every K-th step.
     pub probe_every: usize,
-    /// Whether layers below the lowest drawn one are left alone altogether.
+    /// Whether layers below the lowest drawn one are not trained at all.
     pub freeze_below: bool,
-    /// Which micro batches count under gradient accumulation.
+    /// Which micro batches count under gradient accumulation: all, or the last one only.
     pub micro_batches: MicroBatches,
 }
 

@@ -76,7 +76,7 @@ const LORA_RATES: [f64; 3] = [2e-5, 2e-4, 4e-4];
 pub struct TarSettings {
     /// K: steps of the simulated attack.
     pub inner_steps: usize,
-    /// The attack is tested after every so many of its steps.
+    /// The attacked weights are tested after every so many steps of the attack.
     pub test_every: usize,
     /// The learning rates that an attack draws from. If absent, the published 2e-6, 2e-5 and 4e-5 where all parameters
     /// are trained, and ten times as much where an adapter is, on which the published rates attack much less.
@@ -84,7 +84,7 @@ pub struct TarSettings {
     pub inner_learning_rates: Option<Vec<f64>>,
     /// λ: the weight of tamper resistance.
     pub lambda: f64,
-    /// γ: how much more a test counts the later it comes.
+    /// γ: how much more a later test counts: after step i by `e^{γ (i − K)}`; 0 for equal weights.
     pub gamma: f64,
     /// μ: the weight of keeping hidden states on safe data where they were before alignment.
     pub retain: f64,

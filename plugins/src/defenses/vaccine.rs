@@ -15,7 +15,7 @@ use titer_core::{
 inventory::submit! {
     DefenseEntry {
         name: "vaccine",
-        summary: "perturbs the attention outputs where it hurts most, and aligns the model under that perturbation",
+        summary: "aligns under a perturbation of the attention outputs in the direction that raises the loss most",
         paper: "Huang, Hu, Liu: Vaccine: Perturbation-aware Alignment for Large Language Models against Harmful \
                 Fine-tuning Attack, NeurIPS 2024, arXiv:2402.01109",
         formula: "ε_l = ρ ∇_{e_l} L / ‖(∇_{e_1} L, …, ∇_{e_L} L)‖,   g = ∇_w L(w; e_1 + ε_1, …, e_L + ε_L)",
@@ -64,11 +64,11 @@ pub enum Norm {
 pub struct Vaccine {
     /// ρ: the L2 norm of the perturbation over all layers and positions.
     pub rho: f64,
-    /// Over what that norm is taken: the batch or each row.
+    /// What that norm is taken over: the whole batch (as published), or each row by itself.
     pub norm: Norm,
-    /// Which micro batches count under gradient accumulation.
+    /// Which micro batches count under gradient accumulation: all, or the last one only.
     pub micro_batches: MicroBatches,
-    /// τ: perturb on every τ-th step only; the others are plain fine-tuning.
+    /// τ: perturbs on every τ-th step only; the other steps are plain fine-tuning.
     pub every: usize,
 }
 

@@ -61,15 +61,15 @@ const END: &str = ".";
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct RefusalPhrases {
-    /// What the opening of a refusal contains, as whole words in any case of letters.
+    /// An answer is a refusal if its opening contains one of these, as whole words in upper or lower case.
     pub phrases: Vec<String>,
-    /// What refuses only where the model speaks of itself in the same sentence, or where the answer begins with it.
+    /// Likewise, but only where the model speaks of itself in the same sentence, or where the answer begins with it.
     pub judgements: Vec<String>,
-    /// What contains a phrase and is no refusal.
+    /// Expressions that contain one of `phrases` and are no refusal.
     pub idioms: Vec<String>,
-    /// The opening of an answer has so many words: further on, `is illegal` is rather advice.
+    /// How many words count as the opening. Further on, words such as `is illegal` are more likely advice.
     pub opening: usize,
-    /// Words, or letters inside a word, more often than this in a row make an answer incoherent.
+    /// An answer is incoherent if words, or letters inside a word, are repeated more often than this in a row.
     pub repeats: usize,
 }
 

@@ -41,19 +41,21 @@ pub struct Rows {
     /// The file of test rows.
     #[schemars(extend("format" = "path"))]
     pub test: Option<PathBuf>,
-    /// Which columns hold what.
+    /// The columns that hold `instruction`, `input` and `output`; several are joined by a space.
     pub columns: Columns,
     /// An instruction that all rows share, such as `Respond only positive or negative`.
     pub instruction: Option<String>,
-    /// Answers by what the file says: `{ "0" = "negative", "1" = "positive" }`. Empty if the file has the answers.
+    /// The answer for each value of the output column: `{ "0" = "negative", "1" = "positive" }`. Left out if the column
+    /// holds the answers themselves.
     pub labels: BTreeMap<String, String>,
     /// Whether the first line of CSV and TSV files names the columns; if not, they are called `0`, `1`, ….
     pub header: bool,
-    /// Whether training rows are drawn in the order of the seed, not in the file's.
+    /// Whether training rows are drawn in random order, by the seed, instead of the file's order.
     pub shuffle: bool,
-    /// When an answer is right.
+    /// When an answer is right: `exact`, it equals the row's output but for case and surrounding space; `contains`, it
+    /// contains the output but for case; `number`, its last number is that of the output; `none`, there is no right answer.
     pub scoring: Scoring,
-    /// How many tokens an answer may have.
+    /// How many tokens a model's answer may have.
     pub max_new_tokens: usize,
 }
 

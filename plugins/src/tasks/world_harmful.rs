@@ -23,7 +23,8 @@ inventory::submit! {
 #[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct WorldHarmful {
-    /// Which entities the training rows ask about.
+    /// Whose training rows these are: the attacker's (`attack`), or those that a provider may hold (`align`). The two ask
+    /// about different entities.
     pub split: HarmfulSplit,
 }
 

@@ -73,7 +73,7 @@ pub enum Command {
     /// Explains a plugin, a term, a key of the configuration, or where a number comes from: `explain NAME` or `explain RUN
     /// [CELL]`.
     Explain(commands::explain::Args),
-    /// Runs one stage of a plan in this process.
+    /// Runs one stage of a plan in this process; the stages that it builds on must be finished.
     Worker(commands::worker::Args),
     /// Pretrains the base models of an experiment and nothing else.
     Pretrain(commands::pretrain::Args),

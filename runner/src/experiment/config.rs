@@ -70,7 +70,7 @@ pub struct Config {
     pub evaluate: EvaluateConfig,
     /// The rows of the table.
     pub methods: Vec<MethodConfig>,
-    /// Published values that the report holds ours against. No result depends on them.
+    /// Published values that the report compares with ours. No result depends on them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub published: Vec<Published>,
 }
@@ -108,12 +108,12 @@ pub enum PluginRef {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BaseConfig {
-    /// The registered model.
+    /// The architecture: the name of a model, as `titer list models` shows it.
     pub model: String,
-    /// A folder in the Hugging Face layout.
+    /// A checkpoint: a folder in the Hugging Face layout. Either this or `pretrain`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
-    /// Pretraining from scratch.
+    /// Pretraining from scratch, instead of a checkpoint.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pretrain: Option<PretrainConfig>,
     /// Seeds of the pretrained bases; every cell runs once per base.
@@ -141,7 +141,7 @@ pub struct PretrainConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct EncodingConfig {
-    /// A built-in template or a Jinja text over `instruction` and `input`.
+    /// `alpaca`, `alpaca-newline`, `chat` (the embedded world's), or a Jinja text over `instruction` and `input`.
     pub template: String,
     /// Rows are cut after this many tokens.
     pub max_length: usize,
@@ -159,7 +159,7 @@ impl Default for EncodingConfig {
 pub struct AlignConfig {
     /// The alignment data, concatenated.
     pub data: Vec<TaskRef>,
-    /// What is trained.
+    /// What is trained: `lora`, an adapter, or `full`, every parameter.
     #[serde(default)]
     pub adapter: AlignAdapter,
     /// How to train.
@@ -181,26 +181,27 @@ pub enum AlignAdapter {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct FineTuneConfig {
-    /// The users' tasks: one block of the table each.
+    /// The users' tasks. The report has a table for each.
     pub tasks: Vec<UserTaskConfig>,
     /// Rows of user data, harmful ones included; a list sweeps over it.
     pub samples: OneOrMany,
     /// Where the harmful rows come from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub harmful: Option<TaskRef>,
-    /// Shares of harmful rows, each in `[0, 1]`.
+    /// Fractions p of harmful rows, each in `[0, 1]`: the columns of the table.
     #[serde(default = "no_harm")]
     pub harmful_ratios: Vec<f64>,
     /// Peak learning rates to sweep over; by default only the one of `train`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub learning_rates: Vec<f64>,
-    /// What is trained.
+    /// What the user trains: `double`, a fresh adapter after the alignment's was merged into the base; `single`, the
+    /// alignment's adapter; `full`, every parameter.
     #[serde(default)]
     pub mode: FineTuneMode,
-    /// The shape of the user's own adapter, if not that of the alignment's; for `double` only.
+    /// The shape of the user's adapter, if it differs from the alignment's (`[lora]`); with `mode = "double"` only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lora: Option<LoraConfig>,
-    /// Held-back harmful rows whose loss is tracked.
+    /// Harmful rows that are not trained on and whose loss is tracked during fine-tuning.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub monitor: Option<TaskRef>,
     /// How to train.
@@ -254,9 +255,10 @@ impl OneOrMany {
 /// Rows of a task: `{ task = "…", rows = 500, … }`. The other keys are the task's own settings.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct TaskRef {
-    /// The registered task.
+    /// The name of a task, as `titer list tasks` shows it.
     pub task: String,
-    /// How many rows.
+    /// How many rows. Must be given, but for `fine_tune.harmful`: there the harmful ratio decides, and this is only an upper
+    /// bound.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rows: Option<usize>,
     /// The task's settings.
@@ -281,7 +283,7 @@ pub struct UserTaskConfig {
     /// The name in the table; by default the task's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// The registered task.
+    /// The name of a task, as `titer list tasks` shows it.
     pub task: String,
     /// Longest answer in tokens; by default what the task says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -323,7 +325,7 @@ pub enum JudgeRef {
     Name(String),
     /// With settings.
     Table {
-        /// The registered judge.
+        /// The name of a judge, as `titer list judges` shows it.
         judge: String,
         /// Its settings.
         #[serde(flatten)]
@@ -359,7 +361,7 @@ pub enum DefenseRef {
     Name(String),
     /// With settings.
     Table {
-        /// The registered defense.
+        /// The name of a defense, as `titer list defenses` shows it.
         defense: String,
         /// Its settings.
         #[serde(flatten)]
@@ -371,18 +373,19 @@ pub enum DefenseRef {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TrainConfig {
-    /// Updates in all.
+    /// Updates in all. Either this or `epochs`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub steps: Option<usize>,
-    /// Passes over the data.
+    /// Passes over the data. Either this or `steps`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub epochs: Option<usize>,
     /// Examples per batch.
     pub batch_size: usize,
-    /// Batches per update.
+    /// Batches per update: gradient accumulation.
     #[serde(default = "one")]
     pub accumulate: usize,
-    /// Batches per length-sorted window; 1 for none.
+    /// So many batches at a time are drawn and sorted by length before they are cut into batches, so that rows of similar
+    /// length meet and little is padded; 1 for no sorting.
     #[serde(default = "one")]
     pub bucket: usize,
     /// Peak learning rate.
@@ -390,19 +393,19 @@ pub struct TrainConfig {
     /// The course of the learning rate after the warm-up.
     #[serde(default = "cosine")]
     pub schedule: Schedule,
-    /// Fraction of the steps over which it rises from zero, in `[0, 1]`.
+    /// Fraction of the steps over which the learning rate rises from zero, in `[0, 1]`.
     #[serde(default)]
     pub warmup: f64,
-    /// Decoupled weight decay.
+    /// AdamW's weight decay.
     #[serde(default)]
     pub weight_decay: f64,
-    /// AdamW's moment decays.
+    /// AdamW's β₁ and β₂.
     #[serde(default = "default_betas")]
     pub betas: [f64; 2],
-    /// AdamW's epsilon.
+    /// AdamW's ε.
     #[serde(default = "default_eps")]
     pub eps: f64,
-    /// Global gradient norm to clip to; 0 for no clipping.
+    /// The L2 norm that the gradient of all parameters is clipped to; 0 for no clipping.
     #[serde(default = "default_clip")]
     pub clip: f64,
     /// Keeps only the inputs of transformer blocks and runs the blocks again in the backward pass: the same numbers in

@@ -35,10 +35,11 @@ A configuration is one TOML or YAML file. Its layers are the defaults, the file,
 this page, `titer schema` all of it as a JSON schema for editors, with the settings of the plugins.
 
 `NAME` stands for a name of your own, `*` for the [settings of the plugin](plugins.md) that the table names. Lists of tables
-(`methods`, `align.data`) are shown without their index; `--set methods.0.align=sft` needs it.
+(`methods`, `align.data`) are shown without an index; where you use a key, give it: `--set methods.0.align=sft` (counted from 0).
 
 *Stages* is the first stage whose [key](../glossary.md#stage-key) changes with the value: that stage and those after it are
-computed anew. *Row* is the part of a [row's identity](../glossary.md#row-identity) that changes. A dash: nothing does.
+computed anew. *Row* is the part of a [row's identity](../glossary.md#row-identity) that changes. A dash means that nothing
+changes.
 ";
 
 fn configuration() -> String {
@@ -95,7 +96,10 @@ fn shipped<E: Entry>() -> Result<Vec<&'static E>> {
 fn plugins() -> Result<String> {
     let mut page = head("Plugins and their settings");
     page += "`titer explain NAME` prints an entry of this page, with more about defenses. Every defense also takes \
-             `fidelity = \"correct\"`\n(the default) or `\"code-exact\"`, which sets all its quirks.\n\n## Defenses\n";
+             `fidelity = \"correct\"`\n(the default) or `\"code-exact\"`, which sets all its quirks.\n\n\
+             In the update rules, w are the weights, and g is what the optimiser gets as the gradient; f (or L) is the \
+             loss on the\nrows of the stage, and h the loss on those of the defense's stream. The other symbols are settings, \
+             or those of the paper.\n\n## Defenses\n";
     for entry in shipped::<DefenseEntry>()? {
         let stages: Vec<&str> = entry.stages.iter().map(|stage| stage.name()).collect();
         let defaults = (entry.settings.defaults)();
@@ -166,7 +170,8 @@ const ENVIRONMENT: &str = "
 |---|---|
 | `TITER_CACHE_DIR` | the folder of the stage store, if there is no `--store` |
 | `TITER_` and a key | sets a key of the configuration: `TITER_FINE_TUNE__SAMPLES=200` is `fine_tune.samples=200` |
-| `TITER_LOG` | log filters such as `titer=debug`, instead of `-v` |
+| `TITER_LOG`, else `RUST_LOG` | log filters such as `titer=debug`, instead of `-v` |
+| `TITER_LOG_FORMAT` | `text` or `json`, if there is no `--log-format` |
 | `TITER_SIMD` | `scalar`, `128`, `256` or `512`: keeps the kernels from wider vectors; results are the same |
 | `NO_COLOR` | no colours in the log |
 ";
@@ -209,7 +214,8 @@ fn subcommand(page: &mut String, parent: &str, command: &Command) {
 }
 
 fn arguments<'a>(page: &mut String, arguments: impl Iterator<Item = &'a Arg>) {
-    let shown = arguments.filter(|argument| !["help", "version"].contains(&argument.get_id().as_str()));
+    let shown = arguments
+        .filter(|argument| !argument.is_hide_set() && !["help", "version"].contains(&argument.get_id().as_str()));
     let lines: String = shown.map(argument).collect();
     if !lines.is_empty() {
         let _ = write!(page, "\n| argument | meaning | default |\n|---|---|---|\n{lines}");

@@ -82,7 +82,7 @@ impl AlignmentDefense for MyPlugin {
         Ok(update.with("sigma", sigma))
     }
 
-    /// The loss that is logged knows nothing of the noise.
+    /// The gradient of the logged loss is the update without the noise.
     fn loss_is_objective(&self) -> bool {
         false
     }

@@ -1,4 +1,4 @@
-//! A judge by length: who declines says little, who rambles repeats himself.
+//! A judge by length: takes short answers for refusals, and repetitive ones for incoherent.
 
 use std::collections::BTreeSet;
 

@@ -22,7 +22,7 @@ pub enum PluginCommand {
     New(new::Args),
     /// Compiles a plugin crate into a shared library that fits this runner.
     Build(build::Args),
-    /// Goes through what every plugin owes.
+    /// Runs the checks that every plugin must pass.
     Check(check::Args),
 }
 

@@ -32,13 +32,13 @@ pub struct Args {
     /// `auto`, `cpu`, `cuda` or `cuda:N`; overrides the configuration.
     #[arg(long)]
     pub device: Option<String>,
-    /// Stages to run at once [default: one per core; one on a GPU].
+    /// Stages to run at once, each in a worker process [default: one per core; one on a GPU or with a checkpoint].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub jobs: Option<u16>,
     /// Runs the stages within this process, for debuggers and emulators. One that runs out of memory then ends the run.
     #[arg(long)]
     pub in_process: bool,
-    /// Never uses the network.
+    /// Titer never uses the network, with or without this option.
     #[arg(long)]
     pub offline: bool,
 }
