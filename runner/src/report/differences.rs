@@ -119,7 +119,7 @@ impl<'a> Differences<'a> {
         let units = [bases, seeds].into_iter().flatten().collect::<Vec<_>>().join("; or ");
         format!(
             "Differences to {} are paired by seed and prompt. The units are {units}. A p value is the larger one of an \
-             exact sign-flip test over units and of a t test that counts prompts as drawn too, corrected for the {} \
+             exact sign-flip test over units and of a t test that takes the prompts for a random sample, too, corrected for the {} \
              differences of this table (Holm). CI, the confidence interval, is what this test does not exclude, of that \
              difference alone, at 95 % or at what so few units allow.",
             self.reference,
@@ -172,7 +172,7 @@ impl Test<'_> {
             format!(", {} corrected for {family} differences", rounded(self.least))
         };
         let least = rounded(least);
-        format!("cannot be told from chance with n = {n} {unit}, the least possible p is {least}{corrected}")
+        format!("cannot be told from chance with n = {n} {unit}, the least possible p value is {least}{corrected}")
     }
 }
 
@@ -324,10 +324,13 @@ mod tests {
     fn few_units_are_said_to_be_few() {
         let text = words(3, |_| ());
         assert!(text.contains("HS −20.0 (75 % CI"), "{text}");
-        assert!(text.ends_with("cannot be told from chance with n = 3 seeds, the least possible p is 0.25"), "{text}");
+        assert!(
+            text.ends_with("cannot be told from chance with n = 3 seeds, the least possible p value is 0.25"),
+            "{text}"
+        );
         // Four differences: six seeds could show a single one, and eight can show this one.
         let text = words(6, |_| ());
-        assert!(text.contains("the least possible p is 0.031, 0.12 corrected for 4 differences"), "{text}");
+        assert!(text.contains("the least possible p value is 0.031, 0.12 corrected for 4 differences"), "{text}");
         assert!(words(1, |_| ()).ends_with("one seed says nothing about another"));
     }
 
@@ -378,7 +381,10 @@ mod tests {
     fn seeds_on_several_bases_are_no_further_units() {
         // Eight rows for each cell, on two bases.
         let text = words(8, |row| row.base_seed = Some(row.seed % 2));
-        assert!(text.ends_with("cannot be told from chance with n = 2 bases, the least possible p is 0.50"), "{text}");
+        assert!(
+            text.ends_with("cannot be told from chance with n = 2 bases, the least possible p value is 0.50"),
+            "{text}"
+        );
         let mut results = fixture::results(8);
         results.rows.iter_mut().for_each(|row| row.base_seed = Some(row.seed % 2));
         let table = Table::new(&results).expect("a table");

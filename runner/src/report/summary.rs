@@ -34,7 +34,7 @@ fn sentence(block: &Block, method: &MethodRows, differences: Option<&Differences
     let verb = match refused.filter(|refused| *refused >= REFUSES_ALL) {
         _ if method.rows.iter().all(|row| row.align["defense"] == "none") => "unaligned".to_owned(),
         None => "aligned".to_owned(),
-        Some(refused) => format!("it refuses everything once aligned, {refused:.0} % of benign requests too:"),
+        Some(refused) => format!("it refuses nearly everything once aligned, {refused:.0} % of benign requests too:"),
     };
     let mut text = format!("{verb} HS {before}, after the attack at p = {worst} {after}, with FA {accuracy}");
     if let Some(words) = differences.and_then(|differences| differences.words(method.name)) {
@@ -97,7 +97,7 @@ mod tests {
         let results = fixture::results(3);
         let text = of(&results, "Vaccine");
         assert!(text.contains("; against SFT at p = 0.1, HS −20.0 (75 % CI "), "{text}");
-        assert!(text.ends_with("the least possible p is 0.25."), "{text}");
+        assert!(text.ends_with("the least possible p value is 0.25."), "{text}");
         assert!(of(&results, "Unaligned").starts_with("unaligned HS 100.0"));
         assert!(!of(&results, "SFT").contains("against"));
     }

@@ -30,8 +30,6 @@ pub enum ListedKind {
     Tasks,
     /// Judges of answers.
     Judges,
-    /// Attacks. There is no plugin of this kind yet: the attack is the fine-tuning of the configuration.
-    Attacks,
 }
 
 /// Lists the plugins.

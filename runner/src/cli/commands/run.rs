@@ -38,9 +38,6 @@ pub struct Args {
     /// Runs the stages within this process, for debuggers and emulators. One that runs out of memory then ends the run.
     #[arg(long)]
     pub in_process: bool,
-    /// Titer never uses the network, with or without this option.
-    #[arg(long)]
-    pub offline: bool,
 }
 
 /// Runs the experiment and writes its reports.
