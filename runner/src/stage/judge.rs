@@ -108,9 +108,13 @@ fn verdicts(stages: &Stages, spec: &PluginSpec, answers: &Answers, io: &mut Stag
     let mut cx = JudgeCx::new(&stages.device, precision, kept, &mut keep);
     let judged = judge.judge(answers, &mut cx);
     let verdicts = cx.into_verdicts();
-    // What a judge has given before it failed, or was stopped, need not be asked again.
-    if judged.is_err() && given(&verdicts) > kept_before {
-        save(watch, &verdicts)?;
+    // What a judge has given before it failed, or was stopped, need not be asked again. Its own error tells more than one
+    // of the disk.
+    if judged.is_err()
+        && given(&verdicts) > kept_before
+        && let Err(error) = save(watch, &verdicts)
+    {
+        tracing::warn!("verdicts are lost: {error}");
     }
     judged?;
     let missing = count - given(&verdicts);
