@@ -105,7 +105,7 @@ fn run(root: &Path, plan: &Plan) -> Result<Results> {
     let crew = InProcess { store: &store, runner: &stages, threads: 1 };
     let outcome = execute(plan, &store, &crew, &journal, &interrupt, 1);
     let assemble = |out: &std::path::Path| results::assemble(plan, &[], Provenance::default(), &store, &outcome, out);
-    output.write(&interrupt, |_| true, assemble)
+    output.write(&interrupt, assemble)
 }
 
 /// A run and, with all its stages stored, the same run again.

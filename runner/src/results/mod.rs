@@ -345,7 +345,7 @@ fn unclear(model: Answerer, probe: &str, judge: &str, record: &JudgeRecord) -> O
 }
 
 /// The keys of a cell's stages, by what they are: `align`, `judge harmful by world`, `judge task aligned`.
-pub fn artifacts(cell: &Cell) -> BTreeMap<String, String> {
+fn artifacts(cell: &Cell) -> BTreeMap<String, String> {
     let trained = [
         ("base", Some(&cell.base_key)),
         ("align", cell.align_key.as_ref()),

@@ -1,10 +1,9 @@
 //! `titer run`.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use titer_core::device::{device_name, parse_device, parse_dtype};
-use titer_core::report::{Provenance, ResultRow, Results};
+use titer_core::report::{Provenance, Results};
 use titer_core::{Error, Kind};
 
 use super::{ConfigArgs, Done};
@@ -76,20 +75,9 @@ pub fn run(args: &Args, logging: Logging) -> Result<Done, Problems> {
         execute(&plan, &store, &crew, &sink, &interrupt, jobs.count)
     };
     let provenance = Provenance { started, ..provenance::of(&loaded, &plan, &device_name)? };
-    let artifacts: BTreeMap<&str, BTreeMap<String, String>> = plan
-        .cells
-        .iter()
-        .filter(|cell| outcome.is_complete(cell))
-        .map(|cell| (cell.id.as_str(), results::artifacts(cell)))
-        .collect();
-    // The same measurement; another judge may have joined.
-    let again = |row: &ResultRow| {
-        let ours = artifacts.get(row.id.as_str());
-        ours.is_some_and(|ours| row.artifacts.iter().all(|(what, key)| ours.get(what) == Some(key)))
-    };
     let assemble = |out: &Path| results::assemble(&plan, &config.published, provenance, &store, &outcome, out);
     if outcome.interrupted {
-        let told = match folder.write_partial(&interrupt, again, assemble) {
+        let told = match folder.write_partial(&interrupt, assemble) {
             Ok(Some(partial)) => {
                 let report = out.join("report.html");
                 format!("{} of {} cells, in {}", partial.rows.len(), plan.cells.len(), report.display())
@@ -99,7 +87,7 @@ pub fn run(args: &Args, logging: Logging) -> Result<Done, Problems> {
         };
         return Err(Error::interrupted().at("report", told).into());
     }
-    let results = folder.write(&interrupt, again, assemble)?;
+    let results = folder.write(&interrupt, assemble)?;
     let mut text = if results.rows.is_empty() { String::new() } else { report::console(&results)? };
     text += &summary(&plan, &results, &out);
     let code = match outcome.exit_code(!results.rows.is_empty()) {
