@@ -23,7 +23,7 @@ pub struct AnswerRecord {
 
 pub(super) fn run(stages: &Stages, spec: &AnswerSpec, io: &mut StageIo) -> Result<()> {
     let begun = Instant::now();
-    let mut base = stages.open(io.ancestors, io.artifact)?;
+    let mut base = io.lineage(stages).parent()?;
     base.weights.merge()?;
     let rows = stages.task(&spec.prompts.task)?.test(spec.prompts.rows)?;
     let tokenizer = base.tokenizer;

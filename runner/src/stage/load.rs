@@ -8,6 +8,6 @@ use crate::stage::train_loop::Record;
 
 pub(super) fn run(stages: &Stages, stage: &PlannedStage, io: &mut StageIo) -> Result<()> {
     io.watch.started(1, 0);
-    stages.open(std::slice::from_ref(stage), io.artifact)?;
+    io.lineage(stages).open(std::slice::from_ref(stage))?;
     write_json(&io.output.join(RECORD), &Record::default())
 }

@@ -8,7 +8,7 @@ use titer_core::rng::Seed;
 use titer_core::{Stage, StageCx};
 
 use super::train::save;
-use super::{Lineage, RECORD, StageIo, Stages, defense, encoder, write_json};
+use super::{RECORD, StageIo, Stages, defense, encoder, write_json};
 use crate::memory::stage_peak;
 use crate::plan::PostSpec;
 use crate::stage::train_loop::Record;
@@ -16,7 +16,8 @@ use crate::stage::train_loop::Record;
 pub(super) fn run(stages: &Stages, spec: &PostSpec, io: &mut StageIo) -> Result<()> {
     io.watch.started(1, 0);
     let begun = Instant::now();
-    let mut base = stages.open(io.ancestors, io.artifact)?;
+    let lineage = io.lineage(stages);
+    let mut base = lineage.parent()?;
     if base.weights.lora().is_none() {
         base.weights.train_full()?;
     }
@@ -25,9 +26,8 @@ pub(super) fn run(stages: &Stages, spec: &PostSpec, io: &mut StageIo) -> Result<
     let mut streams = stages.streams(&spec.streams, &encoder, spec.batch_size, seed)?;
     let mut defense = defense(&spec.defense)?;
     let clock = Clock::at(0, 0);
-    let ancestry = &Lineage { stages, ancestors: io.ancestors, artifact: io.artifact };
     let (model, weights) = (base.model.as_ref(), &mut base.weights);
-    let mut cx = StageCx { model, weights, streams: &mut streams, seed, clock, ancestry };
+    let mut cx = StageCx { model, weights, streams: &mut streams, seed, clock, ancestry: &lineage };
     defense.begin(&mut cx)?;
     defense.finish(&mut cx)?;
     save(&base, io)?;

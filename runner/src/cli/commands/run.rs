@@ -17,7 +17,7 @@ use crate::plan::{Plan, StageSpec};
 use crate::report::folder::OutputFolder;
 use crate::results::provenance;
 use crate::stage::Stages;
-use crate::{environment, report, results};
+use crate::{environment, memory, report, results};
 
 /// The arguments.
 #[derive(Debug, Clone, clap::Args)]
@@ -66,12 +66,13 @@ pub fn run(args: &Args, logging: Logging) -> Result<Done, Problems> {
     let (journal, progress) =
         (Journal::open(&out)?, for_stderr(logging.format, Outlook::new(&plan, &store, jobs.count)));
     let sink = Fanout(vec![&journal, &*progress]);
-    let threads = jobs.threads;
     let outcome = if args.in_process {
+        memory::share(jobs.count);
         let stages = Stages::new(&plan.runtime, device);
-        execute(&plan, &store, &InProcess { store: &store, runner: &stages, threads }, &sink, &interrupt, jobs.count)
+        let crew = InProcess { store: &store, runner: &stages, threads: jobs.threads };
+        execute(&plan, &store, &crew, &sink, &interrupt, jobs.count)
     } else {
-        let crew = Processes { plan: &plan, store: &store, threads, logging };
+        let crew = Processes { plan: &plan, store: &store, jobs, logging };
         execute(&plan, &store, &crew, &sink, &interrupt, jobs.count)
     };
     let provenance = Provenance { started, ..provenance::of(&loaded, &plan, &device_name)? };
