@@ -75,6 +75,61 @@ fn a_worker_refuses_what_is_not_the_plan_or_not_ready() {
     refused(&text, &child.key, "stages");
 }
 
+/// What a stage reads is what its key says, also if a file has changed since the plan was made.
+#[test]
+fn a_worker_reads_no_file_that_is_not_the_plans() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let refused = |plan: &Path, key: &str, named: &Path| {
+        let output = worker(folder.path(), plan, key);
+        let error = stderr(&output);
+        assert_eq!(output.status.code(), Some(3), "{error}");
+        let expected = ["not that of the plan", &format!("--> {}", named.display()), "help: "];
+        assert!(expected.iter().all(|text| error.contains(text)), "{error}");
+    };
+    let stage = |plan: &Plan, label: &str| {
+        let found = plan.stages.iter().find(|stage| stage.label.starts_with(label));
+        found.unwrap_or_else(|| panic!("no stage `{label}`")).key.clone()
+    };
+
+    let rows = folder.path().join("rows.jsonl");
+    let write = |answer: &str| {
+        let row = format!("{{\"instruction\": \"find movie\", \"output\": \"{answer}\"}}\n");
+        std::fs::write(&rows, row.repeat(40)).expect("a file");
+    };
+    write("warm");
+    let own = "{ task = \"rows\", train = \"rows.jsonl\", rows = 40 }";
+    let config = small(folder.path(), &[("{ task = \"world-safe\", rows = 40 }", own)]);
+    let (path, plan) = plan_of(folder.path(), &config);
+    let pretrained = stage(&plan, "pretrain");
+    ended_well(&worker(folder.path(), &path, &pretrained));
+    let align = stage(&plan, "align");
+    write("cold");
+    refused(&path, &align, &rows);
+    write("warm");
+    ended_well(&worker(folder.path(), &path, &align));
+
+    let model = folder.path().join("model");
+    std::fs::create_dir(&model).expect("a folder");
+    for name in ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"] {
+        let from = folder.path().join("store/stages").join(&pretrained).join(name);
+        std::fs::copy(from, model.join(name)).expect("a copy");
+    }
+    let text = std::fs::read_to_string(&config).expect("a configuration");
+    let shape = text.find("shape = ").expect("a shape")..text.find("[encoding]").expect("the encoding");
+    std::fs::write(&config, text.replace(&text[shape], "path = \"model\"\n")).expect("a file");
+    let (path, plan) = plan_of(folder.path(), &config);
+    let (load, align) = (stage(&plan, "load"), stage(&plan, "align"));
+    let weights = model.join("model.safetensors");
+    let (before, mut after) = (std::fs::read(&weights).expect("weights"), std::fs::read(&weights).expect("weights"));
+    *after.last_mut().expect("a byte") ^= 1;
+    std::fs::write(&weights, &after).expect("a file");
+    refused(&path, &load, &model);
+    std::fs::write(&weights, &before).expect("a file");
+    ended_well(&worker(folder.path(), &path, &load));
+    std::fs::write(&weights, &after).expect("a file");
+    refused(&path, &align, &model);
+}
+
 /// The processes that `parent` has started.
 fn workers(parent: u32) -> Vec<u32> {
     let path = format!("/proc/{parent}/task/{parent}/children");

@@ -12,12 +12,15 @@ mod train;
 pub mod train_loop;
 mod watch;
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use candle_core::Device;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use titer_core::causal_lm::model_files;
 use titer_core::data::Stream;
 use titer_core::defense::{Ancestry, Streams};
 use titer_core::device::parse_dtype;
@@ -30,6 +33,7 @@ use titer_core::{
 
 use crate::disk;
 use crate::experiment::spec::{AdapterSpec, EncodingSpec, LoadSpec, PluginSpec, RowsSpec, Runtime, StreamSpec};
+use crate::inputs::Inputs;
 use crate::plan::{PlannedStage, StageSpec};
 use crate::stage::context::{StageContext, StageRunner};
 use crate::stage::train_loop::Watch;
@@ -90,11 +94,13 @@ pub struct Stages {
     device: Device,
     /// How often training keeps a checkpoint.
     checkpoint_every: Duration,
+    /// Data and checkpoints that stages have read.
+    inputs: Inputs,
 }
 
 impl StageRunner for Stages {
     fn run(&self, stage: &PlannedStage, context: &StageContext) -> Result<()> {
-        let artifact = |key: &str| Ok(context.artifact(&key.to_owned())?.verified()?.to_owned());
+        let artifact = once(|key| Ok(context.artifact(&key.to_owned())?.verified()?.to_owned()));
         let (ancestors, output, resident) = (context.ancestors, &context.folder, context.resident);
         let watch = &mut ContextWatch::new(stage, context, self.checkpoint_every);
         self.run(stage, &mut StageIo { ancestors, output, artifact: &artifact, resident, watch })
@@ -105,7 +111,7 @@ impl Stages {
     /// Runs the stages of plans with this runtime on `device`.
     pub fn new(runtime: &Runtime, device: Device) -> Self {
         let checkpoint_every = runtime.checkpoint_every();
-        Self { folder: runtime.folder.clone(), device, checkpoint_every }
+        Self { folder: runtime.folder.clone(), device, checkpoint_every, inputs: Inputs::default() }
     }
 
     /// Runs one stage whose parent is done.
@@ -133,7 +139,11 @@ impl Stages {
         let folder = checkpoint.map_or_else(|| artifact(key), |spec| Ok(spec.path.clone()))?;
         let weights = if chain.len() == 1 { folder.clone() } else { artifact(&chain[0].key)?.join(WEIGHTS) };
         let dtype = parse_dtype(dtype, &self.device)?;
-        CausalLm::with_weights(&folder, Some(model), &weights, dtype, &self.device)
+        let read = || CausalLm::with_weights(&folder, Some(model), &weights, dtype, &self.device);
+        match checkpoint {
+            Some(spec) => self.inputs.read(Some(&folder), &model_files(&folder)?, &spec.content, read),
+            None => read(),
+        }
     }
 
     fn task(&self, spec: &PluginSpec) -> Result<Box<dyn Task>> {
@@ -141,9 +151,20 @@ impl Stages {
         (entry.build)(&settings(spec), &self.folder)
     }
 
+    /// What is read from a task, if its files are those of the plan.
+    fn read<T>(&self, spec: &PluginSpec, read: impl FnOnce(&dyn Task) -> Result<T>) -> Result<T> {
+        let task = self.task(spec)?;
+        self.inputs.read(None, &task.files(), &spec.content, || read(task.as_ref()))
+    }
+
     /// Training rows in the order of `seed`.
     fn train_rows(&self, spec: &RowsSpec, seed: Seed) -> Result<Vec<Row>> {
-        self.task(&spec.task)?.train(spec.rows, seed.named("rows").named(&spec.task.name))
+        self.read(&spec.task, |task| task.train(spec.rows, seed.named("rows").named(&spec.task.name)))
+    }
+
+    /// Rows to ask.
+    fn test_rows(&self, spec: &RowsSpec) -> Result<Vec<Row>> {
+        self.read(&spec.task, |task| task.test(spec.rows))
     }
 
     /// The defense's extra streams.
@@ -156,6 +177,19 @@ impl Stages {
             streams.insert(name, Stream::new(examples.into(), batch_size, 1, seed, encoder.tokenizer.pad)?);
         }
         Ok(streams)
+    }
+}
+
+/// What `find` gives for a key, for which it is asked once: it hashes every file of the artifact.
+fn once(find: impl Fn(&str) -> Result<PathBuf>) -> impl Fn(&str) -> Result<PathBuf> {
+    let found: RefCell<BTreeMap<String, PathBuf>> = RefCell::default();
+    move |key| {
+        if let Some(folder) = found.borrow().get(key) {
+            return Ok(folder.clone());
+        }
+        let folder = find(key)?;
+        found.borrow_mut().insert(key.to_owned(), folder.clone());
+        Ok(folder)
     }
 }
 
@@ -300,4 +334,21 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
             .source(error)
             .help("delete the stage's folder in the store and run again")
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_artifact_is_looked_at_once() {
+        let looked = RefCell::new(Vec::new());
+        let find = once(|key| {
+            looked.borrow_mut().push(key.to_owned());
+            Ok(PathBuf::from(key))
+        });
+        let found = ["a", "b", "a", "a"].map(|key| find(key).unwrap());
+        assert_eq!(found, ["a", "b", "a", "a"].map(PathBuf::from));
+        assert_eq!(*looked.borrow(), ["a", "b"]);
+    }
 }

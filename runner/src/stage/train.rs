@@ -94,7 +94,7 @@ fn rows(stages: &Stages, spec: &TrainSpec, seed: Seed) -> Result<Vec<Row>> {
 
 /// Held-back rows as batches, in their own order.
 fn monitor(stages: &Stages, spec: &RowsSpec, encoder: &Encoder, batch_size: usize) -> Result<Vec<Batch>> {
-    let rows = stages.task(&spec.task)?.test(spec.rows)?;
+    let rows = stages.test_rows(spec)?;
     let examples = encoder.examples(&rows)?;
     let collate = |chunk: &[titer_core::data::Example]| {
         Batch::collate(&chunk.iter().collect::<Vec<_>>(), encoder.tokenizer.pad, &stages.device)
