@@ -17,7 +17,7 @@ use crate::interrupt::Interrupt;
 use crate::plan::{Plan, PlannedStage, StageSpec};
 use crate::report::folder::OutputFolder;
 use crate::stage::context::{StageContext, StageRunner};
-use crate::stage::train_loop::Record;
+use crate::stage::train_loop::TrainRecord;
 use crate::stage::{ANSWERS, AnswerRecord, RECORD, Stages};
 use crate::store::Store;
 use crate::{disk, results};
@@ -60,7 +60,7 @@ impl Pretended {
         }
         let weights = Tensor::new(loss.as_slice(), &Device::Cpu)?;
         disk::write_tensors(&context.folder.join("model.safetensors"), [("loss".to_owned(), weights)])?;
-        write(&context.folder.join(RECORD), &Record { loss, ..Record::default() })
+        write(&context.folder.join(RECORD), &TrainRecord { loss, ..TrainRecord::default() })
     }
 
     fn answer(stage: &PlannedStage, context: &StageContext) -> Result<()> {
@@ -105,7 +105,7 @@ fn run(root: &Path, plan: &Plan) -> Result<Results> {
     let crew = InProcess { store: &store, runner: &stages, threads: 1 };
     let outcome = execute(plan, &store, &crew, &journal, &interrupt, 1);
     let assemble = |out: &std::path::Path| results::assemble(plan, &[], Provenance::default(), &store, &outcome, out);
-    output.write(&interrupt, |_| true, assemble)
+    output.write(&interrupt, assemble)
 }
 
 /// A run and, with all its stages stored, the same run again.

@@ -15,7 +15,7 @@
 //! | [`mod@reference`] | what users look up: terms, keys, settings of plugins, commands |
 //! | [`cli`] | the command line: one module a command, progress, exit codes |
 //! | [`plugins`] | plugin crates from elsewhere; how a shared library is examined and loaded |
-//! | [`disk`] [`names`] [`manifest`] [`interrupt`] [`diagnostics`] | what several of these need |
+//! | [`disk`] [`inputs`] [`names`] [`manifest`] [`interrupt`] [`diagnostics`] | what several of these need |
 //! | [`model_folder`] | writes model folders |
 //! | [`memory`] [`environment`] [`driver`] [`mod@bench`] | what the process uses; how fast it is |
 //!
@@ -33,6 +33,7 @@ pub mod execute;
 pub mod experiment;
 #[cfg(test)]
 mod faults;
+pub mod inputs;
 pub mod interrupt;
 pub mod logging;
 pub mod manifest;

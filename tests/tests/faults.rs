@@ -105,6 +105,41 @@ fn an_interrupted_run_reports_the_cells_that_are_complete() {
     assert!(names(&out).iter().all(|name| !name.starts_with("former-")));
 }
 
+/// What a run stored may become unreadable while it is extended. The rows that were there are kept then.
+#[test]
+fn a_cell_that_cannot_be_read_any_more_displaces_no_former_row() {
+    let (folder, config) = undisturbed();
+    let (folder, out) = (folder.path(), folder.path().join("out"));
+    let (former, given) = (results(&out), answers(&out));
+    let started = || {
+        let events = std::fs::read_to_string(out.join("events.jsonl")).expect("events");
+        events.matches("stage_started").count()
+    };
+    let before = started();
+    let mut command = run(folder, &config);
+    command.args(["--jobs", "1", "--set", "seeds=[0, 1]"]).stderr(Stdio::piped()).stdout(Stdio::piped());
+    let child = command.spawn().expect("a run");
+    let until = std::time::Instant::now() + Duration::from_mins(1);
+    while started() == before {
+        assert!(std::time::Instant::now() < until, "no stage began");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let key = former["rows"][0]["artifacts"]["judge harmful by world"].as_str().expect("a key");
+    let record = folder.join("store/stages").join(key).join("record.json");
+    let size = std::fs::metadata(&record).expect("a record").len();
+    std::fs::write(&record, "x".repeat(usize::try_from(size).expect("a size"))).expect("a file");
+    let output = child.wait_with_output().expect("the end");
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    let now = results(&out);
+    assert_eq!(
+        (now["rows"].as_array().expect("rows").len(), now["failures"].as_array().expect("failures").len()),
+        (7, 1)
+    );
+    let kept = names(&out).into_iter().find(|name| name.starts_with("former-")).expect("the former results");
+    assert!(stderr(&output).contains(&kept), "{}", stderr(&output));
+    assert_eq!((results(&out.join(&kept)), answers(&out.join(&kept))), (former, given));
+}
+
 /// Every file of every finished stage.
 fn stored_files(folder: &Path) -> Vec<PathBuf> {
     let mut files = Vec::new();

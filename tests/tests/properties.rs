@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use candle_core::{DType, Device};
 use proptest::prelude::*;
 use titer::experiment::spec::{OptimSpec, Steps};
-use titer::stage::train_loop::{Record, Training, Watch};
+use titer::stage::train_loop::{TrainRecord, Training, Watch};
 use titer_core::data::{Batch, Example, Stream, harmful_count, mixture};
 use titer_core::defense::{Clock, Orphan, StepCx, Streams};
 use titer_core::optim::Schedule;
@@ -326,7 +326,7 @@ fn train(
     name: &str,
     optim: &OptimSpec,
     watch: &mut Quiet,
-) -> titer_core::Result<Record> {
+) -> titer_core::Result<TrainRecord> {
     let mut defense = defense(name, serde_json::json!({})).expect("a defense");
     let training = Training {
         model,

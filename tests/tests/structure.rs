@@ -73,6 +73,7 @@ const FLOORS: &[(&str, &[&str])] = &[
             "driver",
             "interrupt",
             "disk",
+            "inputs",
             "diagnostics",
             "model_folder",
             "plugins",

@@ -5,8 +5,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use candle_core::Device;
 use serde_json::Value;
-use titer::plan::Plan;
+use titer::execute::{Crew, InProcess};
+use titer::interrupt::Interrupt;
+use titer::plan::{Plan, PlannedStage};
+use titer::stage::Stages;
+use titer::store::Store;
+use titer_core::event::{Event, Sink};
 use titer_tests::cli::{answers, results, run, small, stderr, titer};
 
 fn ended_well(output: &Output) {
@@ -67,6 +73,61 @@ fn a_worker_refuses_what_is_not_the_plan_or_not_ready() {
     refused("{}", base, "the plan cannot be read");
     let child = plan.stages.iter().find(|stage| stage.parent.is_some()).expect("a child");
     refused(&text, &child.key, "stages");
+}
+
+/// What a stage reads is what its key says, also if a file has changed since the plan was made.
+#[test]
+fn a_worker_reads_no_file_that_is_not_the_plans() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let refused = |plan: &Path, key: &str, named: &Path| {
+        let output = worker(folder.path(), plan, key);
+        let error = stderr(&output);
+        assert_eq!(output.status.code(), Some(3), "{error}");
+        let expected = ["not that of the plan", &format!("--> {}", named.display()), "help: "];
+        assert!(expected.iter().all(|text| error.contains(text)), "{error}");
+    };
+    let stage = |plan: &Plan, label: &str| {
+        let found = plan.stages.iter().find(|stage| stage.label.starts_with(label));
+        found.unwrap_or_else(|| panic!("no stage `{label}`")).key.clone()
+    };
+
+    let rows = folder.path().join("rows.jsonl");
+    let write = |answer: &str| {
+        let row = format!("{{\"instruction\": \"find movie\", \"output\": \"{answer}\"}}\n");
+        std::fs::write(&rows, row.repeat(40)).expect("a file");
+    };
+    write("warm");
+    let own = "{ task = \"rows\", train = \"rows.jsonl\", rows = 40 }";
+    let config = small(folder.path(), &[("{ task = \"world-safe\", rows = 40 }", own)]);
+    let (path, plan) = plan_of(folder.path(), &config);
+    let pretrained = stage(&plan, "pretrain");
+    ended_well(&worker(folder.path(), &path, &pretrained));
+    let align = stage(&plan, "align");
+    write("cold");
+    refused(&path, &align, &rows);
+    write("warm");
+    ended_well(&worker(folder.path(), &path, &align));
+
+    let model = folder.path().join("model");
+    std::fs::create_dir(&model).expect("a folder");
+    for name in ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"] {
+        let from = folder.path().join("store/stages").join(&pretrained).join(name);
+        std::fs::copy(from, model.join(name)).expect("a copy");
+    }
+    let text = std::fs::read_to_string(&config).expect("a configuration");
+    let shape = text.find("shape = ").expect("a shape")..text.find("[encoding]").expect("the encoding");
+    std::fs::write(&config, text.replace(&text[shape], "path = \"model\"\n")).expect("a file");
+    let (path, plan) = plan_of(folder.path(), &config);
+    let (load, align) = (stage(&plan, "load"), stage(&plan, "align"));
+    let weights = model.join("model.safetensors");
+    let (before, mut after) = (std::fs::read(&weights).expect("weights"), std::fs::read(&weights).expect("weights"));
+    *after.last_mut().expect("a byte") ^= 1;
+    std::fs::write(&weights, &after).expect("a file");
+    refused(&path, &load, &model);
+    std::fs::write(&weights, &before).expect("a file");
+    ended_well(&worker(folder.path(), &path, &load));
+    std::fs::write(&weights, &after).expect("a file");
+    refused(&path, &align, &model);
 }
 
 /// The processes that `parent` has started.
@@ -221,6 +282,61 @@ fn a_chain_of_stages_loads_its_model_once() {
     let loads = stderr(&output).lines().filter(|line| line.contains("loaded a model")).count();
     // Four cells, two aligned models and the base, each asked three kinds of questions.
     assert_eq!(loads, 1, "{}", stderr(&output));
+}
+
+struct Silent;
+
+impl Sink for Silent {
+    fn emit(&self, _: Event) {}
+}
+
+/// What a stage held at once is told by its own record, whatever else was loaded before it and by whom.
+#[test]
+fn the_peak_of_a_stage_does_not_depend_on_what_ran_before() {
+    let folder = tempfile::tempdir().expect("a folder");
+    // Weights that are large beside everything else.
+    let changes = [
+        ("hidden_size = 16, intermediate_size = 24", "hidden_size = 128, intermediate_size = 256"),
+        ("[base]\n", "[base]\nseeds = [0, 1]\n"),
+        ("steps = 40, batch_size = 4", "steps = 2, batch_size = 1"),
+        ("steps = 12, batch_size = 4", "steps = 2, batch_size = 1"),
+        ("steps = 8, batch_size = 4", "steps = 2, batch_size = 1"),
+    ];
+    let (_, plan) = plan_of(folder.path(), &small(folder.path(), &changes));
+    let base = |stage: &PlannedStage| plan.chain(&stage.key).last().expect("a base").key.clone();
+    // The stages of either base, parents first.
+    let [zero, one] = [0, 1].map(|which| {
+        let bases: Vec<&PlannedStage> = plan.stages.iter().filter(|stage| stage.parent.is_none()).collect();
+        plan.stages.iter().filter(|stage| base(stage) == bases[which].key).collect::<Vec<_>>()
+    });
+    let one_after_the_other = zero.iter().chain(&one).map(|stage| (0, *stage));
+    let alternating = zero.iter().zip(&one).flat_map(|(a, b)| [(0, *a), (0, *b)]);
+    let by_two_jobs = zero.iter().zip(&one).enumerate().flat_map(|(at, (a, b))| [(at % 2, *a), (1 - at % 2, *b)]);
+    let orders: [Vec<(usize, &PlannedStage)>; 3] =
+        [one_after_the_other.collect(), alternating.collect(), by_two_jobs.collect()];
+    let peaks = orders.map(|order| {
+        let root = tempfile::tempdir().expect("a folder");
+        let store = Store::open(root.path()).expect("a store");
+        let stages = Stages::new(&plan.runtime, Device::Cpu);
+        let crew = InProcess { store: &store, runner: &stages, threads: 1 };
+        let mut workers = [crew.worker(), crew.worker()];
+        for (job, stage) in order {
+            let ran = workers[job].run(&plan.chain(&stage.key), &Silent, &Interrupt::default());
+            assert!(ran.expect("a stage"));
+        }
+        let peak = |stage: &PlannedStage| {
+            let record = std::fs::read(store.artifact(&stage.key).expect("a stage").folder().join("record.json"));
+            let record: Value = serde_json::from_slice(&record.expect("a record")).expect("JSON");
+            Some((stage.label.clone(), record["peak_bytes"].as_u64()?))
+        };
+        plan.stages.iter().filter_map(peak).collect::<Vec<_>>()
+    });
+    assert_eq!(peaks[0].len(), 2 * (1 + 2 + 4), "bases, alignments, attacks");
+    for (at, (label, expected)) in peaks[0].iter().enumerate() {
+        let others = [peaks[1][at].1, peaks[2][at].1];
+        let near = others.iter().all(|other| other.abs_diff(*expected) < expected / 50);
+        assert!(near, "{label}: {expected} bytes, in other orders {others:?}");
+    }
 }
 
 /// What `titer pretrain` of a new store says on standard error.

@@ -14,7 +14,7 @@ use crate::store::{Key, Store};
 pub struct Outlook {
     /// Kind and work of the stages that are not done.
     left: BTreeMap<Key, (&'static str, f64)>,
-    running: BTreeMap<Key, Running>,
+    running: BTreeMap<Key, StartedStage>,
     /// The speed of stages that are done, by kind.
     measured: BTreeMap<&'static str, Measured>,
     /// Stages at once.
@@ -24,14 +24,14 @@ pub struct Outlook {
 }
 
 #[derive(Debug, Clone)]
-struct Running {
+struct StartedStage {
     started: Instant,
     resumed: usize,
     step: usize,
     total: usize,
 }
 
-impl Running {
+impl StartedStage {
     /// The share of the stage that steps `from..to` are.
     fn share(&self, from: usize, to: usize) -> f64 {
         to.saturating_sub(from) as f64 / self.total.max(1) as f64
@@ -57,7 +57,7 @@ impl Outlook {
         match event {
             Event::RunStarted { stages, cached, .. } => self.count = Some((*cached, *stages)),
             Event::StageStarted { key, total, resumed, .. } => {
-                let running = Running { started: now, resumed: *resumed, step: *resumed, total: *total };
+                let running = StartedStage { started: now, resumed: *resumed, step: *resumed, total: *total };
                 self.running.insert(key.clone(), running);
             }
             Event::Step { key, step, .. } => {
@@ -66,10 +66,10 @@ impl Outlook {
                 }
             }
             Event::StageFinished { key, seconds, .. } => {
-                let running = self.running.remove(key);
-                if let Some((kind, work)) = self.left.remove(key) {
-                    let here = running.map_or(1., |stage| stage.share(stage.resumed, stage.total));
-                    self.measured.entry(kind).or_default().add(work * here, *seconds);
+                // One that did not start here was run by another process: the time waited for it says nothing.
+                if let (Some((kind, work)), Some(stage)) = (self.left.remove(key), self.running.remove(key)) {
+                    let here = work * stage.share(stage.resumed, stage.total);
+                    self.measured.entry(kind).or_default().add(here, *seconds);
                 }
                 self.advance();
             }
@@ -156,6 +156,12 @@ mod tests {
         outlook.observe(&Event::StageFinished { key, label, seconds: 10. }, later);
         assert!(close(outlook.seconds_left(later).unwrap(), expected(all - first)));
         assert_eq!(outlook.counter(), format!("[{:>3}/{stages}] ", 1));
+        // What another process ran is no work that is left, and says nothing about the speed here.
+        let mut elsewhere = outlook.clone();
+        let (key, label) = (plan.stages[1].key.clone(), String::new());
+        elsewhere.observe(&Event::StageFinished { key, label, seconds: 1e6 }, later);
+        assert!(close(elsewhere.seconds_left(later).unwrap(), expected(all - first - work_of(&plan.stages[1]))));
+        assert_eq!(elsewhere.counter(), format!("[{:>3}/{stages}] ", 2));
         // With more jobs it takes less, and another kind's own speed counts once it is known.
         let pair = Outlook { jobs: 2, ..outlook.clone() };
         assert!(close(pair.seconds_left(later).unwrap(), expected(all - first) / 2.));

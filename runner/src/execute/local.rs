@@ -10,6 +10,7 @@ use crate::interrupt::Interrupt;
 use crate::memory::Meter;
 use crate::plan::PlannedStage;
 use crate::stage::context::{StageContext, StageRunner};
+use crate::stage::resident::Resident;
 use crate::store::{Store, Turn};
 
 /// Deep graphs are walked recursively on the backward pass.
@@ -34,26 +35,26 @@ impl std::fmt::Debug for InProcess<'_> {
 
 impl Crew for InProcess<'_> {
     fn worker(&self) -> Box<dyn Worker + '_> {
-        Box::new(Local { crew: *self, meter: Meter::leak() })
+        Box::new(Local { crew: *self, resident: Resident::default() })
     }
 }
 
 struct Local<'a> {
     crew: InProcess<'a>,
-    meter: &'static Meter,
+    resident: Resident,
 }
 
 impl Worker for Local<'_> {
     /// Each stage gets new threads, so that what threads keep for themselves is counted for the stage that uses it, not for
     /// the first one that did.
     fn run(&mut self, chain: &[PlannedStage], sink: &dyn Sink, interrupt: &Interrupt) -> Result<bool> {
-        self.meter.begin();
-        pool(self.crew.threads, self.meter)?.install(|| self.crew.run(chain, sink, interrupt))
+        let meter = Meter::begin(self.resident.keep_for(chain));
+        pool(self.crew.threads, meter)?.install(|| self.crew.run(chain, &self.resident, sink, interrupt))
     }
 }
 
 impl InProcess<'_> {
-    fn run(&self, chain: &[PlannedStage], sink: &dyn Sink, interrupt: &Interrupt) -> Result<bool> {
+    fn run(&self, chain: &[PlannedStage], resident: &Resident, sink: &dyn Sink, interrupt: &Interrupt) -> Result<bool> {
         let (stage, ancestors) = chain.split_first().ok_or_else(|| Error::run("there is no stage to run"))?;
         let waiting = |process| {
             let (key, label) = (stage.key.clone(), stage.label.clone());
@@ -65,7 +66,7 @@ impl InProcess<'_> {
         };
         let started = Instant::now();
         let (folder, partials) = (claim.folder(), claim.partials());
-        let context = StageContext { folder, ancestors, partials, sink, store: self.store, interrupt };
+        let context = StageContext { folder, ancestors, partials, sink, resident, store: self.store, interrupt };
         self.runner.run(stage, &context)?;
         claim.commit(started.elapsed().as_secs_f64())?;
         Ok(true)

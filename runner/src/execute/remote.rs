@@ -12,7 +12,7 @@ use titer_core::event::Sink;
 use titer_core::{Error, Result};
 
 use super::protocol::{Order, WorkerReply};
-use super::{Crew, Worker};
+use super::{Crew, Jobs, Worker};
 use crate::environment;
 use crate::interrupt::Interrupt;
 use crate::logging::Logging;
@@ -38,8 +38,8 @@ pub struct Processes<'a> {
     pub plan: &'a Plan,
     /// Where finished stages are.
     pub store: &'a Store,
-    /// Threads of a worker.
-    pub threads: usize,
+    /// How many workers there are, and threads of each.
+    pub jobs: Jobs,
     /// What workers log, and how.
     pub logging: Logging,
 }
@@ -118,9 +118,11 @@ impl Process {
                 .help("allow more processes or memory (`ulimit -u`, `ulimit -v`), or use --in-process")
         };
         let mut command = Command::new(program().map_err(cannot)?);
-        command.args(["worker", "--serve", "--threads", &crew.threads.to_string(), "--store"]).arg(crew.store.root());
+        let Jobs { count, threads } = crew.jobs;
+        command.args(["worker", "--serve", "--jobs", &count.to_string(), "--threads", &threads.to_string()]);
+        command.arg("--store").arg(crew.store.root());
         command.args(crew.logging.arguments());
-        command.envs(environment::variables(crew.threads));
+        command.envs(environment::variables(threads));
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         // Ctrl-C is for the run, which then tells its workers to stop.
         #[cfg(unix)]

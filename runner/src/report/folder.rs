@@ -4,9 +4,10 @@
 //! lock: what is there at the end is of one run. A run of another experiment is refused, as it would replace the results.
 //! Results of the same experiment give way only to such as hold all their rows again, as when seeds are added; others, as
 //! of another configuration, are kept in a folder of their own within this one. An interrupted run writes what it has
-//! unless that would take former rows away.
+//! unless that would take former rows away. Which rows there are again is known only once they are assembled, so that their
+//! answers wait in a folder of their own until it is decided what becomes of the former ones.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
@@ -27,6 +28,8 @@ const OWNER: &str = ".experiment";
 const LOCK: &str = ".lock";
 /// Before the hash in the name of a folder of former results.
 const FORMER: &str = "former-";
+/// Answers of rows that are being assembled; worthless after a crash.
+const NEW: &str = ".new";
 
 /// A results folder that belongs to one experiment.
 #[derive(Debug)]
@@ -65,24 +68,20 @@ impl OutputFolder {
         Ok(folder)
     }
 
-    /// Writes answers, results and reports: `assemble` gives the results and writes the answers. Answers that former
-    /// results name and these do not are removed. If not all rows of former results are made `again`, these are
-    /// kept, and a warning says where.
+    /// Writes answers, results and reports: `assemble` gives the results and writes the answers into the folder that it is
+    /// given. Answers that former results name and these do not are removed. If these do not hold all rows of former
+    /// results again, the former are kept, and a warning says where.
     ///
     /// # Errors
     /// A file cannot be written, or the user does not want to wait.
-    pub fn write(
-        &self,
-        interrupt: &Interrupt,
-        again: impl Fn(&ResultRow) -> bool,
-        assemble: impl FnOnce(&Path) -> Result<Results>,
-    ) -> Result<Results> {
+    pub fn write(&self, interrupt: &Interrupt, assemble: impl FnOnce(&Path) -> Result<Results>) -> Result<Results> {
         let _lock = self.lock(interrupt)?;
-        let former = self.set_aside(again)?;
-        self.replace(former.as_ref(), assemble)
+        let results = self.assemble(assemble)?;
+        let former = self.set_aside(&results)?;
+        self.replace(former.as_ref(), results)
     }
 
-    /// The same for a run that was interrupted: its results are written only if all rows of former results are made again.
+    /// The same for a run that was interrupted: its results are written only if they hold all rows of former results again.
     /// Others stay where they are, and nothing is returned.
     ///
     /// # Errors
@@ -90,41 +89,56 @@ impl OutputFolder {
     pub fn write_partial(
         &self,
         interrupt: &Interrupt,
-        again: impl Fn(&ResultRow) -> bool,
         assemble: impl FnOnce(&Path) -> Result<Results>,
     ) -> Result<Option<Results>> {
         let _lock = self.lock(interrupt)?;
+        let results = self.assemble(assemble)?;
         let former = match self.path.join(RESULTS).exists().then(|| load(&self.path)) {
             None => None,
-            Some(Ok(former)) if former.rows.iter().all(again) => Some(former),
-            Some(_) => return Ok(None),
+            Some(Ok(former)) if holds_again(&results, &former) => Some(former),
+            Some(_) => {
+                disk::remove(&self.path.join(NEW))?;
+                return Ok(None);
+            }
         };
-        self.replace(former.as_ref(), assemble).map(Some)
+        self.replace(former.as_ref(), results).map(Some)
     }
 
-    fn replace(&self, former: Option<&Results>, assemble: impl FnOnce(&Path) -> Result<Results>) -> Result<Results> {
+    /// The results, with their answers in [`NEW`].
+    fn assemble(&self, assemble: impl FnOnce(&Path) -> Result<Results>) -> Result<Results> {
+        let new = self.path.join(NEW);
+        disk::remove(&new)?;
+        disk::make_folder(&new.join(ANSWERS_FOLDER))?;
+        assemble(&new)
+    }
+
+    fn replace(&self, former: Option<&Results>, results: Results) -> Result<Results> {
+        let (new, ours) = (self.path.join(NEW), answers(&results));
+        disk::make_folder(&self.path.join(ANSWERS_FOLDER))?;
+        ours.iter().try_for_each(|name| disk::rename(&new.join(name), &self.path.join(name)))?;
+        disk::sync(&self.path.join(ANSWERS_FOLDER))?;
+        disk::remove(&new)?;
+        report::write_all(&results, &self.path)?;
         // What else lies among the answers is not ours.
         let former = former.map_or_else(BTreeSet::new, answers);
-        let results = assemble(&self.path)?;
-        report::write_all(&results, &self.path)?;
-        let gone = former.difference(&answers(&results)).map(|name| self.path.join(name)).collect::<Vec<_>>();
+        let gone = former.difference(&ours).map(|name| self.path.join(name)).collect::<Vec<_>>();
         gone.iter().filter(|file| file.exists()).try_for_each(|file| disk::remove(file))?;
         Ok(results)
     }
 
-    /// Moves results of which not all rows are made again, or that cannot be read, into a folder that is named by a hash of
-    /// them. Others are returned.
-    fn set_aside(&self, again: impl Fn(&ResultRow) -> bool) -> Result<Option<Results>> {
-        let results = self.path.join(RESULTS);
-        if !results.exists() {
+    /// Moves results whose rows `results` do not all hold again, or that cannot be read, into a folder that is named by a
+    /// hash of them. Others are returned.
+    fn set_aside(&self, results: &Results) -> Result<Option<Results>> {
+        let path = self.path.join(RESULTS);
+        if !path.exists() {
             return Ok(None);
         }
         let hash = match load(&self.path) {
-            Ok(former) if former.rows.iter().all(again) => return Ok(Some(former)),
+            Ok(former) if holds_again(results, &former) => return Ok(Some(former)),
             // Of whole rows: their metrics alone may be equal by chance.
             Ok(former) => digest(&json!(former.rows)),
             // They may be of a newer version.
-            Err(_) => disk::hash(&results)?,
+            Err(_) => disk::hash(&path)?,
         };
         let folder = self.path.join(format!("{FORMER}{}", &hash[..8]));
         // Said before anything moves: if the run fails from here on, nothing else tells where the results are.
@@ -150,6 +164,16 @@ impl OutputFolder {
         };
         Lock::wait(&self.path.join(LOCK), || interrupt.is_set(), waiting)
     }
+}
+
+/// Whether results hold every row of former ones again: the same measurement, which another judge may have joined.
+fn holds_again(results: &Results, former: &Results) -> bool {
+    let rows: BTreeMap<&str, &ResultRow> = results.rows.iter().map(|row| (row.id.as_str(), row)).collect();
+    let is_again = |row: &ResultRow| {
+        let ours = rows.get(row.id.as_str()).map(|ours| &ours.artifacts);
+        ours.is_some_and(|ours| row.artifacts.iter().all(|(what, key)| ours.get(what) == Some(key)))
+    };
+    former.rows.iter().all(is_again)
 }
 
 /// The files of answers that results name.
@@ -179,17 +203,11 @@ mod tests {
         let write = |file: &str| {
             let mut results = fixture::results(1);
             results.rows[0].answers.insert("harmful".into(), format!("{ANSWERS_FOLDER}/{file}"));
-            output
-                .write(
-                    &Interrupt::default(),
-                    |_| true,
-                    |folder| {
-                        disk::make_folder(&folder.join(ANSWERS_FOLDER))?;
-                        disk::replace(&folder.join(ANSWERS_FOLDER).join(file), b"{}")?;
-                        Ok(results)
-                    },
-                )
-                .unwrap();
+            let assemble = |folder: &Path| {
+                disk::replace(&folder.join(ANSWERS_FOLDER).join(file), b"{}")?;
+                Ok(results)
+            };
+            output.write(&Interrupt::default(), assemble).unwrap();
             disk::list(&folder.path().join(ANSWERS_FOLDER)).unwrap()
         };
         assert_eq!(write("a.jsonl"), [folder.path().join("answers/a.jsonl")]);
@@ -220,15 +238,13 @@ mod tests {
         };
         // Where results are that were set aside, if the place is new.
         let write = |results: &Results| {
-            let again = |row: &ResultRow| results.rows.iter().any(|new| new.id == row.id);
             let assemble = |folder: &Path| {
-                disk::make_folder(&folder.join(ANSWERS_FOLDER))?;
                 let name = &results.rows[0].answers["harmful"];
                 disk::replace(&folder.join(name), results.experiment.as_bytes())?;
                 Ok(results.clone())
             };
             let before = former();
-            output.write(&Interrupt::default(), again, assemble).unwrap();
+            output.write(&Interrupt::default(), assemble).unwrap();
             former().into_iter().find(|folder| !before.contains(folder))
         };
         let results = |experiment: &str, seeds| {
@@ -261,8 +277,11 @@ mod tests {
         assert_eq!(load(folder.path()).unwrap(), other);
         // An interrupted run takes nothing away: not from others, and not from what cannot be read.
         let partial = |rows: &Results| {
-            let again = |row: &ResultRow| rows.rows.iter().any(|new| new.id == row.id);
-            output.write_partial(&Interrupt::default(), again, |_| Ok(rows.clone())).unwrap()
+            let assemble = |folder: &Path| {
+                disk::replace(&folder.join(&rows.rows[0].answers["harmful"]), b"{}")?;
+                Ok(rows.clone())
+            };
+            output.write_partial(&Interrupt::default(), assemble).unwrap()
         };
         write(&more);
         let before = former();

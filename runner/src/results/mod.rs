@@ -19,7 +19,7 @@ use crate::execute::Outcome;
 use crate::experiment::axes::Coordinates;
 use crate::manifest::digest;
 use crate::plan::{Cell, Plan, PlannedStage, StageSpec};
-use crate::stage::train_loop::Record;
+use crate::stage::train_loop::TrainRecord;
 use crate::stage::{ANSWERS, AnswerRecord, JudgeRecord, RECORD, read_answers, read_json};
 use crate::stats::wilson;
 use crate::store::Key;
@@ -193,10 +193,10 @@ impl Assembly<'_> {
     }
 
     fn ledger(&self, cell: &Cell, answer_seconds: f64) -> Result<Ledger> {
-        let record = |key: Option<&Key>| key.map(|key| self.record::<Record>(key)).transpose();
+        let record = |key: Option<&Key>| key.map(|key| self.record::<TrainRecord>(key)).transpose();
         let align = record(cell.align_key.as_ref())?.unwrap_or_default();
         let post = record(cell.post_key.as_ref())?.unwrap_or_default();
-        let fine_tune: Record = self.record(&cell.fine_tune_key)?;
+        let fine_tune: TrainRecord = self.record(&cell.fine_tune_key)?;
         let stages = [
             ("align", cell.align_key.as_ref()),
             ("fine_tune", Some(&cell.fine_tune_key)),
@@ -238,8 +238,8 @@ impl Assembly<'_> {
     }
 
     fn curves(&self, cell: &Cell) -> Result<Curves> {
-        let align = cell.align_key.as_ref().map(|key| self.record::<Record>(key)).transpose()?;
-        let fine_tune: Record = self.record(&cell.fine_tune_key)?;
+        let align = cell.align_key.as_ref().map(|key| self.record::<TrainRecord>(key)).transpose()?;
+        let fine_tune: TrainRecord = self.record(&cell.fine_tune_key)?;
         Ok(Curves {
             align_loss: align.map(|record| thin(&record.loss)).unwrap_or_default(),
             fine_tune_loss: thin(&fine_tune.loss),
@@ -345,7 +345,7 @@ fn unclear(model: Answerer, probe: &str, judge: &str, record: &JudgeRecord) -> O
 }
 
 /// The keys of a cell's stages, by what they are: `align`, `judge harmful by world`, `judge task aligned`.
-pub fn artifacts(cell: &Cell) -> BTreeMap<String, String> {
+fn artifacts(cell: &Cell) -> BTreeMap<String, String> {
     let trained = [
         ("base", Some(&cell.base_key)),
         ("align", cell.align_key.as_ref()),

@@ -23,9 +23,9 @@ pub struct AnswerRecord {
 
 pub(super) fn run(stages: &Stages, spec: &AnswerSpec, io: &mut StageIo) -> Result<()> {
     let begun = Instant::now();
-    let mut base = stages.open(io.ancestors, io.artifact)?;
+    let mut base = io.lineage(stages).parent()?;
     base.weights.merge()?;
-    let rows = stages.task(&spec.prompts.task)?.test(spec.prompts.rows)?;
+    let rows = stages.test_rows(&spec.prompts)?;
     let tokenizer = base.tokenizer;
     let encoder = Encoder { tokenizer, template: Template::new(&spec.template), max_length: usize::MAX };
     let prompts = rows.iter().map(|row| encoder.prompt(row)).collect::<Result<Vec<_>>>()?;

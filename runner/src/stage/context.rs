@@ -7,6 +7,7 @@ use titer_core::{Error, Result};
 
 use crate::interrupt::Interrupt;
 use crate::plan::PlannedStage;
+use crate::stage::resident::Resident;
 use crate::store::{Artifact, Key, Partials, Store};
 
 /// Does the work of a stage.
@@ -29,6 +30,8 @@ pub struct StageContext<'a> {
     pub partials: Partials,
     /// Where it reports progress.
     pub sink: &'a dyn Sink,
+    /// The model that stays loaded from stage to stage.
+    pub(crate) resident: &'a Resident,
     pub(crate) store: &'a Store,
     pub(crate) interrupt: &'a Interrupt,
 }

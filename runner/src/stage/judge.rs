@@ -67,15 +67,14 @@ pub(super) fn run(stages: &Stages, spec: &JudgeSpec, io: &mut StageIo) -> Result
         }
         None => {
             io.watch.started(asked.len(), 0);
-            let task = stages.task(&spec.prompts.task)?;
-            let score = |(row, answer): &(Row, String)| {
-                task.score(row, answer).ok_or_else(|| {
-                    Error::config(format!("`{}` does not score answers", spec.prompts.task.name))
-                        .key("fine_tune.tasks")
-                        .help("give the task a scoring rule")
-                })
+            let unscored = || {
+                Error::config(format!("`{}` does not score answers", spec.prompts.task.name))
+                    .key("fine_tune.tasks")
+                    .help("give the task a scoring rule")
             };
-            let correct = asked.iter().map(score).collect::<Result<Vec<_>>>()?;
+            let correct = stages.read(&spec.prompts.task, |task| {
+                asked.iter().map(|(row, answer)| task.score(row, answer).ok_or_else(unscored)).collect::<Result<_>>()
+            })?;
             JudgeRecord { correct: spread(&answered, correct), ..JudgeRecord::default() }
         }
     };
@@ -85,6 +84,8 @@ pub(super) fn run(stages: &Stages, spec: &JudgeSpec, io: &mut StageIo) -> Result
 /// The verdicts of a judge, which goes on where an earlier run stopped.
 fn verdicts(stages: &Stages, spec: &PluginSpec, answers: &Answers, io: &mut StageIo) -> Result<Vec<Verdict>> {
     let judge = (registry::find::<JudgeEntry>(&spec.name)?.build)(&settings(spec), &stages.folder)?;
+    // Not checked again once it has judged, since what it gives is kept as it goes.
+    stages.inputs.check(None, &judge.files()?, &spec.content)?;
     let count = answers.asked.len();
     let kept: Vec<Option<Verdict>> = match io.watch.resume() {
         Some(folder) => read_json(&folder.join(VERDICTS))?,

@@ -4,10 +4,10 @@ use titer_core::Result;
 
 use super::{RECORD, StageIo, Stages, write_json};
 use crate::plan::PlannedStage;
-use crate::stage::train_loop::Record;
+use crate::stage::train_loop::TrainRecord;
 
 pub(super) fn run(stages: &Stages, stage: &PlannedStage, io: &mut StageIo) -> Result<()> {
     io.watch.started(1, 0);
-    stages.open(std::slice::from_ref(stage), io.artifact)?;
-    write_json(&io.output.join(RECORD), &Record::default())
+    io.lineage(stages).open(std::slice::from_ref(stage))?;
+    write_json(&io.output.join(RECORD), &TrainRecord::default())
 }

@@ -7,17 +7,20 @@ mod judge;
 mod load;
 mod post;
 mod pretrain;
-mod resident;
+pub mod resident;
 mod train;
 pub mod train_loop;
 mod watch;
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use candle_core::Device;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use titer_core::causal_lm::model_files;
 use titer_core::data::Stream;
 use titer_core::defense::{Ancestry, Streams};
 use titer_core::device::parse_dtype;
@@ -29,7 +32,8 @@ use titer_core::{
 };
 
 use crate::disk;
-use crate::experiment::spec::{AdapterSpec, EncodingSpec, PluginSpec, RowsSpec, Runtime, StreamSpec};
+use crate::experiment::spec::{AdapterSpec, EncodingSpec, LoadSpec, PluginSpec, RowsSpec, Runtime, StreamSpec};
+use crate::inputs::Inputs;
 use crate::plan::{PlannedStage, StageSpec};
 use crate::stage::context::{StageContext, StageRunner};
 use crate::stage::train_loop::Watch;
@@ -62,17 +66,27 @@ pub struct StageIo<'a> {
     pub output: &'a Path,
     /// The artifact folder of a finished stage, verified.
     pub artifact: &'a dyn Fn(&str) -> Result<PathBuf>,
+    /// The model that stays loaded.
+    pub resident: &'a Resident,
     /// Progress, checkpoints, the wish to stop.
     pub watch: &'a mut dyn Watch,
 }
 
-impl StageIo<'_> {
+impl<'a> StageIo<'a> {
+    /// The models that the stage may start from.
+    fn lineage<'s>(&self, stages: &'s Stages) -> Lineage<'s>
+    where
+        'a: 's,
+    {
+        Lineage { stages, ancestors: self.ancestors, artifact: self.artifact, resident: self.resident }
+    }
+
     fn parent(&self) -> Result<&PlannedStage> {
         self.ancestors.first().ok_or_else(|| Error::run("the stage has no parent"))
     }
 }
 
-/// Runs stages. The model that a chain of stages starts from stays loaded.
+/// Runs stages.
 #[derive(Debug)]
 pub struct Stages {
     /// Relative data paths start here: the configuration's folder.
@@ -80,15 +94,16 @@ pub struct Stages {
     device: Device,
     /// How often training keeps a checkpoint.
     checkpoint_every: Duration,
-    resident: Resident,
+    /// Data and checkpoints that stages have read.
+    inputs: Inputs,
 }
 
 impl StageRunner for Stages {
     fn run(&self, stage: &PlannedStage, context: &StageContext) -> Result<()> {
-        let artifact = |key: &str| Ok(context.artifact(&key.to_owned())?.verified()?.to_owned());
-        let mut watch = ContextWatch::new(stage, context, self.checkpoint_every);
-        let output = &context.folder;
-        self.run(stage, &mut StageIo { ancestors: context.ancestors, output, artifact: &artifact, watch: &mut watch })
+        let artifact = once(|key| Ok(context.artifact(&key.to_owned())?.verified()?.to_owned()));
+        let (ancestors, output, resident) = (context.ancestors, &context.folder, context.resident);
+        let watch = &mut ContextWatch::new(stage, context, self.checkpoint_every);
+        self.run(stage, &mut StageIo { ancestors, output, artifact: &artifact, resident, watch })
     }
 }
 
@@ -96,7 +111,7 @@ impl Stages {
     /// Runs the stages of plans with this runtime on `device`.
     pub fn new(runtime: &Runtime, device: Device) -> Self {
         let checkpoint_every = runtime.checkpoint_every();
-        Self { folder: runtime.folder.clone(), device, checkpoint_every, resident: Resident::default() }
+        Self { folder: runtime.folder.clone(), device, checkpoint_every, inputs: Inputs::default() }
     }
 
     /// Runs one stage whose parent is done.
@@ -118,8 +133,90 @@ impl Stages {
         }
     }
 
+    /// Reads the weights that the first stage of a chain stores whole.
+    fn load(&self, chain: &[PlannedStage], artifact: &dyn Fn(&str) -> Result<PathBuf>) -> Result<CausalLm> {
+        let BaseOf { key, checkpoint, model, dtype } = base_of(chain)?;
+        let folder = checkpoint.map_or_else(|| artifact(key), |spec| Ok(spec.path.clone()))?;
+        let weights = if chain.len() == 1 { folder.clone() } else { artifact(&chain[0].key)?.join(WEIGHTS) };
+        let dtype = parse_dtype(dtype, &self.device)?;
+        let read = || CausalLm::with_weights(&folder, Some(model), &weights, dtype, &self.device);
+        match checkpoint {
+            Some(spec) => self.inputs.read(Some(&folder), &model_files(&folder)?, &spec.content, read),
+            None => read(),
+        }
+    }
+
+    fn task(&self, spec: &PluginSpec) -> Result<Box<dyn Task>> {
+        let entry = registry::find::<TaskEntry>(&spec.name)?;
+        (entry.build)(&settings(spec), &self.folder)
+    }
+
+    /// What is read from a task, if its files are those of the plan.
+    fn read<T>(&self, spec: &PluginSpec, read: impl FnOnce(&dyn Task) -> Result<T>) -> Result<T> {
+        let task = self.task(spec)?;
+        self.inputs.read(None, &task.files(), &spec.content, || read(task.as_ref()))
+    }
+
+    /// Training rows in the order of `seed`.
+    fn train_rows(&self, spec: &RowsSpec, seed: Seed) -> Result<Vec<Row>> {
+        self.read(&spec.task, |task| task.train(spec.rows, seed.named("rows").named(&spec.task.name)))
+    }
+
+    /// Rows to ask.
+    fn test_rows(&self, spec: &RowsSpec) -> Result<Vec<Row>> {
+        self.read(&spec.task, |task| task.test(spec.rows))
+    }
+
+    /// The defense's extra streams.
+    fn streams(&self, specs: &[StreamSpec], encoder: &Encoder, batch_size: usize, seed: Seed) -> Result<Streams> {
+        let mut streams = Streams::default();
+        for StreamSpec { name, rows, batch_size: own } in specs {
+            let seed = seed.named("stream").named(name);
+            let examples = encoder.examples(&self.train_rows(rows, seed)?).map_err(|error| error.at("stream", name))?;
+            let batch_size = own.unwrap_or(batch_size);
+            streams.insert(name, Stream::new(examples.into(), batch_size, 1, seed, encoder.tokenizer.pad)?);
+        }
+        Ok(streams)
+    }
+}
+
+/// What `find` gives for a key, for which it is asked once: it hashes every file of the artifact.
+fn once(find: impl Fn(&str) -> Result<PathBuf>) -> impl Fn(&str) -> Result<PathBuf> {
+    let found: RefCell<BTreeMap<String, PathBuf>> = RefCell::default();
+    move |key| {
+        if let Some(folder) = found.borrow().get(key) {
+            return Ok(folder.clone());
+        }
+        let folder = find(key)?;
+        found.borrow_mut().insert(key.to_owned(), folder.clone());
+        Ok(folder)
+    }
+}
+
+/// The models that the artifact of a stage comes from.
+struct Lineage<'a> {
+    stages: &'a Stages,
+    /// The stages that it builds on, its parent first.
+    ancestors: &'a [PlannedStage],
+    artifact: &'a dyn Fn(&str) -> Result<PathBuf>,
+    resident: &'a Resident,
+}
+
+impl std::fmt::Debug for Lineage<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Lineage").field("ancestors", &self.ancestors.len()).finish_non_exhaustive()
+    }
+}
+
+impl Lineage<'_> {
+    /// The model that the stage starts from.
+    fn parent(&self) -> Result<CausalLm> {
+        self.open(self.ancestors)
+    }
+
     /// The model as the last finished stage of a chain left it; the chain goes from that stage to the base.
-    fn open(&self, chain: &[PlannedStage], artifact: &dyn Fn(&str) -> Result<PathBuf>) -> Result<CausalLm> {
+    fn open(&self, chain: &[PlannedStage]) -> Result<CausalLm> {
+        let Self { stages, artifact, resident, .. } = self;
         let whole = |stage: &PlannedStage| -> Result<bool> {
             Ok(match &stage.spec {
                 StageSpec::Pretrain(_) | StageSpec::Load(_) => true,
@@ -135,7 +232,7 @@ impl Stages {
         while !whole(chain.get(at).ok_or_else(|| Error::run("the stage has no parent"))?)? {
             at += 1;
         }
-        let mut model = self.resident.get(&chain[at].key, &self.device, || self.load(&chain[at..], artifact))?;
+        let mut model = resident.get(&chain[at].key, &stages.device, || stages.load(&chain[at..], artifact))?;
         for stage in chain[..at].iter().rev() {
             let lora = match &stage.spec {
                 StageSpec::Train(spec) => spec.adapter.clone(),
@@ -152,43 +249,20 @@ impl Stages {
         Ok(model)
     }
 
-    /// Reads the weights that the first stage of a chain stores whole.
-    fn load(&self, chain: &[PlannedStage], artifact: &dyn Fn(&str) -> Result<PathBuf>) -> Result<CausalLm> {
-        let BaseOf { key, path, model, dtype } = base_of(chain)?;
-        let folder = path.map_or_else(|| artifact(key), |path| Ok(path.to_owned()))?;
-        let weights = if chain.len() == 1 { folder.clone() } else { artifact(&chain[0].key)?.join(WEIGHTS) };
-        let dtype = parse_dtype(dtype, &self.device)?;
-        CausalLm::with_weights(&folder, Some(model), &weights, dtype, &self.device)
-    }
-
-    fn task(&self, spec: &PluginSpec) -> Result<Box<dyn Task>> {
-        let entry = registry::find::<TaskEntry>(&spec.name)?;
-        (entry.build)(&settings(spec), &self.folder)
-    }
-
-    /// Training rows in the order of `seed`.
-    fn train_rows(&self, spec: &RowsSpec, seed: Seed) -> Result<Vec<Row>> {
-        self.task(&spec.task)?.train(spec.rows, seed.named("rows").named(&spec.task.name))
-    }
-
-    /// The defense's extra streams.
-    fn streams(&self, specs: &[StreamSpec], encoder: &Encoder, batch_size: usize, seed: Seed) -> Result<Streams> {
-        let mut streams = Streams::default();
-        for StreamSpec { name, rows, batch_size: own } in specs {
-            let seed = seed.named("stream").named(name);
-            let examples = encoder.examples(&self.train_rows(rows, seed)?).map_err(|error| error.at("stream", name))?;
-            let batch_size = own.unwrap_or(batch_size);
-            streams.insert(name, Stream::new(examples.into(), batch_size, 1, seed, encoder.tokenizer.pad)?);
-        }
-        Ok(streams)
+    fn find(&self, what: &str, fits: impl Fn(&StageSpec) -> bool) -> Result<Weights> {
+        let at = self.ancestors.iter().position(|stage| fits(&stage.spec)).ok_or_else(|| {
+            Error::run(format!("the defense compares with the {what} model, and this method has none"))
+                .help("give the method an alignment defense, such as `sft`")
+        })?;
+        Ok(self.open(&self.ancestors[at..])?.weights)
     }
 }
 
 /// The base model that a chain of stages begins with.
 struct BaseOf<'a> {
     key: &'a str,
-    /// The checkpoint's folder; none for a model that was pretrained here, which is the stage's artifact.
-    path: Option<&'a Path>,
+    /// None for a model that was pretrained here, which is the stage's artifact.
+    checkpoint: Option<&'a LoadSpec>,
     /// The registered model that reads it.
     model: &'a str,
     /// How its weights are stored.
@@ -197,12 +271,12 @@ struct BaseOf<'a> {
 
 fn base_of(chain: &[PlannedStage]) -> Result<BaseOf<'_>> {
     let base = chain.last().ok_or_else(|| Error::run("the chain is empty"))?;
-    let (path, model, dtype) = match &base.spec {
+    let (checkpoint, model, dtype) = match &base.spec {
         StageSpec::Pretrain(spec) => (None, &spec.model.name, &spec.dtype),
-        StageSpec::Load(spec) => (Some(spec.path.as_path()), &spec.model, &spec.dtype),
+        StageSpec::Load(spec) => (Some(spec), &spec.model, &spec.dtype),
         _ => return Err(Error::run("the chain does not begin with a base model")),
     };
-    Ok(BaseOf { key: &base.key, path, model, dtype })
+    Ok(BaseOf { key: &base.key, checkpoint, model, dtype })
 }
 
 /// Puts the adapter that a stage stored on its parent's model.
@@ -221,37 +295,13 @@ fn attach(model: &mut CausalLm, folder: &Path, adapter: &AdapterSpec) -> Result<
     model.weights.continue_lora(config, &mut Checkpoint::open(&folder.join(ADAPTER))?)
 }
 
-/// The models that the artifact of a stage comes from.
-struct Lineage<'a> {
-    stages: &'a Stages,
-    /// The stages that it builds on, its parent first.
-    ancestors: &'a [PlannedStage],
-    artifact: &'a dyn Fn(&str) -> Result<PathBuf>,
-}
-
-impl std::fmt::Debug for Lineage<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Lineage").field("ancestors", &self.ancestors.len()).finish_non_exhaustive()
-    }
-}
-
-impl Lineage<'_> {
-    fn open(&self, what: &str, fits: impl Fn(&StageSpec) -> bool) -> Result<Weights> {
-        let at = self.ancestors.iter().position(|stage| fits(&stage.spec)).ok_or_else(|| {
-            Error::run(format!("the defense compares with the {what} model, and this method has none"))
-                .help("give the method an alignment defense, such as `sft`")
-        })?;
-        Ok(self.stages.open(&self.ancestors[at..], self.artifact)?.weights)
-    }
-}
-
 impl Ancestry for Lineage<'_> {
     fn base(&self) -> Result<Weights> {
-        self.open("base", |spec| matches!(spec, StageSpec::Pretrain(_) | StageSpec::Load(_)))
+        self.find("base", |spec| matches!(spec, StageSpec::Pretrain(_) | StageSpec::Load(_)))
     }
 
     fn aligned(&self) -> Result<Weights> {
-        self.open("aligned", |spec| matches!(spec, StageSpec::Train(spec) if spec.phase == Stage::Align))
+        self.find("aligned", |spec| matches!(spec, StageSpec::Train(spec) if spec.phase == Stage::Align))
     }
 }
 
@@ -284,4 +334,21 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
             .source(error)
             .help("delete the stage's folder in the store and run again")
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_artifact_is_looked_at_once() {
+        let looked = RefCell::new(Vec::new());
+        let find = once(|key| {
+            looked.borrow_mut().push(key.to_owned());
+            Ok(PathBuf::from(key))
+        });
+        let found = ["a", "b", "a", "a"].map(|key| find(key).unwrap());
+        assert_eq!(found, ["a", "b", "a", "a"].map(PathBuf::from));
+        assert_eq!(*looked.borrow(), ["a", "b"]);
+    }
 }

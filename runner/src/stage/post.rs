@@ -8,15 +8,16 @@ use titer_core::rng::Seed;
 use titer_core::{Stage, StageCx};
 
 use super::train::save;
-use super::{Lineage, RECORD, StageIo, Stages, defense, encoder, write_json};
+use super::{RECORD, StageIo, Stages, defense, encoder, write_json};
 use crate::memory::stage_peak;
 use crate::plan::PostSpec;
-use crate::stage::train_loop::Record;
+use crate::stage::train_loop::TrainRecord;
 
 pub(super) fn run(stages: &Stages, spec: &PostSpec, io: &mut StageIo) -> Result<()> {
     io.watch.started(1, 0);
     let begun = Instant::now();
-    let mut base = stages.open(io.ancestors, io.artifact)?;
+    let lineage = io.lineage(stages);
+    let mut base = lineage.parent()?;
     if base.weights.lora().is_none() {
         base.weights.train_full()?;
     }
@@ -25,13 +26,12 @@ pub(super) fn run(stages: &Stages, spec: &PostSpec, io: &mut StageIo) -> Result<
     let mut streams = stages.streams(&spec.streams, &encoder, spec.batch_size, seed)?;
     let mut defense = defense(&spec.defense)?;
     let clock = Clock::at(0, 0);
-    let ancestry = &Lineage { stages, ancestors: io.ancestors, artifact: io.artifact };
     let (model, weights) = (base.model.as_ref(), &mut base.weights);
-    let mut cx = StageCx { model, weights, streams: &mut streams, seed, clock, ancestry };
+    let mut cx = StageCx { model, weights, streams: &mut streams, seed, clock, ancestry: &lineage };
     defense.begin(&mut cx)?;
     defense.finish(&mut cx)?;
     save(&base, io)?;
     let peak_bytes = stage_peak().filter(|_| stages.device.is_cpu());
-    let record = Record { seconds: begun.elapsed().as_secs_f64(), peak_bytes, ..Record::default() };
+    let record = TrainRecord { seconds: begun.elapsed().as_secs_f64(), peak_bytes, ..TrainRecord::default() };
     write_json(&io.output.join(RECORD), &record)
 }

@@ -29,8 +29,9 @@ pub(super) fn run(stages: &Stages, spec: &PretrainSpec, io: &mut StageIo) -> Res
     let seed = Seed::new(spec.seed).named("pretrain");
     let mut weights = Weights::random(model.params(), seed.named("weights"), DType::F32, &stages.device)?;
     weights.train_full()?;
+    let rows = stages.read(&spec.data.task, |task| task.train(spec.data.rows, seed.named("rows")))?;
     let encoder = Encoder { tokenizer, template: Template::new("chat"), max_length: spec.max_length };
-    let examples = encoder.examples(&task.train(spec.data.rows, seed.named("rows"))?)?;
+    let examples = encoder.examples(&rows)?;
     let data = Stream::new(
         examples.into(),
         spec.optim.batch_size,

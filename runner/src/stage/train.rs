@@ -5,14 +5,15 @@ use titer_core::rng::Seed;
 use titer_core::text::Encoder;
 use titer_core::{Result, Row};
 
-use super::{ADAPTER, Lineage, RECORD, StageIo, Stages, WEIGHTS, defense, encoder, write_json};
+use super::{ADAPTER, RECORD, StageIo, Stages, WEIGHTS, defense, encoder, write_json};
 use crate::disk;
 use crate::experiment::spec::{AdapterSpec, RowsSpec};
 use crate::plan::TrainSpec;
 use crate::stage::train_loop::Training;
 
 pub(super) fn run(stages: &Stages, spec: &TrainSpec, io: &mut StageIo) -> Result<()> {
-    let mut base = stages.open(io.ancestors, io.artifact)?;
+    let lineage = io.lineage(stages);
+    let mut base = lineage.parent()?;
     let seed = Seed::new(spec.seed).named(spec.phase.name());
     match &spec.adapter {
         AdapterSpec::Full => base.weights.train_full()?,
@@ -53,7 +54,7 @@ pub(super) fn run(stages: &Stages, spec: &TrainSpec, io: &mut StageIo) -> Result
         optim: &spec.optim,
         seed,
         monitor,
-        ancestry: &Lineage { stages, ancestors: io.ancestors, artifact: io.artifact },
+        ancestry: &lineage,
     };
     let record = training.run(io.watch)?;
     save(&base, io)?;
@@ -93,7 +94,7 @@ fn rows(stages: &Stages, spec: &TrainSpec, seed: Seed) -> Result<Vec<Row>> {
 
 /// Held-back rows as batches, in their own order.
 fn monitor(stages: &Stages, spec: &RowsSpec, encoder: &Encoder, batch_size: usize) -> Result<Vec<Batch>> {
-    let rows = stages.task(&spec.task)?.test(spec.rows)?;
+    let rows = stages.test_rows(spec)?;
     let examples = encoder.examples(&rows)?;
     let collate = |chunk: &[titer_core::data::Example]| {
         Batch::collate(&chunk.iter().collect::<Vec<_>>(), encoder.tokenizer.pad, &stages.device)

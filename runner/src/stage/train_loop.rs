@@ -48,7 +48,7 @@ pub trait Watch {
 
 /// What a stage of training leaves behind beside the weights: `record.json`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct Record {
+pub struct TrainRecord {
     /// The training loss of each step.
     pub loss: Vec<f64>,
     /// The loss on held-back harmful rows: `(steps done, loss)`.
@@ -95,7 +95,7 @@ struct Position {
     streams: BTreeMap<String, usize>,
     moment_steps: BTreeMap<String, i32>,
     defense: Value,
-    record: Record,
+    record: TrainRecord,
 }
 
 impl Training<'_> {
@@ -108,14 +108,14 @@ impl Training<'_> {
     ///
     /// # Errors
     /// The user stopped it, a loss or gradient is not finite, or a tensor or file operation failed.
-    pub fn run(mut self, watch: &mut dyn Watch) -> Result<Record> {
+    pub fn run(mut self, watch: &mut dyn Watch) -> Result<TrainRecord> {
         let (total, begun) = (self.total(), Instant::now());
         let warmup = (self.optim.warmup * total as f64).ceil() as usize;
         let OptimSpec { betas, eps, weight_decay, .. } = *self.optim;
         let mut optimizer = AdamW::new(AdamWConfig { betas, eps, weight_decay });
         let (mut step, mut record) = match watch.resume() {
             Some(folder) => self.restore(&folder, &mut optimizer).map_err(|error| error.file(folder))?,
-            None => (0, Record::default()),
+            None => (0, TrainRecord::default()),
         };
         let spent = record.seconds;
         if step == 0 {
@@ -186,7 +186,7 @@ impl Training<'_> {
     }
 
     /// The update of one step: that of its batch, or the mean over its micro batches.
-    fn update(&mut self, batches: &[Batch], step: usize, total: usize, record: &mut Record) -> Result<Update> {
+    fn update(&mut self, batches: &[Batch], step: usize, total: usize, record: &mut TrainRecord) -> Result<Update> {
         Update::over(batches, |micro| {
             let clock = Clock { step, total, micro, micros: batches.len() };
             let cx = StepCx::new(self.model, self.weights, &mut self.streams, self.seed, clock);
@@ -213,7 +213,7 @@ impl Training<'_> {
         losses.try_for_each(|loss| finite("the loss after the last update", loss?, step).map(drop))
     }
 
-    fn watch_harmful_loss(&self, step: usize, record: &mut Record) -> Result<()> {
+    fn watch_harmful_loss(&self, step: usize, record: &mut TrainRecord) -> Result<()> {
         if self.monitor.is_empty() {
             return Ok(());
         }
@@ -237,7 +237,7 @@ impl Training<'_> {
         work(self.defense, &mut StageCx { model, weights, streams, seed: self.seed, clock, ancestry })
     }
 
-    fn store(&self, folder: &Path, step: usize, optimizer: &AdamW, record: &Record) -> Result<()> {
+    fn store(&self, folder: &Path, step: usize, optimizer: &AdamW, record: &TrainRecord) -> Result<()> {
         let (moments, moment_steps) = optimizer.state();
         let State { tensors, value } = self.defense.state();
         write_tensors(&folder.join("weights.safetensors"), self.weights.snapshot()?)?;
@@ -251,7 +251,7 @@ impl Training<'_> {
         disk::write(&path, &text)
     }
 
-    fn restore(&mut self, folder: &Path, optimizer: &mut AdamW) -> Result<(usize, Record)> {
+    fn restore(&mut self, folder: &Path, optimizer: &mut AdamW) -> Result<(usize, TrainRecord)> {
         let path = folder.join("position.json");
         let position: Position = serde_json::from_slice(&disk::read(&path)?)
             .map_err(|error| Error::data("the checkpoint cannot be read").file(&path).source(error))?;
@@ -274,7 +274,7 @@ impl Training<'_> {
 type Unread = Vec<(usize, Scalar, BTreeMap<&'static str, Scalar>)>;
 
 /// Reads the numbers of the steps since the last reading into the record.
-fn read_out(unread: &mut Unread, record: &mut Record) -> Result<()> {
+fn read_out(unread: &mut Unread, record: &mut TrainRecord) -> Result<()> {
     for (step, loss, scalars) in unread.drain(..) {
         record.loss.push(finite("the loss", loss.value()?, step - 1)?);
         for (name, value) in scalars {

@@ -42,7 +42,7 @@ pub fn run(args: &Args, logging: Logging) -> Result<Done, Problems> {
     let jobs = Jobs::new((!device.is_cpu()).then_some(1));
     let interrupt = Interrupt::default();
     interrupt.on_ctrl_c()?;
-    let crew = Processes { plan: &plan, store: &store, threads: jobs.threads, logging };
+    let crew = Processes { plan: &plan, store: &store, jobs, logging };
     let sink = for_stderr(logging.format, Outlook::new(&plan, &store, jobs.count));
     let outcome = execute(&plan, &store, &crew, &*sink, &interrupt, jobs.count);
     if outcome.interrupted {

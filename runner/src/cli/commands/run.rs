@@ -1,10 +1,9 @@
 //! `titer run`.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use titer_core::device::{device_name, parse_device, parse_dtype};
-use titer_core::report::{Provenance, ResultRow, Results};
+use titer_core::report::{Provenance, Results};
 use titer_core::{Error, Kind};
 
 use super::{ConfigArgs, Done};
@@ -18,7 +17,7 @@ use crate::plan::{Plan, StageSpec};
 use crate::report::folder::OutputFolder;
 use crate::results::provenance;
 use crate::stage::Stages;
-use crate::{environment, report, results};
+use crate::{environment, memory, report, results};
 
 /// The arguments.
 #[derive(Debug, Clone, clap::Args)]
@@ -64,29 +63,19 @@ pub fn run(args: &Args, logging: Logging) -> Result<Done, Problems> {
     let (journal, progress) =
         (Journal::open(&out)?, for_stderr(logging.format, Outlook::new(&plan, &store, jobs.count)));
     let sink = Fanout(vec![&journal, &*progress]);
-    let threads = jobs.threads;
     let outcome = if args.in_process {
+        memory::share(jobs.count);
         let stages = Stages::new(&plan.runtime, device);
-        execute(&plan, &store, &InProcess { store: &store, runner: &stages, threads }, &sink, &interrupt, jobs.count)
+        let crew = InProcess { store: &store, runner: &stages, threads: jobs.threads };
+        execute(&plan, &store, &crew, &sink, &interrupt, jobs.count)
     } else {
-        let crew = Processes { plan: &plan, store: &store, threads, logging };
+        let crew = Processes { plan: &plan, store: &store, jobs, logging };
         execute(&plan, &store, &crew, &sink, &interrupt, jobs.count)
     };
     let provenance = Provenance { started, ..provenance::of(&loaded, &plan, &device_name)? };
-    let artifacts: BTreeMap<&str, BTreeMap<String, String>> = plan
-        .cells
-        .iter()
-        .filter(|cell| outcome.is_complete(cell))
-        .map(|cell| (cell.id.as_str(), results::artifacts(cell)))
-        .collect();
-    // The same measurement; another judge may have joined.
-    let again = |row: &ResultRow| {
-        let ours = artifacts.get(row.id.as_str());
-        ours.is_some_and(|ours| row.artifacts.iter().all(|(what, key)| ours.get(what) == Some(key)))
-    };
     let assemble = |out: &Path| results::assemble(&plan, &config.published, provenance, &store, &outcome, out);
     if outcome.interrupted {
-        let told = match folder.write_partial(&interrupt, again, assemble) {
+        let told = match folder.write_partial(&interrupt, assemble) {
             Ok(Some(partial)) => {
                 let report = out.join("report.html");
                 format!("{} of {} cells, in {}", partial.rows.len(), plan.cells.len(), report.display())
@@ -96,7 +85,7 @@ pub fn run(args: &Args, logging: Logging) -> Result<Done, Problems> {
         };
         return Err(Error::interrupted().at("report", told).into());
     }
-    let results = folder.write(&interrupt, again, assemble)?;
+    let results = folder.write(&interrupt, assemble)?;
     let mut text = if results.rows.is_empty() { String::new() } else { report::console(&results)? };
     text += &summary(&plan, &results, &out);
     let code = match outcome.exit_code(!results.rows.is_empty()) {

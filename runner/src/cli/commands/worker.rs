@@ -22,7 +22,7 @@ use crate::manifest::digest;
 use crate::plan::{Plan, PlannedStage, identity};
 use crate::stage::Stages;
 use crate::store::Store;
-use crate::{disk, environment, plugins};
+use crate::{disk, environment, memory, plugins};
 
 /// The arguments.
 #[derive(Debug, Clone, clap::Args)]
@@ -42,6 +42,9 @@ pub struct Args {
     /// Threads [default: all cores].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,
+    /// Workers of the run, which share the memory.
+    #[arg(long, value_name = "N", default_value = "1", hide = true, requires = "serve")]
+    pub jobs: usize,
     /// Runs what standard input orders, as `titer run` does.
     #[arg(long, hide = true, conflicts_with_all = ["plan", "stage"])]
     pub serve: bool,
@@ -56,6 +59,7 @@ pub fn run(args: &Args, logging: Logging) -> Result<Done, Problems> {
     let threads = args.threads.map_or(threads, usize::from);
     let store = open_store(args.store.as_ref())?;
     if args.serve {
+        memory::share(args.jobs);
         serve(&store, threads);
         return Ok(Done::default());
     }

@@ -9,9 +9,9 @@ use titer_core::rng::Seed;
 use titer_core::{Error, Result, Row, Settings, Task, TaskEntry};
 
 use super::checks::Resolver;
-use crate::disk;
 use crate::experiment::config::{StreamConfig, TaskRef};
 use crate::experiment::spec::{PATH, PluginSpec, RowsSpec, StreamSpec, absolute};
+use crate::{disk, inputs};
 
 impl Resolver<'_> {
     /// The settings of a plugin in which each path that does not come from the file is a whole one: a plugin takes relative
@@ -100,23 +100,15 @@ impl Resolver<'_> {
 
     /// The hash of files. `remedy` says what to do about a missing one.
     pub(super) fn content(&mut self, files: &[PathBuf], remedy: impl Fn(&Self, &Path) -> String) -> Result<String> {
-        if files.is_empty() {
-            return Ok(String::new());
-        }
-        let mut whole = blake3::Hasher::new();
-        for file in files {
-            let hash = match self.hashes.get(file) {
-                Some(hash) => hash,
-                None => {
-                    let hash = disk::hash(file);
-                    let hash =
-                        hash.map_err(|error| if file.exists() { error } else { error.help(remedy(self, file)) })?;
-                    self.hashes.entry(file.clone()).or_insert(hash)
-                }
-            };
-            whole.update(hash.as_bytes());
-        }
-        Ok(whole.finalize().to_hex().to_string())
+        inputs::content(files, |file| {
+            if let Some(hash) = self.hashes.get(file) {
+                return Ok(hash.clone());
+            }
+            let hash = disk::hash(file);
+            let hash = hash.map_err(|error| if file.exists() { error } else { error.help(remedy(self, file)) })?;
+            self.hashes.insert(file.to_owned(), hash.clone());
+            Ok(hash)
+        })
     }
 }
 
