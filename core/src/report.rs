@@ -229,6 +229,10 @@ pub struct ResultRow {
     /// for the model, and answers on which the headline judge's output could not be parsed, count into no metric; there are
     /// `harmful_too_long` and `harmful_unparsable` of them, and so on.
     pub n: BTreeMap<String, usize>,
+    /// How many of these answers the output of a judge could not be parsed for, by the judge's name and the probe's; none of
+    /// judges whose output always could.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub unparsable: BTreeMap<String, BTreeMap<String, usize>>,
     /// What a reader must know about the answers before reading the metrics.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
@@ -245,6 +249,16 @@ pub struct ResultRow {
     pub curves: Curves,
     /// Paths of the answer files, relative to the run folder, by the probe's name.
     pub answers: BTreeMap<String, String>,
+}
+
+impl ResultRow {
+    /// How many prompts of `probe` count into the metrics of `judge`.
+    pub fn judged(&self, probe: &str, judge: &str) -> usize {
+        let unparsable =
+            |judge: &str| self.unparsable.get(judge).and_then(|probes| probes.get(probe)).copied().unwrap_or(0);
+        let headline = self.n.get(probe).copied().unwrap_or(0);
+        (headline + unparsable(&self.judge)).saturating_sub(unparsable(judge))
+    }
 }
 
 /// Metrics in percent, 0 to 100. `None` where the experiment has no such probe.

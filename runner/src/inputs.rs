@@ -1,7 +1,7 @@
 //! The files that a user brings, data and checkpoints, by what they contain.
 //!
 //! A plan holds the hash of what each stage reads, and the stage's key depends on it. A file may change before the stage
-//! runs, so a stage reads through [`Inputs`], which compares.
+//! runs, so a stage reads through [`UserFiles`], which compares.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -38,9 +38,9 @@ struct Stamp {
 
 /// Files that were read, so that each is hashed once as long as its size and time stay.
 #[derive(Debug, Default)]
-pub struct Inputs(Mutex<BTreeMap<PathBuf, (Stamp, String)>>);
+pub struct UserFiles(Mutex<BTreeMap<PathBuf, (Stamp, String)>>);
 
-impl Inputs {
+impl UserFiles {
     /// What `read` makes of `files`, if these are what `content` is the hash of: before and after they are read, since
     /// nothing stops others from writing to them. An error names `place`, or else the files.
     ///
@@ -70,10 +70,18 @@ impl Inputs {
         if found == content {
             return Ok(());
         }
-        let places = place.map_or_else(|| files.iter().map(PathBuf::as_path).collect(), |place| vec![place]);
-        let named: Vec<String> = places.iter().map(|place| format!("`{}`", place.display())).collect();
+        // Which one of several files it is cannot be told from one hash of all.
+        let named: Vec<String> = match place {
+            Some(place) => vec![format!("`{}`", place.display())],
+            None => files.iter().map(|file| format!("`{}`", file.display())).collect(),
+        };
         let message = format!("the content of {} is not that of the plan: it was changed later", named.join(" or "));
-        Err(places.into_iter().fold(Error::data(message), Error::file).help(REMEDY))
+        let error = Error::data(message).help(REMEDY);
+        Err(match (place, files) {
+            (Some(place), _) => error.file(place),
+            (None, [file]) => error.file(file),
+            (None, _) => error,
+        })
     }
 
     fn hash(&self, file: &Path) -> Result<String> {
@@ -109,7 +117,7 @@ mod tests {
         let write = |text: &str| files.iter().for_each(|file| fs::write(file, text).unwrap());
         write("one");
         let planned = content(&files, disk::hash).unwrap();
-        let (inputs, watch) = (Inputs::default(), DiskWatch::new(folder.path(), Fault::Broken, 0));
+        let (inputs, watch) = (UserFiles::default(), DiskWatch::new(folder.path(), Fault::Broken, 0));
         for _ in 0..3 {
             assert_eq!(inputs.read(None, &files, &planned, || Ok(1)).unwrap(), 1);
         }

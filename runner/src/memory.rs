@@ -114,13 +114,18 @@ pub fn share(jobs: usize) {
     JOBS.store(jobs.max(1) as u64, Ordering::Relaxed);
 }
 
+/// How many jobs share the memory.
+pub fn sharing() -> u64 {
+    JOBS.load(Ordering::Relaxed)
+}
+
 /// The memory that a job could still take, in bytes: its share of what the system can give, or of what the limits of control
 /// groups leave if that is less. `None` where nothing tells.
 pub fn available() -> Option<u64> {
     let read = |path| std::fs::read_to_string(path).unwrap_or_default();
     let groups = left_in_groups(&read("/proc/self/cgroup"), Path::new("/sys/fs/cgroup"));
     let left = [left_in_system(&read("/proc/meminfo")), groups].into_iter().flatten().min();
-    Some(left? / JOBS.load(Ordering::Relaxed))
+    Some(left? / sharing())
 }
 
 fn left_in_system(meminfo: &str) -> Option<u64> {

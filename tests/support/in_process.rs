@@ -32,9 +32,14 @@ pub fn experiment(folder: &Path, text: &str) -> Experiment {
 
 /// Runs what `store` does not have of a plan.
 pub fn run(plan: &Plan, store: &Store, threads: usize, jobs: usize) -> Outcome {
+    run_until(plan, store, threads, jobs, &Interrupt::default())
+}
+
+/// Likewise, until the wish to stop.
+pub fn run_until(plan: &Plan, store: &Store, threads: usize, jobs: usize, interrupt: &Interrupt) -> Outcome {
     let stages = Stages::new(&plan.runtime, Device::Cpu);
     let crew = InProcess { store, runner: &stages, threads };
-    execute(plan, store, &crew, &Silent, &Interrupt::default(), jobs)
+    execute(plan, store, &crew, &Silent, interrupt, jobs)
 }
 
 /// The results of a plan, with its answers in `folder`.

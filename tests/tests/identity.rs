@@ -500,8 +500,16 @@ fn every_setting_of_every_plugin_changes_a_key() {
         assert_eq!(differences(&before, &with(kind, version)).len(), 1, "{kind} {name}: its version");
         let code = PluginSpec { plugin: Some("hash".into()), ..spec(defaults.clone()) };
         assert_eq!(differences(&before, &with(kind, code)).len(), 1, "{kind} {name}: the hash of its code");
-        let files = PluginSpec { content: "hash".into(), ..spec(defaults) };
+        let files = PluginSpec { content: "other".into(), ..spec(defaults.clone()) };
         assert_eq!(differences(&before, &with(kind, files)).len(), 1, "{kind} {name}: its files");
+        // Of a plugin that names no files, a path counts.
+        let pathless = |settings: Value| with(kind, PluginSpec { content: String::new(), ..spec(settings) });
+        for (setting, _) in defaults.as_object().into_iter().flatten() {
+            let mut changed = defaults.clone();
+            changed[setting] = other(&schema, &schema["properties"][setting], &defaults[setting]);
+            let found = differences(&pathless(defaults.clone()), &pathless(changed));
+            assert_eq!(found.len(), 1, "{kind} {name}: {setting} changes {found:?}");
+        }
     }
     assert!(walked > 100, "only {walked} settings were found");
 }

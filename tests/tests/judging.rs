@@ -1,10 +1,12 @@
 //! The stage of a judge: models that judges open, verdicts that are kept, outputs that cannot be parsed.
 
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use titer::interrupt::Interrupt;
 use titer::plan::{Plan, planner};
 use titer::store::Store;
 use titer_core::causal_lm::model_files;
@@ -37,19 +39,25 @@ struct Likelihood {
     path: PathBuf,
     /// Answers whose first letter this is are not parsed.
     unclear: String,
-    /// A file that notes every answer that is judged. The judge fails where it names so many.
-    #[schemars(extend("format" = "path"))]
+    /// A file that notes every answer that is judged.
     log: Option<PathBuf>,
-    /// After so many answers it fails; 0 for never.
-    fails_after: usize,
+    /// After four answers it does this: `fail`, `leave` without a word, ask to `stop`, or `swap` its own model.
+    mishap: String,
 }
+
+/// The wish to stop of the run in which a judge asks for it.
+static STOP: LazyLock<Interrupt> = LazyLock::new(Interrupt::default);
 
 impl Judge for Likelihood {
     fn judge(&self, answers: &Answers, cx: &mut JudgeCx) -> Result<()> {
         let lm = cx.open(&self.path)?;
         for (judged, place) in cx.pending().into_iter().enumerate() {
-            if judged == self.fails_after && self.fails_after > 0 {
-                return Err(Error::run("the judge was cut off"));
+            match self.mishap.as_str() {
+                "fail" if judged == 4 => return Err(Error::run("the judge was cut off")),
+                "leave" if judged == 4 => return Ok(()),
+                "stop" if judged == 3 => drop(STOP.set()),
+                "swap" if judged == 3 => std::fs::write(self.path.join("config.json"), "{}").expect("a file"),
+                _ => {}
             }
             let answer = answers.asked[place].answer;
             let verdict = if !self.unclear.is_empty() && answer.starts_with(&self.unclear) {
@@ -123,14 +131,20 @@ impl Bench {
     /// The small experiment with these judges.
     fn plan(&self, judges: &str) -> Plan {
         let text = SMALL.replacen("judges = [\"world\"]", &format!("judges = [{judges}]"), 1);
+        // What is kept is not to be kept by chance.
+        let text = text.replacen("checkpoint_seconds = 0.0", "checkpoint_seconds = 1000.0", 1);
         planner::plan(&in_process::experiment(self.folder.path(), &text))
     }
 
     /// The results with these judges, or the errors of the stages that failed.
     fn run(&self, judges: &str) -> Result<Results, Vec<String>> {
+        self.run_until(judges, &Interrupt::default())
+    }
+
+    fn run_until(&self, judges: &str, interrupt: &Interrupt) -> Result<Results, Vec<String>> {
         let plan = self.plan(judges);
-        let outcome = in_process::run(&plan, &self.store, 1, 1);
-        if outcome.failed.is_empty() {
+        let outcome = in_process::run_until(&plan, &self.store, 1, 1, interrupt);
+        if outcome.failed.is_empty() && !outcome.interrupted {
             return Ok(in_process::assemble(&plan, &self.store, &outcome, &self.path("out")));
         }
         Err(outcome.failed.values().map(ToString::to_string).collect())
@@ -192,27 +206,62 @@ fn the_model_of_a_judge_enters_by_content() {
     assert_ne!(plan.cells[0].protocol, changed.cells[0].protocol, "the headline judge is part of the protocol");
 }
 
+/// The settings of a judge to which something happens half way, and the file in which it notes what it judges.
+fn unlucky(bench: &Bench, mishap: &str) -> (String, PathBuf) {
+    let log = bench.path(mishap);
+    let judge = "judge = \"test-likelihood\", path = \"guard\"";
+    (format!("{{ {judge}, log = \"{}\", mishap = \"{mishap}\" }}", log.display()), log)
+}
+
+/// What was judged of every answer, with its score.
+fn judged(bench: &Bench, results: &Results) -> Vec<Value> {
+    bench.answers(results, "harmful").iter().map(|answer| answer["verdicts"]["test-likelihood"].clone()).collect()
+}
+
 #[test]
 fn what_a_judge_gave_before_it_failed_is_kept() {
     let bench = Bench::new();
-    let judge = |log: &str| {
-        format!(
-            "{{ judge = \"test-likelihood\", path = \"guard\", log = \"{}\", fails_after = 4 }}",
-            bench.path(log).display()
-        )
-    };
-    // Six answers each: the first four, then the other two.
-    let errors = bench.run(&judge("log")).expect_err("a judge that fails");
-    assert!(errors.iter().all(|error| error.contains("the judge was cut off")), "{errors:?}");
-    let first = std::fs::read_to_string(bench.path("log")).expect("a log");
-    assert_eq!(first, "0 1 2 3 ".repeat(errors.len()));
-    let results = bench.run(&judge("log")).expect("results");
-    let both = std::fs::read_to_string(bench.path("log")).expect("a log");
-    assert_eq!(both[first.len()..], "4 5 ".repeat(errors.len()));
-    // The verdicts are those of a judge that never failed.
     let whole = bench.run("{ judge = \"test-likelihood\", path = \"guard\" }").expect("results");
-    let metrics = |results: &Results| results.rows.iter().map(|row| row.metrics.clone()).collect::<Vec<_>>();
-    assert_eq!(metrics(&results), metrics(&whole));
+    let whole = judged(&bench, &whole);
+    for (mishap, says) in [("fail", "the judge was cut off"), ("leave", "gave no verdict on 2 of 6 answers")] {
+        let (judge, log) = unlucky(&bench, mishap);
+        let noted = || std::fs::read_to_string(&log).expect("a log");
+        // Six answers each: the first four, then the other two.
+        let errors = bench.run(&judge).expect_err("a judge that fails");
+        assert!(errors.iter().all(|error| error.contains(says)), "{errors:?}");
+        let first = noted();
+        assert_eq!(first, "0 1 2 3 ".repeat(errors.len()));
+        let results = bench.run(&judge).expect("results");
+        assert_eq!(noted()[first.len()..], "4 5 ".repeat(errors.len()));
+        assert_eq!(judged(&bench, &results), whole, "{mishap}");
+    }
+}
+
+#[test]
+fn a_judge_stops_when_asked_and_goes_on_later() {
+    let bench = Bench::new();
+    let (judge, log) = unlucky(&bench, "stop");
+    bench.run_until(&judge, &STOP).expect_err("an interrupt");
+    assert_eq!(std::fs::read_to_string(&log).expect("a log"), "0 1 2 3 ");
+    // It is asked again for what is left of the first probe and for all of the others.
+    bench.run(&judge).expect("results");
+    let noted = std::fs::read_to_string(&log).expect("a log");
+    assert!(noted.starts_with("0 1 2 3 4 5 0 1 2 3 4 5 0"), "{noted}");
+}
+
+#[test]
+fn verdicts_of_a_model_that_was_swapped_are_not_kept() {
+    let bench = Bench::new();
+    let (judge, log) = unlucky(&bench, "swap");
+    let config = bench.path("guard").join("config.json");
+    let former = std::fs::read(&config).expect("a file");
+    let errors = bench.run(&judge).expect_err("another model");
+    assert!(errors.iter().any(|error| error.contains("not that of the plan")), "{errors:?}");
+    // The run goes on with the model of the plan, and asks it about every answer.
+    std::fs::write(&config, former).expect("a file");
+    std::fs::remove_file(&log).expect("a log");
+    let _ = bench.run(&judge);
+    assert!(std::fs::read_to_string(&log).expect("a log").starts_with("0 1 2 3 "));
 }
 
 #[test]

@@ -73,7 +73,7 @@ pub(crate) unsafe fn multiply<T: Lanes>(
     let task = |task: usize| {
         let (row, column) = (task / wide * height, task % wide * width);
         let (rows, columns) = (row..m.min(row + height), column..n.min(column + width));
-        dispatch(Share { product: &product, rows, columns });
+        dispatch(RowShare { product: &product, rows, columns });
     };
     if parallel {
         (0..tall * wide).into_par_iter().for_each(task);
@@ -96,13 +96,13 @@ struct Product<T> {
 }
 
 /// Some rows and columns of a product.
-struct Share<'a, T> {
+struct RowShare<'a, T> {
     product: &'a Product<T>,
     rows: std::ops::Range<usize>,
     columns: std::ops::Range<usize>,
 }
 
-impl<T: Lanes> WithSimd for Share<'_, T> {
+impl<T: Lanes> WithSimd for RowShare<'_, T> {
     type Output = ();
 
     #[inline(always)]

@@ -34,7 +34,7 @@
 //! |---|---|
 //! | `defaults`, `unknown setting` | as above |
 //! | `config.json` | the configuration that a model writes builds the same model |
-//! | `blocks` | every block declares which parameters are its own |
+//! | `blocks` | every block declares parameters of its own |
 //! | `parameters`, `sites` | every one gets a gradient, and it is the slope of the loss |
 //! | `padding`, `causality` | padding changes nothing; a token changes no earlier state |
 //! | `decoding` | token by token with a cache, hidden states are those of one pass |

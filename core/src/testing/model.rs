@@ -89,7 +89,7 @@ fn agrees(gradient: f64, slope: f64) -> bool {
     (gradient - slope).abs() < TOLERANCE * (gradient.abs() + 1e-4)
 }
 
-/// Every block says which parameters are its own.
+/// Every block declares parameters of its own.
 #[expect(clippy::unnecessary_wraps, reason = "all checks of a model have the same signature")]
 fn blocks(model: &dyn Model) -> Result<CheckOutcome> {
     let found: BTreeSet<usize> = model.params().iter().filter_map(|param| param.block).collect();

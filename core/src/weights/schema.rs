@@ -64,9 +64,9 @@ pub struct ParamList {
 impl ParamList {
     /// Declares the parameters of transformer block `index`: those that `declare` adds.
     pub fn block<T>(&mut self, index: usize, declare: impl FnOnce(&mut Self) -> T) -> T {
-        self.block = Some(index);
+        let outer = self.block.replace(index);
         let declared = declare(self);
-        self.block = None;
+        self.block = outer;
         declared
     }
 

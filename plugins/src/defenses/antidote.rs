@@ -253,7 +253,7 @@ mod tests {
     use titer_core::testing::values;
 
     use super::*;
-    use crate::testing::{Lineage, batch, check_untouched, context, finish, small};
+    use crate::testing::{TrainedLineage, batch, check_untouched, context, finish, small};
 
     #[test]
     fn the_lowest_of_each_run_stay_and_of_equals_the_first() -> Result<()> {
@@ -277,7 +277,7 @@ mod tests {
     /// Which weights of a fine-tuned model Antidote removes, by the parameter's name, as zeros and ones.
     fn removed(settings: Value, harmful: Vec<Batch>, safe: Vec<Batch>, full: bool) -> Result<Vec<(String, Vec<f64>)>> {
         let model = small()?;
-        let lineage = Lineage::by_adapter(model.as_ref(), DType::F64)?;
+        let lineage = TrainedLineage::by_adapter(model.as_ref(), DType::F64)?;
         let mut weights = if full { lineage.user_in_full()? } else { lineage.user()? };
         let before = weights.snapshot()?;
         let streams = &mut streams(harmful, safe)?;
@@ -353,7 +353,7 @@ mod tests {
     #[test]
     fn the_gradient_scores_weight_times_summed_gradient() -> Result<()> {
         let model = small()?;
-        let weights = Lineage::by_adapter(model.as_ref(), DType::F64)?.user()?;
+        let weights = TrainedLineage::by_adapter(model.as_ref(), DType::F64)?.user()?;
         let harmful = some_batches(1)?;
         let mut sum = Grads::default();
         for batch in &harmful {

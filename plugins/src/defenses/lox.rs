@@ -127,7 +127,7 @@ mod tests {
 
     use super::*;
     use crate::testing::{
-        Lineage, check_kept_beside_frozen, check_untouched, close, dense, finish, matrices, norm, post, small,
+        TrainedLineage, check_kept_beside_frozen, check_untouched, close, dense, finish, matrices, norm, post, small,
     };
 
     /// The `rank` strongest left singular vectors of `v`, by power iteration.
@@ -153,13 +153,15 @@ mod tests {
     fn it_follows_the_strongest_directions() -> Result<()> {
         let model = small()?;
         let model = model.as_ref();
-        for (lineage, full) in [(Lineage::by_adapter(model, DType::F64)?, false), (Lineage::in_full(model)?, true)] {
+        for (lineage, full) in
+            [(TrainedLineage::by_adapter(model, DType::F64)?, false), (TrainedLineage::in_full(model)?, true)]
+        {
             for rank in [2, 0] {
                 let settings = json!({ "rank": rank, "alpha": 0.5 });
                 let mut aligned = if full {
-                    Lineage::in_full(model)?.aligned
+                    TrainedLineage::in_full(model)?.aligned
                 } else {
-                    Lineage::by_adapter(model, DType::F64)?.aligned
+                    TrainedLineage::by_adapter(model, DType::F64)?.aligned
                 };
                 finish(("lox", settings.clone()), model, &mut aligned, &lineage, &mut Streams::default(), 7)?;
                 assert_eq!(aligned.lora().is_some(), !full, "an adapter stays one");

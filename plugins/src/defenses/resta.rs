@@ -117,13 +117,15 @@ mod tests {
     use titer_core::testing::values;
 
     use super::*;
-    use crate::testing::{Lineage, check_kept_beside_frozen, check_untouched, close, dense, matrices, post, small};
+    use crate::testing::{
+        TrainedLineage, check_kept_beside_frozen, check_untouched, close, dense, matrices, post, small,
+    };
 
     #[test]
     fn it_adds_the_alignment_once_more() -> Result<()> {
         let model = small()?;
         let model = model.as_ref();
-        for lineage in [Lineage::by_adapter(model, DType::F64)?, Lineage::in_full(model)?] {
+        for lineage in [TrainedLineage::by_adapter(model, DType::F64)?, TrainedLineage::in_full(model)?] {
             for full in [false, true] {
                 let start = || if full { lineage.user_in_full() } else { lineage.user() };
                 let (mut weights, before) = (start()?, start()?);
@@ -142,7 +144,7 @@ mod tests {
     #[test]
     fn it_drops_and_rescales_the_users_update() -> Result<()> {
         let model = small()?;
-        let lineage = Lineage::by_adapter(model.as_ref(), DType::F64)?;
+        let lineage = TrainedLineage::by_adapter(model.as_ref(), DType::F64)?;
         let (mut weights, before) = (lineage.user()?, lineage.user()?);
         post(("resta", json!({ "gamma": 0.0, "drop": 0.25 })), model.as_ref(), &mut weights, &lineage)?;
         let (mut dropped, mut all) = (0, 0);
@@ -175,7 +177,7 @@ mod tests {
     #[test]
     fn nothing_is_dropped_from_a_frozen_base() -> Result<()> {
         let model = small()?;
-        let lineage = Lineage::by_adapter(model.as_ref(), DType::BF16)?;
+        let lineage = TrainedLineage::by_adapter(model.as_ref(), DType::BF16)?;
         let dropped = post(("resta", json!({ "drop": 0.5 })), model.as_ref(), &mut lineage.user()?, &lineage);
         assert!(dropped.expect_err("bf16 is frozen").to_string().contains("`drop`"));
         Ok(())

@@ -203,7 +203,7 @@ mod tests {
     use titer_core::{Model, Weights};
 
     use super::*;
-    use crate::testing::{Lineage, bits, check_untouched, close, dense, matrices, norm, post, small};
+    use crate::testing::{TrainedLineage, bits, check_untouched, close, dense, matrices, norm, post, small};
 
     /// An orthonormal basis `[out, k]` of the columns of `v`, by Gram and Schmidt.
     fn basis(v: &Tensor) -> Result<Tensor> {
@@ -233,7 +233,7 @@ mod tests {
 
     /// Per matrix that the alignment changed: its name, `P ΔW`, and `cos(P ΔW, ΔW)`.
     fn projections(
-        lineage: &Lineage,
+        lineage: &TrainedLineage,
         user: &Weights,
         projection: &str,
         model: &dyn Model,
@@ -255,7 +255,7 @@ mod tests {
     fn it_projects_the_layers_whose_update_points_elsewhere() -> Result<()> {
         let model = small()?;
         let model = model.as_ref();
-        let lineages = [Lineage::by_adapter(model, DType::F64)?, Lineage::in_full(model)?];
+        let lineages = [TrainedLineage::by_adapter(model, DType::F64)?, TrainedLineage::in_full(model)?];
         for (lineage, full) in lineages.iter().flat_map(|lineage| [(lineage, false), (lineage, true)]) {
             for projection in ["approximate", "orthogonal"] {
                 let start = || if full { lineage.user_in_full() } else { lineage.user() };
@@ -289,7 +289,7 @@ mod tests {
     #[test]
     fn it_projects_as_many_layers_as_asked_for() -> Result<()> {
         let model = small()?;
-        let lineage = Lineage::by_adapter(model.as_ref(), DType::F64)?;
+        let lineage = TrainedLineage::by_adapter(model.as_ref(), DType::F64)?;
         let changed = |settings: Value| -> Result<usize> {
             let (mut weights, before) = (lineage.user()?, bits(&lineage.user()?)?);
             post(("safe-lora", settings), model.as_ref(), &mut weights, &lineage)?;

@@ -168,6 +168,12 @@ impl AlignmentDefense for TVaccine {
         let vaccine = Vaccine { rho: self.settings.rho, ..Vaccine::default() };
         let update = vaccine.step_at(cx, batch, active.collect())?;
         let blocks = cx.weights().blocks();
+        if blocks.is_empty() {
+            return Err(Error::run(
+                "the model does not say which parameters are in which block, so none can be frozen",
+            )
+            .help("declare the parameters of each block within `ParamList::block`"));
+        }
         let grads = update.grads.restrict(|name| self.trains(name, blocks.get(name).copied()));
         let update = Update { grads, ..update };
         Ok(self.settings.micro_batches.keep(update, clock))

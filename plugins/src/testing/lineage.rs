@@ -13,14 +13,14 @@ use super::steps::defense;
 
 /// A base model and what the alignment made of it.
 #[derive(Debug)]
-pub struct Lineage {
+pub struct TrainedLineage {
     /// Before alignment.
     pub base: Weights,
     /// After it.
     pub aligned: Weights,
 }
 
-impl Ancestry for Lineage {
+impl Ancestry for TrainedLineage {
     fn base(&self) -> Result<Weights> {
         self.base.merged()
     }
@@ -30,7 +30,7 @@ impl Ancestry for Lineage {
     }
 }
 
-impl Lineage {
+impl TrainedLineage {
     /// Alignment by an adapter of rank 3.
     pub fn by_adapter(model: &dyn Model, precision: impl Into<Precision> + Copy) -> Result<Self> {
         let mut aligned = fresh(model, precision)?;
@@ -138,8 +138,8 @@ pub fn close(ours: &Tensor, theirs: &Tensor, what: &str) -> Result<()> {
 /// Fails unless these neutral settings leave the weights bit for bit, under an adapter and in full.
 pub fn check_untouched(name: &str, settings: &Value) -> Result<()> {
     let model = small()?;
-    let lineage = Lineage::by_adapter(model.as_ref(), DType::F32)?;
-    for start in [Lineage::user, Lineage::user_in_full] {
+    let lineage = TrainedLineage::by_adapter(model.as_ref(), DType::F32)?;
+    for start in [TrainedLineage::user, TrainedLineage::user_in_full] {
         let (mut weights, before) = (start(&lineage)?, start(&lineage)?);
         post((name, settings.clone()), model.as_ref(), &mut weights, &lineage)?;
         assert_eq!(bits(&weights)?, bits(&before)?, "{name} {settings}");
@@ -152,7 +152,7 @@ pub fn check_untouched(name: &str, settings: &Value) -> Result<()> {
 /// nothing of it rounds away.
 pub fn check_kept_beside_frozen(name: &str, settings: Value) -> Result<()> {
     let model = small()?;
-    let lineage = Lineage::by_adapter(model.as_ref(), DType::BF16)?;
+    let lineage = TrainedLineage::by_adapter(model.as_ref(), DType::BF16)?;
     let (mut weights, before) = (lineage.user()?, lineage.user()?);
     post((name, settings), model.as_ref(), &mut weights, &lineage)?;
     let parameter = "model.layers.1.self_attn.q_proj.weight";

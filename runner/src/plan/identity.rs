@@ -134,9 +134,13 @@ fn plugin(spec: &PluginSpec) -> Value {
     shown
 }
 
-/// A plugin whose content stands for its settings that are paths: those say only whether they are given.
+/// A plugin. The content of its files stands for its settings that are paths: those say only whether they are given.
 fn placeless<E: Entry>(spec: &PluginSpec) -> Value {
     let mut shown = plugin(spec);
+    // A plugin that does not say which files it reads is known by their paths at least.
+    if spec.content.is_empty() {
+        return shown;
+    }
     let schema = find::<E>(&spec.name).map(|entry| (entry.settings().schema)().to_value()).unwrap_or_default();
     for (name, value) in shown["settings"].as_object_mut().into_iter().flatten() {
         if schema["properties"][name]["format"] == PATH && !value.is_null() {

@@ -35,7 +35,7 @@ pub fn full() -> Result<Value> {
     SchemaPlace { name: "user_task", of: "UserTaskConfig", key: "task" }
         .fill::<TaskEntry>(&mut definitions, |_| true)?;
     for (of, name) in
-        [("JudgeRef", "judge"), ("TaskRef", "rows"), ("StreamConfig", "stream"), ("UserTask", "user_task")]
+        [("JudgeRef", "judge"), ("TaskRef", "rows"), ("StreamConfig", "stream"), ("UserTaskConfig", "user_task")]
     {
         definitions.remove(of);
         definitions.values_mut().for_each(|definition| replace_reference(definition, of, name));

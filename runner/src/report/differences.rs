@@ -234,8 +234,8 @@ struct Pair {
 
 /// How the difference varies over prompts.
 enum Prompts {
-    /// The difference on each prompt.
-    Paired(Vec<f64>),
+    /// The difference on each prompt, in their order; none where one of the runs has no outcome.
+    Paired(Vec<Option<f64>>),
     /// Of results without outcomes: the variance as if each run had its own prompts, which is too large rather than too
     /// small.
     Unpaired(f64),
@@ -255,9 +255,9 @@ impl Pair {
         };
         let (our_value, their_value) = (value(ours)?, value(theirs)?);
         let prompts = match (counted(ours), counted(theirs)) {
-            (Some(ours), Some(theirs)) if ours.len() == theirs.len() => Prompts::Paired(
-                ours.iter().zip(&theirs).filter_map(|(ours, theirs)| Some((*ours)? - (*theirs)?)).collect(),
-            ),
+            (Some(ours), Some(theirs)) if ours.len() == theirs.len() => {
+                Prompts::Paired(ours.iter().zip(&theirs).map(|(ours, theirs)| Some((*ours)? - (*theirs)?)).collect())
+            }
             _ => {
                 let variance = |row: &ResultRow, value: f64| {
                     value * (100. - value) / row.n.get(tested.probe).copied().unwrap_or(1).max(1) as f64
@@ -272,7 +272,7 @@ impl Pair {
     fn mean(pairs: Vec<&Self>) -> Self {
         let n = pairs.len() as f64;
         let difference = pairs.iter().map(|pair| pair.difference).sum::<f64>() / n;
-        let paired: Option<Vec<&Vec<f64>>> = pairs
+        let paired: Option<Vec<&Vec<Option<f64>>>> = pairs
             .iter()
             .map(|pair| match &pair.prompts {
                 Prompts::Paired(prompts) => Some(prompts),
@@ -281,7 +281,11 @@ impl Pair {
             .collect();
         let prompts = match paired.filter(|all| all.iter().all(|prompts| prompts.len() == all[0].len())) {
             Some(all) => {
-                let at = |prompt: usize| all.iter().map(|prompts| prompts[prompt]).sum::<f64>() / n;
+                // A prompt counts if every pair has it.
+                let at = |prompt: usize| {
+                    let on: Option<Vec<f64>> = all.iter().map(|prompts| prompts[prompt]).collect();
+                    Some(on?.iter().sum::<f64>() / n)
+                };
                 Prompts::Paired((0..all[0].len()).map(at).collect())
             }
             // The same prompts again tell no more about prompts.
@@ -296,9 +300,10 @@ impl Pair {
             Prompts::Paired(prompts) => {
                 // Half a prompt more in each cell of the fourfold table (Agresti and Min 2005): prompts that all agree do not
                 // prove that the next one would.
-                let n = prompts.len() as f64 + 2.;
-                let sum = prompts.iter().sum::<f64>();
-                let squares = prompts.iter().map(|difference| difference * difference).sum::<f64>() + 100. * 100.;
+                let prompts = || prompts.iter().flatten();
+                let n = prompts().count() as f64 + 2.;
+                let sum = prompts().sum::<f64>();
+                let squares = prompts().map(|difference| difference * difference).sum::<f64>() + 100. * 100.;
                 (squares - sum * sum / n) / (n * n)
             }
             Prompts::Unpaired(variance) => *variance,
@@ -411,5 +416,25 @@ mod tests {
         // The same prompts agree everywhere: three prompts carry the difference, and that is little.
         let p = detected("R").expect("a test");
         assert!((0.05..0.2).contains(&p), "{p}");
+    }
+
+    #[test]
+    fn a_prompt_without_an_outcome_moves_no_other() {
+        let results = fixture::results(1);
+        let pair = |ours: &str, theirs: &str| {
+            let row = |outcomes: &str| {
+                let mut row = results.rows[0].clone();
+                row.outcomes.insert("harmful".into(), outcomes.into());
+                row
+            };
+            Pair::of(&row(ours), &row(theirs), TESTED[0]).expect("a pair")
+        };
+        let prompts = |pair: Pair| match pair.prompts {
+            Prompts::Paired(prompts) => prompts,
+            Prompts::Unpaired(variance) => panic!("unpaired, {variance}"),
+        };
+        let (one, other) = (pair("UCCR", "CCRR"), pair("CCC-", "CCRR"));
+        assert_eq!(prompts(Pair::mean(vec![&one, &other])), [None, Some(0.), Some(100.), None]);
+        assert_eq!(prompts(one), [None, Some(0.), Some(100.), Some(0.)]);
     }
 }

@@ -209,7 +209,8 @@ fn measured(results: &Results, published: &Published, metric: Metric, ratio: f64
     }
     let means: Option<Vec<f64>> = units.values().map(|values| Some(Summary::of(values)?.mean)).collect();
     let summary = means.and_then(|means| Summary::of(&means)).ok_or("not measured")?;
-    let n = first.n.get(metric.probe()).copied().unwrap_or(0);
+    let judge = if first.judges.contains_key(&published.judge) { &published.judge } else { &first.judge };
+    let n = first.judged(metric.probe(), judge);
     let units = summary.interval().map_or(0., |(low, high)| (high - low) / 2.);
     Ok(Ours { summary, half_width: sampling(summary.mean, n).hypot(units) })
 }

@@ -117,7 +117,10 @@ mod tests {
             row.metrics.over_refusal_rate_aligned = Some(100.);
         }
         let text = of(&results, "Vaccine");
-        assert!(text.starts_with("it refuses everything once aligned, 100 % of benign requests too: HS"), "{text}");
+        assert!(
+            text.starts_with("it refuses nearly everything once aligned, 100 % of benign requests too: HS"),
+            "{text}"
+        );
     }
 
     #[test]

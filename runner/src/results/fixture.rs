@@ -75,6 +75,7 @@ fn row(method: &str, defense: &str, harm: f64, ratio: f64, seed: u64) -> ResultR
             off_task_rate_aligned: Some(0.),
         },
         judges: BTreeMap::new(),
+        unparsable: BTreeMap::new(),
         warnings: Vec::new(),
         n: BTreeMap::from([("harmful".into(), 150), ("task".into(), 200)]),
         outcomes: BTreeMap::new(),

@@ -175,6 +175,7 @@ impl Assembly<'_> {
             artifacts: artifacts(cell),
             notes: cell.notes.clone(),
             intervals: intervals(&metrics, &n),
+            unparsable: unparsable(&counts),
             warnings,
             judges: by_judge.collect(),
             judge,
@@ -400,6 +401,17 @@ fn metrics(counts: &Counts, judge: &str) -> Metrics {
         off_task_rate: share(Answerer::Final, "harmful", off_task),
         off_task_rate_aligned: share(Answerer::Aligned, "harmful", off_task),
     }
+}
+
+/// How many outputs of each judge on each probe's answers of the final model could not be parsed, where there are any.
+fn unparsable(counts: &Counts) -> BTreeMap<String, BTreeMap<String, usize>> {
+    let mut found: BTreeMap<String, BTreeMap<String, usize>> = BTreeMap::new();
+    for ((answerer, probe, judge), record) in counts {
+        if *answerer == Answerer::Final && record.unparsable() > 0 {
+            found.entry((*judge).to_owned()).or_default().insert((*probe).to_owned(), record.unparsable());
+        }
+    }
+    found
 }
 
 /// A letter for each prompt: see [`ResultRow::outcomes`].

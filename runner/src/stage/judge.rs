@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 use titer_core::device::parse_dtype;
 use titer_core::model::generate::Finish;
 use titer_core::report::Answer;
@@ -11,6 +12,7 @@ use titer_core::{Answers, Asked, Error, JudgeCx, JudgeEntry, Label, Result, Row,
 use super::{ANSWERS, RECORD, StageIo, Stages, base_of, read_json, settings, write_json};
 use crate::disk;
 use crate::experiment::spec::PluginSpec;
+use crate::manifest::digest;
 use crate::plan::JudgeSpec;
 use crate::stage::train_loop::Watch;
 
@@ -84,54 +86,80 @@ pub(super) fn run(stages: &Stages, spec: &JudgeSpec, io: &mut StageIo) -> Result
 /// The verdicts of a judge, which goes on where an earlier run stopped.
 fn verdicts(stages: &Stages, spec: &PluginSpec, answers: &Answers, io: &mut StageIo) -> Result<Vec<Verdict>> {
     let judge = (registry::find::<JudgeEntry>(&spec.name)?.build)(&settings(spec), &stages.folder)?;
-    // Not checked again once it has judged, since what it gives is kept as it goes.
-    stages.inputs.check(None, &judge.files()?, &spec.content)?;
-    let count = answers.asked.len();
-    let kept: Vec<Option<Verdict>> = match io.watch.resume() {
-        Some(folder) => read_json(&folder.join(VERDICTS))?,
-        None => vec![None; count],
-    };
-    let kept_before = given(&kept);
+    let files = judge.files()?;
+    let unchanged = || stages.inputs.check(None, &files, &spec.content);
+    unchanged()?;
     let precision = parse_dtype(base_of(io.ancestors)?.dtype, &stages.device)?;
     let watch = &mut *io.watch;
+    let kept = KeptVerdicts::newest(answers, watch)?;
+    let (count, kept_before, of) = (kept.verdicts.len(), given(&kept.verdicts), kept.answers);
     watch.started(count, kept_before);
+    let mut changed = None;
     let mut keep = |verdicts: &[Option<Verdict>]| {
+        changed = changed.take().or_else(|| unchanged().err());
+        if changed.is_some() {
+            return Err(Error::data("the judge's files were changed"));
+        }
         let done = given(verdicts);
         watch.answered(done);
-        if done == count {
-            return Ok(());
+        match done < count {
+            true if watch.must_stop() => Err(Error::interrupted()),
+            true if watch.checkpoint_due() => save(watch, &of, verdicts),
+            _ => Ok(()),
         }
-        if watch.must_stop() {
-            return Err(Error::interrupted());
-        }
-        if watch.checkpoint_due() { save(watch, verdicts) } else { Ok(()) }
     };
-    let mut cx = JudgeCx::new(&stages.device, precision, kept, &mut keep);
-    let judged = judge.judge(answers, &mut cx);
+    let mut cx = JudgeCx::new(&stages.device, precision, kept.verdicts, &mut keep);
+    // A judge that failed after its last verdict is not asked again.
+    let judged = if kept_before < count { judge.judge(answers, &mut cx) } else { Ok(()) };
     let verdicts = cx.into_verdicts();
-    // What a judge has given before it failed, or was stopped, need not be asked again. Its own error tells more than one
-    // of the disk.
-    if judged.is_err()
+    // Verdicts by files that were changed meanwhile are not kept.
+    if let Some(error) = changed {
+        return Err(error);
+    }
+    let missing = count - given(&verdicts);
+    // What it has given need not be asked again. Its own error tells more than one of the disk.
+    if (judged.is_err() || missing > 0)
         && given(&verdicts) > kept_before
-        && let Err(error) = save(watch, &verdicts)
+        && let Err(error) = save(watch, &of, &verdicts)
     {
-        tracing::warn!("verdicts are lost: {error}");
+        tracing::warn!("verdicts since the last checkpoint are lost: {error}");
     }
     judged?;
-    let missing = count - given(&verdicts);
-    if missing > 0 {
-        return Err(Error::run(format!("the judge `{}` gave no verdict on {missing} of {count} answers", spec.name))
-            .help("a judge gives a verdict on every answer that is pending, if only that its output is unparsable"));
+    match missing {
+        0 => Ok(verdicts.into_iter().flatten().collect()),
+        _ if watch.must_stop() => Err(Error::interrupted()),
+        _ => Err(Error::run(format!("the judge `{}` gave no verdict on {missing} of {count} answers", spec.name))
+            .help("a judge gives a verdict on every answer that is pending, if only that its output is unparsable")),
     }
-    Ok(verdicts.into_iter().flatten().collect())
+}
+
+/// The verdicts of a judge that is not done.
+#[derive(Serialize, Deserialize)]
+struct KeptVerdicts {
+    /// The hash of the answers that they are about.
+    answers: String,
+    /// By the place of the answer.
+    verdicts: Vec<Option<Verdict>>,
+}
+
+impl KeptVerdicts {
+    /// The newest checkpoint of a judge of these answers; without one, no verdicts.
+    fn newest(answers: &Answers, watch: &dyn Watch) -> Result<Self> {
+        let texts: Vec<Value> = answers.asked.iter().map(|asked| json!([asked.row, asked.answer])).collect();
+        let none = Self { answers: digest(&json!(texts)), verdicts: vec![None; texts.len()] };
+        let Some(folder) = watch.resume() else { return Ok(none) };
+        let kept: Self = read_json(&folder.join(VERDICTS))?;
+        Ok(if kept.answers == none.answers { kept } else { none })
+    }
 }
 
 fn given(verdicts: &[Option<Verdict>]) -> usize {
     verdicts.iter().flatten().count()
 }
 
-fn save(watch: &mut dyn Watch, verdicts: &[Option<Verdict>]) -> Result<()> {
-    watch.save(given(verdicts), &|folder| write_json(&folder.join(VERDICTS), &verdicts))
+fn save(watch: &mut dyn Watch, answers: &str, verdicts: &[Option<Verdict>]) -> Result<()> {
+    let kept = json!({ "answers": answers, "verdicts": verdicts });
+    watch.save(given(verdicts), &|folder| write_json(&folder.join(VERDICTS), &kept))
 }
 
 /// What was made of the answered prompts, at the places of all prompts.

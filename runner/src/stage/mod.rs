@@ -33,7 +33,7 @@ use titer_core::{
 
 use crate::disk;
 use crate::experiment::spec::{AdapterSpec, EncodingSpec, LoadSpec, PluginSpec, RowsSpec, Runtime, StreamSpec};
-use crate::inputs::Inputs;
+use crate::inputs::UserFiles;
 use crate::plan::{PlannedStage, StageSpec};
 use crate::stage::context::{StageContext, StageRunner};
 use crate::stage::train_loop::Watch;
@@ -95,7 +95,7 @@ pub struct Stages {
     /// How often training keeps a checkpoint.
     checkpoint_every: Duration,
     /// Data and checkpoints that stages have read.
-    inputs: Inputs,
+    inputs: UserFiles,
 }
 
 impl StageRunner for Stages {
@@ -111,7 +111,7 @@ impl Stages {
     /// Runs the stages of plans with this runtime on `device`.
     pub fn new(runtime: &Runtime, device: Device) -> Self {
         let checkpoint_every = runtime.checkpoint_every();
-        Self { folder: runtime.folder.clone(), device, checkpoint_every, inputs: Inputs::default() }
+        Self { folder: runtime.folder.clone(), device, checkpoint_every, inputs: UserFiles::default() }
     }
 
     /// Runs one stage whose parent is done.
