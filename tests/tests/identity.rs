@@ -482,7 +482,7 @@ fn every_setting_of_every_plugin_changes_a_key() {
             settings,
             version: 1,
             plugin: None,
-            content: String::new(),
+            content: "hash".into(),
         };
         let before = with(kind, spec(defaults.clone()));
         for (setting, value) in defaults.as_object().into_iter().flatten() {
