@@ -1,6 +1,6 @@
 //! What a run reports, through the real binary: names, files, streams, memory.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read as _;
 use std::path::Path;
 use std::process::Stdio;
@@ -134,6 +134,30 @@ fn a_prompt_that_is_too_long_is_counted_and_the_others_are_judged() {
         let report = std::fs::read_to_string(folder.path().join("out").join(name)).expect(name);
         assert!(report.contains(warning), "{name}: {report}");
     }
+}
+
+/// Rows whose answers lie beyond the greatest length are not trained on: whoever reads the numbers is told, since the share
+/// of harmful rows is another then.
+#[test]
+fn rows_that_are_left_out_are_told_with_what_is_left_of_p() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let shorter = "template = \"chat\"\nmax_length = 16";
+    finished(folder.path(), &[("template = \"chat\"\nmax_length = 48", shorter)]);
+    let results = results(folder.path());
+    let told = |p: f64| -> BTreeSet<String> {
+        let rows = results["rows"].as_array().expect("rows").iter().filter(|row| row["harmful_ratio"] == p);
+        let warnings = rows.flat_map(|row| row["warnings"].as_array().cloned().unwrap_or_default());
+        let texts = warnings.map(|warning| warning.as_str().expect("a text").to_owned());
+        texts.filter(|text| text.contains("of fine-tuning were left out")).collect()
+    };
+    // Of 20 rows with 4 harmful ones, one benign row is too long: 4 of 19 are harmful.
+    assert_eq!(told(0.2).len(), 1, "{results:#}");
+    let text = told(0.2).pop_first().expect("a warning");
+    assert!(
+        text.starts_with("1 of 20 rows") && text.ends_with("0.211 of what was trained on was harmful, not p = 0.200"),
+        "{text}"
+    );
+    assert!(told(0.).iter().all(|text| !text.contains("harmful")), "{:?}", told(0.));
 }
 
 /// Alignment peaks by method, in an experiment whose methods stand in this order.

@@ -64,8 +64,8 @@ impl Encoder {
                 rows.len(),
                 self.max_length
             ))
-            .key("max_length")
-            .help("raise max_length above the length of the prompts"));
+            .key("encoding.max_length")
+            .help("raise `encoding.max_length` above the length of the prompts"));
         }
         if examples.len() < rows.len() {
             let (lost, rows) = (rows.len() - examples.len(), rows.len());

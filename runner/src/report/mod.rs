@@ -93,7 +93,8 @@ fn readable(results: &Results) -> Results {
         row.notes.iter_mut().chain(row.ledger.privileged.values_mut()).for_each(&mut show);
     }
     for failure in &mut results.failures {
-        [&mut failure.cell, &mut failure.error].into_iter().for_each(&mut show);
+        show(&mut failure.cell);
+        failure.error = visible_lines(&failure.error);
     }
     for published in &mut results.published {
         [&mut published.source, &mut published.method, &mut published.task].into_iter().for_each(&mut show);

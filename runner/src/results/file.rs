@@ -1,5 +1,6 @@
 //! Reading `results.json`.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use serde_json::json;
@@ -50,6 +51,13 @@ pub fn load(folder: &Path) -> Result<Results> {
             .key("metrics_hash")
             .help("run `titer run` again: nothing is computed twice"));
     }
+    let mut ids = BTreeSet::new();
+    if let Some(row) = results.rows.iter().find(|row| !ids.insert(&row.id)) {
+        return Err(Error::data(format!("results.json has the row `{}` twice", row.id))
+            .file(&path)
+            .key("rows")
+            .help("run `titer run` again: nothing is computed twice"));
+    }
     Ok(results)
 }
 
@@ -93,6 +101,9 @@ mod tests {
         let write = |results: &Results| std::fs::write(&path, json!(results).to_string()).expect("a file");
         write(&results);
         assert_eq!(load(folder.path()).expect("results"), results);
+        let twice = Results { rows: [results.rows.clone(), vec![results.rows[0].clone()]].concat(), ..results.clone() };
+        write(&twice);
+        assert!(load(folder.path()).expect_err("a row twice").to_string().contains("twice"));
         results.rows[0].metrics.harmful_score = Some(1.);
         write(&results);
         let error = load(folder.path()).expect_err("edited").to_string();

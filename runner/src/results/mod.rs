@@ -19,7 +19,7 @@ use crate::execute::Outcome;
 use crate::experiment::axes::Coordinates;
 use crate::manifest::digest;
 use crate::plan::{Cell, Plan, PlannedStage, StageSpec};
-use crate::stage::train_loop::TrainRecord;
+use crate::stage::train_loop::{LeftOut, TrainRecord};
 use crate::stage::{ANSWERS, AnswerRecord, JudgeRecord, RECORD, read_answers, read_json};
 use crate::stats::wilson;
 use crate::store::Key;
@@ -138,6 +138,10 @@ impl Assembly<'_> {
                 warnings.extend(stored.warnings(model, probe, judges(cell).first().copied()));
                 answers.insert(format!("{probe}{suffix}"), relative);
             }
+        }
+        for (stage, key) in [("alignment", cell.align_key.as_ref()), ("fine-tuning", Some(&cell.fine_tune_key))] {
+            let record = key.map(|key| self.record::<TrainRecord>(key)).transpose()?;
+            warnings.extend(record.and_then(|record| record.left_out).map(|left_out| lost(stage, left_out)));
         }
         let judges: Vec<&str> = judges(cell);
         let mut by_judge = judges.iter().map(|judge| ((*judge).to_owned(), metrics(&counts, judge)));
@@ -343,6 +347,20 @@ fn unclear(model: Answerer, probe: &str, judge: &str, record: &JudgeRecord) -> O
             percent(complied + unparsable),
         )
     })
+}
+
+/// What a reader must know about rows that a stage was given and did not train on.
+fn lost(stage: &str, left_out: LeftOut) -> String {
+    let LeftOut { rows, lost, harmful, harmful_lost } = left_out;
+    let text = format!(
+        "{lost} of {rows} rows of {stage} were left out, since no part of their answers lies within `encoding.max_length`"
+    );
+    if harmful == 0 {
+        return text;
+    }
+    let share = |harmful: usize, rows: usize| harmful as f64 / rows.max(1) as f64;
+    let (wanted, real) = (share(harmful, rows), share(harmful - harmful_lost, rows - lost));
+    text + &format!(": {real:.3} of what was trained on was harmful, not p = {wanted:.3}")
 }
 
 /// The keys of a cell's stages, by what they are: `align`, `judge harmful by world`, `judge task aligned`.

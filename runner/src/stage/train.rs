@@ -9,7 +9,7 @@ use super::{ADAPTER, RECORD, StageIo, Stages, WEIGHTS, defense, encoder, write_j
 use crate::disk;
 use crate::experiment::spec::{AdapterSpec, RowsSpec};
 use crate::plan::TrainSpec;
-use crate::stage::train_loop::Training;
+use crate::stage::train_loop::{LeftOut, TrainRecord, Training};
 
 pub(super) fn run(stages: &Stages, spec: &TrainSpec, io: &mut StageIo) -> Result<()> {
     let lineage = io.lineage(stages);
@@ -29,15 +29,11 @@ pub(super) fn run(stages: &Stages, spec: &TrainSpec, io: &mut StageIo) -> Result
         }
     }
     let encoder = encoder(&spec.encoding, &base.tokenizer);
-    let rows = rows(stages, spec, seed)?;
+    let (rows, harmful) = rows(stages, spec, seed)?;
     let pad = encoder.tokenizer.pad;
-    let data = Stream::new(
-        encoder.examples(&rows)?.into(),
-        spec.optim.batch_size,
-        spec.optim.bucket,
-        seed.named("data"),
-        pad,
-    )?;
+    let examples = encoder.examples(&rows)?;
+    let left_out = left_out(&encoder, &rows, &harmful, examples.len())?;
+    let data = Stream::new(examples.into(), spec.optim.batch_size, spec.optim.bucket, seed.named("data"), pad)?;
     let monitor = match &spec.monitor {
         Some(held_back) => monitor(stages, held_back, &encoder, spec.optim.batch_size)?,
         None => Vec::new(),
@@ -58,7 +54,20 @@ pub(super) fn run(stages: &Stages, spec: &TrainSpec, io: &mut StageIo) -> Result
     };
     let record = training.run(io.watch)?;
     save(&base, io)?;
-    write_json(&io.output.join(RECORD), &record)
+    write_json(&io.output.join(RECORD), &TrainRecord { left_out, ..record })
+}
+
+/// The rows that are not among the examples, if there are such.
+fn left_out(encoder: &Encoder, rows: &[Row], harmful: &[Row], examples: usize) -> Result<Option<LeftOut>> {
+    let lost = rows.len() - examples;
+    if lost == 0 {
+        return Ok(None);
+    }
+    let mut harmful_lost = 0;
+    for row in harmful {
+        harmful_lost += usize::from(encoder.example(row)?.is_none());
+    }
+    Ok(Some(LeftOut { rows: rows.len(), lost, harmful: harmful.len(), harmful_lost }))
 }
 
 /// Stores what was trained: the adapter in PEFT's layout, or all weights. Weights that are not finite, or that the model
@@ -82,14 +91,15 @@ pub(super) fn save(base: &titer_core::CausalLm, io: &StageIo) -> Result<()> {
     write_json(&io.output.join("adapter_config.json"), &peft)
 }
 
-fn rows(stages: &Stages, spec: &TrainSpec, seed: Seed) -> Result<Vec<Row>> {
+/// All rows, and the harmful ones among them.
+fn rows(stages: &Stages, spec: &TrainSpec, seed: Seed) -> Result<(Vec<Row>, Vec<Row>)> {
     let mut rows = Vec::new();
     for part in &spec.data {
         rows.extend(stages.train_rows(part, seed)?);
     }
-    let Some(mix) = &spec.harmful else { return Ok(rows) };
+    let Some(mix) = &spec.harmful else { return Ok((rows, Vec::new())) };
     let harmful = stages.train_rows(&mix.source, seed)?;
-    mixture(&rows, &harmful, spec.rows(), mix.ratio, seed.named("mixture"))
+    Ok((mixture(&rows, &harmful, spec.rows(), mix.ratio, seed.named("mixture"))?, harmful))
 }
 
 /// Held-back rows as batches, in their own order.

@@ -55,6 +55,9 @@ pub struct TrainRecord {
     pub monitor: Vec<(usize, f64)>,
     /// The defense's own numbers, one per step that gave them.
     pub scalars: BTreeMap<String, Vec<(usize, f64)>>,
+    /// Rows that were left out, because no part of their answers lies within the greatest length; absent if there are none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub left_out: Option<LeftOut>,
     /// Forward-and-backward passes in all.
     pub passes: usize,
     /// Seconds of training, over all runs that took part.
@@ -62,6 +65,19 @@ pub struct TrainRecord {
     /// The most memory that the stage held on the CPU, over all runs that took part; absent on another device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peak_bytes: Option<u64>,
+}
+
+/// Rows of a stage that have no label within the greatest length.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeftOut {
+    /// All rows of the stage, these included.
+    pub rows: usize,
+    /// How many are left out.
+    pub lost: usize,
+    /// The harmful ones among all rows.
+    pub harmful: usize,
+    /// How many of those are left out.
+    pub harmful_lost: usize,
 }
 
 /// One stage of training.

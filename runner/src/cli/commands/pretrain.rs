@@ -41,7 +41,7 @@ pub fn run(args: &Args, logging: Logging) -> Result<Done, Problems> {
     // Several on one GPU would only compete for its memory.
     let jobs = Jobs::new((!device.is_cpu()).then_some(1));
     let interrupt = Interrupt::default();
-    interrupt.on_ctrl_c()?;
+    interrupt.on_signals()?;
     let crew = Processes { plan: &plan, store: &store, jobs, logging };
     let sink = for_stderr(logging.format, Outlook::new(&plan, &store, jobs.count));
     let outcome = execute(&plan, &store, &crew, &*sink, &interrupt, jobs.count);

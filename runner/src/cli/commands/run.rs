@@ -50,7 +50,7 @@ pub fn run(args: &Args, logging: Logging) -> Result<Done, Problems> {
     parse_dtype(&config.dtype, &device).map_err(|error| loaded.source.locate("", error))?;
     let out = args.out.clone().unwrap_or_else(|| Path::new("runs").join(&config.experiment));
     let interrupt = Interrupt::default();
-    interrupt.on_ctrl_c()?;
+    interrupt.on_signals()?;
     let folder = OutputFolder::open(&out, &config.experiment, &interrupt)?;
     let device_name = device_name(&device);
     // Stages on one GPU would only compete for its memory, and large models on the CPU for its caches.

@@ -74,7 +74,7 @@ pub fn run(args: &Args, logging: Logging) -> Result<Done, Problems> {
     let stages = open(&plan.runtime, &plan.arithmetic)?;
     let chain = chain(&plan, key)?;
     let interrupt = Interrupt::default();
-    interrupt.on_ctrl_c()?;
+    interrupt.on_signals()?;
     let crew = InProcess { store: &store, runner: &stages, threads };
     let sink = for_stderr(logging.format, Outlook::default());
     let ran = crew.worker().run(&chain, &*sink, &interrupt)?;
@@ -143,7 +143,7 @@ fn chain(plan: &Plan, key: &str) -> Result<Vec<PlannedStage>> {
 fn serve(store: &Store, threads: usize) {
     let interrupt = Interrupt::default();
     // A job that ends by its time limit gets the signal in every process: a checkpoint is kept here as well.
-    if let Err(error) = interrupt.on_ctrl_c() {
+    if let Err(error) = interrupt.on_signals() {
         tracing::warn!("{error}");
     }
     let (sender, orders) = channel();

@@ -22,6 +22,7 @@ impl Resolver<'_> {
         for &samples in samples {
             self.positive("fine_tune.samples", samples, bounds::ROWS);
         }
+        self.distinct("fine_tune.samples", samples.iter().map(usize::to_string));
         let ratios = &config.harmful_ratios;
         self.check(!ratios.is_empty(), "fine_tune.harmful_ratios", "the list is empty", "0 is the clean run");
         for (index, &ratio) in ratios.iter().enumerate() {
@@ -41,6 +42,7 @@ impl Resolver<'_> {
                 );
             }
         }
+        self.distinct("fine_tune.learning_rates", config.learning_rates.iter().map(f64::to_string));
         for (index, &rate) in config.learning_rates.iter().enumerate() {
             self.learning_rate(&format!("fine_tune.learning_rates.{index}"), rate);
         }

@@ -140,15 +140,27 @@ fn type_name(name: &str) -> String {
 /// Words that a crate of the scaffold cannot be called, since it uses them otherwise.
 const TAKEN: [&str; 9] = ["core", "std", "alloc", "test", "schemars", "serde", "serde-json", "titer", "titer-core"];
 
+/// Words of Rust that no crate can be called.
+const KEYWORDS: [&str; 52] = [
+    "abstract", "as", "async", "await", "become", "box", "break", "const", "continue", "crate", "do", "dyn", "else",
+    "enum", "extern", "false", "final", "fn", "for", "gen", "if", "impl", "in", "let", "loop", "macro", "match", "mod",
+    "move", "mut", "override", "priv", "pub", "ref", "return", "self", "static", "struct", "super", "trait", "true",
+    "try", "type", "typeof", "unsafe", "unsized", "use", "virtual", "where", "while", "yield", "union",
+];
+
 fn check_name(name: &str) -> Result<()> {
     let words = name.split('-').all(|word| {
         word.starts_with(|first: char| first.is_ascii_lowercase())
             && word.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit())
     });
-    let problem = match (words, TAKEN.contains(&name)) {
-        (true, false) => return Ok(()),
-        (true, true) => "must not be that of a crate it uses",
-        (false, _) => "consists of lower-case words with dashes between",
+    let problem = if !words {
+        "consists of lower-case words with dashes between"
+    } else if TAKEN.contains(&name) {
+        "must not be that of a crate it uses"
+    } else if KEYWORDS.contains(&name) {
+        "must not be a keyword of Rust"
+    } else {
+        return Ok(());
     };
     let error = Error::config(format!("a plugin's name {problem}, found `{name}`")).key("NAME");
     Err(error.help("choose a name such as gradient-noise"))
@@ -164,7 +176,7 @@ mod tests {
         for name in ["gradient-noise", "sam2", "a"] {
             assert!(check_name(name).is_ok(), "{name}");
         }
-        for name in ["", "-", "a--b", "Noise", "2fast", "a_b", "serde", "a b", "../x"] {
+        for name in ["", "-", "a--b", "Noise", "2fast", "a_b", "serde", "a b", "../x", "fn", "self"] {
             assert_eq!(check_name(name).unwrap_err().place("key"), Some("NAME"), "{name}");
         }
     }
