@@ -150,11 +150,11 @@ fn rows_that_are_left_out_are_told_with_what_is_left_of_p() {
         let texts = warnings.map(|warning| warning.as_str().expect("a text").to_owned());
         texts.filter(|text| text.contains("of fine-tuning were left out")).collect()
     };
-    // Of 20 rows with 4 harmful ones, one benign row is too long: 4 of 19 are harmful.
+    // Of 20 rows with 4 harmful ones, one harmful row is too long: 3 of 19 are harmful.
     assert_eq!(told(0.2).len(), 1, "{results:#}");
     let text = told(0.2).pop_first().expect("a warning");
     assert!(
-        text.starts_with("1 of 20 rows") && text.ends_with("0.211 of what was trained on was harmful, not p = 0.200"),
+        text.starts_with("1 of 20 rows") && text.ends_with("0.158 of what was trained on was harmful, not p = 0.200"),
         "{text}"
     );
     assert!(told(0.).iter().all(|text| !text.contains("harmful")), "{:?}", told(0.));
