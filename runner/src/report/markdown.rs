@@ -35,8 +35,7 @@ pub(super) fn render(results: &Results, table: &Table) -> String {
     if !failed.is_empty() {
         text += "\n## Failed\n\n";
         for failure in failed {
-            let error: Vec<String> = failure.error.lines().map(escape).collect();
-            text += &format!("- {}: {}\n", escape(&failure.cell), error.join("  \n  "));
+            text += &format!("- {}: {}\n", escape(&failure.cell), escape(&failure.error));
         }
     }
     if !table.blocks.is_empty() {

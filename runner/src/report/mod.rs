@@ -94,7 +94,9 @@ fn readable(results: &Results) -> Results {
     }
     for failure in &mut results.failures {
         show(&mut failure.cell);
-        failure.error = visible_lines(&failure.error);
+        // The lines of an error in one, so that no text within it begins a line of its own.
+        let lines = failure.error.lines().map(str::trim).filter(|line| !line.is_empty());
+        failure.error = lines.map(visible).collect::<Vec<_>>().join("; ");
     }
     for published in &mut results.published {
         [&mut published.source, &mut published.method, &mut published.task].into_iter().for_each(&mut show);
