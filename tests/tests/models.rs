@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, IndexOp, Tensor};
 use candle_nn::VarBuilder;
-use candle_transformers::models::{llama, mistral, qwen2};
+use candle_transformers::models::{llama, mistral, qwen2, qwen3};
 use serde_json::{Value, json};
 use titer_core::data::{Batch, Tokens};
 use titer_core::defense::Streams;
@@ -90,9 +90,13 @@ fn every_adapter_gets_the_right_gradient() -> Result<()> {
 fn adapters_follow_the_architecture() -> Result<()> {
     let llama = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"].as_slice();
     let opt = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"].as_slice();
-    for (which, own, foreign) in
-        [("llama", llama, "fc1"), ("mistral", llama, "fc1"), ("qwen2", llama, "fc1"), ("opt", opt, "o_proj")]
-    {
+    for (which, own, foreign) in [
+        ("llama", llama, "fc1"),
+        ("mistral", llama, "fc1"),
+        ("qwen2", llama, "fc1"),
+        ("qwen3", llama, "fc1"),
+        ("opt", opt, "o_proj"),
+    ] {
         let config = variants().into_iter().find(|(name, _)| *name == which).context("a variant")?.1;
         let (_, mut weights) = random(&config, DType::F32)?;
         let named = LoraConfig { target_modules: Some(vec![foreign.to_owned()]), ..LoraConfig::default() };
@@ -185,6 +189,17 @@ fn reference(config: &Value, weights: &Weights) -> Result<Option<Reference>> {
                 Ok(model.forward(ids, 0)?.i((.., 0))?)
             }))
         }
+        Some("qwen3") => {
+            let more = json!({
+                "attention_bias": false, "use_sliding_window": false, "max_window_layers": 0, "hidden_act": "silu"
+            });
+            config.as_object_mut().context("a table")?.extend(more.as_object().context("a table")?.clone());
+            let mut model = qwen3::ModelForCausalLM::new(&serde_json::from_value(config)?, builder)?;
+            Some(Box::new(move |ids| {
+                model.clear_kv_cache();
+                Ok(model.forward(ids, 0)?.i((.., 0))?)
+            }))
+        }
         // There the window is in every block, whatever the configuration says.
         Some("qwen2") if config["use_sliding_window"] != true => {
             let more = json!({
@@ -216,7 +231,7 @@ fn logits_equal_those_of_candle_transformers() -> Result<()> {
         }
     }
     // OPT is not among its models; the test below writes it down once more.
-    assert_eq!(compared.len(), 3, "{compared:?}");
+    assert_eq!(compared.len(), 4, "{compared:?}");
     Ok(())
 }
 

@@ -175,6 +175,9 @@ pub trait DecoderConfig: CommonKeys + Serialize + DeserializeOwned + JsonSchema 
     /// How the family is called.
     const FAMILY: Family;
 
+    /// Whether queries and keys are normalised, each head by itself, before they are rotated.
+    const HEAD_NORMS: bool = false;
+
     /// What Hugging Face's library takes for keys that a `config.json` leaves out, where it differs from the default
     /// here. A null is no key left out.
     fn left_out() -> Value {
@@ -207,13 +210,16 @@ struct DecoderBlock {
     q: Linear,
     k: Linear,
     v: Linear,
+    /// Those of queries and keys.
+    head_norms: Option<[RmsNorm; 2]>,
     o: Linear,
     mlp_norm: RmsNorm,
     mlp: GatedMlp,
 }
 
 impl DecoderBlock {
-    fn new(params: &mut ParamList, keys: &DecoderKeys, biases: Biases, window: Option<usize>, index: usize) -> Self {
+    fn new<C: DecoderConfig>(params: &mut ParamList, config: &C, window: Option<usize>, index: usize) -> Self {
+        let (keys, biases) = (config.common(), config.biases());
         let module = |name: &str| format!("model.layers.{index}.{name}");
         let (heads, width, inner) = (keys.heads(), keys.hidden_size, keys.intermediate_size);
         let residual = 2 * keys.num_hidden_layers;
@@ -226,6 +232,8 @@ impl DecoderBlock {
         let k = linear("k_proj", (width, shared), biases.qkv, 1);
         let v = linear("v_proj", (width, shared), biases.qkv, 1);
         let o = linear("o_proj", (all, width), biases.o, residual);
+        let mut head_norm = |name: &str| RmsNorm::new(params, &module(name), heads.width, keys.rms_norm_eps);
+        let head_norms = C::HEAD_NORMS.then(|| ["self_attn.q_norm", "self_attn.k_norm"].map(&mut head_norm));
         let stds = [std(width, 1), std(inner, residual)];
         Self {
             sites: block_sites(index),
@@ -233,6 +241,7 @@ impl DecoderBlock {
             q,
             k,
             v,
+            head_norms,
             o,
             mlp: GatedMlp::new(params, &module("mlp"), (width, inner), biases.mlp, stds),
             input_norm: RmsNorm::new(params, &module("input_layernorm"), width, keys.rms_norm_eps),
@@ -244,6 +253,10 @@ impl DecoderBlock {
         let [attn_out, mlp_out, block_out] = &self.sites;
         let y = self.input_norm.forward(x, pass)?;
         let [q, k, v] = [self.q.forward(&y, pass)?, self.k.forward(&y, pass)?, self.v.forward(&y, pass)?];
+        let [q, k] = match &self.head_norms {
+            Some([q_norm, k_norm]) => [q_norm.forward(&q, pass)?, k_norm.forward(&k, pass)?],
+            None => [q, k],
+        };
         let rotation = pass.rotation.clone().ok_or_else(|| Error::run("the positions of the pass are not set"))?;
         let [q, k] = [ops::rotate(&mut pass.tape, &q, &rotation)?, ops::rotate(&mut pass.tape, &k, &rotation)?];
         let y = attention(self.attention, [&q, &k, &v], index, pass)?;
@@ -282,9 +295,7 @@ impl Decoder {
         let (vocabulary, width, std) = (keys.vocab_size, keys.hidden_size, keys.initializer_range);
         let mut params = ParamList::default();
         let embedding = Embedding::new(&mut params, "model.embed_tokens", vocabulary, width, std.unwrap_or(0.05));
-        let block = |(index, window)| {
-            params.block(index, |params| DecoderBlock::new(params, &keys, config.biases(), window, index))
-        };
+        let block = |(index, window)| params.block(index, |params| DecoderBlock::new(params, config, window, index));
         let blocks = windows.into_iter().enumerate().map(block).collect();
         let norm = RmsNorm::new(&mut params, "model.norm", width, keys.rms_norm_eps);
         let head = (!keys.tie_word_embeddings)
@@ -338,8 +349,9 @@ fn written<C: DecoderConfig>(config: &C) -> Value {
     let mut keys = keys_of(config, C::FAMILY.model_type, C::FAMILY.architecture);
     keys["hidden_act"] = json!("silu");
     // A key that is not set would be read as one left out.
-    let nulls = C::left_out().as_object().into_iter().flatten().map(|(key, _)| (key.clone(), Value::Null)).collect();
-    with_left_out(keys, Value::Object(nulls))
+    let value = |key: &str| if key == "head_dim" { json!(config.common().heads().width) } else { Value::Null };
+    let set = C::left_out().as_object().into_iter().flatten().map(|(key, _)| (key.clone(), value(key))).collect();
+    with_left_out(keys, Value::Object(set))
 }
 
 /// `keys` with those of `others` that it has not.

@@ -5,7 +5,9 @@ pub mod llama;
 pub mod mistral;
 pub mod opt;
 pub mod qwen2;
+pub mod qwen3;
 pub mod rope_scaling;
+pub mod windows;
 
 use std::path::Path;
 

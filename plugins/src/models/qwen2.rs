@@ -1,12 +1,11 @@
 //! Qwen2 and Qwen2.5 (Yang et al. 2024): grouped-query attention whose queries, keys and values have biases, and in some
 //! models a sliding window in the upper blocks.
 
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use titer_core::{Error, ModelEntry, Result, SettingsType, inventory};
+use titer_core::{ModelEntry, Result, SettingsType, inventory};
 
 use super::decoder::{Biases, Decoder, DecoderConfig, Family, decoder_keys};
+use super::windows::{LayerType, Windows};
 
 inventory::submit! {
     ModelEntry {
@@ -34,16 +33,6 @@ decoder_keys! {
     }
 }
 
-/// How far a block looks back.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum LayerType {
-    /// To the first token.
-    FullAttention,
-    /// As far as `sliding_window` says.
-    SlidingAttention,
-}
-
 impl DecoderConfig for Qwen2Config {
     const FAMILY: Family = Family { name: "Qwen2", model_type: "qwen2", architecture: "Qwen2ForCausalLM" };
 
@@ -54,17 +43,7 @@ impl DecoderConfig for Qwen2Config {
     }
 
     fn check(&self) -> Result<()> {
-        let Some(types) = &self.layer_types else { return Ok(()) };
-        let refuse = |message: String| Error::config(message).key("layer_types");
-        if types.len() != self.num_hidden_layers {
-            let message = format!("{} `layer_types` for {} blocks", types.len(), self.num_hidden_layers);
-            return Err(refuse(message).help("give one for each block"));
-        }
-        if types.contains(&LayerType::SlidingAttention) && self.used_window().is_none() {
-            let message = "a block of `sliding_attention` has no window".to_owned();
-            return Err(refuse(message).help("set `sliding_window`, and `use_sliding_window` to true"));
-        }
-        Ok(())
+        self.windows().check()
     }
 
     fn biases(&self) -> Biases {
@@ -72,17 +51,18 @@ impl DecoderConfig for Qwen2Config {
     }
 
     fn window(&self, index: usize) -> Option<usize> {
-        let slides = match &self.layer_types {
-            Some(types) => types.get(index) == Some(&LayerType::SlidingAttention),
-            None => index >= self.max_window_layers,
-        };
-        self.used_window().filter(|_| slides)
+        self.windows().of_block(index)
     }
 }
 
 impl Qwen2Config {
-    fn used_window(&self) -> Option<usize> {
-        self.sliding_window.filter(|_| self.use_sliding_window)
+    fn windows(&self) -> Windows<'_> {
+        Windows {
+            size: self.sliding_window.filter(|_| self.use_sliding_window),
+            unlimited: self.max_window_layers,
+            types: self.layer_types.as_deref(),
+            blocks: self.num_hidden_layers,
+        }
     }
 }
 

@@ -46,6 +46,7 @@ pub fn variants() -> Vec<(&'static str, Value)> {
         ("mistral", decoder("mistral", json!({ "num_key_value_heads": 2, "head_dim": 6, "sliding_window": 3 }))),
         ("qwen2", decoder("qwen2", json!({ "num_key_value_heads": 2, "tie_word_embeddings": true }))),
         ("qwen2, window in the upper block", decoder("qwen2", sliding)),
+        ("qwen3", decoder("qwen3", json!({ "num_key_value_heads": 2, "head_dim": 6 }))),
         ("opt", opt(json!({}))),
         ("opt, untied", opt(json!({ "tie_word_embeddings": false, "enable_bias": false }))),
         ("opt, gelu", opt(json!({ "activation_function": "gelu" }))),

@@ -7,7 +7,8 @@ use crate::error::Result;
 use crate::tensor::host::{Element, by_dtype, read_all, tensor};
 use crate::tensor::tape::{Tape, Traced};
 
-/// `y = w ∘ x / √(mean(x²) + ε)` for `x: [..., width]` and `weight: [width]`.
+/// `y = w ∘ x / √(mean(x²) + ε)` for `weight: [width]` and `x: [..., n · width]`: each piece of `width` numbers in a row
+/// is normalised by itself.
 ///
 /// # Errors
 /// A tensor operation failed.
