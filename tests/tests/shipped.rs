@@ -18,13 +18,13 @@ fn the_expected_plugins_are_registered() {
     let defenses = [
         ["none", "sft", "sam"].as_slice(),
         &["vaccine", "random-perturbation", "t-vaccine", "booster", "repnoise", "tar"],
-        &["ewc", "kl", "vlguard", "lisa", "ldifs", "constrained-sft", "prompt-template"],
+        &["ewc", "kl", "vlguard", "lisa", "ldifs", "constrained-sft", "prompt-template", "asft"],
         &["antidote", "safe-lora", "resta", "lox"],
     ];
     let mut defenses = defenses.concat();
     defenses.sort_unstable();
     assert_eq!(names::<DefenseEntry>(), defenses);
-    assert_eq!(names::<ModelEntry>(), ["llama", "mistral", "opt", "qwen2"]);
+    assert_eq!(names::<ModelEntry>(), ["llama", "mistral", "opt", "qwen2", "qwen3"]);
     assert_eq!(names::<JudgeEntry>(), ["refusal-phrases", "world"]);
     let tasks = names::<TaskEntry>();
     let world = ["agnews", "benign", "gsm8k", "harmful", "safe", "sst2", "text"].map(|name| format!("world-{name}"));

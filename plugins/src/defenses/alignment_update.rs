@@ -44,6 +44,17 @@ impl MatrixUpdate {
         &self.b
     }
 
+    /// `A Aᵀ: [k, k]`, all that norms need of the right factor.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn right_gram(&self) -> Result<Tensor> {
+        match &self.a {
+            Some(a) => Gemm::NT.product(a, a),
+            None => Ok(Tensor::eye(self.b.dim(1)?, DType::F64, self.b.device())?),
+        }
+    }
+
     /// The change `X A`, for a left factor `x: [out, k]`.
     #[must_use]
     pub fn with_left(&self, x: Tensor) -> Self {

@@ -2,6 +2,7 @@
 
 pub mod alignment_update;
 pub mod antidote;
+pub mod asft;
 pub mod booster;
 pub mod constrained_sft;
 pub mod ewc;

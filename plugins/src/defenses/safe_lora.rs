@@ -203,24 +203,7 @@ mod tests {
     use titer_core::{Model, Weights};
 
     use super::*;
-    use crate::testing::{TrainedLineage, bits, check_untouched, close, dense, matrices, norm, post, small};
-
-    /// An orthonormal basis `[out, k]` of the columns of `v`, by Gram and Schmidt.
-    fn basis(v: &Tensor) -> Result<Tensor> {
-        let mut found: Vec<Tensor> = Vec::new();
-        for column in 0..v.dim(1)? {
-            let whole = v.narrow(1, column, 1)?;
-            let mut rest = whole.clone();
-            // Twice, for the rounding of the first pass.
-            for u in found.iter().chain(&found.clone()) {
-                rest = (&rest - u.matmul(&u.t()?.matmul(&rest)?)?)?;
-            }
-            if norm(&rest)? > 1e-9 * norm(v)? {
-                found.push((&rest / norm(&rest)?)?);
-            }
-        }
-        Ok(Tensor::cat(&found, 1)?)
-    }
+    use crate::testing::{TrainedLineage, basis, bits, check_untouched, close, dense, matrices, norm, post, small};
 
     /// `P` by dense matrices.
     fn projector(v: &Tensor, projection: &str) -> Result<Tensor> {

@@ -128,6 +128,23 @@ pub fn norm(x: &Tensor) -> Result<f64> {
     Ok(x.sqr()?.sum_all()?.to_scalar::<f64>()?.sqrt())
 }
 
+/// An orthonormal basis `[out, k]` of the columns of `v`, by Gram and Schmidt.
+pub fn basis(v: &Tensor) -> Result<Tensor> {
+    let mut found: Vec<Tensor> = Vec::new();
+    for column in 0..v.dim(1)? {
+        let whole = v.narrow(1, column, 1)?;
+        let mut rest = whole.clone();
+        // Twice, for the rounding of the first pass.
+        for u in found.iter().chain(&found.clone()) {
+            rest = (&rest - u.matmul(&u.t()?.matmul(&rest)?)?)?;
+        }
+        if norm(&rest)? > 1e-9 * norm(v)? {
+            found.push((&rest / norm(&rest)?)?);
+        }
+    }
+    Ok(Tensor::cat(&found, 1)?)
+}
+
 /// Fails unless two tensors are the same to rounding.
 pub fn close(ours: &Tensor, theirs: &Tensor, what: &str) -> Result<()> {
     let gap = difference(ours, theirs)?;

@@ -11,7 +11,7 @@ pub use checks::{
     check_must_begin, check_neutral, check_passes, check_published, check_refused, check_slope, check_slopes, is_plain,
 };
 pub use lineage::{
-    TrainedLineage, bits, check_kept_beside_frozen, check_untouched, close, dense, finish, matrices, norm, post,
+    TrainedLineage, basis, bits, check_kept_beside_frozen, check_untouched, close, dense, finish, matrices, norm, post,
 };
 pub use models::{adapt, all_tiny, build, small, tiny, variants};
 pub use steps::{
