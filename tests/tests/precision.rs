@@ -15,7 +15,7 @@ use titer_core::{Forward, Model, Precision, Sites, Weights};
 use titer_tests::cli::{run, small, stderr, titer};
 use titer_tests::{adapt, batch, build, context, difference};
 
-const NAMES: [&str; 6] = ["f16", "bf16", "q8_0", "q6k", "q4k", "q4_0"];
+const NAMES: [&str; 7] = ["f16", "bf16", "q8_0", "q6k", "q4_1", "q4k", "q4_0"];
 
 /// Rows of 256, which every kind of block divides.
 fn config(changes: Value) -> Value {
@@ -194,7 +194,7 @@ fn stored_bytes_are_what_the_format_says() -> Result<()> {
     let rest = model.params().count() - blocks - vectors;
     assert!(blocks > 0 && rest == 2 * 23 * 256, "the embedding and the head");
     for (name, size, block) in
-        [("bf16", 2, 1), ("q8_0", 34, 32), ("q4_0", 18, 32), ("q6k", 210, 256), ("q4k", 144, 256)]
+        [("bf16", 2, 1), ("q8_0", 34, 32), ("q4_1", 20, 32), ("q4_0", 18, 32), ("q6k", 210, 256), ("q4k", 144, 256)]
     {
         let expected = blocks / block * size + 2 * rest + 4 * vectors;
         assert_eq!(random(model.as_ref(), name)?.bytes(), expected, "{name}");

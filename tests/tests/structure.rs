@@ -24,6 +24,7 @@ const FLOORS: &[(&str, &[&str])] = &[
             "reduce",
             "parallel",
             "portable",
+            "low_precision",
             "skinny",
             "amx",
             "gemm",

@@ -2,6 +2,7 @@
 
 use crate::arithmetic::{Arithmetic, chosen};
 use crate::kernel::Kernel;
+use crate::low_precision::EncodedMatrix;
 use crate::matrix::{RawMatrix, View, ViewMut};
 use crate::real::Real;
 use crate::{portable, skinny};
@@ -30,6 +31,22 @@ pub fn product_into<T: Factor>(mut c: ViewMut<T>, accumulate: bool, alpha: T, a:
     assert_eq!(c.size(), inner(&a, &b), "a product of another size");
     // SAFETY: the views lie in their slices, of which that of `C` is borrowed alone.
     unsafe { multiply(c.raw(), accumulate, alpha, a.raw(), b.raw(), threads()) }
+}
+
+/// `Y = X Wᵀ`, row-major, for a few rows `X` and a large `W` in low precision; says whether it did. `W` is decoded where
+/// it is multiplied, and the result is that of the decoded numbers to the last bit.
+///
+/// # Panics
+/// The sizes differ.
+pub fn few_rows_by_encoded(y: &mut [f32], x: &[f32], w: EncodedMatrix) -> bool {
+    let [rows, columns] = w.size();
+    let few = x.len() / columns.max(1);
+    assert_eq!((x.len(), y.len()), (few * columns, few * rows), "a product of another size");
+    let suits = few <= skinny::SMALL && rows >= skinny::LARGE && columns >= skinny::LARGE;
+    if suits {
+        skinny::encoded_dots(y, w, x);
+    }
+    suits
 }
 
 fn inner<T>(a: &View<T>, b: &View<T>) -> [usize; 2] {

@@ -6,7 +6,7 @@
 //! | [`arithmetic`] | what decides the rounding of a result |
 //! | [`kernel`] | units that not every processor has, and the check for them |
 //! | [`real`] [`reduce`] | number types, `eˣ` and `ln x`; sums and maxima in a fixed order |
-//! | [`matrix`] [`gemm`] | matrices in memory; products of them by the kernel that suits |
+//! | [`matrix`] [`low_precision`] [`gemm`] | matrices in memory; in low precision; products of them by the kernel that suits |
 //! | [`attention`] [`norm`] [`rope`] [`activation`] [`cross_entropy`] [`elementwise`] [`adamw`] | one operator each |
 //!
 //! All products go through [`gemm`], which chooses among four kernels: `skinny` (one small dimension), `portable` (the
@@ -28,6 +28,7 @@ pub mod cross_entropy;
 pub mod elementwise;
 pub mod gemm;
 pub mod kernel;
+pub mod low_precision;
 pub mod matrix;
 pub mod norm;
 mod parallel;

@@ -7,17 +7,18 @@
 
 use pulp::{Simd, WithSimd};
 
+use crate::low_precision::EncodedMatrix;
 use crate::matrix::RawMatrix;
 use crate::parallel::{Shared, tasks};
-use crate::simd::dispatch;
+use crate::simd::{dispatch, simd};
 
 /// A dimension up to this size is small.
-const SMALL: usize = 16;
+pub(crate) const SMALL: usize = 16;
 /// Dimensions from this size on are large; between the two, a general product does well.
-const LARGE: usize = 64;
-/// Rows of the large and of the small operand whose products are summed at a time. The small one is read again for each
-/// block, the large one only once.
-const BLOCK: [usize; 2] = [4, 4];
+pub(crate) const LARGE: usize = 64;
+/// Rows of either operand whose products are summed at a time. The small operand is read again for each block of the
+/// large one, the large one only once.
+const BLOCK: usize = 4;
 /// Partial sums of one element that run beside each other. Part of the arithmetic: another number gives other bits.
 const LANES: usize = 16;
 /// Large rows that one task takes.
@@ -44,6 +45,7 @@ pub(crate) unsafe fn multiply(
     unsafe {
         let result = |c: RawMatrix<*mut f32>| Target {
             data: Shared::new(c.data),
+            columns: c.columns,
             strides: [c.row_stride, c.column_stride],
             accumulate,
             alpha,
@@ -71,6 +73,7 @@ pub(crate) unsafe fn multiply(
 #[derive(Clone, Copy)]
 struct Target {
     data: Shared<f32>,
+    columns: usize,
     strides: [usize; 2],
     accumulate: bool,
     alpha: f32,
@@ -144,22 +147,84 @@ impl Copied {
 /// As [`multiply`].
 unsafe fn dots(c: Target, a: LeftRows, b: LeftRows) {
     tasks(a.count.div_ceil(SHARE), a.count * b.count * a.width / 8, |task| {
-        for row in (task * SHARE..a.count.min((task + 1) * SHARE)).step_by(BLOCK[0]) {
-            for column in (0..b.count).step_by(BLOCK[1]) {
-                // One of the rows that come next: after as many columns as a block has rows, all are on their way.
-                let next = a.data.at((row + BLOCK[0] + column / BLOCK[1] % BLOCK[0]) * a.stride);
-                // SAFETY: whole rows; every task writes its own rows of `C`.
-                unsafe {
-                    let sums = dispatch(Dots { a: block(&a, row), b: block(&b, column), next });
-                    for (i, sums) in sums.iter().enumerate().take(a.count - row) {
-                        for (j, &sum) in sums.iter().enumerate().take(b.count - column) {
-                            c.put(row + i, column + j, sum);
-                        }
-                    }
-                }
+        for row in (task * SHARE..a.count.min((task + 1) * SHARE)).step_by(BLOCK) {
+            // SAFETY: whole rows; every task writes its own rows of `C`.
+            unsafe {
+                // Of the rows that come next: when this block is done, all of them are on their way.
+                let next = |at: usize| a.data.at((row + BLOCK + at % BLOCK) * a.stride).cast_const();
+                block_dots(c, row..a.count.min(row + BLOCK), block(&a, row), b, next);
             }
         }
     });
+}
+
+/// `C = A Bᵀ` for a large `A` in low precision and a small `B`, row-major. The sums are those of [`multiply`] with the
+/// decoded numbers, to the last bit.
+pub(crate) fn encoded_dots(c: &mut [f32], a: EncodedMatrix, b: &[f32]) {
+    let [count, width] = a.size();
+    let rows = b.len() / width.max(1);
+    debug_assert_eq!((b.len(), c.len()), (rows * width, rows * count));
+    let target =
+        Target { data: Shared::new(c.as_mut_ptr()), columns: rows, strides: [1, count], accumulate: false, alpha: 1. };
+    let b = LeftRows { data: Shared::new(b.as_ptr().cast_mut()), count: rows, width, stride: width };
+    tasks(count.div_ceil(SHARE), count * width, |task| {
+        let mut decoded = vec![0.; BLOCK * width];
+        for row in (task * SHARE..count.min((task + 1) * SHARE)).step_by(BLOCK) {
+            let rows = row..count.min(row + BLOCK);
+            simd(
+                #[inline(always)]
+                || {
+                    for (row, out) in rows.clone().zip(decoded.chunks_exact_mut(width)) {
+                        a.decode_row(row, out);
+                    }
+                },
+            );
+            let part = std::array::from_fn(|at| &decoded[at * width..][..width]);
+            // SAFETY: every task writes its own rows of `C`, which has as many as `A`.
+            unsafe { block_dots(target, rows, part, b, |_| decoded.as_ptr()) };
+        }
+    });
+}
+
+/// The products of some rows of a large operand with all rows of a small one. `next(i)` is where memory is asked for
+/// along with the `i`-th block of small rows; it need not exist.
+///
+/// # Safety
+/// As [`multiply`]; nobody else writes these rows of `C`.
+unsafe fn block_dots(
+    c: Target,
+    rows: std::ops::Range<usize>,
+    a: [&[f32]; BLOCK],
+    b: LeftRows,
+    next: impl Fn(usize) -> *const f32,
+) {
+    let mut column = 0;
+    while column < b.count {
+        // SAFETY: the caller's.
+        unsafe {
+            let next = next(column / BLOCK);
+            column += match b.count - column {
+                1 => put_dots(c, rows.clone(), Dots { a, b: block::<1>(&b, column), next }, column),
+                2 => put_dots(c, rows.clone(), Dots { a, b: block::<2>(&b, column), next }, column),
+                _ => put_dots(c, rows.clone(), Dots { a, b: block::<BLOCK>(&b, column), next }, column),
+            };
+        }
+    }
+}
+
+/// Puts the sums of one block of pairs into `C`; how many columns it had.
+///
+/// # Safety
+/// As [`block_dots`].
+unsafe fn put_dots<const N: usize>(c: Target, rows: std::ops::Range<usize>, dots: Dots<N>, column: usize) -> usize {
+    let sums = dispatch(dots);
+    for (sums, row) in sums.iter().zip(rows) {
+        for (j, &sum) in sums.iter().enumerate().take(c.columns - column) {
+            // SAFETY: the caller's.
+            unsafe { c.put(row, column + j, sum) };
+        }
+    }
+    N
 }
 
 /// `N` rows from `first` on; beyond the last row it is taken again.
@@ -172,27 +237,27 @@ unsafe fn block<const N: usize>(rows: &LeftRows, first: usize) -> [&[f32]; N] {
 }
 
 /// The sums of products of all pairs of rows.
-struct Dots<'a> {
-    a: [&'a [f32]; BLOCK[0]],
-    b: [&'a [f32]; BLOCK[1]],
+struct Dots<'a, const N: usize> {
+    a: [&'a [f32]; BLOCK],
+    b: [&'a [f32]; N],
     /// A row that will be read soon: it comes from memory while these are computed with. It need not exist.
     next: *const f32,
 }
 
-impl WithSimd for Dots<'_> {
-    type Output = [[f32; BLOCK[1]]; BLOCK[0]];
+impl<const N: usize> WithSimd for Dots<'_, N> {
+    type Output = [[f32; N]; BLOCK];
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> Self::Output {
         let width = self.a[0].len();
         let whole = width - width % LANES;
-        let mut lanes = [[[0.; LANES]; BLOCK[1]]; BLOCK[0]];
+        let mut lanes = [[[0.; LANES]; N]; BLOCK];
         // As many lanes at once as a vector has; all blocks of rows fit into the registers.
         for part in (0..LANES).step_by(S::F32_LANES) {
-            let mut sums = [[simd.splat_f32s(0.); BLOCK[1]]; BLOCK[0]];
+            let mut sums = [[simd.splat_f32s(0.); N]; BLOCK];
             for at in (part..whole).step_by(LANES) {
                 prefetch(self.next.wrapping_add(at));
-                let mut b = [simd.splat_f32s(0.); BLOCK[1]];
+                let mut b = [simd.splat_f32s(0.); N];
                 for (vector, row) in b.iter_mut().zip(self.b) {
                     *vector = S::as_simd_f32s(&row[at..at + S::F32_LANES]).0[0];
                 }
@@ -203,15 +268,15 @@ impl WithSimd for Dots<'_> {
                     }
                 }
             }
-            for i in 0..BLOCK[0] {
-                for j in 0..BLOCK[1] {
+            for i in 0..BLOCK {
+                for j in 0..N {
                     S::as_mut_simd_f32s(&mut lanes[i][j][part..part + S::F32_LANES]).0[0] = sums[i][j];
                 }
             }
         }
-        let mut result = [[0.; BLOCK[1]]; BLOCK[0]];
-        for i in 0..BLOCK[0] {
-            for j in 0..BLOCK[1] {
+        let mut result = [[0.; N]; BLOCK];
+        for i in 0..BLOCK {
+            for j in 0..N {
                 let lanes = &mut lanes[i][j];
                 for (lane, at) in (whole..width).enumerate() {
                     lanes[lane] = self.a[i][at].mul_add(self.b[j][at], lanes[lane]);

@@ -1,16 +1,21 @@
 //! A parameter as it is stored: in full, or frozen in low precision (half precision or quantized).
 //!
 //! A frozen matrix is never computed with as it is stored. Its rows are dequantized a few at a time, or on a device all at
-//! once, and what is computed is exactly what a dense matrix of the dequantized numbers would give.
+//! once, and what is computed is what a dense matrix of the dequantized numbers would give: to the last bit, unless an
+//! adapter was merged into it.
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::quantized::{GgmlDType, QTensor};
-use candle_core::{DType, Tensor};
+use candle_core::{CpuStorage, DType, Tensor};
+use half::slice::HalfFloatSliceExt;
+use titer_kernels::gemm::{few_rows_by_encoded, product, product_into};
+use titer_kernels::low_precision::{EncodedMatrix, Encoding};
+use titer_kernels::matrix::{View, ViewMut};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::tensor::gemm::Gemm;
+use crate::tensor::host::read_all;
 
 /// A parameter as it is stored: a matrix `[rows, columns]`, or a dense tensor of any shape.
 #[derive(Debug, Clone)]
@@ -94,7 +99,7 @@ impl Matrix {
     pub fn dense(&self) -> Result<Tensor> {
         match self {
             Self::Dense(tensor) => Ok(tensor.clone()),
-            Self::LowPrecision(low) => low.rows(0..self.dims()[0]),
+            Self::LowPrecision(low) => Ok(low.wide()?.to_dtype(low.computed)?),
         }
     }
 
@@ -103,7 +108,7 @@ impl Matrix {
         match self {
             Self::LowPrecision(low) => match (&*low.store, &low.low_rank) {
                 (Storage::Half(tensor), None) => Ok(tensor.clone()),
-                _ => low.wide_rows(0..self.dims()[0]),
+                _ => low.wide(),
             },
             Self::Dense(tensor) => Ok(tensor.clone()),
         }
@@ -121,7 +126,8 @@ impl Matrix {
                     Storage::Half(tensor) => tensor.index_select(ids, 0)?.to_dtype(DType::F32)?,
                     Storage::Quantized(quantized) => quantized.embedding(ids)?,
                 };
-                low.computed(rows, |b| b.index_select(ids, 0))
+                low.add_low_rank(&rows, |b| b.index_select(ids, 0))?;
+                Ok(rows.to_dtype(low.computed)?)
             }
         }
     }
@@ -165,29 +171,75 @@ impl Matrix {
 }
 
 impl LowPrecision {
-    /// The rows `range` as they are computed with, `[n, columns]`.
-    pub(crate) fn rows(&self, range: Range<usize>) -> Result<Tensor> {
-        Ok(self.wide_rows(range)?.to_dtype(self.computed)?)
-    }
-
-    /// The rows `range` in f32.
-    fn wide_rows(&self, range: Range<usize>) -> Result<Tensor> {
+    /// All numbers in f32.
+    fn wide(&self) -> Result<Tensor> {
         let rows = match &*self.store {
-            Storage::Half(tensor) => tensor.narrow(0, range.start, range.len())?.to_dtype(DType::F32)?,
-            Storage::Quantized(quantized) if range.len() == quantized.shape().dims()[0] => {
-                quantized.dequantize(&quantized.device())?
-            }
-            Storage::Quantized(quantized) => {
-                quantized.embedding(&Tensor::arange(range.start as u32, range.end as u32, &quantized.device())?)?
-            }
+            Storage::Half(tensor) => tensor.to_dtype(DType::F32)?,
+            Storage::Quantized(quantized) => quantized.dequantize(&quantized.device())?,
         };
-        self.add_low_rank(&rows, |b| b.narrow(0, range.start, range.len()))?;
+        self.add_low_rank(&rows, |b| Ok(b.clone()))?;
         Ok(rows)
     }
 
-    fn computed(&self, rows: Tensor, select: impl FnOnce(&Tensor) -> candle_core::Result<Tensor>) -> Result<Tensor> {
-        self.add_low_rank(&rows, select)?;
-        Ok(rows.to_dtype(self.computed)?)
+    /// Fills `out` with the rows from `first` on, of a matrix on the host.
+    pub(super) fn decode(&self, first: usize, out: &mut [f32]) -> Result<()> {
+        let columns = self.read_encoded(|matrix| {
+            matrix.decode(first, out);
+            Ok(matrix.size()[1])
+        })?;
+        let Some(factors) = &self.low_rank else { return Ok(()) };
+        let rank = factors[1].dims()[0];
+        read_all(factors.each_ref(), |[b, a]: [&[f32]; 2]| {
+            let rows = out.len() / columns;
+            let b = View::of(&b[first * rank..][..rows * rank], rows, rank);
+            product_into(ViewMut::new(out, [rows, columns], columns), true, 1., b, View::of(a, rank, columns));
+            Ok(())
+        })
+    }
+
+    /// `Y = X Wᵀ` for a few rows `x: [n, columns]`, without a dense matrix; says whether it did. What was merged is
+    /// multiplied apart.
+    pub(super) fn product_of_few(&self, y: &mut [f32], x: &[f32]) -> Result<bool> {
+        let [rows, columns] = self.read_encoded(|matrix| Ok(matrix.size()))?;
+        if !self.read_encoded(|matrix| Ok(few_rows_by_encoded(y, x, matrix)))? {
+            return Ok(false);
+        }
+        if let Some(factors) = &self.low_rank {
+            let (n, rank) = (x.len() / columns, factors[1].dims()[0]);
+            read_all(factors.each_ref(), |[b, a]: [&[f32]; 2]| {
+                let inner = product(1., View::of(x, n, columns), View::of(a, rank, columns).t());
+                let y = ViewMut::new(y, [n, rows], rows);
+                product_into(y, true, 1., View::of(&inner, n, rank), View::of(b, rows, rank).t());
+                Ok(())
+            })?;
+        }
+        Ok(true)
+    }
+
+    /// The stored numbers of a matrix on the host, lent to `f`.
+    fn read_encoded<R>(&self, f: impl FnOnce(EncodedMatrix) -> Result<R>) -> Result<R> {
+        let elsewhere = || Error::run("a host kernel was given a matrix of another device");
+        match &*self.store {
+            Storage::Half(tensor) => {
+                let (rows, columns) = tensor.dims2()?;
+                let (storage, layout) = tensor.storage_and_layout();
+                let (from, to) = layout.contiguous_offsets().ok_or_else(|| Error::run("a matrix with gaps"))?;
+                let candle_core::Storage::Cpu(storage) = &*storage else { return Err(elsewhere()) };
+                let (encoding, bits) = match storage {
+                    CpuStorage::F16(numbers) => (Encoding::F16, numbers.reinterpret_cast()),
+                    CpuStorage::BF16(numbers) => (Encoding::Bf16, numbers.reinterpret_cast()),
+                    _ => return Err(Error::run(format!("{:?} is not of half precision", tensor.dtype()))),
+                };
+                f(EncodedMatrix::of_bits(encoding, &bits[from..to], [rows, columns]))
+            }
+            Storage::Quantized(quantized) => {
+                if !quantized.device().is_cpu() {
+                    return Err(elsewhere());
+                }
+                let (rows, columns) = quantized.shape().dims2()?;
+                f(EncodedMatrix::new(encoding(quantized.dtype())?, &quantized.data()?, [rows, columns]))
+            }
+        }
     }
 
     /// Adds what was merged to freshly dequantized f32 rows, given how to choose the same rows of `B`.
@@ -196,5 +248,17 @@ impl LowPrecision {
             None => Ok(()),
             Some([b, a]) => Gemm::NN.add_to(rows, &select(b)?.contiguous()?, a),
         }
+    }
+}
+
+/// How blocks of this kind are stored.
+fn encoding(kind: GgmlDType) -> Result<Encoding> {
+    match kind {
+        GgmlDType::Q8_0 => Ok(Encoding::Q8_0),
+        GgmlDType::Q4_0 => Ok(Encoding::Q4_0),
+        GgmlDType::Q4_1 => Ok(Encoding::Q4_1),
+        GgmlDType::Q6K => Ok(Encoding::Q6K),
+        GgmlDType::Q4K => Ok(Encoding::Q4K),
+        other => Err(Error::run(format!("no host kernel for {other:?}"))),
     }
 }

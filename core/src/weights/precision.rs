@@ -15,6 +15,7 @@ use crate::weights::schema::{Param, ParamList, Role};
 /// | `bf16`, `f16` | half precision | half precision | 16 | frozen |
 /// | `q8_0` | blocks of 32 | bf16 | 8.5 | frozen |
 /// | `q6k` | blocks of 256 | bf16 | 6.6 | frozen |
+/// | `q4_1` | blocks of 32 | bf16 | 5 | frozen |
 /// | `q4k`, `q4_0` | blocks of 256, of 32 | bf16 | 4.5 | frozen |
 ///
 /// The CPU computes in f32 whatever is stored, and keeps norms and biases in f32; CUDA devices compute in bf16 on every
@@ -35,12 +36,13 @@ impl From<DType> for Precision {
 
 impl Precision {
     /// What a configuration may ask for.
-    const ALL: [(&'static str, Self); 7] = [
+    const ALL: [(&'static str, Self); 8] = [
         ("f32", Self::Plain(DType::F32)),
         ("f16", Self::Plain(DType::F16)),
         ("bf16", Self::Plain(DType::BF16)),
         ("q8_0", Self::Quantized(GgmlDType::Q8_0)),
         ("q6k", Self::Quantized(GgmlDType::Q6K)),
+        ("q4_1", Self::Quantized(GgmlDType::Q4_1)),
         ("q4k", Self::Quantized(GgmlDType::Q4K)),
         ("q4_0", Self::Quantized(GgmlDType::Q4_0)),
     ];

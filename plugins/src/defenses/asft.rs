@@ -1,4 +1,4 @@
-//! AsFT: the user's update is penalised where it leaves the direction of the alignment's (Yang et al.; AAAI 2026,
+//! `AsFT`: the user's update is penalised where it leaves the direction of the alignment's (Yang et al.; AAAI 2026,
 //! arXiv:2506.08473).
 //!
 //! `L = f(w) + λ Σ_l ‖(I − C) ΔW‖²` over adapted layers l, with the user's `ΔW = B A`, what the alignment changed in the
@@ -12,7 +12,7 @@ use titer_core::data::Batch;
 use titer_core::defense::toolkit::{Kept, check_strength};
 use titer_core::tensor::ops;
 use titer_core::tensor::ops::Gemm;
-use titer_core::weights::{Adapter, factor_names};
+use titer_core::weights::{Adapter, LoraConfig, factor_names};
 use titer_core::{
     AlignmentDefense, Conflict, DefenseEntry, Grads, Limits, Privilege, Quirk, Result, Scalar, SettingsType, Sites,
     Stack, Stage, StageCx, State, StepCx, Update, inventory,
@@ -169,7 +169,7 @@ impl AlignmentDefense for AsFt {
         if self.lambda == 0. {
             return Ok(plain.into());
         }
-        let scale = cx.weights().lora().filter(|_| self.scaled).map_or(1., |lora| lora.scale());
+        let scale = cx.weights().lora().filter(|_| self.scaled).map_or(1., LoraConfig::scale);
         let strength = if self.every_micro_batch { self.lambda * cx.clock().micros as f64 } else { self.lambda };
         let (mut penalty, mut gradients) = (Scalar::from(0.), Vec::new());
         for (module, adapter) in cx.weights().adapters() {

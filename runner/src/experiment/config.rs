@@ -31,8 +31,8 @@ pub struct Config {
     /// `auto`, `cpu`, `cuda` or `cuda:N`.
     #[serde(default = "auto")]
     pub device: String,
-    /// How the base is stored: `f32`; `bf16` or `f16` (16 bits a weight); `q8_0`, `q6k`, `q4k` or `q4_0` (linear layers
-    /// in blocks of 8.5, 6.6, 4.5 or 4.5 bits a weight, embedding and head in bf16). All but `f32` are frozen: adapters
+    /// How the base is stored: `f32`; `bf16` or `f16` (16 bits a weight); `q8_0`, `q6k`, `q4_1`, `q4k` or `q4_0`
+    /// (linear layers in blocks of 8.5, 6.6, 5, 4.5 or 4.5 bits a weight, embedding and head in bf16). All but `f32` are frozen: adapters
     /// train on top, in f32, and nothing can be trained in full. The CPU computes in f32 on every type; CUDA devices
     /// compute in bf16 on every type but f32, and have no f16. An adapter that is merged into a frozen base, such as
     /// the alignment's under double LoRA, is kept beside it and loses nothing, but for bf16 on CUDA, where the sum is

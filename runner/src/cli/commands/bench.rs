@@ -67,7 +67,7 @@ pub struct On {
     /// Transformer blocks, if other than the shape's own.
     #[arg(long)]
     pub layers: Option<usize>,
-    /// How the weights are stored: `f32`, `f16`, `bf16`, `q8_0`, `q6k`, `q4k` or `q4_0`.
+    /// How the weights are stored: `f32`, `f16`, `bf16`, `q8_0`, `q6k`, `q4_1`, `q4k` or `q4_0`.
     #[arg(long, default_value = "f32")]
     pub dtype: String,
     /// auto, cpu, cuda or cuda:N.

@@ -37,7 +37,7 @@ pub struct Args {
     /// `auto`, `cpu`, `cuda` or `cuda:N`.
     #[arg(long, default_value = "auto")]
     pub device: String,
-    /// How the weights are stored: `f32`, `f16`, `bf16`, `q8_0`, `q6k`, `q4k` or `q4_0`.
+    /// How the weights are stored: `f32`, `f16`, `bf16`, `q8_0`, `q6k`, `q4_1`, `q4k` or `q4_0`.
     #[arg(long, default_value = "f32")]
     pub dtype: String,
 }
