@@ -645,6 +645,12 @@ fn select<S: Copy + Default>(r: &mut Registers, i: &Instruction, on: u32) {
 }
 
 /// `setp` writes predicates, joined with a third operand; `set` writes ones or a 1.0.
+#[allow(
+    clippy::double_comparisons,
+    clippy::neg_cmp_op_on_partial_ord,
+    clippy::nonminimal_bool,
+    reason = "what holds of NaN is what these tell apart"
+)]
 fn comparison(m: &Mnemonic) -> Result<Plan, String> {
     fn predicates(r: &mut Registers, i: &Instruction, on: u32, bits: u32) {
         let third = if i.s[2] == NONE { 0 } else { r.predicates[i.s[2] as usize] };
@@ -713,8 +719,8 @@ fn comparison(m: &Mnemonic) -> Result<Plan, String> {
         "leu" => all!(|x, y| !(x > y)),
         "gtu" => all!(|x, y| !(x <= y)),
         "geu" => all!(|x, y| !(x < y)),
-        "num" => all!(|x, y| x <= y || x > y),
-        "nan" => all!(|x, y| !(x <= y || x > y)),
+        "num" => all!(|x, y| x.partial_cmp(&y).is_some()),
+        "nan" => all!(|x, y| x.partial_cmp(&y).is_none()),
         other => return Err(format!("comparison .{other}")),
     };
     let op = Op::Arithmetic(found.ok_or_else(|| format!("{} on {:?}", m.op(), m.types))?);

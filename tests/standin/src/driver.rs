@@ -61,8 +61,8 @@ macro_rules! functions {
         pub unsafe extern "C" fn $name($($argument: $ty),*) -> c_int {
             // SAFETY: pointers are read and written as the driver documents it.
             #[allow(unused_unsafe, reason = "some take no pointers")]
-            let result: Result<c_int, c_int> = unsafe { (|| $body)() };
-            result.unwrap_or_else(|error| error)
+            let body = || -> Result<c_int, c_int> { unsafe { $body } };
+            body().unwrap_or_else(|error| error)
         }
     )* };
 }

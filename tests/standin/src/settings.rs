@@ -99,6 +99,7 @@ pub struct Settings {
 }
 
 impl Settings {
+    #[expect(clippy::disallowed_methods, reason = "the one place")]
     pub fn from_environment() -> Settings {
         Settings::new(|name| std::env::var(name).ok())
     }

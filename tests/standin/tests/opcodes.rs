@@ -15,7 +15,11 @@ fn check2(mnemonic: &str, result: &str, sources: [&str; 2], values: &[u64], expe
         let found = compute(mnemonic, result, &sources, &[x.clone(), y.clone()]);
         for (lane, found) in found.into_iter().enumerate() {
             let expected = expected(x[lane], y[lane]);
-            assert_eq!(found, expected, "{mnemonic} of {:#x} and {:#x}: {found:#x}, not {expected:#x}", x[lane], y[lane]);
+            assert_eq!(
+                found, expected,
+                "{mnemonic} of {:#x} and {:#x}: {found:#x}, not {expected:#x}",
+                x[lane], y[lane]
+            );
         }
     }
 }
@@ -62,7 +66,9 @@ fn integer_arithmetic() {
         check("add", &|x, y| x + y);
         check("sub", &|x, y| x - y);
         check("mul.lo", &|x, y| x.wrapping_mul(y));
-        check("mul.hi", &|x, y| if ty == "u64" { ((x as u128).wrapping_mul(y as u128) >> 64) as i128 } else { x * y >> bits });
+        check("mul.hi", &|x, y| {
+            if ty == "u64" { ((x as u128).wrapping_mul(y as u128) >> 64) as i128 } else { x * y >> bits }
+        });
         check("min", &|x, y| x.min(y));
         check("max", &|x, y| x.max(y));
         check("div", &|x, y| if y == 0 { -1 } else { x / y });
@@ -83,7 +89,9 @@ fn integer_arithmetic() {
 fn sums_of_products() {
     for [x, y] in pairs(&EDGES) {
         let z: Vec<u64> = x.iter().map(|x| x ^ 0x1234_5678).collect();
-        let run = |mnemonic: &str, ty: &str, third: &str| compute(mnemonic, third, &[ty, ty, third], &[x.clone(), y.clone(), z.clone()]);
+        let run = |mnemonic: &str, ty: &str, third: &str| {
+            compute(mnemonic, third, &[ty, ty, third], &[x.clone(), y.clone(), z.clone()])
+        };
         let (low, high) = (run("mad.lo.s32", "s32", "s32"), run("mad.hi.u32", "u32", "u32"));
         let (signed, unsigned) = (run("mad.wide.s32", "s32", "s64"), run("mad.wide.u32", "u32", "u64"));
         for lane in 0..x.len() {
@@ -120,25 +128,37 @@ fn shifts_and_bits() {
         check1(&format!("not.{ty}"), ty, ty, &WIDE, |x| !x & mask(ty));
         if bits > 16 {
             check1(&format!("popc.{ty}"), "u32", ty, &WIDE, |x| (0..bits).filter(|n| x >> n & 1 == 1).count() as u64);
-            check1(&format!("clz.{ty}"), "u32", ty, &WIDE, |x| (0..bits).rev().take_while(|n| x >> n & 1 == 0).count() as u64);
+            check1(&format!("clz.{ty}"), "u32", ty, &WIDE, |x| {
+                (0..bits).rev().take_while(|n| x >> n & 1 == 0).count() as u64
+            });
             let reversed = |x: u64| (0..bits).fold(0, |r, n| r | (x >> n & 1) << (bits - 1 - n));
             check1(&format!("brev.{ty}"), ty, ty, &WIDE, reversed);
             let highest = |x: u64| (0..bits).rev().find(|n| x >> n & 1 == 1).unwrap_or(0xffff_ffff);
             check1(&format!("bfind.u{bits}"), "u32", &format!("u{bits}"), &WIDE, highest);
         }
     }
-    check1("bfind.shiftamt.u32", "u32", "u32", &[1, 0x8000_0000, 0], |x| [(1, 31), (0x8000_0000, 0)].iter().find(|p| p.0 == x).map_or(0xffff_ffff, |p| p.1));
-    check1("bfind.s32", "u32", "s32", &[0xffff_ffff, 0xffff_fff0, 5], |x| match x { 5 => 2, 0xffff_fff0 => 3, _ => 0xffff_ffff });
+    check1("bfind.shiftamt.u32", "u32", "u32", &[1, 0x8000_0000, 0], |x| {
+        [(1, 31), (0x8000_0000, 0)].iter().find(|p| p.0 == x).map_or(0xffff_ffff, |p| p.1)
+    });
+    check1("bfind.s32", "u32", "s32", &[0xffff_ffff, 0xffff_fff0, 5], |x| match x {
+        5 => 2,
+        0xffff_fff0 => 3,
+        _ => 0xffff_ffff,
+    });
 }
 
 #[test]
 fn fields_permutations_and_tables() {
-    let insert = |a, b, from, len| compute("bfi.b32", "b32", &["b32", "b32", "u32", "u32"], &[vec![a], vec![b], vec![from], vec![len]])[0];
+    let insert = |a, b, from, len| {
+        compute("bfi.b32", "b32", &["b32", "b32", "u32", "u32"], &[vec![a], vec![b], vec![from], vec![len]])[0]
+    };
     assert_eq!(insert(0xff, 0x1234_5678, 8, 8), 0x1234_ff78);
     assert_eq!(insert(0xff, 0x1234_5678, 28, 8), 0xf234_5678);
     assert_eq!(insert(0xff, 0x1234_5678, 8, 0), 0x1234_5678);
     assert_eq!(insert(0xabcd, 0, 0, 32), 0xabcd);
-    let extract = |name: &str, x, from, len| compute(name, &name[4..], &[&name[4..], "u32", "u32"], &[vec![x], vec![from], vec![len]])[0];
+    let extract = |name: &str, x, from, len| {
+        compute(name, &name[4..], &[&name[4..], "u32", "u32"], &[vec![x], vec![from], vec![len]])[0]
+    };
     assert_eq!(extract("bfe.u32", 0x1234_5678, 8, 8), 0x56);
     assert_eq!(extract("bfe.s32", 0x1234_8678, 8, 8), 0xffff_ff86);
     assert_eq!(extract("bfe.s32", 0x8000_0000, 28, 8), 0xffff_fff8);
@@ -225,15 +245,32 @@ fn float_arithmetic() {
         check("div.rn.f32", &|a, b| a / b);
         check("copysign.f32", &|a, b| b.copysign(a));
         check("min.NaN.f32", &|a, b| if a.is_nan() || b.is_nan() { f32::NAN } else { a.min(b) });
-        let number = |a: f32, b: f32, less: bool| if a.is_nan() { b } else if b.is_nan() { a } else if (a < b) == less { a } else { b };
+        let number = |a: f32, b: f32, less: bool| {
+            if a.is_nan() {
+                b
+            } else if b.is_nan() {
+                a
+            } else if (a < b) == less {
+                a
+            } else {
+                b
+            }
+        };
         for (lane, found) in run("max.f32").into_iter().enumerate() {
-            assert!(float(found) == number(float(x[lane]), float(y[lane]), false) || float(found).is_nan() && float(x[lane]).is_nan());
+            assert!(
+                float(found) == number(float(x[lane]), float(y[lane]), false)
+                    || float(found).is_nan() && float(x[lane]).is_nan()
+            );
         }
         for (lane, found) in run("min.f32").into_iter().enumerate() {
-            assert!(float(found) == number(float(x[lane]), float(y[lane]), true) || float(found).is_nan() && float(x[lane]).is_nan());
+            assert!(
+                float(found) == number(float(x[lane]), float(y[lane]), true)
+                    || float(found).is_nan() && float(x[lane]).is_nan()
+            );
         }
     }
-    let fused = compute("fma.rn.f32", "f32", &["f32"; 3], &[bits(&[1.0000001]), bits(&[1.0000001]), bits(&[-1.0000002])]);
+    let fused =
+        compute("fma.rn.f32", "f32", &["f32"; 3], &[bits(&[1.0000001]), bits(&[1.0000001]), bits(&[-1.0000002])]);
     let exact = f64::from(1.0000001f32) * f64::from(1.0000001f32) - f64::from(1.0000002f32);
     assert_eq!(float(fused[0]), exact as f32, "rounded once");
 }
@@ -249,7 +286,9 @@ fn directions_of_rounding() {
     assert_eq!(run("mul.rp.f32", 1.0000001, 1.0000001), 1.0000002f32.next_up());
     let run = |name: &str| float(compute(name, "f32", &["f32"; 3], &[bits(&[1.0]), bits(&[1.0]), bits(&[-tiny])])[0]);
     assert_eq!([run("fma.rn.f32"), run("fma.rm.f32"), run("fma.rp.f32")], [1.0, 1f32.next_down(), 1.0]);
-    let double = |name: &str, x: f64, y: f64| f64::from_bits(compute(name, "f64", &["f64"; 2], &[vec![x.to_bits()], vec![y.to_bits()]])[0]);
+    let double = |name: &str, x: f64, y: f64| {
+        f64::from_bits(compute(name, "f64", &["f64"; 2], &[vec![x.to_bits()], vec![y.to_bits()]])[0])
+    };
     assert_eq!(double("add.rz.f64", -1.0, 1e-30), -1f64.next_down());
     assert_eq!(double("add.rn.f64", -1.0, 1e-30), -1.0);
 }
@@ -260,11 +299,15 @@ fn functions() {
         let found = compute(name, "f32", &["f32"], &[bits(inputs)]);
         for (x, found) in inputs.iter().zip(found) {
             let (found, expected) = (f64::from(float(found)), f(f64::from(*x)));
-            let good = found == expected || (found - expected).abs() <= 1e-7 * expected.abs() || found.is_nan() && expected.is_nan();
+            let good = found == expected
+                || (found - expected).abs() <= 1e-7 * expected.abs()
+                || found.is_nan() && expected.is_nan();
             assert!(good, "{name} of {x}: {found}, not {expected}");
         }
     };
-    close("ex2.approx.ftz.f32", &[0.0, 1.0, -1.0, 0.5, 10.25, -200.0, 200.0], &|x| if x < -126.0 { 0.0 } else { f64::from(2f64.powf(x) as f32) });
+    close("ex2.approx.ftz.f32", &[0.0, 1.0, -1.0, 0.5, 10.25, -200.0, 200.0], &|x| {
+        if x < -126.0 { 0.0 } else { f64::from(2f64.powf(x) as f32) }
+    });
     close("lg2.approx.f32", &[1.0, 2.0, 10.0, 0.0, -1.0], &|x| x.ln() / 2f64.ln());
     close("rcp.rn.f32", &[1.0, 3.0, -0.1], &|x| 1.0 / x);
     close("rsqrt.approx.f32", &[1.0, 4.0, 2.0], &|x| x.powf(-0.5));
@@ -281,7 +324,9 @@ fn numbers_of_16_bits() {
     let brain = |x: f32| u64::from(Brain::round(x).0);
     let half = |x: f32| u64::from(Half::round(x).0);
     let two = |low: u64, high: u64| high << 16 | low;
-    let run = |name: &str, ty: &str, values: &[u64]| compute(name, ty, &vec![ty; values.len()], &values.iter().map(|&x| vec![x]).collect::<Vec<_>>())[0];
+    let run = |name: &str, ty: &str, values: &[u64]| {
+        compute(name, ty, &vec![ty; values.len()], &values.iter().map(|&x| vec![x]).collect::<Vec<_>>())[0]
+    };
     // 1 + 2^-7 is the next bf16 after 1; 2^-8 decides nothing, and a little more goes up.
     assert_eq!(run("add.bf16", "b16", &[brain(1.0), brain(2f32.powi(-8))]), brain(1.0));
     assert_eq!(run("fma.rn.bf16", "b16", &[brain(1.0), brain(2f32.powi(-8)), brain(1.0)]), brain(1.0));
@@ -313,18 +358,26 @@ fn comparisons() {
             check2(&format!("setp.{name}.{ty}"), "pred", [ty; 2], &EDGES, expected);
         }
         let order = |x, y| float(x).partial_cmp(&float(y));
-        check2(&format!("setp.{name}.f32"), "pred", ["f32"; 2], &bits(&FLOATS), |x, y| u64::from(holds(name, order(x, y))));
+        check2(&format!("setp.{name}.f32"), "pred", ["f32"; 2], &bits(&FLOATS), |x, y| {
+            u64::from(holds(name, order(x, y)))
+        });
         let unordered = |x, y| u64::from(order(x, y).is_none() || holds(name, order(x, y)));
         check2(&format!("setp.{name}u.f32"), "pred", ["f32"; 2], &bits(&FLOATS), unordered);
         let one = |x, y| if holds(name, order(x, y)) { 0x3f80_0000 } else { 0 };
         check2(&format!("set.{name}.f32.f32"), "f32", ["f32"; 2], &bits(&FLOATS), one);
     }
-    check2("setp.num.f32", "pred", ["f32"; 2], &bits(&FLOATS), |x, y| u64::from(!float(x).is_nan() && !float(y).is_nan()));
-    check2("setp.nan.f32", "pred", ["f32"; 2], &bits(&FLOATS), |x, y| u64::from(float(x).is_nan() || float(y).is_nan()));
+    check2("setp.num.f32", "pred", ["f32"; 2], &bits(&FLOATS), |x, y| {
+        u64::from(!float(x).is_nan() && !float(y).is_nan())
+    });
+    check2("setp.nan.f32", "pred", ["f32"; 2], &bits(&FLOATS), |x, y| {
+        u64::from(float(x).is_nan() || float(y).is_nan())
+    });
     check2("setp.lo.u32", "pred", ["u32"; 2], &EDGES, |x, y| u64::from(x < y));
-    for (join, f) in [("and", (|a, b| a && b) as fn(bool, bool) -> bool), ("or", |a, b| a || b), ("xor", |a, b| a != b)] {
+    for (join, f) in [("and", (|a, b| a && b) as fn(bool, bool) -> bool), ("or", |a, b| a || b), ("xor", |a, b| a != b)]
+    {
         let name = format!("setp.lt.{join}.s32");
-        let found = compute(&name, "pred", &["s32", "s32", "pred"], &[vec![1, 1, 2, 2], vec![2, 2, 1, 1], vec![0, 1, 0, 1]]);
+        let found =
+            compute(&name, "pred", &["s32", "s32", "pred"], &[vec![1, 1, 2, 2], vec![2, 2, 1, 1], vec![0, 1, 0, 1]]);
         let expected = [(true, false), (true, true), (false, false), (false, true)].map(|(a, b)| u64::from(f(a, b)));
         assert_eq!(found, expected, "{name}");
         let logic = compute(&format!("{join}.pred"), "pred", &["pred"; 2], &[vec![1, 1, 0, 0], vec![0, 1, 0, 1]]);
@@ -342,8 +395,13 @@ fn conversions() {
     let f = |x: f32| u64::from(x.to_bits());
     // Floats to integers: the direction, the range, and what is no number.
     for (name, x, expected) in [
-        ("cvt.rni.s32.f32", 2.5, 2), ("cvt.rni.s32.f32", 3.5, 4), ("cvt.rzi.s32.f32", -2.7, -2), ("cvt.rmi.s32.f32", -2.1, -3),
-        ("cvt.rpi.s32.f32", 2.1, 3), ("cvt.rzi.s32.f32", 1e20, i64::from(i32::MAX)), ("cvt.rzi.s32.f32", f32::NAN, 0),
+        ("cvt.rni.s32.f32", 2.5, 2),
+        ("cvt.rni.s32.f32", 3.5, 4),
+        ("cvt.rzi.s32.f32", -2.7, -2),
+        ("cvt.rmi.s32.f32", -2.1, -3),
+        ("cvt.rpi.s32.f32", 2.1, 3),
+        ("cvt.rzi.s32.f32", 1e20, i64::from(i32::MAX)),
+        ("cvt.rzi.s32.f32", f32::NAN, 0),
     ] {
         assert_eq!(one(name, "s32", "f32", f(x)), expected as u32 as u64, "{name} of {x}");
     }
@@ -361,7 +419,10 @@ fn conversions() {
     assert_eq!(one("cvt.rm.f32.f64", "f32", "f64", 0.1f64.to_bits()), f(0.1f32.next_down()));
     assert_eq!(one("cvt.rni.f32.f32", "f32", "f32", f(-2.5)), f(-2.0));
     assert_eq!(one("cvt.rmi.f32.f32", "f32", "f32", f(-2.5)), f(-3.0));
-    assert_eq!([one("cvt.sat.f32.f32", "f32", "f32", f(3.0)), one("cvt.sat.f32.f32", "f32", "f32", f(f32::NAN))], [f(1.0), f(0.0)]);
+    assert_eq!(
+        [one("cvt.sat.f32.f32", "f32", "f32", f(3.0)), one("cvt.sat.f32.f32", "f32", "f32", f(f32::NAN))],
+        [f(1.0), f(0.0)]
+    );
     assert_eq!(one("cvt.ftz.f64.f32", "f64", "f32", f(1e-40)), 0);
     // To 16 bits and back.
     assert_eq!(one("cvt.rn.bf16.f32", "b16", "f32", f(1.005)), u64::from(Brain::round(1.005).0));

@@ -106,7 +106,8 @@ pub const PLACES: &str = "
 /// One instruction on up to 32 values of each operand; results and operands as bits.
 pub fn compute(mnemonic: &str, result: &str, sources: &[&str], values: &[Vec<u64>]) -> Vec<u64> {
     let mut body = String::from(".reg .b64 %out, %in, %at; .reg .b32 %t; .reg .pred %p<9>; .reg .b32 %flag;\n");
-    body += "ld.param.u64 %in, [k_param_0]; ld.param.u64 %out, [k_param_1]; mov.u32 %t, %tid.x; mul.wide.u32 %at, %t, 8;\n";
+    body +=
+        "ld.param.u64 %in, [k_param_0]; ld.param.u64 %out, [k_param_1]; mov.u32 %t, %tid.x; mul.wide.u32 %at, %t, 8;\n";
     body += "add.s64 %in, %in, %at; add.s64 %out, %out, %at;\n";
     let mut operands = Vec::new();
     for (n, ty) in sources.iter().enumerate() {
@@ -120,7 +121,10 @@ pub fn compute(mnemonic: &str, result: &str, sources: &[&str], values: &[Vec<u64
     }
     let bytes = match result {
         "pred" => {
-            body += &format!("{mnemonic} %p8, {};\nselp.u32 %flag, 1, 0, %p8;\nst.global.u32 [%out], %flag;\n", operands.join(", "));
+            body += &format!(
+                "{mnemonic} %p8, {};\nselp.u32 %flag, 1, 0, %p8;\nst.global.u32 [%out], %flag;\n",
+                operands.join(", ")
+            );
             4
         }
         ty => {
@@ -149,5 +153,7 @@ pub fn compute(mnemonic: &str, result: &str, sources: &[&str], values: &[Vec<u64
 /// Every pair of values, in batches of at most 32.
 pub fn pairs(values: &[u64]) -> Vec<[Vec<u64>; 2]> {
     let all: Vec<(u64, u64)> = values.iter().flat_map(|&x| values.iter().map(move |&y| (x, y))).collect();
-    all.chunks(32).map(|chunk| [chunk.iter().map(|pair| pair.0).collect(), chunk.iter().map(|pair| pair.1).collect()]).collect()
+    all.chunks(32)
+        .map(|chunk| [chunk.iter().map(|pair| pair.0).collect(), chunk.iter().map(|pair| pair.1).collect()])
+        .collect()
 }
