@@ -7,7 +7,7 @@ use support::{compute, pairs};
 
 const EDGES: [u64; 12] = [0, 1, 2, 5, 31, 0x7fff, 0x8000, 0xffff, 0x7fff_ffff, 0x8000_0000, 0xffff_fff0, 0xffff_ffff];
 const WIDE: [u64; 8] = [0, 1, 7, 0xffff_ffff, 0x1_0000_0000, i64::MAX as u64, i64::MIN as u64, u64::MAX];
-const FLOATS: [f32; 10] = [0.0, -0.0, 1.0, -2.5, 3.1415927, 1e-40, 1e30, -7.25e-3, f32::INFINITY, f32::NAN];
+const FLOATS: [f32; 10] = [0.0, -0.0, 1.0, -2.5, 3.25, 1e-40, 1e30, -7.25e-3, f32::INFINITY, f32::NAN];
 
 /// Checks an instruction of two operands on every pair.
 fn check2(mnemonic: &str, result: &str, sources: [&str; 2], values: &[u64], expected: impl Fn(u64, u64) -> u64) {
@@ -188,7 +188,7 @@ fn fields_permutations_and_tables() {
     assert_eq!(funnel("shf.r.wrap.b32", 0x8000_0001, 0x1, 1), 0xc000_0000);
     assert_eq!(funnel("shf.r.clamp.b32", 0x8000_0001, 0x7, 40), 0x7);
     let dot = |name: &str, x, y| compute(name, "b32", &["b32"; 3], &[vec![x], vec![y], vec![10]])[0];
-    assert_eq!(dot("dp4a.s32.s32", 0x01ff_02fe, 0x0303_0303), (10 + 3 * (1 - 1 + 2 - 2)) as u64);
+    assert_eq!(dot("dp4a.s32.s32", 0x01ff_02f0, 0x0303_0303), (10 + 3 * (2 - 16i64)) as u32 as u64);
     assert_eq!(dot("dp4a.u32.u32", 0x01ff_02fe, 0x0303_0303), 10 + 3 * (1 + 255 + 2 + 254));
     assert_eq!(dot("dp4a.u32.s32", 0xff, 0xff), (10 - 255i64) as u32 as u64);
 }
@@ -246,15 +246,7 @@ fn float_arithmetic() {
         check("copysign.f32", &|a, b| b.copysign(a));
         check("min.NaN.f32", &|a, b| if a.is_nan() || b.is_nan() { f32::NAN } else { a.min(b) });
         let number = |a: f32, b: f32, less: bool| {
-            if a.is_nan() {
-                b
-            } else if b.is_nan() {
-                a
-            } else if (a < b) == less {
-                a
-            } else {
-                b
-            }
+            if b.is_nan() || !a.is_nan() && (a < b) == less { a } else { b }
         };
         for (lane, found) in run("max.f32").into_iter().enumerate() {
             assert!(
