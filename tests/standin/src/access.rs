@@ -182,7 +182,17 @@ impl Execution<'_> {
                 continue;
             }
             let (mut values, mut seen, size) = ([[0u64; LANES]; 4], Seen::default(), ty.bytes());
-            for lane in active(on) {
+            let row = space == Space::Shared && count == 1 && access.is_row();
+            if row {
+                // One look for all lanes.
+                let mut bytes = [0; 8 * LANES];
+                let bytes = &mut bytes[..LANES * size];
+                seen = self.shared.read(access.low, bytes, w.index)?;
+                for (value, bytes) in values[0].iter_mut().zip(bytes.chunks_exact(size)) {
+                    *value = number(bytes);
+                }
+            }
+            for lane in active(if row { 0 } else { on }) {
                 let mut bytes = [0; 32];
                 let bytes = &mut bytes[..access.bytes];
                 if space == Space::Shared {
@@ -301,7 +311,15 @@ impl Execution<'_> {
                 continue;
             }
             let mut seen = Seen::default();
-            for lane in active(on) {
+            let row = space == Space::Shared && count == 1 && access.is_row();
+            if row {
+                let mut bytes = [0; 8 * LANES];
+                for (bytes, value) in bytes.chunks_exact_mut(size).zip(values[0]) {
+                    bytes.copy_from_slice(&value.to_le_bytes()[..size]);
+                }
+                seen = self.shared.write(access.low, &bytes[..LANES * size], w.index)?;
+            }
+            for lane in active(if row { 0 } else { on }) {
                 let mut bytes = [0; 32];
                 for n in 0..count {
                     bytes[n * size..(n + 1) * size].copy_from_slice(&values[n][lane].to_le_bytes()[..size]);
