@@ -1,0 +1,10 @@
+//! The device path: everything that runs on a GPU, held to the host. `.ci/device` builds for CUDA and runs these tests on a
+//! stand-in for the driver (`tests/standin`), so no GPU is needed. With a GPU, all but `machines` and `planted` run on it too:
+//!
+//!     cargo test --release --features cuda --test device -- --ignored --skip machines --skip planted
+
+#![allow(clippy::print_stdout, reason = "a test shows what it measured")]
+
+mod models;
+mod operators;
+mod standin;
