@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use candle_core::quantized::GgmlDType;
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use super::CheckOutcome;
 use super::case::{Case, Run, seed};
@@ -23,7 +23,8 @@ pub(super) fn accumulation(case: &Case) -> Result<CheckOutcome> {
     let counts = every_micro_batch_counts(case)?;
     let CheckOutcome::Passed(mut finding) = counts else { return Ok(counts) };
     let [loss, grads] = joint_gap(case)?;
-    let equal = loss < EQUAL && grads < EQUAL;
+    let limit = case.tolerance(EQUAL);
+    let equal = loss < limit && grads < limit;
     let _ = write!(finding, "; from one large batch the loss is {loss:.1e} away, the gradients {grads:.1e}");
     let declared = case.limits()?.accumulation;
     if let Some(why) = declared {
@@ -44,10 +45,10 @@ fn joint_gap(case: &Case) -> Result<[f64; 2]> {
         let mut ahead = case.streams()?;
         ahead.seek(&[(name.clone(), drawn)].into());
         let mut next = || ahead.next(&name, run.weights.device());
-        let pairs = (0..JOINED).map(|_| joined(&[next()?, next()?]));
+        let pairs = (0..JOINED).map(|_| joined(&[next()?, next()?], case.device));
         whole.insert(name.clone(), Stream::of_batches(pairs.collect::<Result<_>>()?)?);
     }
-    let (split, whole) = (run.update_of(&parts, split)?, run.update_of(&[joined(&parts)?], whole)?);
+    let (split, whole) = (run.update_of(&parts, split)?, run.update_of(&[joined(&parts, case.device)?], whole)?);
     let (loss, other) = (split.loss.value()?, whole.loss.value()?);
     let grads = distance(&split.grads, &whole.grads)? / whole.grads.norm()?.value()?;
     Ok([(loss - other).abs() / other.abs().max(1.), grads])
@@ -141,28 +142,29 @@ pub(super) fn padding(case: &Case) -> Result<CheckOutcome> {
     if case.stage == Stage::Post {
         let [narrow, wide] = [case.run()?.whole()?, wide.run()?.whole()?];
         let gap = Numbers::of(&narrow.weights)?.distance(&Numbers::of(&wide.weights)?);
-        return Ok(CheckOutcome::judge(gap < ROUNDING, format!("the weights differ by {gap:.1e}")));
+        return Ok(CheckOutcome::judge(gap < case.tolerance(ROUNDING), format!("the weights differ by {gap:.1e}")));
     }
     let (mut narrow, mut wide) = (case.under_way()?, wide.under_way()?);
     let batches = [narrow.draw()?, wide.draw()?];
     let shapes = [narrow.attempt(&batches[0], Vec::new())?.noise, wide.attempt(&batches[1], Vec::new())?.noise];
-    let noise = noise_of(&shapes)?;
+    let noise = noise_of(&shapes, case.device)?;
     let a = narrow.attempt(&batches[0], noise.iter().map(|pair| pair[0].clone()).collect())?.update;
     let b = wide.attempt(&batches[1], noise.into_iter().map(|[_, wide]| wide).collect())?.update;
     let (loss, other) = (a.loss.value()?, b.loss.value()?);
     let gap = distance(&a.grads, &b.grads)? / a.grads.norm()?.value()?;
-    let holds = gap < ROUNDING && (loss - other).abs() < ROUNDING * loss.abs().max(1.);
+    let limit = case.tolerance(ROUNDING);
+    let holds = gap < limit && (loss - other).abs() < limit * loss.abs().max(1.);
     Ok(CheckOutcome::judge(holds, format!("the loss is {loss} and {other}, the gradients differ by {gap:.1e}")))
 }
 
 /// For each noise of a step one of the first shape, and the same with more noise where the second shape is larger: at
 /// the padding.
-fn noise_of(shapes: &[Vec<Vec<usize>>; 2]) -> Result<Vec<[Tensor; 2]>> {
+fn noise_of(shapes: &[Vec<Vec<usize>>; 2], device: &Device) -> Result<Vec<[Tensor; 2]>> {
     if shapes[0].len() != shapes[1].len() {
         return Err(Error::run("a step draws noise more often when there is more padding"));
     }
     let pair = |(index, (small, large)): (usize, (&Vec<usize>, &Vec<usize>))| {
-        let noise = normal(small, seed().named("noise").at(index))?;
+        let noise = normal(small, seed().named("noise").at(index), device)?;
         Ok([noise.clone(), grown(noise, large)?])
     };
     shapes[0].iter().zip(&shapes[1]).enumerate().map(pair).collect()
@@ -174,7 +176,7 @@ fn grown(mut noise: Tensor, dims: &[usize]) -> Result<Tensor> {
         let mut more = noise.dims().to_vec();
         if size > more[axis] {
             more[axis] = size - more[axis];
-            noise = Tensor::cat(&[&noise, &normal(&more, seed().named("more").at(axis))?], axis)?;
+            noise = Tensor::cat(&[&noise, &normal(&more, seed().named("more").at(axis), noise.device())?], axis)?;
         }
     }
     Ok(noise)

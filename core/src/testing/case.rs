@@ -1,6 +1,6 @@
 //! One defense under one set of circumstances, and the small training loop that runs it.
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
 use super::Fixture;
@@ -39,6 +39,7 @@ pub(super) struct Case<'a> {
     pub(super) model: &'a dyn Model,
     /// The same architecture with one layer.
     pub(super) shallow: Option<&'a dyn Model>,
+    pub(super) device: &'a Device,
     pub(super) precision: Precision,
     pub(super) trained: Adapted,
     /// Updates of the stage; none after fine-tuning.
@@ -62,6 +63,7 @@ impl<'a> Case<'a> {
             stage,
             model: world.model(),
             shallow: world.shallow(),
+            device: world.device(),
             precision: DType::F32.into(),
             trained: Adapted::Lora { dropout: 0.2 },
             total: if stage == Stage::Post { 0 } else { STEPS },
@@ -72,9 +74,16 @@ impl<'a> Case<'a> {
         }
     }
 
-    /// The same in double precision and without dropout, where numbers agree to rounding.
+    /// The same in the host's double precision and without dropout, where numbers agree to rounding. Devices compute in
+    /// single precision at most.
     pub(super) fn precise(&self) -> Self {
-        Self { precision: DType::F64.into(), trained: Adapted::Lora { dropout: 0. }, ..self.clone() }
+        let dtype = if self.device.is_cpu() { DType::F64 } else { DType::F32 };
+        Self { precision: dtype.into(), trained: Adapted::Lora { dropout: 0. }, ..self.clone() }
+    }
+
+    /// How far numbers of [`Case::precise`] may be apart, as a share, given how far on the host.
+    pub(super) fn tolerance(&self, host: f64) -> f64 {
+        if self.device.is_cpu() { host } else { 1e-4 }
     }
 
     /// The same with the neutral settings, if it has such.
@@ -128,8 +137,8 @@ impl<'a> Case<'a> {
         let mut streams = Streams::default();
         for &name in (self.entry.streams)(&self.resolved()?) {
             let mut shuffled = stream(self.model, name, self.batch_size)?;
-            let device = candle_core::Device::Cpu;
-            let epoch = (0..shuffled.batches_per_epoch()).map(|_| padded(&shuffled.next_batch(&device)?, self.padding));
+            let epoch =
+                (0..shuffled.batches_per_epoch()).map(|_| padded(&shuffled.next_batch(self.device)?, self.padding));
             streams.insert(name, Stream::of_batches(epoch.collect::<Result<_>>()?)?);
         }
         Ok(streams)
@@ -189,7 +198,7 @@ pub(super) struct Trial {
 
 impl<'a> Run<'a> {
     fn open(case: &'a Case<'a>, defense: Box<dyn AlignmentDefense>) -> Result<Self> {
-        let (weights, ancestors) = weights(case.model, case.stage, case.precision, case.trained)?;
+        let (weights, ancestors) = weights(case.model, case.stage, case.precision, case.trained, case.device)?;
         Ok(Self {
             case,
             weights,

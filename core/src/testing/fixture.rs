@@ -37,11 +37,12 @@ const SIZES: [(&str, usize); 6] = [
 /// How most architectures call the number of their blocks.
 const LAYERS: &str = "num_hidden_layers";
 
-/// A small model that checks run on, with another of one layer if there is such.
+/// A small model that checks run on, with another of one layer if there is such, and the device that they run on.
 #[derive(Debug)]
 pub struct Fixture {
     model: Box<dyn Model>,
     shallow: Option<Box<dyn Model>>,
+    device: Device,
 }
 
 impl Fixture {
@@ -58,7 +59,13 @@ impl Fixture {
 
     /// A world of models built elsewhere; `shallow` has one layer.
     pub fn new(model: Box<dyn Model>, shallow: Option<Box<dyn Model>>) -> Self {
-        Self { model, shallow }
+        Self { model, shallow, device: Device::Cpu }
+    }
+
+    /// The same on another device, where what asks for double precision is checked in single precision.
+    #[must_use]
+    pub fn on(self, device: Device) -> Self {
+        Self { device, ..self }
     }
 
     /// The model.
@@ -69,6 +76,11 @@ impl Fixture {
     /// The model of one layer.
     pub fn shallow(&self) -> Option<&dyn Model> {
         self.shallow.as_deref()
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Device {
+        &self.device
     }
 }
 
@@ -103,6 +115,9 @@ pub(super) fn stream(model: &dyn Model, name: &str, size: usize) -> Result<Strea
 
 /// `batch` with `more` tokens of padding behind every row.
 pub(super) fn padded(batch: &Batch, more: usize) -> Result<Batch> {
+    if more == 0 {
+        return Ok(batch.clone());
+    }
     let Tokens { ids, lengths } = &batch.tokens;
     let (rows, length) = batch.tokens.dims();
     let padding = Tensor::full(PAD, (rows, more), ids.device())?;
@@ -116,14 +131,14 @@ pub(super) fn padded(batch: &Batch, more: usize) -> Result<Batch> {
 }
 
 /// The rows of several batches as one batch, with no more padding than it needs.
-pub(super) fn joined(parts: &[Batch]) -> Result<Batch> {
+pub(super) fn joined(parts: &[Batch], device: &Device) -> Result<Batch> {
     let (mut rows, mut labels) = (Vec::new(), Vec::new());
     for row in parts.iter().map(Batch::rows).collect::<Result<Vec<_>>>()?.concat() {
         let own = row.positions.to_vec1::<u32>()?.into_iter().zip(row.targets.to_vec1::<u32>()?);
         labels.extend(own.map(|(position, target)| (rows.len(), position as usize, target)));
         rows.push(row.tokens.ids.flatten_all()?.to_vec1::<u32>()?);
     }
-    Batch::with_labels(&rows, labels, PAD, &Device::Cpu)
+    Batch::with_labels(&rows, labels, PAD, device)
 }
 
 /// What is trained.
@@ -160,8 +175,9 @@ pub(super) fn weights(
     stage: Stage,
     precision: Precision,
     trained: Adapted,
+    device: &Device,
 ) -> Result<(Weights, Ancestors)> {
-    let base = Weights::random(model.params(), Seed::new(SEED).named("base"), precision, &Device::Cpu)?;
+    let base = Weights::random(model.params(), Seed::new(SEED).named("base"), precision, device)?;
     if stage == Stage::Align {
         let weights = adapted(base.merged()?, trained, "align")?;
         return Ok((weights, Ancestors { base, aligned: None }));
@@ -198,11 +214,11 @@ pub(super) fn noise_like(weights: &Weights, seed: Seed) -> Result<crate::Grads> 
     let noise = weights
         .trainable()
         .iter()
-        .map(|(name, var)| Ok((name.clone(), normal(var.dims(), seed.named(name))?.to_dtype(var.dtype())?)));
+        .map(|(name, var)| Ok((name.clone(), normal(var.dims(), seed.named(name), var.device())?.to_dtype(var.dtype())?)));
     noise.collect()
 }
 
 /// Standard normal noise, f32.
-pub(super) fn normal(dims: &[usize], seed: Seed) -> Result<Tensor> {
-    Ok(randn(dims, &mut seed.generator(), &Device::Cpu)?.to_dtype(DType::F32)?)
+pub(super) fn normal(dims: &[usize], seed: Seed, device: &Device) -> Result<Tensor> {
+    Ok(randn(dims, &mut seed.generator(), device)?.to_dtype(DType::F32)?)
 }

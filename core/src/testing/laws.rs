@@ -47,7 +47,9 @@ pub(super) fn passes(case: &Case) -> Result<CheckOutcome> {
     let mut findings = Vec::new();
     for case in [Some(case.clone()), case.neutral()?].into_iter().flatten() {
         let declared = case.declared_passes()?;
-        let total = (800. / declared).clamp(8., 200.) as usize;
+        // Passes are counted to be sure on the host; elsewhere they are only seen to be made.
+        let most = if case.device.is_cpu() { 200. } else { 8. };
+        let total = (800. / declared).clamp(8., most) as usize;
         let case = Case { total, ..case };
         let mut run = case.run()?;
         run.begin()?;

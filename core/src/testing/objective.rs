@@ -13,6 +13,9 @@ const TOLERANCE: f64 = 1e-5;
 
 /// The gradients are the slope of the logged loss along random directions, in double precision.
 pub(super) fn gradient(case: &Case) -> Result<CheckOutcome> {
+    if !case.device.is_cpu() {
+        return Ok(CheckOutcome::NotApplicable("finite differences need double precision, which only the host has"));
+    }
     if !case.defense()?.loss_is_objective() {
         return Ok(CheckOutcome::NotApplicable("its update is no gradient of the loss that it logs"));
     }

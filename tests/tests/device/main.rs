@@ -5,6 +5,12 @@
 
 #![allow(clippy::print_stdout, reason = "a test shows what it measured")]
 
+mod budgets;
+mod conformance;
+mod machines;
 mod models;
 mod operators;
+mod planted;
+mod runs;
 mod standin;
+mod threads;

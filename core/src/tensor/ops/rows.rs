@@ -13,7 +13,8 @@ use crate::tensor::tape::{Tape, Traced};
 /// # Errors
 /// An index lies outside, or a tensor operation failed.
 pub fn select_rows(tape: &mut Tape, x: &Traced, index: &Tensor) -> Result<Traced> {
-    let (result, shape, at) = (x.tensor().index_select(index, 0)?, x.tensor().dims().to_vec(), index.clone());
+    let (xs, at) = (x.tensor().contiguous()?, index.clone());
+    let (result, shape) = (xs.index_select(index, 0)?, xs.dims().to_vec());
     Ok(tape.record(result, &[x], move |gradient, into| {
         let g = &gradient;
         let dx = dispatch!(

@@ -1,0 +1,120 @@
+//! Other machines: generations of GPUs, drivers, memory, missing libraries, several devices. What cannot work says so, and
+//! what to do.
+
+use std::path::Path;
+use std::process::Output;
+
+use anyhow::{Context, Result, ensure};
+use titer_tests::cli::{stderr, titer};
+
+use crate::standin::{DEVICE, alone, standin_folder};
+
+/// Fails unless kernels and products run on a machine that differs in these variables.
+fn works(variables: &[(&str, &str)]) -> Result<()> {
+    for test in ["operators::losses", "operators::products"] {
+        let output = alone(test, variables)?;
+        ensure!(output.status.success(), "{variables:?}: {}", stderr(&output));
+    }
+    Ok(())
+}
+
+/// One training step by the real binary on such a machine.
+fn step(device: &str, variables: &[(&str, &str)]) -> Result<Output> {
+    let mut command = titer();
+    command.args(["bench", "step", "--model", "quickstart", "--repeat", "1", "--device", device]);
+    Ok(command.envs(variables.iter().copied()).output()?)
+}
+
+/// Fails unless the machine is refused with exit code 4, all of `expected`, and a remedy.
+fn is_refused(device: &str, variables: &[(&str, &str)], expected: &[&str]) -> Result<()> {
+    let output = step(device, variables)?;
+    let said = stderr(&output);
+    let told = expected.iter().all(|text| said.contains(text)) && said.contains("help: ");
+    let code = output.status.code().context("an exit code")?;
+    ensure!(code == 4 && told, "{variables:?}: {code} instead of 4 with {expected:?}: {said}");
+    Ok(())
+}
+
+/// What `titer doctor` says of such a machine.
+fn doctor(variables: &[(&str, &str)]) -> Result<String> {
+    let output = titer().arg("doctor").envs(variables.iter().copied()).output()?;
+    ensure!(output.status.success(), "{}", stderr(&output));
+    Ok(format!("{}{}", String::from_utf8_lossy(&output.stdout), stderr(&output)))
+}
+
+#[test]
+#[ignore = "needs the stand-in: see .ci/device"]
+fn every_generation_from_8_0_on_works() -> Result<()> {
+    ["8.0", "8.6", "8.9", "9.0", "10.0"].into_iter().try_for_each(|chip| works(&[("STANDIN_CC", chip)]))
+}
+
+#[test]
+#[ignore = "needs the stand-in: see .ci/device"]
+fn an_older_generation_is_refused() -> Result<()> {
+    is_refused("cuda", &[("STANDIN_CC", "7.5")], &["compute capability", "7.5", "8.0"])
+}
+
+#[test]
+#[ignore = "needs the stand-in: see .ci/device"]
+fn drivers_since_525_work_and_older_ones_are_refused() -> Result<()> {
+    works(&[("STANDIN_DRIVER", "12000")])?;
+    is_refused("cuda", &[("STANDIN_DRIVER", "11080")], &["driver", "11.8", "525"])
+}
+
+#[test]
+#[ignore = "needs the stand-in: see .ci/device"]
+fn without_cublas_the_reason_is_told() -> Result<()> {
+    let variables = [("STANDIN_NO_CUBLAS", "1")];
+    is_refused("cuda", &variables, &["libcublas.so"])?;
+    // `auto` goes on with the CPU, and does not hide why.
+    let said = doctor(&variables)?;
+    ensure!(said.contains("libcublas.so"), "{said}");
+    Ok(())
+}
+
+/// The driver lies where the loader finds it, the libraries in a Python environment, in the folders of CUDA 12 or 13.
+#[test]
+#[ignore = "needs the stand-in: see .ci/device"]
+fn libraries_are_found_in_python_environments() -> Result<()> {
+    let standin = std::fs::canonicalize(standin_folder()?.join("libcuda.so.1"))?;
+    for (driver, folders, major) in [("12080", ["cublas", "curand"], 12), ("13000", ["cu13", "cu13"], 13)] {
+        let folder = tempfile::tempdir()?;
+        let packages = folder.path().join("lib/python3.12/site-packages/nvidia");
+        let [blas, rand] = folders.map(|name| packages.join(name).join("lib"));
+        let link = |folder: &Path, name: &str| -> Result<()> {
+            std::fs::create_dir_all(folder)?;
+            Ok(std::os::unix::fs::symlink(&standin, folder.join(name))?)
+        };
+        link(folder.path(), "libcuda.so.1")?;
+        link(&blas, &format!("libcublas.so.{major}"))?;
+        link(&blas, &format!("libcublasLt.so.{major}"))?;
+        link(&rand, "libcurand.so.10")?;
+        let at = folder.path().to_str().context("a path")?;
+        works(&[("LD_LIBRARY_PATH", at), ("VIRTUAL_ENV", at), ("STANDIN_DRIVER", driver)])?;
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs the stand-in: see .ci/device"]
+fn without_a_driver_the_reason_is_told() -> Result<()> {
+    let variables = [("LD_LIBRARY_PATH", "")];
+    is_refused("cuda", &variables, &["libcuda.so.1"])?;
+    let said = doctor(&variables)?;
+    ensure!(said.contains("no driver is installed"), "{said}");
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs the stand-in: see .ci/device"]
+fn a_device_is_chosen_by_its_number() -> Result<()> {
+    works(&[("STANDIN_DEVICES", "2"), (DEVICE, "cuda:1")])?;
+    is_refused("cuda:2", &[("STANDIN_DEVICES", "2")], &["cuda:2"])
+}
+
+/// The step asks for some megabytes.
+#[test]
+#[ignore = "needs the stand-in: see .ci/device"]
+fn too_little_memory_is_told_with_a_remedy() -> Result<()> {
+    is_refused("cuda", &[("STANDIN_MEMORY", "1000000")], &["memory", "batch_size", "checkpointing"])
+}

@@ -1,0 +1,50 @@
+//! Defects that are planted between the program and the device: each must be found by the test of what it breaks, or by the
+//! stand-in's own checks.
+
+use anyhow::{Result, ensure};
+
+use crate::standin::alone;
+
+/// What is planted (see `tests/standin`), and the test that must fail.
+const DEFECTS: [(&str, &str); 14] = [
+    // Arguments in another order.
+    ("swap rms_norm_bwd_f32 1 2", "operators::rms_norms"),
+    ("swap rms_norm_bwd_f32 3 4", "operators::rms_norms"),
+    ("swap swiglu_bwd_bf16 3 4", "operators::gates"),
+    ("swap rope_f32 2 3", "operators::rotations"),
+    // A buffer that is freed before the kernel runs.
+    ("free rms_norm_bwd_f32 2", "operators::rms_norms"),
+    ("free adamw_many 2", "models::adapters_in_f32"),
+    // A count that is one too large.
+    ("add swiglu_fwd_f32 3 1", "operators::gates"),
+    ("add activation_bwd_bf16 3 1", "operators::activations"),
+    // Fewer blocks, and larger ones, than the kernel asks for.
+    ("grid layer_norm_fwd_f32 -1", "operators::layer_norms"),
+    ("block rms_norm_fwd_f32 512", "operators::rms_norms"),
+    // A buffer that is too small.
+    ("shrink sum_squares_many 2 4", "operators::arithmetic_without_gradients"),
+    // Products that add to what nobody wrote.
+    ("beta 1", "operators::products"),
+    // Threads that do not wait for each other.
+    ("barrier rms_norm_fwd_f32", "operators::rms_norms"),
+    ("barrier cross_entropy_bf16", "operators::losses"),
+];
+
+#[test]
+#[ignore = "needs the stand-in: see .ci/device"]
+fn every_defect_is_found() -> Result<()> {
+    let mut missed = Vec::new();
+    for (defect, test) in DEFECTS {
+        let output = alone(test, &[("STANDIN_PLANT", defect)])?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        // A defect that cannot be planted is one as well.
+        ensure!(said.contains("planted"), "`{defect}` was not planted: {said}");
+        let found = said.lines().find(|line| line.starts_with("[standin]") && !line.contains("planted"));
+        println!("{defect}: {}", found.unwrap_or(if output.status.success() { "MISSED" } else { "by the test" }));
+        if output.status.success() {
+            missed.push(defect);
+        }
+    }
+    ensure!(missed.is_empty(), "not found: {missed:?}");
+    Ok(())
+}
