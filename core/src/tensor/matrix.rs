@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use candle_core::quantized::{GgmlDType, QTensor};
-use candle_core::{CpuStorage, DType, Tensor};
+use candle_core::{CpuStorage, DType, Device, Tensor};
 use half::slice::HalfFloatSliceExt;
 use titer_kernels::gemm::{few_rows_by_encoded, product, product_into};
 use titer_kernels::low_precision::{EncodedMatrix, Encoding};
@@ -41,6 +41,15 @@ pub struct LowPrecision {
 enum Storage {
     Half(Tensor),
     Quantized(QTensor),
+}
+
+impl Storage {
+    fn device(&self) -> Device {
+        match self {
+            Self::Half(tensor) => tensor.device().clone(),
+            Self::Quantized(quantized) => quantized.device(),
+        }
+    }
 }
 
 impl Matrix {
@@ -138,11 +147,12 @@ impl Matrix {
         match self {
             Self::Dense(tensor) => {
                 let delta = Gemm::NN.times(scale).product(b, a)?;
-                Ok(Self::Dense((tensor.to_dtype(delta.dtype())? + delta)?.to_dtype(tensor.dtype())?))
+                let sum = (tensor.to_device(delta.device())?.to_dtype(delta.dtype())? + delta)?;
+                Ok(Self::Dense(sum.to_dtype(tensor.dtype())?.to_device(tensor.device())?))
             }
             Self::LowPrecision(low) => {
-                let b = (b.to_dtype(DType::F32)? * scale)?;
-                let a = a.to_dtype(DType::F32)?;
+                let placed = |factor: &Tensor| factor.to_dtype(DType::F32)?.to_device(&low.store.device());
+                let (b, a) = ((placed(b)? * scale)?, placed(a)?);
                 let low_rank = match &low.low_rank {
                     None => [b.contiguous()?, a.copy()?],
                     Some([before, earlier]) => [Tensor::cat(&[before, &b], 1)?, Tensor::cat(&[earlier, &a], 0)?],

@@ -139,7 +139,8 @@ impl Weights {
         Ok(())
     }
 
-    /// Adds `scale · B A` to the base parameter `name`, for `b: [out, k]` and `a: [k, in]`; an adapter stays beside it.
+    /// Adds `scale · B A` to the base parameter `name`, for `b: [out, k]` and `a: [k, in]`, wherever they are computed; an
+    /// adapter stays beside it.
     /// Weights in low precision keep the factors beside them, as in [`Weights::merge`].
     ///
     /// # Errors
@@ -148,7 +149,7 @@ impl Weights {
         self.change(name, |matrix| matrix.plus(scale, b, a))
     }
 
-    /// Adds `delta`, of the parameter's shape, to the base parameter `name`; an adapter stays beside it.
+    /// Adds `delta`, of the parameter's shape and on any device, to the base parameter `name`; an adapter stays beside it.
     ///
     /// # Errors
     /// There is no such parameter, the base is stored in low precision, or a tensor operation failed.
@@ -156,7 +157,8 @@ impl Weights {
         self.precision.check_trainable()?;
         self.change(name, |matrix| {
             let before = matrix.dense()?;
-            Ok(Matrix::Dense((before.to_dtype(delta.dtype())? + delta)?.to_dtype(before.dtype())?))
+            let sum = (before.to_device(delta.device())?.to_dtype(delta.dtype())? + delta)?;
+            Ok(Matrix::Dense(sum.to_dtype(before.dtype())?.to_device(before.device())?))
         })
     }
 

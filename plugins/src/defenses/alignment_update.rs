@@ -11,7 +11,7 @@ use titer_core::tensor::ops::Gemm;
 use titer_core::weights::Adapter;
 use titer_core::{Conflict, Error, Matrix, Result, Stack, StageCx, Weights};
 
-/// The change of a weight matrix as a product `B A`, in f64: what a low-rank adapter adds, or any change with `A = I`.
+/// The change of a weight matrix as a product `B A`, in f64 on the host: what a low-rank adapter adds, or any change with `A = I`.
 #[derive(Debug, Clone)]
 pub struct MatrixUpdate {
     /// `B: [out, k]`, with the adapter's scale.
@@ -116,7 +116,7 @@ impl MatrixUpdate {
         let smallest = svd.singular_values.max() * f64::EPSILON * rows.max(columns) as f64;
         let found = svd.singular_values.iter().filter(|&&value| value > smallest).count();
         let u = u.columns(0, rank.map_or(found, |rank| rank.min(found))).into_owned();
-        from_nalgebra(&outer.map_or(u.clone(), |q| q * u), self.b.device())
+        from_nalgebra(&outer.map_or(u.clone(), |q| q * u))
     }
 
     /// Adds `scale · V` to the parameter `name` of `weights`.
@@ -208,9 +208,14 @@ pub fn matrix(weights: &Weights, name: &str) -> Result<Tensor> {
     Matrix::dense(matrix)
 }
 
-/// `tensor` in f64: differences of weights are small beside the weights.
+/// `tensor` in f64, on the host: differences of weights are small beside the weights, and devices compute in f32 at most.
 pub fn wide(tensor: &Tensor) -> Result<Tensor> {
-    Ok(tensor.detach().to_dtype(DType::F64)?)
+    Ok(tensor.detach().to_device(&Device::Cpu)?.to_dtype(DType::F64)?)
+}
+
+/// `tensor` in the type and on the device of `like`.
+pub fn placed(tensor: &Tensor, like: &Tensor) -> Result<Tensor> {
+    Ok(tensor.to_dtype(like.dtype())?.to_device(like.device())?)
 }
 
 fn to_nalgebra(tensor: &Tensor) -> Result<DMatrix<f64>> {
@@ -218,8 +223,8 @@ fn to_nalgebra(tensor: &Tensor) -> Result<DMatrix<f64>> {
     Ok(DMatrix::from_row_iterator(rows, columns, tensor.flatten_all()?.to_vec1::<f64>()?))
 }
 
-fn from_nalgebra(matrix: &DMatrix<f64>, device: &Device) -> Result<Tensor> {
+fn from_nalgebra(matrix: &DMatrix<f64>) -> Result<Tensor> {
     let (rows, columns) = matrix.shape();
     // nalgebra stores columns.
-    Ok(Tensor::from_vec(matrix.as_slice().to_vec(), (columns, rows), device)?.t()?.contiguous()?)
+    Ok(Tensor::from_vec(matrix.as_slice().to_vec(), (columns, rows), &Device::Cpu)?.t()?.contiguous()?)
 }

@@ -16,7 +16,7 @@ use titer_core::{
     no_limits,
 };
 
-use super::alignment_update::{AlignmentUpdates, MatrixUpdate, needs_alignment, wide};
+use super::alignment_update::{AlignmentUpdates, MatrixUpdate, needs_alignment, placed, wide};
 
 inventory::submit! {
     DefenseEntry {
@@ -85,7 +85,7 @@ impl Lox {
         let extrapolated = cx.weights.adapters().map(|(module, adapter)| {
             let more = self.strongest(&MatrixUpdate::of_adapter(adapter, 1.)?)?;
             let [_, name] = factor_names(module);
-            Ok((name, (wide(&adapter.b)? + (more * self.alpha)?)?.to_dtype(adapter.b.dtype())?))
+            Ok((name, placed(&(wide(&adapter.b)? + (more * self.alpha)?)?, &adapter.b)?))
         });
         let extrapolated: Grads = extrapolated.collect::<Result<_>>()?;
         cx.weights.set(&extrapolated)

@@ -12,7 +12,7 @@ use titer_core::{
     AlignmentDefense, DefenseEntry, Error, Privilege, Result, SettingsType, Stage, StageCx, inventory, no_limits,
 };
 
-use super::alignment_update::{AlignmentUpdates, matrix, needs_alignment, wide};
+use super::alignment_update::{AlignmentUpdates, matrix, needs_alignment, placed, wide};
 
 inventory::submit! {
     DefenseEntry {
@@ -86,7 +86,7 @@ impl Resta {
             let mut generator = cx.seed.named("dare").named(name).generator();
             let mask = dropout_mask(after.dims(), self.drop, &mut generator, after.device())?;
             let kept = ((wide(&after)? - wide(&before)?)? * wide(&mask)?)?;
-            var.set(&(wide(&before)? + kept)?.to_dtype(after.dtype())?)?;
+            var.set(&placed(&(wide(&before)? + kept)?, &after)?)?;
         }
         Ok(())
     }

@@ -15,7 +15,7 @@ use titer_core::{
     inventory, no_limits,
 };
 
-use super::alignment_update::{AlignmentUpdates, MatrixUpdate, matrix, needs_alignment, wide};
+use super::alignment_update::{AlignmentUpdates, MatrixUpdate, matrix, needs_alignment, placed, wide};
 
 inventory::submit! {
     DefenseEntry {
@@ -151,7 +151,7 @@ impl SafeLora {
             let Some(alignment) = alignment.get(&format!("{module}.weight"))? else { continue };
             let (left, cosine) = self.projected(&alignment, &MatrixUpdate::of_adapter(adapter, 1.)?)?;
             let [_, name] = factor_names(module);
-            candidates.push(Candidate { cosine, name, projected: left.to_dtype(adapter.b.dtype())? });
+            candidates.push(Candidate { cosine, name, projected: placed(&left, &adapter.b)? });
         }
         Ok(candidates)
     }
@@ -163,7 +163,7 @@ impl SafeLora {
             let Some(alignment) = alignment.get(&name)? else { continue };
             let (before, after) = (matrix(&aligned, &name)?, matrix(cx.weights, &name)?);
             let (left, cosine) = self.projected(&alignment, &MatrixUpdate::of_difference(&after, &before)?)?;
-            let projected = (wide(&before)? + left)?.to_dtype(after.dtype())?;
+            let projected = placed(&(wide(&before)? + left)?, &after)?;
             candidates.push(Candidate { cosine, name, projected });
         }
         Ok(candidates)

@@ -2,7 +2,7 @@
 //! AdamW, and greedy answers.
 
 use anyhow::{Context, Result, ensure};
-use candle_core::{DType, Device};
+use candle_core::Device;
 use serde_json::{Value, json};
 use titer_core::data::{Batch, Example};
 use titer_core::defense::{Clock, StepCx, Streams};
@@ -31,7 +31,7 @@ struct Limits {
 }
 
 const EXACT: Limits = Limits { loss: 1e-5, together: 1e-5, each: 2e-5, moved: 2e-3, answers_equal: true };
-const COARSE: Limits = Limits { loss: 3e-2, together: 8e-2, each: 2e-1, moved: 5e-1, answers_equal: false };
+const COARSE: Limits = Limits { loss: 3e-2, together: 1.2e-1, each: 3e-1, moved: 4e-1, answers_equal: false };
 
 /// What is trained.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -55,8 +55,8 @@ struct Case<'a> {
 struct Outcome {
     loss: f64,
     grads: Grads,
-    before: Grads,
-    after: Grads,
+    /// What AdamW added to the parameters whose gradient is not zero by nature.
+    moved: Grads,
     answers: Vec<Vec<u32>>,
 }
 
@@ -89,7 +89,6 @@ impl Case<'_> {
         let mut streams = Streams::default();
         let cx = StepCx::new(model.as_ref(), &weights, &mut streams, Seed::new(4), Clock::at(0, 1));
         let update = defense(self.method, Value::Null)?.step(&mut cx.with_checkpointing(self.checkpointing), &batch)?;
-        // A snapshot shares its memory with nothing that is trained.
         let before = weights.snapshot()?;
         let factor = update.grads.clip_factor(1.)?;
         let mut optimizer = AdamW::new(AdamWConfig::default());
@@ -99,11 +98,12 @@ impl Case<'_> {
         let prompts: Vec<Vec<u32>> = examples.iter().map(|example| example.tokens[..4].to_vec()).collect();
         let decoding = Decoding { max_new_tokens: 5, batch_size: 2, ends: Vec::new(), pad: 0 };
         let answers = greedy(model.as_ref(), &weights, &prompts, &decoding, |_| Ok(()))?;
+        let zero = model.without_gradient();
+        let moved = weights.snapshot()?.add_scaled(-1., &before)?;
         Ok(Outcome {
             loss: update.loss.value()?,
             grads: update.grads,
-            before,
-            after: weights.snapshot()?,
+            moved: moved.restrict(|name| zero.iter().all(|(zero, _)| zero != name)),
             answers: answers.into_iter().map(|answer| answer.tokens).collect(),
         })
     }
@@ -116,21 +116,13 @@ impl Case<'_> {
         let (together, each, worst) = gap(&ours.grads, &host.grads)?;
         ensure!(together <= limits.together, "the gradients are {together:.1e} away");
         ensure!(each <= limits.each, "the gradient of {worst} is {each:.1e} away");
-        let steps = [&host, &ours].map(|outcome| on_host(&outcome.after).and_then(|after| {
-            Ok(after.add_scaled(-1., &on_host(&outcome.before)?)?)
-        }));
-        let [host_step, our_step] = steps;
-        let (moved, ..) = gap(&our_step?, &host_step?)?;
+        let (moved, ..) = gap(&ours.moved, &host.moved)?;
         ensure!(moved <= limits.moved, "what AdamW moved is {moved:.1e} away");
         let equal = host.answers == ours.answers;
         ensure!(equal || !limits.answers_equal, "the answers are {:?} instead of {:?}", ours.answers, host.answers);
         println!("loss {loss:.1e}, gradients {together:.1e}, {worst} {each:.1e}, AdamW {moved:.1e}, answers {equal}");
         Ok(())
     }
-}
-
-fn on_host(grads: &Grads) -> Result<Grads> {
-    Ok(grads.map(|tensor| Ok(tensor.to_device(&Device::Cpu)?.to_dtype(DType::F32)?))?)
 }
 
 /// How far gradients are from the host's: together, and the worst of single ones with its name.
@@ -140,7 +132,7 @@ fn gap(ours: &Grads, host: &Grads) -> Result<(f64, f64, String)> {
     let mut found = Vec::new();
     for (name, expected) in host.iter() {
         let tensor = ours.get(name).with_context(|| format!("{name} has no gradient"))?;
-        let (ours, host) = (values(&tensor.to_device(&Device::Cpu)?)?, values(expected)?);
+        let (ours, host) = (values(tensor)?, values(expected)?);
         let difference: Vec<f64> = ours.iter().zip(&host).map(|(a, b)| a - b).collect();
         found.push((name.to_owned(), norm(&difference), norm(&host)));
     }

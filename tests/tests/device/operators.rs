@@ -72,7 +72,7 @@ fn close(what: &str, ours: &Tensor, host: &Tensor, tolerance: f64) -> Result<()>
     ensure!(ours.dims() == host.dims(), "{what}: shape {:?} instead of {:?}", ours.dims(), host.dims());
     let host = values(host)?;
     let largest = host.iter().fold(0f64, |max, x| max.max(x.abs()));
-    for (at, (x, y)) in values(&ours.to_device(&Device::Cpu)?)?.into_iter().zip(host).enumerate() {
+    for (at, (x, y)) in values(ours)?.into_iter().zip(host).enumerate() {
         ensure!((x - y).abs() <= tolerance * largest.max(0.1), "{what}: element {at} is {x} instead of {y}, of {largest} at most");
     }
     Ok(())
