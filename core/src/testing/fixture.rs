@@ -211,10 +211,9 @@ pub(super) fn shift(weights: &Weights, deviation: f64, seed: Seed) -> Result<()>
 
 /// Standard normal noise shaped as the trained parameters.
 pub(super) fn noise_like(weights: &Weights, seed: Seed) -> Result<crate::Grads> {
-    let noise = weights
-        .trainable()
-        .iter()
-        .map(|(name, var)| Ok((name.clone(), normal(var.dims(), seed.named(name), var.device())?.to_dtype(var.dtype())?)));
+    let noise = weights.trainable().iter().map(|(name, var)| {
+        Ok((name.clone(), normal(var.dims(), seed.named(name), var.device())?.to_dtype(var.dtype())?))
+    });
     noise.collect()
 }
 

@@ -143,7 +143,8 @@ fn sites(model: &dyn Model) -> Result<CheckOutcome> {
     let (rows, length) = batch.tokens.dims();
     let grads = pass(model, &weights, &batch, Sites::none().probe(model.sites()), false)?.site_grads;
     for site in model.sites() {
-        let direction = normal(&[rows, length, model.spec().hidden_size], seed().named(&site), &Device::Cpu)?.to_dtype(DType::F64)?;
+        let direction = normal(&[rows, length, model.spec().hidden_size], seed().named(&site), &Device::Cpu)?
+            .to_dtype(DType::F64)?;
         let loss = |by: f64| {
             let offset = Sites::none().add([(site.clone(), (&direction * by)?)]);
             pass(model, &weights, &batch, offset, false)?.loss.value()

@@ -42,6 +42,13 @@ fn doctor(variables: &[(&str, &str)]) -> Result<String> {
     Ok(format!("{}{}", String::from_utf8_lossy(&output.stdout), stderr(&output)))
 }
 
+/// Puts the stand-in into `folder` under these names.
+fn install(folder: &Path, names: &[&str]) -> Result<()> {
+    let standin = std::fs::canonicalize(standin_folder()?.join("libcuda.so.1"))?;
+    std::fs::create_dir_all(folder)?;
+    names.iter().try_for_each(|name| Ok(std::os::unix::fs::symlink(&standin, folder.join(name))?))
+}
+
 #[test]
 #[ignore = "needs the stand-in: see .ci/device"]
 fn every_generation_from_8_0_on_works() -> Result<()> {
@@ -57,7 +64,11 @@ fn an_older_generation_is_refused() -> Result<()> {
 #[test]
 #[ignore = "needs the stand-in: see .ci/device"]
 fn drivers_since_525_work_and_older_ones_are_refused() -> Result<()> {
-    works(&[("STANDIN_DRIVER", "12000")])?;
+    // A driver of CUDA 12 takes libraries of CUDA 12 only.
+    let folder = tempfile::tempdir()?;
+    install(folder.path(), &["libcuda.so.1", "libcublas.so.12", "libcublasLt.so.12", "libcurand.so.10"])?;
+    let at = folder.path().to_str().context("a path")?;
+    works(&[("LD_LIBRARY_PATH", at), ("STANDIN_DRIVER", "12000")])?;
     is_refused("cuda", &[("STANDIN_DRIVER", "11080")], &["driver", "11.8", "525"])
 }
 
@@ -76,19 +87,13 @@ fn without_cublas_the_reason_is_told() -> Result<()> {
 #[test]
 #[ignore = "needs the stand-in: see .ci/device"]
 fn libraries_are_found_in_python_environments() -> Result<()> {
-    let standin = std::fs::canonicalize(standin_folder()?.join("libcuda.so.1"))?;
     for (driver, folders, major) in [("12080", ["cublas", "curand"], 12), ("13000", ["cu13", "cu13"], 13)] {
         let folder = tempfile::tempdir()?;
         let packages = folder.path().join("lib/python3.12/site-packages/nvidia");
         let [blas, rand] = folders.map(|name| packages.join(name).join("lib"));
-        let link = |folder: &Path, name: &str| -> Result<()> {
-            std::fs::create_dir_all(folder)?;
-            Ok(std::os::unix::fs::symlink(&standin, folder.join(name))?)
-        };
-        link(folder.path(), "libcuda.so.1")?;
-        link(&blas, &format!("libcublas.so.{major}"))?;
-        link(&blas, &format!("libcublasLt.so.{major}"))?;
-        link(&rand, "libcurand.so.10")?;
+        install(folder.path(), &["libcuda.so.1"])?;
+        install(&blas, &[&format!("libcublas.so.{major}"), &format!("libcublasLt.so.{major}")])?;
+        install(&rand, &["libcurand.so.10"])?;
         let at = folder.path().to_str().context("a path")?;
         works(&[("LD_LIBRARY_PATH", at), ("VIRTUAL_ENV", at), ("STANDIN_DRIVER", driver)])?;
     }

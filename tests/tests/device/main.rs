@@ -1,7 +1,9 @@
 //! The device path: everything that runs on a GPU, held to the host. `.ci/device` builds for CUDA and runs these tests on a
-//! stand-in for the driver (`tests/standin`), so no GPU is needed. With a GPU, all but `machines` and `planted` run on it too:
+//! stand-in for the driver (`tests/standin`), so no GPU is needed. With a GPU, all but three modules run on it too:
 //!
-//!     cargo test --release --features cuda --test device -- --ignored --skip machines --skip planted
+//! ```text
+//! cargo test --workspace --release --features cuda --test device -- --ignored --skip machines --skip planted --skip budgets
+//! ```
 
 #![allow(clippy::print_stdout, reason = "a test shows what it measured")]
 

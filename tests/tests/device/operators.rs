@@ -73,7 +73,10 @@ fn close(what: &str, ours: &Tensor, host: &Tensor, tolerance: f64) -> Result<()>
     let host = values(host)?;
     let largest = host.iter().fold(0f64, |max, x| max.max(x.abs()));
     for (at, (x, y)) in values(ours)?.into_iter().zip(host).enumerate() {
-        ensure!((x - y).abs() <= tolerance * largest.max(0.1), "{what}: element {at} is {x} instead of {y}, of {largest} at most");
+        ensure!(
+            (x - y).abs() <= tolerance * largest.max(0.1),
+            "{what}: element {at} is {x} instead of {y}, of {largest} at most"
+        );
     }
     Ok(())
 }
@@ -96,10 +99,7 @@ fn results(
 }
 
 /// Holds an operator on the device to itself on the host, in every type and layout.
-fn check(
-    inputs: &[Input],
-    operator: impl Fn(&mut Tape, &[Traced]) -> titer_core::Result<Traced>,
-) -> Result<()> {
+fn check(inputs: &[Input], operator: impl Fn(&mut Tape, &[Traced]) -> titer_core::Result<Traced>) -> Result<()> {
     let device = device()?;
     for (dtype, tolerance) in TYPES {
         let drawn = inputs.iter().enumerate().map(|(at, input)| normal(input.shape(), dtype, at as u64));
@@ -244,9 +244,7 @@ fn losses() -> Result<()> {
         check(&[X(&[rows, width]), W(&[vocabulary, width])], |tape, x| {
             head_cross_entropy(tape, &x[0], &x[1], &whole(&[rows], vocabulary, &x[0])?)
         })?;
-        check(&[X(&[rows, vocabulary])], |tape, x| {
-            cross_entropy(tape, &x[0], &whole(&[rows], vocabulary, &x[0])?)
-        })?;
+        check(&[X(&[rows, vocabulary])], |tape, x| cross_entropy(tape, &x[0], &whole(&[rows], vocabulary, &x[0])?))?;
     }
     Ok(())
 }
@@ -257,9 +255,8 @@ fn losses() -> Result<()> {
 fn losses_in_blocks() -> Result<()> {
     let (rows, vocabulary) = (65, 1 << 18);
     let host = [normal(&[rows, 1], DType::F32, 1)?, normal(&[vocabulary, 1], DType::F32, 2)?];
-    let operator = |tape: &mut Tape, x: &[Traced]| {
-        head_cross_entropy(tape, &x[0], &x[1], &whole(&[rows], vocabulary, &x[0])?)
-    };
+    let operator =
+        |tape: &mut Tape, x: &[Traced]| head_cross_entropy(tape, &x[0], &x[1], &whole(&[rows], vocabulary, &x[0])?);
     let ours = host.clone().map(|x| x.to_dtype(DType::F32)?.to_device(&device()?).context("an upload"));
     let ours = ours.into_iter().collect::<Result<Vec<_>>>()?;
     let (found, expected) = (results(&ours, &operator)?, results(&host, &operator)?);

@@ -41,7 +41,8 @@ fn a_tensor_may_be_dropped_by_a_thread_that_never_used_the_device() -> Result<()
 fn two_threads_compute_what_each_alone_does() -> Result<()> {
     let device = device()?;
     let work = |seed: u64| -> Result<Vec<f32>> {
-        let mut x = titer_core::rng::randn(&[17, 17], &mut Seed::new(seed).generator(), &device)?.to_dtype(DType::F32)?;
+        let mut x =
+            titer_core::rng::randn(&[17, 17], &mut Seed::new(seed).generator(), &device)?.to_dtype(DType::F32)?;
         for _ in 0..20 {
             x = (x.matmul(&x)?.tanh()? * 0.5)?;
         }
