@@ -2,7 +2,7 @@
 //!
 //! [`check_defense`] goes through the laws that a defense owes, on a small model of any architecture; [`check_model`]
 //! through those of an architecture. Nothing has to be told about the plugin: settings, streams, sites and passes are
-//! taken from its entry. A plugin's own test is
+//! taken from its entry. [`Fixture::on`] puts all of it on another device. A plugin's own test is
 //!
 //! ```ignore
 //! let fixture = Fixture::small(registry::find::<ModelEntry>("llama")?)?;

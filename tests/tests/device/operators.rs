@@ -391,3 +391,49 @@ fn numbers_of_the_device() -> Result<()> {
     }
     Ok(())
 }
+
+/// A kernel reads numbers of one type: others are refused, not misread.
+#[test]
+#[ignore = "needs a device: see .ci/device"]
+fn mixed_types_are_refused() -> Result<()> {
+    let device = device()?;
+    let of = |shape: &[usize], dtype: DType| -> Result<Traced> {
+        Ok(Traced::constant(normal(shape, DType::BF16, 1)?.to_dtype(dtype)?.to_device(&device)?))
+    };
+    let (x, y) = (of(&[3, 8], DType::BF16)?, of(&[3, 8], DType::F32)?);
+    let (w, square) = (of(&[8], DType::F32)?, of(&[8, 8], DType::F32)?);
+    let tape = &mut Tape::default();
+    let seeded = || -> titer_core::Result<()> {
+        let mut tape = Tape::default();
+        let probed = tape.probe("x", &x);
+        let gated = swiglu(&mut tape, &probed, &x)?;
+        tape.backward(vec![(gated, y.tensor().clone())]).map(drop)
+    };
+    let store = of(&[3, 4, 8], DType::F32)?;
+    let fresh = of(&[3, 1, 8], DType::BF16)?;
+    let results = [
+        ("swiglu", swiglu(tape, &x, &y).map(drop)),
+        ("rms_norm", rms_norm(tape, &x, &w, 1e-5).map(drop)),
+        ("layer_norm", layer_norm(tape, &x, &w, &w, 1e-5).map(drop)),
+        ("linear", linear(tape, &x, &square, None, None).map(drop)),
+        ("add", add(tape, &x, &y).map(drop)),
+        ("add_assign", add_assign(x.tensor(), y.tensor())),
+        ("cache_write", cache_write(store.tensor(), fresh.tensor(), &[0, 1, 2], &[0, 0, 0])),
+        ("a gradient", seeded()),
+    ];
+    let taken: Vec<&str> = results.iter().filter(|(_, result)| result.is_ok()).map(|(name, _)| *name).collect();
+    ensure!(taken.is_empty(), "types are mixed, and not refused, in {taken:?}");
+    Ok(())
+}
+
+/// What cannot be added to in place is refused, and never lost.
+#[test]
+#[ignore = "needs a device: see .ci/device"]
+fn products_are_not_added_to_a_copy() -> Result<()> {
+    let device = device()?;
+    let [a, b, c] = [1, 2, 3].map(|seed| normal(&[4, 4], DType::F32, seed));
+    let place = |x: Result<Tensor>| -> Result<Tensor> { Ok(x?.to_dtype(DType::F32)?.to_device(&device)?) };
+    let (a, b, c) = (place(a)?, place(b)?, place(c)?);
+    ensure!(Gemm::NN.add_to(&c.t()?, &a, &b).is_err());
+    Ok(())
+}
