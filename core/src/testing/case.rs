@@ -27,6 +27,8 @@ use crate::weights::precision::Precision;
 
 /// Updates of a stage.
 pub(super) const STEPS: usize = 5;
+/// Updates of a stage on another device than the host, whose kernels may be executed by a stand-in.
+const STEPS_ELSEWHERE: usize = 3;
 /// The learning rate of that loop.
 const LEARNING_RATE: f64 = 0.01;
 
@@ -66,7 +68,11 @@ impl<'a> Case<'a> {
             device: world.device(),
             precision: DType::F32.into(),
             trained: Adapted::Lora { dropout: 0.2 },
-            total: if stage == Stage::Post { 0 } else { STEPS },
+            total: match stage {
+                Stage::Post => 0,
+                _ if world.device().is_cpu() => STEPS,
+                _ => STEPS_ELSEWHERE,
+            },
             micros: 1,
             batch_size: 3,
             padding: 0,
