@@ -15,7 +15,7 @@ use titer_core::{Model, Weights};
 use titer_tests::cli::stderr;
 use titer_tests::{build, defense};
 
-use crate::standin::{alone, device};
+use crate::standin::{alone, device, variable};
 
 const FILE: &str = include_str!("../../device-budgets.toml");
 
@@ -26,7 +26,7 @@ const SLACK: f64 = 0.9;
 const REPEAT: &str = "TEST_REPEAT";
 
 fn repeat() -> usize {
-    std::env::var(REPEAT).ok().and_then(|number| number.parse().ok()).unwrap_or(1)
+    variable(REPEAT).and_then(|number| number.parse().ok()).unwrap_or(1)
 }
 
 /// The model of `tests/device-budgets.toml`.

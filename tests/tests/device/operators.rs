@@ -263,6 +263,8 @@ fn losses_in_blocks() -> Result<()> {
     found.iter().zip(&expected).try_for_each(|((what, ours), (_, host))| close(what, ours, host, 1e-4))
 }
 
+type Expression = (&'static str, fn(&[Var]) -> titer_core::Result<Tensor>);
+
 /// An expression in candle's own graph, and the gradients of its inputs.
 fn expression(inputs: &[Tensor], f: &dyn Fn(&[Var]) -> titer_core::Result<Tensor>) -> Result<Vec<Tensor>> {
     let vars = inputs.iter().map(Var::from_tensor).collect::<candle_core::Result<Vec<_>>>()?;
@@ -276,7 +278,6 @@ fn expression(inputs: &[Tensor], f: &dyn Fn(&[Var]) -> titer_core::Result<Tensor
 #[ignore = "needs a device: see .ci/device"]
 fn expressions() -> Result<()> {
     let device = device()?;
-    type Expression = (&'static str, fn(&[Var]) -> titer_core::Result<Tensor>);
     let unary: [Expression; 9] = [
         ("exp", |x| exp(&x[0])),
         ("ln", |x| ln(&exp(&x[0])?)),
@@ -368,6 +369,8 @@ fn caches() -> Result<()> {
     Ok(())
 }
 
+type Rule = (&'static str, fn(&Scalar) -> titer_core::Result<Scalar>);
+
 /// Numbers that stay on the device obey the rules of those on the host, and one that is none stays none.
 #[test]
 #[ignore = "needs a device: see .ci/device"]
@@ -375,8 +378,7 @@ fn numbers_of_the_device() -> Result<()> {
     let device = device()?;
     for value in [0.25, 3., f64::NAN, f64::INFINITY] {
         let (ours, host) = (Scalar::of(&Tensor::new(value as f32, &device)?)?, Scalar::Host(value));
-        type Rule = fn(&Scalar) -> titer_core::Result<Scalar>;
-        let rules: [(&str, Rule); 5] = [
+        let rules: [Rule; 5] = [
             ("affine", |x| x.affine(2., -1.)),
             ("plus", |x| x.plus(x)),
             ("recip", Scalar::recip),

@@ -108,8 +108,8 @@ fn same_to_rounding(ours: &Path, host: &Path) -> Result<()> {
             let found = numbers(&ours["curves"][name]);
             ensure!(found.len() == expected.len(), "{method}: {name} of {} points", found.len());
             let mut pairs = found.iter().zip(&expected);
-            let apart = pairs.find(|(x, y)| !((*x - *y).abs() <= LOSS * y.abs()));
-            ensure!(apart.is_none(), "{method}: {name} is {found:?} instead of {expected:?}");
+            let near = pairs.all(|(x, y)| (x - y).abs() <= LOSS * y.abs());
+            ensure!(near, "{method}: {name} is {found:?} instead of {expected:?}");
         }
     }
     Ok(())

@@ -12,8 +12,13 @@ pub(crate) const DEVICE: &str = "TEST_DEVICE";
 
 /// The device of a GPU, or of the stand-in.
 pub(crate) fn device() -> Result<Device> {
-    let name = std::env::var(DEVICE);
+    let name = variable(DEVICE);
     parse_device(name.as_deref().unwrap_or("cuda")).context("these tests need a device: run .ci/device")
+}
+
+/// What one test asks of another that it runs alone.
+pub(crate) fn variable(name: &str) -> Option<String> {
+    std::env::var_os(name)?.into_string().ok()
 }
 
 /// Where the stand-in's libraries lie.
