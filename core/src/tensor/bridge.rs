@@ -34,7 +34,8 @@ impl Tape {
         let tensors: Vec<Tensor> = variables.iter().map(|variable| variable.as_tensor().clone()).collect();
         let result = expression(&tensors)?;
         Ok(self.record(result.detach(), inputs, move |gradient, into| {
-            let store = (result * gradient)?.sum_all()?.backward()?;
+            // Flat, since candle sums a single number with a buffer of no bytes, which a device may refuse.
+            let store = (result * gradient)?.flatten_all()?.sum_all()?.backward()?;
             for (index, variable) in variables.iter().enumerate() {
                 if let Some(gradient) = store.get(variable) {
                     into.add_shared(index, gradient)?;
@@ -102,7 +103,7 @@ pub(crate) fn gradient(stores: &[GradStore], variable: &Var) -> Result<Option<Te
 
 /// Candle's backward pass from `tensor`, given its gradient.
 pub(crate) fn backward_from(tensor: &Tensor, gradient: &Tensor) -> Result<GradStore> {
-    Ok((tensor * gradient.detach())?.sum_all()?.backward()?)
+    Ok((tensor * gradient.detach())?.flatten_all()?.sum_all()?.backward()?)
 }
 
 /// Makes `result` a function of one or two `inputs` in candle's eyes: `backward(inputs, result, gradient)` gives the

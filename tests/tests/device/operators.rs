@@ -269,7 +269,8 @@ type Expression = (&'static str, fn(&[Var]) -> titer_core::Result<Tensor>);
 fn expression(inputs: &[Tensor], f: &dyn Fn(&[Var]) -> titer_core::Result<Tensor>) -> Result<Vec<Tensor>> {
     let vars = inputs.iter().map(Var::from_tensor).collect::<candle_core::Result<Vec<_>>>()?;
     let y = f(&vars)?;
-    let store = y.sqr()?.sum_all()?.backward()?;
+    // Of a single number candle would sum nothing, with a buffer of no bytes.
+    let store = y.sqr()?.flatten_all()?.sum_all()?.backward()?;
     let gradients = vars.iter().map(|var| store.get(var).cloned().context("a gradient"));
     std::iter::once(Ok(y)).chain(gradients).collect()
 }

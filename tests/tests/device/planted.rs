@@ -1,7 +1,10 @@
 //! Defects that are planted between the program and the device: each must be found by the test of what it breaks, or by the
 //! stand-in's own checks.
 
+use std::collections::BTreeSet;
+
 use anyhow::{Result, ensure};
+use titer_tests::cli::stderr;
 
 use crate::standin::alone;
 
@@ -33,13 +36,17 @@ const DEFECTS: [(&str, &str); 14] = [
 #[test]
 #[ignore = "needs the stand-in: see .ci/device"]
 fn every_defect_is_found() -> Result<()> {
+    for test in BTreeSet::from(DEFECTS.map(|(_, test)| test)) {
+        let output = alone(test, &[])?;
+        ensure!(output.status.success(), "{test} fails without a defect: {}", stderr(&output));
+    }
     let mut missed = Vec::new();
     for (defect, test) in DEFECTS {
         let output = alone(test, &[("STANDIN_PLANT", defect)])?;
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        let said = stderr(&output);
         // A defect that cannot be planted is one as well.
-        ensure!(said.contains("planted"), "`{defect}` was not planted: {said}");
-        let found = said.lines().find(|line| line.starts_with("[standin]") && !line.contains("planted"));
+        ensure!(said.contains("[standin] planted: "), "`{defect}` was not planted: {said}");
+        let found = said.lines().find(|line| line.starts_with("[standin]") && !line.contains("] planted: "));
         println!("{defect}: {}", found.unwrap_or(if output.status.success() { "MISSED" } else { "by the test" }));
         if output.status.success() {
             missed.push(defect);
