@@ -75,8 +75,10 @@ fn drivers_since_525_work_and_older_ones_are_refused() -> Result<()> {
 #[test]
 #[ignore = "needs the stand-in: see .ci/device"]
 fn without_cublas_the_reason_is_told() -> Result<()> {
-    let variables = [("STANDIN_NO_CUBLAS", "1")];
-    is_refused("cuda", &variables, &["libcublas.so"])?;
+    let folder = tempfile::tempdir()?;
+    install(folder.path(), &["libcuda.so.1", "libcurand.so.10"])?;
+    let variables = [("LD_LIBRARY_PATH", folder.path().to_str().context("a path")?)];
+    is_refused("cuda", &variables, &["libcublas.so.13: cannot open shared object file"])?;
     // `auto` goes on with the CPU, and does not hide why.
     let said = doctor(&variables)?;
     ensure!(said.contains("libcublas.so"), "{said}");
