@@ -81,6 +81,20 @@ pub fn norm<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> Result<Scalar>
     Ok(Scalar::Host(total.sqrt()))
 }
 
+/// The factor that brings the norm of all tensors together down to at most `max_norm`: `min(1, max_norm / (norm + 1e-6))`.
+/// A norm that is not a number gives such a factor.
+///
+/// # Errors
+/// A tensor operation failed.
+pub fn clip_factor<'a>(tensors: impl IntoIterator<Item = &'a Tensor>, max_norm: f64) -> Result<Scalar> {
+    let tensors: Vec<&Tensor> = tensors.into_iter().collect();
+    #[cfg(feature = "cuda")]
+    if tensors.first().is_some_and(|tensor| tensor.device().is_cuda()) {
+        return super::cuda::clip_factor(&tensors, max_norm);
+    }
+    norm(tensors)?.affine(1., 1e-6)?.recip()?.affine(max_norm, 0.)?.at_most(1.)
+}
+
 fn same_shape(a: &Tensor, b: &Tensor) -> Result<()> {
     if a.dims() == b.dims() && a.dtype() == b.dtype() {
         return Ok(());

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::Tensor;
 
 use crate::error::Result;
-use crate::tensor::elementwise::norm;
+use crate::tensor::elementwise::{clip_factor, norm};
 use crate::tensor::scalar::Scalar;
 
 /// Tensors by name: the gradients of parameters or of sites. The order is that of the names, so sums over the map are
@@ -116,7 +116,7 @@ impl Grads {
     /// # Errors
     /// A tensor operation failed.
     pub fn clip_factor(&self, max_norm: f64) -> Result<Scalar> {
-        self.norm()?.affine(1., 1e-6)?.recip()?.affine(max_norm, 0.)?.at_most(1.)
+        clip_factor(self.0.values(), max_norm)
     }
 
     /// Only the tensors whose name `keep` accepts.

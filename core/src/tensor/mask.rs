@@ -17,7 +17,7 @@ pub struct AttentionMask {
     pub(super) host: CausalMask,
     /// The position of each token, in row-major order.
     pub positions: Vec<u32>,
-    /// `starts` and `ends` where the kernels of a device read them, `[2, batch]`.
+    /// `starts`, `ends` and `rows` where the kernels of a device read them, `[3, batch]`.
     #[cfg(feature = "cuda")]
     pub(super) table: Tensor,
 }
@@ -42,8 +42,8 @@ impl AttentionMask {
         let positions = (0..batch * queries).map(|at| (starts[at / queries] + at % queries) as u32).collect();
         #[cfg(feature = "cuda")]
         let table = {
-            let table: Vec<u32> = starts.iter().chain(&ends).map(|&n| n as u32).collect();
-            Tensor::from_vec(table, (2, batch), tokens.ids.device())?
+            let table: Vec<u32> = starts.iter().chain(&ends).chain(rows).map(|&n| n as u32).collect();
+            Tensor::from_vec(table, (3, batch), tokens.ids.device())?
         };
         Ok(Self {
             host: CausalMask { queries, starts: starts.to_vec(), ends, rows: rows.to_vec() },

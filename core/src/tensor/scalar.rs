@@ -96,7 +96,9 @@ impl Scalar {
         Ok(match self {
             // Unlike `f64::min` this keeps a number that is not one, as the device does.
             Self::Host(value) => Self::Host(if *value > limit { limit } else { *value }),
-            Self::Device(tensor) => Self::Device(tensor.minimum(limit)?),
+            Self::Device(tensor) => {
+                Self::Device(dispatch!(tensor, super::cuda::at_most(tensor, limit)?, tensor.minimum(limit)?))
+            }
         })
     }
 

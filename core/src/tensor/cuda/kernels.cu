@@ -330,49 +330,124 @@ KERNEL(activation_bwd, (In<T> x, In<T> g, Out<T> dx, u64 n, u32 kind), (x, g, dx
 
 // --- Softmax ---
 
-// p = softmax(scale · scores) over the slots that a query sees, 0 elsewhere; both are [batch, heads, queries, slots].
+// The slots that a query sees.
+struct Visible {
+    u32 begin;
+    u32 end;
+};
+
 // Query q of batch row b is at position starts[b] + q. It sees the slots up to its own, of the lengths[b] ≤ slots that
 // hold a token, and of these only the last `window` positions unless window is 0. It always sees one slot, so that a
-// padding query's row is finite. One block per row of scores.
-KERNEL(causal_softmax_fwd,
-       (In<T> scores, Out<T> p, In<u32> starts, In<u32> lengths, u32 heads, u32 queries, u32 slots, u32 window,
-        float scale),
-       (scores, p, starts, lengths, heads, queries, slots, window, scale)) {
-    const u32 query = blockIdx.x % queries;
-    const u32 batch = blockIdx.x / queries / heads;
-    const u32 seen = starts[batch] + query + 1;
+// padding query's row is finite. Rows are [batch, heads, queries].
+__device__ __forceinline__ Visible visible(u32 row, In<u32> starts, In<u32> lengths, u32 heads, u32 queries,
+                                           u32 window) {
+    const u32 batch = row / queries / heads;
+    const u32 seen = starts[batch] + row % queries + 1;
     const u32 filled = lengths[batch];
     u32 end = seen < filled ? seen : filled;
     end = end > 0 ? end : 1;
-    u32 begin = window > 0 && seen > window ? seen - window : 0;
-    begin = begin < end ? begin : end - 1;
+    const u32 begin = window > 0 && seen > window ? seen - window : 0;
+    return {begin < end ? begin : end - 1, end};
+}
 
+// p = softmax(scale · scores) over the slots that a query sees, 0 elsewhere, both [batch, heads, queries, slots]; and
+// sums = max + log Σ exp of the scaled scores of each row. One block per row of scores.
+KERNEL(causal_softmax_fwd,
+       (In<float> scores, Out<T> p, Out<float> sums, In<u32> starts, In<u32> lengths, u32 heads, u32 queries, u32 slots,
+        u32 window, float scale),
+       (scores, p, sums, starts, lengths, heads, queries, slots, window, scale)) {
+    const Visible seen = visible(blockIdx.x, starts, lengths, heads, queries, window);
     const u64 start = u64(blockIdx.x) * slots;
     LogSum own;
 #pragma unroll 4
-    for (u32 slot = begin + threadIdx.x; slot < end; slot += blockDim.x) {
-        own.see(scale * load(scores, start + slot));
+    for (u32 slot = seen.begin + threadIdx.x; slot < seen.end; slot += blockDim.x) {
+        own.see(scale * scores[start + slot]);
     }
     const LogSum row = own.over_block();
     const float inverse = 1.0f / row.sum;
     FOR_BLOCK(slot, slots) {
-        const bool visible = begin <= slot && slot < end;
-        store(p, start + slot, visible ? expf(scale * load(scores, start + slot) - row.max) * inverse : 0.0f);
+        const bool inside = seen.begin <= slot && slot < seen.end;
+        store(p, start + slot, inside ? expf(scale * scores[start + slot] - row.max) * inverse : 0.0f);
+    }
+    if (threadIdx.x == 0) {
+        sums[blockIdx.x] = row.max + logf(row.sum);
     }
 }
 
-// ds = scale · p ∘ (dp − Σ p ∘ dp) for rows of p: [rows, slots], in place of dp. One block per row.
-KERNEL(causal_softmax_bwd, (In<T> p, Out<T> dp, u32 slots, float scale), (p, dp, slots, scale)) {
+// p = exp(scale · scores − sums) and ds = scale · p ∘ (dp − Σ p ∘ dp) over the slots that a query sees, 0 elsewhere, with
+// sums of causal_softmax_fwd. One block per row of scores.
+KERNEL(causal_softmax_bwd,
+       (In<float> scores, In<float> dp, In<float> sums, Out<T> p, Out<T> ds, In<u32> starts, In<u32> lengths, u32 heads,
+        u32 queries, u32 slots, u32 window, float scale),
+       (scores, dp, sums, p, ds, starts, lengths, heads, queries, slots, window, scale)) {
+    const Visible seen = visible(blockIdx.x, starts, lengths, heads, queries, window);
     const u64 start = u64(blockIdx.x) * slots;
+    const float total = sums[blockIdx.x];
     float dot = 0.0f;
-    FOR_BLOCK(slot, slots) {
-        dot += load(p, start + slot) * load(dp, start + slot);
+#pragma unroll 4
+    for (u32 slot = seen.begin + threadIdx.x; slot < seen.end; slot += blockDim.x) {
+        dot += expf(scale * scores[start + slot] - total) * dp[start + slot];
     }
     dot = block_sum(dot);
     FOR_BLOCK(slot, slots) {
-        store(dp, start + slot, scale * load(p, start + slot) * (load(dp, start + slot) - dot));
+        const bool inside = seen.begin <= slot && slot < seen.end;
+        const float probability = inside ? expf(scale * scores[start + slot] - total) : 0.0f;
+        store(p, start + slot, probability);
+        store(ds, start + slot, inside ? scale * probability * (dp[start + slot] - dot) : 0.0f);
     }
 }
+
+// --- Heads ---
+
+// A tensor that holds a matrix for each pair of a batch row and a query head; steps in bytes. `group` heads share a matrix,
+// and batch row b lies in row rows[b] if `named` is 1.
+struct HeadOperand {
+    u64 address;
+    u64 row;
+    u64 head;
+    u64 group;
+    u64 named;
+};
+
+constexpr u32 HEAD_OPERANDS = 12;
+
+struct HeadOperands {
+    HeadOperand all[HEAD_OPERANDS];
+};
+
+// table[o, pair] = the address of the pair's matrix in operand o, for the first `count` operands; pairs are [batch, heads].
+extern "C" __global__ void __launch_bounds__(MAX_BLOCK)
+    head_pointers(Out<u64> table, In<u32> rows, u32 heads, u32 pairs, u32 count, HeadOperands operands) {
+    for (u32 pair = blockIdx.x * blockDim.x + threadIdx.x; pair < pairs; pair += gridDim.x * blockDim.x) {
+        const u64 batch = pair / heads;
+        const u64 head = pair % heads;
+        const u64 named = rows[batch];
+#pragma unroll
+        for (u32 o = 0; o < HEAD_OPERANDS; o++) {
+            const HeadOperand& operand = operands.all[o];
+            if (o < count) {
+                const u64 row = operand.named != 0 ? named : batch;
+                table[u64(o) * pairs + pair] = operand.address + row * operand.row + head / operand.group * operand.head;
+            }
+        }
+    }
+}
+
+// y[r, h] = Σ x[r, h · group + j] over j < group for y: [rows, heads, width] of n elements and
+// x: [rows, heads · group, width].
+KERNEL(sum_groups, (In<float> x, Out<T> y, u64 n, u32 group, u32 width), (x, y, n, group, width)) {
+    FOR_GRID(i, n) {
+        const u64 head = i / width;
+        const u64 first = head * group * width + (i - head * width);
+        float sum = 0.0f;
+        for (u32 j = 0; j < group; j++) {
+            sum += x[first + u64(j) * width];
+        }
+        store(y, i, sum);
+    }
+}
+
+// --- Cross-entropy ---
 
 // loss = log Σ exp(logits) − logits[target] for each row of logits: [rows, vocabulary]. Unless gradient is 0, the
 // logits are replaced by (softmax − onehot(target)) · scale. Each target is less than the vocabulary. One block per row.
@@ -468,8 +543,18 @@ extern "C" __global__ void __launch_bounds__(MAX_BLOCK)
     }
 }
 
-// out[0] = √Σ partials, the norm of all tensors; out[1] = min(1, max_norm / (norm + 10⁻⁶)), the factor that clips it,
-// or 1 if max_norm ≤ 0. A single block.
+// x or the limit if it is less. A number that is not one stays so, unlike in fminf.
+__device__ __forceinline__ float limited(float x, float limit) { return x > limit ? limit : x; }
+
+// y = min(x, limit) for one number.
+extern "C" __global__ void __launch_bounds__(MAX_BLOCK) at_most(In<float> x, Out<float> y, float limit) {
+    if (threadIdx.x == 0) {
+        y[0] = limited(x[0], limit);
+    }
+}
+
+// out[0] = √Σ partials, the norm of all tensors; out[1] = min(1, max_norm / (norm + 10⁻⁶)), the factor that clips it.
+// A single block.
 extern "C" __global__ void __launch_bounds__(MAX_BLOCK)
     norm_finish(In<float> partials, u64 n, float max_norm, Out<float> out) {
     float sum = 0.0f;
@@ -480,7 +565,7 @@ extern "C" __global__ void __launch_bounds__(MAX_BLOCK)
     if (threadIdx.x == 0) {
         const float norm = sqrtf(sum);
         out[0] = norm;
-        out[1] = max_norm > 0.0f ? fminf(1.0f, max_norm / (norm + 1e-6f)) : 1.0f;
+        out[1] = limited(max_norm / (norm + 1e-6f), 1.0f);
     }
 }
 

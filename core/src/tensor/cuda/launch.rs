@@ -1,0 +1,122 @@
+//! Arguments of kernels, fresh tensors, and the launch itself.
+
+use candle_core::backend::BackendDevice;
+use candle_core::cuda_backend::cudarc::driver::{DevicePtr, LaunchConfig, PushKernelArg};
+use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
+use candle_core::op::BackpropOp;
+use candle_core::{CudaDevice, DType, Device, Shape, Storage, Tensor};
+
+use crate::error::{Error, Result};
+
+/// The kernels, compiled by `build.rs`.
+const PTX: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels.ptx"));
+
+/// Threads per block.
+const BLOCK: u32 = 256;
+
+/// Tensors that `head_pointers` may be given at a time.
+pub const HEAD_OPERANDS: usize = 12;
+
+/// One argument of a kernel.
+pub enum Arg {
+    U32(u32),
+    /// A count or an address.
+    U64(u64),
+    F32(f32),
+    /// The tensors of `head_pointers`: address, steps of a row and of a head in bytes, heads per matrix, and whether the
+    /// mask says which row.
+    Heads(Box<[[u64; 5]; HEAD_OPERANDS]>),
+}
+
+pub fn device(tensor: &Tensor) -> Result<CudaDevice> {
+    match tensor.device() {
+        Device::Cuda(device) => Ok(device.clone()),
+        _ => Err(Error::device("a device kernel was given a tensor of the host")),
+    }
+}
+
+/// Where the first element of a contiguous tensor of type `dtype` lies. Kernels on one stream run in order, so the
+/// address stays valid for all that are queued while the tensor lives.
+pub fn address(tensor: &Tensor, dtype: DType) -> Result<u64> {
+    if tensor.dtype() != dtype {
+        return Err(Error::run(format!("a device kernel was given {:?} instead of {dtype:?}", tensor.dtype()))
+            .help("convert it with `to_dtype` first"));
+    }
+    if !tensor.is_contiguous() {
+        return Err(Error::run("a device kernel was given a tensor that is not contiguous")
+            .help("call `contiguous` first; a tensor that is written in place must be contiguous itself"));
+    }
+    let (storage, layout) = tensor.storage_and_layout();
+    let Storage::Cuda(storage) = &*storage else {
+        return Err(Error::device("a device kernel was given a tensor of the host"));
+    };
+    let stream = storage.device.cuda_stream();
+    let base = match &storage.slice {
+        CudaStorageSlice::F32(slice) => slice.device_ptr(&stream).0,
+        CudaStorageSlice::BF16(slice) => slice.device_ptr(&stream).0,
+        CudaStorageSlice::U32(slice) => slice.device_ptr(&stream).0,
+        CudaStorageSlice::I64(slice) => slice.device_ptr(&stream).0,
+        _ => return Err(no_kernel(tensor.dtype())),
+    };
+    Ok(base + (layout.start_offset() * tensor.dtype().size_in_bytes()) as u64)
+}
+
+/// The address as an argument.
+pub fn at(tensor: &Tensor, dtype: DType) -> Result<Arg> {
+    address(tensor, dtype).map(Arg::U64)
+}
+
+/// A fresh tensor whose elements the caller's kernel writes, all of them.
+pub fn fresh(like: &Tensor, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
+    let (device, shape) = (device(like)?, shape.into());
+    // SAFETY: the kernel that follows fills it before anybody reads it.
+    let storage = unsafe { device.alloc_uninit(&shape, dtype)? };
+    Ok(Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false))
+}
+
+/// Numbers for a kernel to read.
+pub fn upload<T: candle_core::WithDType>(like: &Tensor, values: Vec<T>) -> Result<Tensor> {
+    let count = values.len();
+    Ok(Tensor::from_vec(values, count, like.device())?)
+}
+
+/// Queues a kernel on blocks `[x, y]`.
+pub fn launch_grid(on: &Tensor, name: &str, blocks: [u32; 2], arguments: &[Arg]) -> Result<()> {
+    let function = device(on)?.get_or_load_custom_func(name, "titer", PTX)?;
+    let mut builder = function.builder();
+    for argument in arguments {
+        match argument {
+            Arg::U32(value) => builder.arg(value),
+            Arg::U64(value) => builder.arg(value),
+            Arg::F32(value) => builder.arg(value),
+            Arg::Heads(value) => builder.arg(&**value),
+        };
+    }
+    let config = LaunchConfig {
+        grid_dim: (blocks[0].max(1), blocks[1].max(1), 1),
+        block_dim: (BLOCK, 1, 1),
+        shared_mem_bytes: 0,
+    };
+    // SAFETY: each caller passes what its kernel declares, with addresses of tensors of the declared sizes.
+    unsafe { builder.launch(config) }.w()?;
+    Ok(())
+}
+
+/// Queues the kernel for the element type of `on`.
+pub fn launch(on: &Tensor, name: &str, blocks: usize, arguments: &[Arg]) -> Result<()> {
+    let suffix = match on.dtype() {
+        DType::F32 => "f32",
+        DType::BF16 => "bf16",
+        other => return Err(no_kernel(other)),
+    };
+    launch_grid(on, &format!("{name}_{suffix}"), [blocks as u32, 1], arguments)
+}
+
+/// Blocks for a kernel that strides over `count` elements.
+pub fn blocks(count: usize) -> usize {
+    count.div_ceil(BLOCK as usize).min(4096)
+}
+
+fn no_kernel(dtype: DType) -> Error {
+    Error::device(format!("no device kernel for {dtype:?}")).help("use f32 or bf16")
+}

@@ -1,0 +1,27 @@
+//! Launches of the device kernels and of cuBLAS products. Everything is queued on candle's stream of the device, and
+//! nothing here waits for it.
+//!
+//! | file | what it holds |
+//! |---|---|
+//! | `launch` | arguments of kernels, fresh tensors, the launch itself |
+//! | `operators` | operators that are one or two kernels |
+//! | `optimizer` | norms, clipping and AdamW, over many tensors at once |
+//! | `products` | matrix products of cuBLAS |
+//! | `attention` | attention composed of products and a softmax |
+
+#![allow(unsafe_code, reason = "kernel launches and library calls take raw device addresses")]
+
+mod attention;
+mod launch;
+mod operators;
+mod optimizer;
+mod products;
+
+pub(super) use attention::{attention, attention_backward};
+pub(super) use launch::fresh;
+pub(super) use operators::{
+    activation, activation_backward, add_assign, add_bias, cache_write, cross_entropy, layer_norm, layer_norm_backward,
+    mean, rms_norm, rms_norm_backward, rotate, scatter_rows, sum_rows, swiglu, swiglu_backward,
+};
+pub(super) use optimizer::{adamw, at_most, clip_factor, norm};
+pub(super) use products::{gemm, gemm_add};

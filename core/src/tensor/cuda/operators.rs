@@ -1,0 +1,213 @@
+//! Operators that are one or two kernels. Each checks that its tensors are of one type.
+
+use candle_core::DType::{F32, U32};
+use candle_core::Tensor;
+use titer_kernels::activation::Activation;
+
+use super::launch::{Arg, address, at, blocks, fresh, launch, upload};
+use crate::error::Result;
+use crate::tensor::host::last_dim;
+
+fn rows_of(x: &Tensor) -> usize {
+    x.elem_count() / last_dim(x).max(1)
+}
+
+pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
+    let t = x.dtype();
+    let y = fresh(x, x.shape(), t)?;
+    let arguments = [at(x, t)?, at(w, t)?, at(&y, t)?, Arg::U32(last_dim(x) as u32), Arg::F32(eps as f32)];
+    launch(x, "rms_norm_fwd", rows_of(x), &arguments)?;
+    Ok(y)
+}
+
+pub fn rms_norm_backward(
+    x: &Tensor,
+    w: &Tensor,
+    g: &Tensor,
+    eps: f64,
+    wants_weight: bool,
+) -> Result<(Tensor, Option<Tensor>)> {
+    let t = x.dtype();
+    let (width, rows) = (last_dim(x), rows_of(x));
+    let (dx, r) = (fresh(x, x.shape(), t)?, fresh(x, rows, F32)?);
+    let arguments =
+        [at(x, t)?, at(w, t)?, at(g, t)?, at(&dx, t)?, at(&r, F32)?, Arg::U32(width as u32), Arg::F32(eps as f32)];
+    launch(x, "rms_norm_bwd", rows, &arguments)?;
+    if !wants_weight {
+        return Ok((dx, None));
+    }
+    let dw = fresh(x, width, F32)?;
+    let arguments = [at(x, t)?, at(g, t)?, at(&r, F32)?, at(&dw, F32)?, Arg::U64(rows as u64), Arg::U32(width as u32)];
+    launch(x, "rms_norm_dw", blocks(width), &arguments)?;
+    Ok((dx, Some(dw.to_dtype(w.dtype())?)))
+}
+
+pub fn layer_norm(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor> {
+    let t = x.dtype();
+    let y = fresh(x, x.shape(), t)?;
+    let arguments = [at(x, t)?, at(w, t)?, at(b, t)?, at(&y, t)?, Arg::U32(last_dim(x) as u32), Arg::F32(eps as f32)];
+    launch(x, "layer_norm_fwd", rows_of(x), &arguments)?;
+    Ok(y)
+}
+
+pub fn layer_norm_backward(
+    x: &Tensor,
+    w: &Tensor,
+    g: &Tensor,
+    eps: f64,
+    wants_weight: bool,
+) -> Result<(Tensor, Option<(Tensor, Tensor)>)> {
+    let t = x.dtype();
+    let (width, rows) = (last_dim(x), rows_of(x));
+    let (dx, stats) = (fresh(x, x.shape(), t)?, fresh(x, (rows, 2), F32)?);
+    let arguments =
+        [at(x, t)?, at(w, t)?, at(g, t)?, at(&dx, t)?, at(&stats, F32)?, Arg::U32(width as u32), Arg::F32(eps as f32)];
+    launch(x, "layer_norm_bwd", rows, &arguments)?;
+    if !wants_weight {
+        return Ok((dx, None));
+    }
+    let (dw, db) = (fresh(x, width, F32)?, fresh(x, width, F32)?);
+    let arguments = [
+        at(x, t)?,
+        at(g, t)?,
+        at(&stats, F32)?,
+        at(&dw, F32)?,
+        at(&db, F32)?,
+        Arg::U64(rows as u64),
+        Arg::U32(width as u32),
+    ];
+    launch(x, "layer_norm_dwdb", blocks(width), &arguments)?;
+    Ok((dx, Some((dw.to_dtype(w.dtype())?, db.to_dtype(w.dtype())?))))
+}
+
+pub fn rotate(x: &Tensor, [cos, sin]: [&Tensor; 2], direction: f64) -> Result<Tensor> {
+    let t = x.dtype();
+    let (tokens, half) = cos.dims2()?;
+    let (y, heads) = (fresh(x, x.shape(), t)?, x.elem_count() / (tokens * 2 * half));
+    let tables = [at(cos, F32)?, at(sin, F32)?, Arg::U64(tokens as u64)];
+    let [cos, sin, tokens] = tables;
+    let arguments = [
+        at(x, t)?,
+        at(&y, t)?,
+        cos,
+        sin,
+        tokens,
+        Arg::U32(heads as u32),
+        Arg::U32(half as u32),
+        Arg::F32(direction as f32),
+    ];
+    launch(x, "rope", blocks(x.elem_count() / 2), &arguments)?;
+    Ok(y)
+}
+
+pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    let t = gate.dtype();
+    let (y, count) = (fresh(gate, gate.shape(), t)?, gate.elem_count());
+    launch(gate, "swiglu_fwd", blocks(count), &[at(gate, t)?, at(up, t)?, at(&y, t)?, Arg::U64(count as u64)])?;
+    Ok(y)
+}
+
+pub fn swiglu_backward(gate: &Tensor, up: &Tensor, g: &Tensor) -> Result<(Tensor, Tensor)> {
+    let t = gate.dtype();
+    let like = || fresh(gate, gate.shape(), t);
+    let (dgate, dup, count) = (like()?, like()?, gate.elem_count());
+    let arguments = [at(gate, t)?, at(up, t)?, at(g, t)?, at(&dgate, t)?, at(&dup, t)?, Arg::U64(count as u64)];
+    launch(gate, "swiglu_bwd", blocks(count), &arguments)?;
+    Ok((dgate, dup))
+}
+
+fn kind(activation: Activation) -> Arg {
+    Arg::U32(match activation {
+        Activation::Relu => 0,
+        Activation::GeluTanh => 1,
+        Activation::Gelu => 2,
+        Activation::Silu => 3,
+    })
+}
+
+pub fn activation(activation: Activation, x: &Tensor) -> Result<Tensor> {
+    let t = x.dtype();
+    let (y, count) = (fresh(x, x.shape(), t)?, x.elem_count());
+    launch(x, "activation_fwd", blocks(count), &[at(x, t)?, at(&y, t)?, Arg::U64(count as u64), kind(activation)])?;
+    Ok(y)
+}
+
+pub fn activation_backward(activation: Activation, x: &Tensor, g: &Tensor) -> Result<Tensor> {
+    let t = x.dtype();
+    let (dx, count) = (fresh(x, x.shape(), t)?, x.elem_count());
+    let arguments = [at(x, t)?, at(g, t)?, at(&dx, t)?, Arg::U64(count as u64), kind(activation)];
+    launch(x, "activation_bwd", blocks(count), &arguments)?;
+    Ok(dx)
+}
+
+pub fn add_bias(y: &Tensor, bias: &Tensor) -> Result<()> {
+    let t = y.dtype();
+    let arguments = [at(y, t)?, at(bias, t)?, Arg::U64(rows_of(y) as u64), Arg::U32(last_dim(y) as u32)];
+    launch(y, "add_bias", blocks(y.elem_count()), &arguments)
+}
+
+pub fn sum_rows(g: &Tensor) -> Result<Tensor> {
+    let t = g.dtype();
+    let sum = fresh(g, last_dim(g), F32)?;
+    let arguments = [at(g, t)?, at(&sum, F32)?, Arg::U64(rows_of(g) as u64), Arg::U32(last_dim(g) as u32)];
+    launch(g, "sum_rows", blocks(last_dim(g)), &arguments)?;
+    Ok(sum.to_dtype(g.dtype())?)
+}
+
+pub fn scatter_rows(g: &Tensor, index: &Tensor, shape: &[usize]) -> Result<Tensor> {
+    let t = g.dtype();
+    let dx = Tensor::zeros(shape, g.dtype(), g.device())?;
+    let arguments =
+        [at(&dx, t)?, at(g, t)?, at(index, U32)?, Arg::U64(rows_of(g) as u64), Arg::U32(last_dim(g) as u32)];
+    launch(g, "scatter_rows", blocks(g.elem_count()), &arguments)?;
+    Ok(dx)
+}
+
+pub fn add_assign(a: &Tensor, b: &Tensor) -> Result<()> {
+    let t = a.dtype();
+    let (b, count) = (b.contiguous()?, a.elem_count());
+    launch(a, "add_assign", blocks(count), &[at(a, t)?, at(&b, t)?, Arg::U64(count as u64)])
+}
+
+pub fn cache_write(store: &Tensor, fresh: &Tensor, rows: &[usize], starts: &[usize]) -> Result<()> {
+    let t = fresh.dtype();
+    let ((batch, new, width), slots) = (fresh.dims3()?, store.dims()[1]);
+    let table = upload(fresh, rows.iter().chain(starts).map(|&n| n as u32).collect())?;
+    let (rows, starts) = (address(&table, U32)?, address(&table, U32)? + (batch * size_of::<u32>()) as u64);
+    let arguments = [
+        at(store, t)?,
+        at(fresh, t)?,
+        Arg::U64(rows),
+        Arg::U64(starts),
+        Arg::U32(new as u32),
+        Arg::U32(slots as u32),
+        Arg::U64(width as u64),
+    ];
+    launch(fresh, "cache_write", batch * new, &arguments)
+}
+
+/// The loss of each row of logits to `losses`; the logits become their gradient, times `scale`, if `differentiate`.
+pub fn cross_entropy(
+    logits: &Tensor,
+    targets: &Tensor,
+    losses: &Tensor,
+    scale: f32,
+    differentiate: bool,
+) -> Result<()> {
+    let t = logits.dtype();
+    let (rows, vocabulary) = logits.dims2()?;
+    let arguments = [
+        at(logits, t)?,
+        at(targets, U32)?,
+        at(losses, F32)?,
+        Arg::U32(vocabulary as u32),
+        Arg::F32(scale),
+        Arg::U32(u32::from(differentiate)),
+    ];
+    launch(logits, "cross_entropy", rows, &arguments)
+}
+
+/// The mean of all elements.
+pub fn mean(x: &Tensor) -> Result<Tensor> {
+    Ok(x.mean_all()?)
+}
