@@ -128,7 +128,11 @@ impl<'a> Heads<'a> {
 
 /// The result, and `max + ln Σ exp` of each row of scores: `[batch, heads, queries]`, f32. The scores themselves live for
 /// the length of this call.
-pub fn attention(shape: Attention, [q, k, v]: [&Tensor; 3], mask: &AttentionMask) -> Result<(Tensor, Tensor)> {
+pub(in crate::tensor) fn attention(
+    shape: Attention,
+    [q, k, v]: [&Tensor; 3],
+    mask: &AttentionMask,
+) -> Result<(Tensor, Tensor)> {
     let heads = Heads::new(shape, q, k, mask)?;
     let [queries, slots, width] = [heads.queries, heads.slots, shape.width];
     let (scores, p) = (heads.fresh_square(q, F32)?, heads.fresh_square(q, heads.dtype)?);
@@ -149,7 +153,7 @@ pub fn attention(shape: Attention, [q, k, v]: [&Tensor; 3], mask: &AttentionMask
 }
 
 /// The gradients of `q`, `k` and `v`, given the row sums of [`attention`] and the gradient of its result.
-pub fn attention_backward(
+pub(in crate::tensor) fn attention_backward(
     shape: Attention,
     [q, k, v]: [&Tensor; 3],
     [sums, g]: [&Tensor; 2],

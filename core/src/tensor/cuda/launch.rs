@@ -15,10 +15,10 @@ const PTX: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels.ptx"));
 const BLOCK: u32 = 256;
 
 /// Tensors that `head_pointers` may be given at a time.
-pub const HEAD_OPERANDS: usize = 12;
+pub(super) const HEAD_OPERANDS: usize = 12;
 
 /// One argument of a kernel.
-pub enum Arg {
+pub(super) enum Arg {
     U32(u32),
     /// A count or an address.
     U64(u64),
@@ -28,7 +28,7 @@ pub enum Arg {
     Heads(Box<[[u64; 5]; HEAD_OPERANDS]>),
 }
 
-pub fn device(tensor: &Tensor) -> Result<CudaDevice> {
+pub(super) fn device(tensor: &Tensor) -> Result<CudaDevice> {
     match tensor.device() {
         Device::Cuda(device) => Ok(device.clone()),
         _ => Err(Error::device("a device kernel was given a tensor of the host")),
@@ -37,7 +37,7 @@ pub fn device(tensor: &Tensor) -> Result<CudaDevice> {
 
 /// Where the first element of a contiguous tensor of type `dtype` lies. Kernels on one stream run in order, so the
 /// address stays valid for all that are queued while the tensor lives.
-pub fn address(tensor: &Tensor, dtype: DType) -> Result<u64> {
+pub(super) fn address(tensor: &Tensor, dtype: DType) -> Result<u64> {
     if tensor.dtype() != dtype {
         return Err(Error::run(format!("a device kernel was given {:?} instead of {dtype:?}", tensor.dtype()))
             .help("convert it with `to_dtype` first"));
@@ -62,12 +62,12 @@ pub fn address(tensor: &Tensor, dtype: DType) -> Result<u64> {
 }
 
 /// The address as an argument.
-pub fn at(tensor: &Tensor, dtype: DType) -> Result<Arg> {
+pub(super) fn at(tensor: &Tensor, dtype: DType) -> Result<Arg> {
     address(tensor, dtype).map(Arg::U64)
 }
 
 /// A fresh tensor whose elements the caller's kernel writes, all of them.
-pub fn fresh(like: &Tensor, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
+pub(in crate::tensor) fn fresh(like: &Tensor, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
     let (device, shape) = (device(like)?, shape.into());
     // SAFETY: the kernel that follows fills it before anybody reads it.
     let storage = unsafe { device.alloc_uninit(&shape, dtype)? };
@@ -75,13 +75,13 @@ pub fn fresh(like: &Tensor, shape: impl Into<Shape>, dtype: DType) -> Result<Ten
 }
 
 /// Numbers for a kernel to read.
-pub fn upload<T: candle_core::WithDType>(like: &Tensor, values: Vec<T>) -> Result<Tensor> {
+pub(super) fn upload<T: candle_core::WithDType>(like: &Tensor, values: Vec<T>) -> Result<Tensor> {
     let count = values.len();
     Ok(Tensor::from_vec(values, count, like.device())?)
 }
 
 /// Queues a kernel on blocks `[x, y]`.
-pub fn launch_grid(on: &Tensor, name: &str, blocks: [u32; 2], arguments: &[Arg]) -> Result<()> {
+pub(super) fn launch_grid(on: &Tensor, name: &str, blocks: [u32; 2], arguments: &[Arg]) -> Result<()> {
     let function = device(on)?.get_or_load_custom_func(name, "titer", PTX)?;
     let mut builder = function.builder();
     for argument in arguments {
@@ -103,7 +103,7 @@ pub fn launch_grid(on: &Tensor, name: &str, blocks: [u32; 2], arguments: &[Arg])
 }
 
 /// Queues the kernel for the element type of `on`.
-pub fn launch(on: &Tensor, name: &str, blocks: usize, arguments: &[Arg]) -> Result<()> {
+pub(super) fn launch(on: &Tensor, name: &str, blocks: usize, arguments: &[Arg]) -> Result<()> {
     let suffix = match on.dtype() {
         DType::F32 => "f32",
         DType::BF16 => "bf16",
@@ -113,7 +113,7 @@ pub fn launch(on: &Tensor, name: &str, blocks: usize, arguments: &[Arg]) -> Resu
 }
 
 /// Blocks for a kernel that strides over `count` elements.
-pub fn blocks(count: usize) -> usize {
+pub(super) fn blocks(count: usize) -> usize {
     count.div_ceil(BLOCK as usize).min(4096)
 }
 

@@ -12,7 +12,7 @@ fn rows_of(x: &Tensor) -> usize {
     x.elem_count() / last_dim(x).max(1)
 }
 
-pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
+pub(in crate::tensor) fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
     let t = x.dtype();
     let y = fresh(x, x.shape(), t)?;
     let arguments = [at(x, t)?, at(w, t)?, at(&y, t)?, Arg::U32(last_dim(x) as u32), Arg::F32(eps as f32)];
@@ -20,7 +20,7 @@ pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
     Ok(y)
 }
 
-pub fn rms_norm_backward(
+pub(in crate::tensor) fn rms_norm_backward(
     x: &Tensor,
     w: &Tensor,
     g: &Tensor,
@@ -42,7 +42,7 @@ pub fn rms_norm_backward(
     Ok((dx, Some(dw.to_dtype(w.dtype())?)))
 }
 
-pub fn layer_norm(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor> {
+pub(in crate::tensor) fn layer_norm(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor> {
     let t = x.dtype();
     let y = fresh(x, x.shape(), t)?;
     let arguments = [at(x, t)?, at(w, t)?, at(b, t)?, at(&y, t)?, Arg::U32(last_dim(x) as u32), Arg::F32(eps as f32)];
@@ -50,7 +50,7 @@ pub fn layer_norm(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor
     Ok(y)
 }
 
-pub fn layer_norm_backward(
+pub(in crate::tensor) fn layer_norm_backward(
     x: &Tensor,
     w: &Tensor,
     g: &Tensor,
@@ -80,7 +80,7 @@ pub fn layer_norm_backward(
     Ok((dx, Some((dw.to_dtype(w.dtype())?, db.to_dtype(w.dtype())?))))
 }
 
-pub fn rotate(x: &Tensor, [cos, sin]: [&Tensor; 2], direction: f64) -> Result<Tensor> {
+pub(in crate::tensor) fn rotate(x: &Tensor, [cos, sin]: [&Tensor; 2], direction: f64) -> Result<Tensor> {
     let t = x.dtype();
     let (tokens, half) = cos.dims2()?;
     let (y, heads) = (fresh(x, x.shape(), t)?, x.elem_count() / (tokens * 2 * half));
@@ -100,14 +100,14 @@ pub fn rotate(x: &Tensor, [cos, sin]: [&Tensor; 2], direction: f64) -> Result<Te
     Ok(y)
 }
 
-pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+pub(in crate::tensor) fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     let t = gate.dtype();
     let (y, count) = (fresh(gate, gate.shape(), t)?, gate.elem_count());
     launch(gate, "swiglu_fwd", blocks(count), &[at(gate, t)?, at(up, t)?, at(&y, t)?, Arg::U64(count as u64)])?;
     Ok(y)
 }
 
-pub fn swiglu_backward(gate: &Tensor, up: &Tensor, g: &Tensor) -> Result<(Tensor, Tensor)> {
+pub(in crate::tensor) fn swiglu_backward(gate: &Tensor, up: &Tensor, g: &Tensor) -> Result<(Tensor, Tensor)> {
     let t = gate.dtype();
     let like = || fresh(gate, gate.shape(), t);
     let (dgate, dup, count) = (like()?, like()?, gate.elem_count());
@@ -125,14 +125,14 @@ fn kind(activation: Activation) -> Arg {
     })
 }
 
-pub fn activation(activation: Activation, x: &Tensor) -> Result<Tensor> {
+pub(in crate::tensor) fn activation(activation: Activation, x: &Tensor) -> Result<Tensor> {
     let t = x.dtype();
     let (y, count) = (fresh(x, x.shape(), t)?, x.elem_count());
     launch(x, "activation_fwd", blocks(count), &[at(x, t)?, at(&y, t)?, Arg::U64(count as u64), kind(activation)])?;
     Ok(y)
 }
 
-pub fn activation_backward(activation: Activation, x: &Tensor, g: &Tensor) -> Result<Tensor> {
+pub(in crate::tensor) fn activation_backward(activation: Activation, x: &Tensor, g: &Tensor) -> Result<Tensor> {
     let t = x.dtype();
     let (dx, count) = (fresh(x, x.shape(), t)?, x.elem_count());
     let arguments = [at(x, t)?, at(g, t)?, at(&dx, t)?, Arg::U64(count as u64), kind(activation)];
@@ -140,13 +140,13 @@ pub fn activation_backward(activation: Activation, x: &Tensor, g: &Tensor) -> Re
     Ok(dx)
 }
 
-pub fn add_bias(y: &Tensor, bias: &Tensor) -> Result<()> {
+pub(in crate::tensor) fn add_bias(y: &Tensor, bias: &Tensor) -> Result<()> {
     let t = y.dtype();
     let arguments = [at(y, t)?, at(bias, t)?, Arg::U64(rows_of(y) as u64), Arg::U32(last_dim(y) as u32)];
     launch(y, "add_bias", blocks(y.elem_count()), &arguments)
 }
 
-pub fn sum_rows(g: &Tensor) -> Result<Tensor> {
+pub(in crate::tensor) fn sum_rows(g: &Tensor) -> Result<Tensor> {
     let t = g.dtype();
     let sum = fresh(g, last_dim(g), F32)?;
     let arguments = [at(g, t)?, at(&sum, F32)?, Arg::U64(rows_of(g) as u64), Arg::U32(last_dim(g) as u32)];
@@ -154,7 +154,7 @@ pub fn sum_rows(g: &Tensor) -> Result<Tensor> {
     Ok(sum.to_dtype(g.dtype())?)
 }
 
-pub fn scatter_rows(g: &Tensor, index: &Tensor, shape: &[usize]) -> Result<Tensor> {
+pub(in crate::tensor) fn scatter_rows(g: &Tensor, index: &Tensor, shape: &[usize]) -> Result<Tensor> {
     let t = g.dtype();
     let dx = Tensor::zeros(shape, g.dtype(), g.device())?;
     let arguments =
@@ -163,13 +163,13 @@ pub fn scatter_rows(g: &Tensor, index: &Tensor, shape: &[usize]) -> Result<Tenso
     Ok(dx)
 }
 
-pub fn add_assign(a: &Tensor, b: &Tensor) -> Result<()> {
+pub(in crate::tensor) fn add_assign(a: &Tensor, b: &Tensor) -> Result<()> {
     let t = a.dtype();
     let (b, count) = (b.contiguous()?, a.elem_count());
     launch(a, "add_assign", blocks(count), &[at(a, t)?, at(&b, t)?, Arg::U64(count as u64)])
 }
 
-pub fn cache_write(store: &Tensor, fresh: &Tensor, rows: &[usize], starts: &[usize]) -> Result<()> {
+pub(in crate::tensor) fn cache_write(store: &Tensor, fresh: &Tensor, rows: &[usize], starts: &[usize]) -> Result<()> {
     let t = fresh.dtype();
     let ((batch, new, width), slots) = (fresh.dims3()?, store.dims()[1]);
     let table = upload(fresh, rows.iter().chain(starts).map(|&n| n as u32).collect())?;
@@ -187,7 +187,7 @@ pub fn cache_write(store: &Tensor, fresh: &Tensor, rows: &[usize], starts: &[usi
 }
 
 /// The loss of each row of logits to `losses`; the logits become their gradient, times `scale`, if `differentiate`.
-pub fn cross_entropy(
+pub(in crate::tensor) fn cross_entropy(
     logits: &Tensor,
     targets: &Tensor,
     losses: &Tensor,
@@ -208,6 +208,6 @@ pub fn cross_entropy(
 }
 
 /// The mean of all elements.
-pub fn mean(x: &Tensor) -> Result<Tensor> {
+pub(in crate::tensor) fn mean(x: &Tensor) -> Result<Tensor> {
     Ok(x.mean_all()?)
 }

@@ -12,12 +12,12 @@ use crate::tensor::scalar::Scalar;
 const CHUNKS: u32 = 32;
 
 /// The norm of all tensors together.
-pub fn norm(tensors: &[&Tensor]) -> Result<Scalar> {
+pub(in crate::tensor) fn norm(tensors: &[&Tensor]) -> Result<Scalar> {
     Ok(Scalar::Device(norm_and_factor(tensors, 0.)?.get(0)?))
 }
 
 /// `min(1, max_norm / (norm + 1e-6))` for the norm of all tensors together.
-pub fn clip_factor(tensors: &[&Tensor], max_norm: f64) -> Result<Scalar> {
+pub(in crate::tensor) fn clip_factor(tensors: &[&Tensor], max_norm: f64) -> Result<Scalar> {
     Ok(Scalar::Device(norm_and_factor(tensors, max_norm)?.get(1)?))
 }
 
@@ -39,13 +39,13 @@ fn norm_and_factor(tensors: &[&Tensor], max_norm: f64) -> Result<Tensor> {
 }
 
 /// `min(x, limit)` of a number that keeps one that is not a number.
-pub fn at_most(x: &Tensor, limit: f64) -> Result<Tensor> {
+pub(in crate::tensor) fn at_most(x: &Tensor, limit: f64) -> Result<Tensor> {
     let y = fresh(x, x.shape(), F32)?;
     launch_grid(x, "at_most", [1, 1], &[at(x, F32)?, at(&y, F32)?, Arg::F32(limit as f32)])?;
     Ok(y)
 }
 
-pub fn adamw(tensors: &[&[Tensor; 3]], factor: &Scalar, step: &AdamWStep) -> Result<()> {
+pub(in crate::tensor) fn adamw(tensors: &[&[Tensor; 3]], factor: &Scalar, step: &AdamWStep) -> Result<()> {
     let first = &tensors[0][0];
     let factor = match factor {
         Scalar::Host(value) => upload(first, vec![*value as f32])?,

@@ -10,16 +10,16 @@ use crate::tensor::host::last_dim;
 /// A row-major matrix, `ld` elements from one row to the next. In [`batched`], one of many: the address is that of a table
 /// of addresses.
 #[derive(Clone, Copy)]
-pub struct Operand {
-    pub address: u64,
-    pub dtype: DType,
-    pub ld: usize,
-    pub transposed: bool,
+pub(super) struct Operand {
+    pub(super) address: u64,
+    pub(super) dtype: DType,
+    pub(super) ld: usize,
+    pub(super) transposed: bool,
 }
 
 impl Operand {
     /// The transpose.
-    pub fn t(self) -> Self {
+    pub(super) fn t(self) -> Self {
         Self { transposed: !self.transposed, ..self }
     }
 
@@ -40,7 +40,7 @@ const COMPUTE: sys::cublasComputeType_t = sys::cublasComputeType_t::CUBLAS_COMPU
 const ALGORITHM: sys::cublasGemmAlgo_t = sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT;
 
 /// `C = A B` for `count` products of `[m, k]` and `[k, n]`, whose matrices lie anywhere.
-pub fn batched(on: &Tensor, [m, n, k]: [usize; 3], [a, b, c]: [Operand; 3], count: usize) -> Result<()> {
+pub(super) fn batched(on: &Tensor, [m, n, k]: [usize; 3], [a, b, c]: [Operand; 3], count: usize) -> Result<()> {
     let (handle, alpha, beta) = (device(on)?.cublas_handle(), 1f32, 0f32);
     // As in `run`, Cᵀ = Bᵀ Aᵀ.
     // SAFETY: the tables hold `count` addresses of matrices of these sizes, and the call is queued on their stream.
@@ -77,7 +77,7 @@ fn failed(error: &blas::CublasError) -> Error {
 }
 
 /// `alpha · op(A) op(B)` of the sizes `[m, n, k]`.
-pub fn gemm(
+pub(in crate::tensor) fn gemm(
     alpha: f64,
     transpose: [bool; 2],
     sizes: [usize; 3],
@@ -90,7 +90,13 @@ pub fn gemm(
 }
 
 /// Adds `alpha · op(A) op(B)` to `c`.
-pub fn gemm_add(alpha: f64, transpose: [bool; 2], sizes: [usize; 3], c: &Tensor, operands: [&Tensor; 2]) -> Result<()> {
+pub(in crate::tensor) fn gemm_add(
+    alpha: f64,
+    transpose: [bool; 2],
+    sizes: [usize; 3],
+    c: &Tensor,
+    operands: [&Tensor; 2],
+) -> Result<()> {
     run((alpha, 1.), transpose, sizes, c, operands)
 }
 
