@@ -1,19 +1,27 @@
 //! The only place that knows about devices: parsing `auto|cpu|cuda[:N]` and element types.
 
+use std::sync::Once;
+
 use candle_core::{DType, Device};
 
 use crate::error::{Error, Result};
 use crate::weights::precision::Precision;
 
-/// The device that `name` asks for: `cpu`, `cuda`, `cuda:N`, or `auto`, which takes the first CUDA device that
-/// works and the CPU otherwise.
+/// The device that `name` asks for: `cpu`, `cuda`, `cuda:N`, or `auto`, which takes the first CUDA device, and the CPU if
+/// there is none that works. A device that is there and does not work is warned of.
 ///
 /// # Errors
 /// The name is malformed, or the device cannot be opened.
 pub fn parse_device(name: &str) -> Result<Device> {
     match name {
         "cpu" => Ok(Device::Cpu),
-        "auto" => Ok(open_cuda(0).unwrap_or(Device::Cpu)),
+        "auto" => Ok(open_cuda(0).unwrap_or_else(|error| {
+            static TOLD: Once = Once::new();
+            if is_present() {
+                TOLD.call_once(|| tracing::warn!("there is a GPU, but the CPU is used: {error}"));
+            }
+            Device::Cpu
+        })),
         "cuda" => open_cuda(0),
         _ => {
             let index = name.strip_prefix("cuda:").and_then(|index| index.parse().ok());
@@ -24,15 +32,23 @@ pub fn parse_device(name: &str) -> Result<Device> {
     }
 }
 
+#[cfg(feature = "cuda")]
 fn open_cuda(index: usize) -> Result<Device> {
-    Device::new_cuda(index).map_err(|error| {
-        let help = if cfg!(feature = "cuda") {
-            "check the driver with `nvidia-smi`, or use --device cpu"
-        } else {
-            "this binary was built without CUDA: build it with `--features cuda`, or use --device cpu"
-        };
-        Error::device(format!("cannot open `cuda:{index}`")).source(error).help(help)
-    })
+    crate::tensor::cuda::open(index).map_err(|error| error.at("device", format!("cuda:{index}")))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn open_cuda(index: usize) -> Result<Device> {
+    Err(Error::device(format!("cannot open `cuda:{index}`"))
+        .help("this binary was built without CUDA: build it with `--features cuda`, or use --device cpu"))
+}
+
+#[cfg(feature = "cuda")]
+use crate::tensor::cuda::is_present;
+
+#[cfg(not(feature = "cuda"))]
+fn is_present() -> bool {
+    false
 }
 
 /// How the base is stored that `name` asks for: see [`Precision`].

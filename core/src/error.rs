@@ -55,6 +55,16 @@ impl Error {
     /// The remedy where numbers are not finite.
     pub const DIVERGED: &'static str = "lower the learning rate, or the strength of the defense";
 
+    /// Errors of the CUDA driver after which the process cannot use the device any more.
+    const LOST: [&str; 6] = [
+        "CUDA_ERROR_ILLEGAL_ADDRESS",
+        "CUDA_ERROR_ILLEGAL_INSTRUCTION",
+        "CUDA_ERROR_MISALIGNED_ADDRESS",
+        "CUDA_ERROR_LAUNCH_FAILED",
+        "CUDA_ERROR_ASSERT",
+        "CUDA_ERROR_ECC_UNCORRECTABLE",
+    ];
+
     /// An error of `kind` that says `message`.
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
         let inner = Inner { kind, message: message.into(), at: Vec::new(), help: None, source: None };
@@ -162,6 +172,12 @@ impl Error {
         causes
     }
 
+    /// Whether the process that met this error cannot use its device any more.
+    pub fn is_device_lost(&self) -> bool {
+        self.kind() == Kind::Device
+            && self.causes().iter().any(|cause| Self::LOST.iter().any(|code| cause.contains(code)))
+    }
+
     /// The places the error names, innermost first.
     pub fn places(&self) -> &[(&'static str, String)] {
         &self.inner.at
@@ -203,6 +219,21 @@ impl std::error::Error for Error {
 
 impl From<candle_core::Error> for Error {
     fn from(error: candle_core::Error) -> Self {
+        let text = error.to_string();
+        let says = |codes: &[&str]| codes.iter().any(|code| text.contains(code));
+        if says(&["CUDA_ERROR_OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED"]) {
+            return Self::device("the device has no memory left").source(error).help(
+                "lower batch_size (accumulate makes up for it), set checkpointing = true, store the base in fewer bits \
+                 (dtype = \"q4k\"), or run fewer --jobs on this device",
+            );
+        }
+        if says(&Self::LOST) {
+            return Self::device(
+                "the device is lost: an operation on it failed, and it takes no others in this process",
+            )
+            .source(error)
+            .help("run again: finished stages are kept; if it fails again, report it with the cause above");
+        }
         Self::run("a tensor operation failed").source(error)
     }
 }
@@ -246,6 +277,18 @@ mod tests {
             "`rho` must be at least 0, found `-1`\n  key: align.rho\n  file: a.toml\n  help: set rho = 2.0"
         );
         assert_eq!(error.kind().exit_code(), 2);
+    }
+
+    #[test]
+    fn errors_of_a_device_say_what_to_do() {
+        let of = |text: &str| Error::from(candle_core::Error::Msg(text.to_owned()));
+        let memory = of("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")");
+        assert_eq!((memory.kind(), memory.is_device_lost()), (Kind::Device, false));
+        assert!(memory.remedy().is_some_and(|help| help.contains("batch_size") && help.contains("checkpointing")));
+        let lost = of("DriverError(CUDA_ERROR_ILLEGAL_ADDRESS, \"an illegal memory access\")");
+        assert_eq!((lost.kind(), lost.is_device_lost()), (Kind::Device, true));
+        assert_eq!(of("shape mismatch").kind(), Kind::Run);
+        assert!(!Error::run("CUDA_ERROR_ILLEGAL_ADDRESS").is_device_lost());
     }
 
     #[test]

@@ -18,6 +18,8 @@ pub struct Batch {
     pub positions: Tensor,
     /// The labels, `[labels]`, u32.
     pub targets: Tensor,
+    /// The largest label.
+    pub largest_target: u32,
 }
 
 impl Batch {
@@ -50,9 +52,10 @@ impl Batch {
         if targets.is_empty() {
             return Err(Error::run("a batch has no label: its loss would be 0/0"));
         }
-        let count = targets.len();
+        let (count, largest_target) = (targets.len(), targets.iter().copied().max().unwrap_or(0));
         Ok(Self {
             tokens,
+            largest_target,
             positions: Tensor::from_vec(positions, count, device)?,
             targets: Tensor::from_vec(targets, count, device)?,
         })

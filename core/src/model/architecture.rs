@@ -75,6 +75,7 @@ pub trait Model: Debug + Send + Sync {
     /// # Errors
     /// A tensor operation failed.
     fn hidden(&self, tokens: &Tokens, pass: &mut Forward) -> Result<Traced> {
+        check_id("token", tokens.largest, self.spec().vocab_size)?;
         pass.begin(tokens)?;
         let mut x = self.embed(tokens, pass)?;
         for index in 0..self.spec().layers {
@@ -90,6 +91,15 @@ pub trait Model: Debug + Send + Sync {
     fn without_gradient(&self) -> Vec<(String, &'static str)> {
         Vec::new()
     }
+}
+
+/// Fails on an id outside the vocabulary, before anything reads by it.
+pub(super) fn check_id(what: &str, id: u32, vocabulary: usize) -> Result<()> {
+    if (id as usize) < vocabulary {
+        return Ok(());
+    }
+    Err(Error::data(format!("the {what} {id} lies outside of the model's vocabulary of {vocabulary}"))
+        .help("the tokenizer is another model's: use the one of this checkpoint"))
 }
 
 /// The sites of `model` of one kind, such as `attn_out`, over all layers.

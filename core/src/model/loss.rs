@@ -2,7 +2,7 @@
 
 use crate::data::batch::Batch;
 use crate::error::Result;
-use crate::model::architecture::Model;
+use crate::model::architecture::{Model, check_id};
 use crate::nn::forward::Forward;
 use crate::nn::sites::Sites;
 use crate::tensor::ops;
@@ -24,6 +24,7 @@ pub fn label_loss(model: &dyn Model, weights: &Weights, batch: &Batch) -> Result
 /// The mean cross-entropy over the labels of `batch` given the hidden states of its tokens. Logits are computed at the
 /// label positions only.
 pub(crate) fn loss_of_hidden(model: &dyn Model, hidden: &Traced, batch: &Batch, pass: &mut Forward) -> Result<Traced> {
+    check_id("label", batch.largest_target, model.spec().vocab_size)?;
     let width = model.spec().hidden_size;
     let rows = ops::select_rows(&mut pass.tape, &hidden.reshape(((), width))?, &batch.positions)?;
     match model.head() {

@@ -30,7 +30,7 @@ pub mod bridge;
 #[cfg(test)]
 pub(crate) mod check;
 #[cfg(feature = "cuda")]
-mod cuda;
+pub(crate) mod cuda;
 pub mod elementwise;
 pub mod gemm;
 pub mod grads;

@@ -11,6 +11,8 @@ pub struct Tokens {
     pub ids: Tensor,
     /// The number of real tokens of each row; what follows is padding.
     pub lengths: Vec<usize>,
+    /// The largest id. A device does not look at ids before it reads by them.
+    pub largest: u32,
 }
 
 impl Tokens {
@@ -27,7 +29,8 @@ impl Tokens {
             ids.resize(ids.len() + length - row.as_ref().len(), pad);
         }
         let lengths = rows.iter().map(|row| row.as_ref().len()).collect();
-        Ok(Self { ids: Tensor::from_vec(ids, (rows.len(), length), device)?, lengths })
+        let largest = ids.iter().copied().max().unwrap_or(0);
+        Ok(Self { ids: Tensor::from_vec(ids, (rows.len(), length), device)?, lengths, largest })
     }
 
     /// `(batch, length)`.

@@ -118,14 +118,15 @@ pub(super) fn padded(batch: &Batch, more: usize) -> Result<Batch> {
     if more == 0 {
         return Ok(batch.clone());
     }
-    let Tokens { ids, lengths } = &batch.tokens;
+    let Tokens { ids, lengths, largest } = &batch.tokens;
     let (rows, length) = batch.tokens.dims();
     let padding = Tensor::full(PAD, (rows, more), ids.device())?;
     let at = |position: u32| position + position / length as u32 * more as u32;
     let positions: Vec<u32> = batch.positions.to_vec1::<u32>()?.into_iter().map(at).collect();
     Ok(Batch {
-        tokens: Tokens { ids: Tensor::cat(&[ids, &padding], 1)?, lengths: lengths.clone() },
+        tokens: Tokens { ids: Tensor::cat(&[ids, &padding], 1)?, lengths: lengths.clone(), largest: *largest },
         positions: Tensor::new(positions, ids.device())?,
+        largest_target: batch.largest_target,
         targets: batch.targets.clone(),
     })
 }

@@ -76,8 +76,10 @@ impl Worker for Remote<'_> {
                     return Ok(ran);
                 }
                 Ok(WorkerReply::Failed(report)) => {
-                    self.process = Some(process);
-                    return Err(report.into());
+                    let error = Error::from(report);
+                    // A process that has lost its device would fail every further stage as well.
+                    self.process = Some(process).filter(|_| !error.is_device_lost());
+                    return Err(error);
                 }
                 // Something that it has started may hold its standard output open. What it said last comes first.
                 Err(RecvTimeoutError::Timeout) if ended => true,

@@ -3,22 +3,26 @@
 //!
 //! | file | what it holds |
 //! |---|---|
+//! | `open` | opening a device, and a test that kernels run |
 //! | `launch` | arguments of kernels, fresh tensors, the launch itself |
 //! | `operators` | operators that are one or two kernels |
 //! | `optimizer` | norms, clipping and AdamW, over many tensors at once |
 //! | `products` | matrix products of cuBLAS |
 //! | `attention` | attention composed of products and a softmax |
 
+#![allow(clippy::cast_possible_wrap, reason = "sizes and addresses are far below half of their types' ranges")]
 #![allow(unsafe_code, reason = "kernel launches and library calls take raw device addresses")]
 
 mod attention;
 mod launch;
+mod open;
 mod operators;
 mod optimizer;
 mod products;
 
 pub(super) use attention::{attention, attention_backward};
 pub(super) use launch::fresh;
+pub(crate) use open::{is_present, open};
 pub(super) use operators::{
     activation, activation_backward, add_assign, add_bias, cache_write, cross_entropy, layer_norm, layer_norm_backward,
     mean, rms_norm, rms_norm_backward, rotate, scatter_rows, sum_rows, swiglu, swiglu_backward,

@@ -15,8 +15,9 @@ fn rows_of(x: &Tensor) -> usize {
 pub(in crate::tensor) fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
     let t = x.dtype();
     let y = fresh(x, x.shape(), t)?;
-    let arguments = [at(x, t)?, at(w, t)?, at(&y, t)?, Arg::U32(last_dim(x) as u32), Arg::F32(eps as f32)];
-    launch(x, "rms_norm_fwd", rows_of(x), &arguments)?;
+    let width = w.elem_count();
+    let arguments = [at(x, t)?, at(w, t)?, at(&y, t)?, Arg::U32(width as u32), Arg::F32(eps as f32)];
+    launch(x, "rms_norm_fwd", x.elem_count() / width, &arguments)?;
     Ok(y)
 }
 
@@ -28,7 +29,8 @@ pub(in crate::tensor) fn rms_norm_backward(
     wants_weight: bool,
 ) -> Result<(Tensor, Option<Tensor>)> {
     let t = x.dtype();
-    let (width, rows) = (last_dim(x), rows_of(x));
+    let width = w.elem_count();
+    let rows = x.elem_count() / width;
     let (dx, r) = (fresh(x, x.shape(), t)?, fresh(x, rows, F32)?);
     let arguments =
         [at(x, t)?, at(w, t)?, at(g, t)?, at(&dx, t)?, at(&r, F32)?, Arg::U32(width as u32), Arg::F32(eps as f32)];

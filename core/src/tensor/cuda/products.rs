@@ -69,10 +69,10 @@ pub(super) fn batched(on: &Tensor, [m, n, k]: [usize; 3], [a, b, c]: [Operand; 3
         )
     }
     .result()
-    .map_err(|error| failed(&error))
+    .map_err(|error| failed(error))
 }
 
-fn failed(error: &blas::CublasError) -> Error {
+fn failed(error: blas::CublasError) -> Error {
     Error::device(format!("a matrix product failed: {error:?}"))
 }
 
@@ -139,5 +139,5 @@ fn run(
             ALGORITHM,
         )
     }
-    .map_err(|error| failed(&error))
+    .map_err(|error| failed(error))
 }
