@@ -40,7 +40,7 @@ pub struct LowPrecision {
 #[derive(Debug)]
 enum Storage {
     Half(Tensor),
-    Quantized(QTensor),
+    Quantized(Box<QTensor>),
 }
 
 impl Storage {
@@ -64,7 +64,7 @@ impl Matrix {
 
     /// Quantized numbers that are computed with in the type `computed`.
     pub(crate) fn quantized(tensor: &Tensor, kind: GgmlDType, computed: DType) -> Result<Self> {
-        Ok(Self::low(Storage::Quantized(QTensor::quantize(tensor, kind)?), computed))
+        Ok(Self::low(Storage::Quantized(Box::new(QTensor::quantize(tensor, kind)?)), computed))
     }
 
     /// The sizes.

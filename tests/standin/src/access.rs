@@ -130,10 +130,15 @@ fn number(bytes: &[u8]) -> u64 {
 
 impl Execution<'_> {
     pub fn parameter(&mut self, w: &mut Warp, i: &Instruction, on: u32, ty: Type, count: usize) -> Result<(), Stop> {
+        let base = if i.s[0] == NONE { [0; LANES] } else { *w.registers.get::<u64>(i.s[0]) };
         for n in 0..count {
-            let at = i.offset as usize + n * ty.bytes();
-            let bytes = self.launch.params.get(at..at + ty.bytes()).ok_or("reads beyond the parameters".to_owned())?;
-            put(&mut w.registers, i.d[n], on, ty, &[number(bytes); LANES]);
+            let mut values = [0; LANES];
+            for lane in active(on) {
+                let at = base[lane].wrapping_add_signed(i.offset) as usize + n * ty.bytes();
+                let bytes = at.checked_add(ty.bytes()).and_then(|end| self.launch.params.get(at..end));
+                values[lane] = number(bytes.ok_or("reads beyond the parameters".to_owned())?);
+            }
+            put(&mut w.registers, i.d[n], on, ty, &values);
         }
         Ok(())
     }

@@ -547,7 +547,9 @@ impl Decoder<'_> {
         if text == "WARP_SZ" {
             return Some(32);
         }
-        let variable = self.shared.get(text).or(self.locals.get(text)).map(|&offset| offset as u64);
+        // The address of a parameter is its offset among the parameters.
+        let places = [&self.shared, &self.locals, &self.params];
+        let variable = places.iter().find_map(|places| places.get(text)).map(|&offset| offset as u64);
         let variable = variable.or(self.module.globals.get(text).map(|global| global.address));
         number(text, ty).or(variable)
     }
@@ -626,8 +628,9 @@ impl Decoder<'_> {
             Some((base, offset)) => (base.trim(), number(offset.trim(), Type::S64).ok_or_else(wrong)? as i64),
             None => (bare, 0),
         };
-        if space == Space::Param {
-            let at = *self.params.get(base).ok_or_else(|| format!("parameter {base}"))?;
+        if space == Space::Param
+            && let Some(&at) = self.params.get(base)
+        {
             return Ok((NONE, at as i64 + offset));
         }
         if let Some(Register { at, class: Class::Narrow }) = self.register(base) {

@@ -34,6 +34,11 @@ fn current(name: &str) -> Result<MutexGuard<'static, Device>, c_int> {
     Ok(device)
 }
 
+/// The same, for a call on a stream: only the default streams are those of the current context.
+fn current_of(name: &str, stream: u64) -> Result<MutexGuard<'static, Device>, c_int> {
+    if stream > 2 { Ok(called(name)) } else { current(name) }
+}
+
 /// Writes what a function gives back.
 ///
 /// # Safety
@@ -395,7 +400,7 @@ functions! {
 
     /// Memory in the order of a stream.
     fn cuMemAllocAsync(pointer: *mut u64, bytes: usize, stream: u64) {
-        let mut device = current("cuMemAllocAsync")?;
+        let mut device = current_of("cuMemAllocAsync", stream)?;
         if device.sticky != OK {
             return Err(device.sticky);
         }
@@ -412,7 +417,7 @@ functions! {
 
     /// Frees memory in the order of a stream.
     fn cuMemFreeAsync(pointer: u64, stream: u64) {
-        let mut device = current("cuMemFreeAsync")?;
+        let mut device = current_of("cuMemFreeAsync", stream)?;
         if pointer == 0 {
             device.finding("cuMemFreeAsync of a null pointer");
             return Ok(OK);

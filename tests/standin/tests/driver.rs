@@ -195,8 +195,10 @@ fn child_no_context() {
     let stream = open();
     let at = upload(&[1u32; 4], stream);
     // SAFETY: no pointers of the host.
-    let error = std::thread::spawn(move || unsafe { cuMemFreeAsync(at, stream) }).join().expect("no panic");
-    assert_eq!(error, 201);
+    let free =
+        |stream: u64| std::thread::spawn(move || unsafe { cuMemFreeAsync(at, stream) }).join().expect("no panic");
+    // The stream of each thread belongs to the current context; one that was made knows its own.
+    assert_eq!((free(2), free(stream)), (201, 0));
 }
 
 #[test]

@@ -125,6 +125,19 @@ fn every_space_has_its_own_memory() {
     assert_eq!(bench.words(1, 64), (0..64).map(|t| 2 * (t ^ 32)).collect::<Vec<_>>());
 }
 
+/// Each lane reads another parameter, by its address.
+#[test]
+fn parameters_have_addresses() {
+    let mut bench = Bench::new(&[words(0..32), vec![0; 256]]);
+    let expected: Vec<u32> =
+        (0..32).flat_map(|lane| [bench.buffers[lane % 2] as u32, (bench.buffers[lane % 2] >> 32) as u32]).collect();
+    bench.clean(&format!(
+        "{PLACES} mov.b64 %rd1, k_param_0; and.b32 %r1, %t, 1; mul.wide.u32 %rd2, %r1, 8; add.s64 %rd1, %rd1, %rd2;
+        ld.param.u64 %rd2, [%rd1]; mul.wide.u32 %rd3, %t, 8; add.s64 %rd3, %out, %rd3; st.global.u64 [%rd3], %rd2;"
+    ));
+    assert_eq!(bench.words(1, 64), expected);
+}
+
 #[test]
 fn barriers_ask_all_threads() {
     let mut bench = Bench::new(&[words(0..96), vec![0; 12 * 96]]);

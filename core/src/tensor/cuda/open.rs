@@ -1,6 +1,8 @@
 //! Opens a device: one stream, the pool of memory, and a test that kernels run.
 
+use std::collections::BTreeMap;
 use std::ffi::CStr;
+use std::sync::{Mutex, PoisonError};
 
 use candle_core::cuda_backend::cudarc::cublas::sys as blas;
 use candle_core::cuda_backend::cudarc::driver::result::{device as driver_device, mem_pool};
@@ -21,8 +23,19 @@ pub(crate) fn is_present() -> bool {
 }
 
 /// Device `index`, on a stream of its own: whatever is queued runs in that order, whichever thread queued it, so nothing
-/// has to be waited for.
+/// has to be waited for. A process opens a device once, since another stream would not wait for this one.
 pub(crate) fn open(index: usize) -> Result<Device> {
+    static OPENED: Mutex<BTreeMap<usize, Device>> = Mutex::new(BTreeMap::new());
+    let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(device) = opened.get(&index) {
+        return Ok(device.clone());
+    }
+    let device = open_anew(index)?;
+    opened.insert(index, device.clone());
+    Ok(device)
+}
+
+fn open_anew(index: usize) -> Result<Device> {
     result::init().map_err(|error| failed(error, DRIVER_HELP))?;
     let ordinal = i32::try_from(index).unwrap_or(i32::MAX);
     let handle = driver_device::get(ordinal).map_err(|error| failed(error, "`titer doctor` lists the devices"))?;

@@ -69,7 +69,7 @@ pub(super) fn batched(on: &Tensor, [m, n, k]: [usize; 3], [a, b, c]: [Operand; 3
         )
     }
     .result()
-    .map_err(|error| failed(error))
+    .map_err(failed)
 }
 
 fn failed(error: blas::CublasError) -> Error {
@@ -139,5 +139,5 @@ fn run(
             ALGORITHM,
         )
     }
-    .map_err(|error| failed(error))
+    .map_err(failed)
 }
