@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use crate::error::Result;
 use crate::tensor::tokens::Tokens;
@@ -23,6 +23,8 @@ impl InputSquares {
 
     /// Notes the input `x` `[batch, length, in]` of the parameter `name`.
     pub(crate) fn note(&mut self, name: String, x: &Tensor) -> Result<()> {
+        // In 16 bits a sum over some hundred tokens would stand still.
+        let x = if x.dtype() == DType::F64 { x.clone() } else { x.to_dtype(DType::F32)? };
         let squares = x.sqr()?.broadcast_mul(&self.mask.to_dtype(x.dtype())?)?.sum((0, 1))?;
         let sum = match self.sums.remove(&name) {
             Some(sum) => (sum + squares)?,

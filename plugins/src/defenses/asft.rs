@@ -18,7 +18,7 @@ use titer_core::{
     Stack, Stage, StageCx, State, StepCx, Update, inventory,
 };
 
-use super::alignment_update::{AlignmentUpdates, MatrixUpdate, needs_alignment};
+use super::alignment_update::{AlignmentUpdates, MatrixUpdate, needs_alignment, placed};
 use super::safe_lora::Projection;
 
 inventory::submit! {
@@ -156,8 +156,8 @@ impl AlignmentDefense for AsFt {
         for (module, adapter) in cx.weights.adapters() {
             let Some(update) = alignment.get(&format!("{module}.weight"))? else { continue };
             let [left, middle] = self.factors(&update)?;
-            lefts.push((module.to_owned(), left.to_dtype(adapter.b.dtype())?));
-            middles.push((module.to_owned(), middle.to_dtype(adapter.b.dtype())?));
+            lefts.push((module.to_owned(), placed(&left, &adapter.b)?));
+            middles.push((module.to_owned(), placed(&middle, &adapter.b)?));
         }
         self.kept.keep("left", lefts.into_iter().collect());
         self.kept.keep("middle", middles.into_iter().collect());
