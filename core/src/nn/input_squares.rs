@@ -21,9 +21,9 @@ impl InputSquares {
         Ok(Self { mask: tokens.mask()?, sums: BTreeMap::new() })
     }
 
-    /// Notes the input `x` `[batch, length, in]` of the parameter `name`.
+    /// Notes the input `x` `[batch, length, in]` of the parameter `name`. Sums are in f32 at least: half precision would
+    /// stop growing after a few hundred terms.
     pub(crate) fn note(&mut self, name: String, x: &Tensor) -> Result<()> {
-        // In 16 bits a sum over some hundred tokens would stand still.
         let x = if x.dtype() == DType::F64 { x.clone() } else { x.to_dtype(DType::F32)? };
         let squares = x.sqr()?.broadcast_mul(&self.mask.to_dtype(x.dtype())?)?.sum((0, 1))?;
         let sum = match self.sums.remove(&name) {
@@ -31,6 +31,26 @@ impl InputSquares {
             None => squares,
         };
         self.sums.insert(name, sum);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn half_precision_inputs_are_summed_in_full() -> Result<()> {
+        let tokens = Tokens::pad(&[[1u32; 3], [2; 3]], 0, &Device::Cpu)?;
+        let mut squares = InputSquares::new(&tokens)?;
+        let x = Tensor::ones((2, 3, 2), DType::BF16, &Device::Cpu)?;
+        // 256 + 1 is 256 in bf16.
+        for _ in 0..300 {
+            squares.note("w".to_owned(), &x)?;
+        }
+        assert_eq!(squares.sums["w"].to_vec1::<f32>()?, [1800., 1800.]);
         Ok(())
     }
 }

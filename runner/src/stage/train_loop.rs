@@ -151,20 +151,18 @@ impl Training<'_> {
             if let Some(before) = before {
                 self.check_untouched(&before)?;
             }
-            let factor = match self.optim.clip {
-                Some(limit) => update.grads.clip_factor(limit)?,
-                None => Scalar::from(1.),
-            };
-            if !factor.is_pending() {
+            let factor = update.grads.clip_factor(self.optim.clip.unwrap_or(f64::INFINITY))?;
+            let at_hand = !factor.is_pending();
+            if at_hand {
                 check_finite(&update, step).map_err(at_rate)?;
             }
             optimizer.step(self.weights, &update.grads, &factor, rate)?;
             step += 1;
-            unread.push((step, update.loss, update.scalars));
+            unread.push(Unread { step, loss: update.loss, factor, scalars: update.scalars });
             let monitored = step == total || step.is_multiple_of(total.div_ceil(MONITOR_POINTS));
             let stop = watch.must_stop();
             let save = step < total && (stop || watch.checkpoint_due());
-            if !factor.is_pending() || monitored || save || unread.len() == READ_EVERY {
+            if at_hand || monitored || save || unread.len() == READ_EVERY {
                 read_out(&mut unread, &mut record).map_err(at_rate)?;
             }
             if monitored {
@@ -286,13 +284,26 @@ impl Training<'_> {
     }
 }
 
-/// Losses and other numbers of steps whose values may still be on a device.
-type Unread = Vec<(usize, Scalar, BTreeMap<&'static str, Scalar>)>;
+/// Numbers of a step that may still be on a device.
+struct Unread {
+    /// Steps done, this one included.
+    step: usize,
+    loss: Scalar,
+    /// What the gradients were clipped by.
+    factor: Scalar,
+    scalars: BTreeMap<&'static str, Scalar>,
+}
 
 /// Reads the numbers of the steps since the last reading into the record.
-fn read_out(unread: &mut Unread, record: &mut TrainRecord) -> Result<()> {
-    for (step, loss, scalars) in unread.drain(..) {
-        record.loss.push(finite("the loss", loss.value()?, step - 1)?);
+fn read_out(unread: &mut Vec<Unread>, record: &mut TrainRecord) -> Result<()> {
+    for Unread { step, loss, factor, scalars } in unread.drain(..) {
+        let loss = finite("the loss", loss.value()?, step - 1)?;
+        // A norm that is no number gives such a factor, and an infinite one gives zero.
+        let factor = factor.value()?;
+        if factor.is_nan() || factor <= 0. {
+            return Err(gradient_not_finite(loss, step - 1));
+        }
+        record.loss.push(loss);
         for (name, value) in scalars {
             let value = finite(&format!("the defense's number `{name}`"), value.value()?, step - 1)?;
             record.scalars.entry(name.to_owned()).or_default().push((step, value));
@@ -305,11 +316,14 @@ fn read_out(unread: &mut Unread, record: &mut TrainRecord) -> Result<()> {
 fn check_finite(update: &Update, step: usize) -> Result<()> {
     match update.grads.first_not_finite()? {
         None => Ok(()),
-        Some(name) => Err(Error::run(format!("a gradient is not finite, at a loss of {}", update.loss.value()?))
-            .at("tensor", name.to_owned())
-            .at("step", step.to_string())
-            .help(Error::DIVERGED)),
+        Some(name) => Err(gradient_not_finite(update.loss.value()?, step).at("tensor", name.to_owned())),
     }
+}
+
+fn gradient_not_finite(loss: f64, step: usize) -> Error {
+    Error::run(format!("a gradient is not finite, at a loss of {loss}"))
+        .at("step", step.to_string())
+        .help(Error::DIVERGED)
 }
 
 /// `value`, if it is finite: JSON would make `null` of it.
@@ -323,4 +337,53 @@ fn finite(what: &str, value: f64, step: usize) -> Result<f64> {
 /// `error` with the learning rate of its step, if the computation failed.
 fn at_rate(error: Error, rate: f64) -> Error {
     if error.kind() == Kind::Run { error.at("learning rate", rate.to_string()) } else { error }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Tensor};
+
+    use super::*;
+
+    /// A number as a device holds it, here in a tensor of the host.
+    fn pending(value: f32) -> Scalar {
+        Scalar::Device(Tensor::new(value, &Device::Cpu).expect("a tensor"))
+    }
+
+    fn read(loss: f32, factor: f32) -> Result<TrainRecord> {
+        let mut record = TrainRecord::default();
+        let step = |loss, factor, step| Unread { step, loss, factor, scalars: BTreeMap::new() };
+        let mut unread = vec![step(pending(2.), pending(0.5), 1), step(pending(loss), pending(factor), 2)];
+        read_out(&mut unread, &mut record).map(|()| record)
+    }
+
+    #[test]
+    fn what_a_device_computed_is_read_and_must_be_finite() -> Result<()> {
+        assert_eq!(read(1.5, 1e-30)?.loss, [2., 1.5]);
+        for (loss, factor, what) in [
+            (f32::NAN, 1., "the loss"),
+            (1., f32::NAN, "a gradient is not finite, at a loss of 1"),
+            (1., 0., "a gradient"),
+        ] {
+            let error = read(loss, factor).expect_err("not finite");
+            assert!(error.message().contains(what) && error.place("step") == Some("1"), "{error}");
+        }
+        Ok(())
+    }
+
+    /// What `read_out` relies on, also where nothing is clipped.
+    #[test]
+    fn the_factor_tells_of_a_gradient_that_is_not_finite() -> Result<()> {
+        for limit in [1., f64::INFINITY] {
+            let factor = |value: f32| {
+                let grads: Grads = [("w".to_owned(), Tensor::new(&[value, 0.], &Device::Cpu)?)].into_iter().collect();
+                grads.clip_factor(limit)?.value()
+            };
+            assert_eq!((factor(0.)?, factor(1e-3)?), (1., 1.));
+            assert!(factor(1e19)? > 0. && factor(f32::NAN)?.is_nan());
+            let infinite = factor(f32::INFINITY)?;
+            assert!(infinite.is_nan() || infinite == 0., "{infinite}");
+        }
+        Ok(())
+    }
 }
