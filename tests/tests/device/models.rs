@@ -31,7 +31,8 @@ struct Limits {
 }
 
 const EXACT: Limits = Limits { loss: 1e-5, together: 1e-5, each: 2e-5, moved: 2e-3, answers_equal: true };
-const COARSE: Limits = Limits { loss: 3e-2, together: 1.2e-1, each: 3e-1, moved: 4e-1, answers_equal: false };
+/// Of models 16 wide in bf16, whose roundings do not average out: the same with f32 are within [`EXACT`].
+const COARSE: Limits = Limits { loss: 3e-2, together: 2.5e-1, each: 3e-1, moved: 4e-1, answers_equal: false };
 
 /// What is trained.
 #[derive(Debug, Clone, Copy, PartialEq)]
