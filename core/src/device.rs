@@ -18,7 +18,8 @@ pub fn parse_device(name: &str) -> Result<Device> {
         "auto" => Ok(open_cuda(0).unwrap_or_else(|error| {
             static TOLD: Once = Once::new();
             if is_present() {
-                TOLD.call_once(|| tracing::warn!("there is a GPU, but the CPU is used: {error}"));
+                let told = error.to_string().replace("\n  ", "; ");
+                TOLD.call_once(|| tracing::warn!("there is a GPU, but the CPU is used: {told}"));
             }
             Device::Cpu
         })),

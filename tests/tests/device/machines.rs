@@ -125,3 +125,18 @@ fn a_device_is_chosen_by_its_number() -> Result<()> {
 fn too_little_memory_is_told_with_a_remedy() -> Result<()> {
     is_refused("cuda", &[("STANDIN_MEMORY", "1000000")], &["memory", "batch_size", "checkpointing"])
 }
+
+/// They would share one handle of cuBLAS.
+#[test]
+#[ignore = "needs the stand-in: see .ci/device"]
+fn several_jobs_in_one_process_are_refused() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/quickstart.toml");
+    let mut command = titer();
+    command.arg("run").arg(config).args(["--device", "cuda", "--in-process", "--jobs", "2"]);
+    command.arg("--store").arg(folder.path()).arg("--out").arg(folder.path().join("out"));
+    let output = command.output()?;
+    let said = stderr(&output);
+    ensure!(output.status.code() == Some(2) && said.contains("several jobs in one process"), "{said}");
+    Ok(())
+}

@@ -57,6 +57,12 @@ pub fn run(args: &Args, logging: Logging) -> Result<Done, Problems> {
     let alone = !device.is_cpu() || plan.stages.iter().any(|stage| matches!(stage.spec, StageSpec::Load(_)));
     let jobs = Jobs::new(args.jobs.map(usize::from).or(alone.then_some(1)));
     if args.in_process {
+        if !device.is_cpu() && jobs.count > 1 {
+            return Err(Error::config("several jobs in one process cannot share a GPU")
+                .key("--jobs")
+                .help("leave --in-process out, so that each job has a process of its own, or use --jobs 1")
+                .into());
+        }
         environment::fix(jobs.threads);
     }
     let started = now();
