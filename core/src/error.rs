@@ -55,8 +55,13 @@ impl Error {
     /// The remedy where numbers are not finite.
     pub const DIVERGED: &'static str = "lower the learning rate, or the strength of the defense";
 
-    /// Errors of the CUDA driver after which the process cannot use the device any more.
-    const LOST: [&str; 6] = [
+    /// Errors of the CUDA driver and of cuBLAS after which the process cannot use the device any more.
+    const LOST: [&str; 11] = [
+        "CUBLAS_STATUS_EXECUTION_FAILED",
+        "CUDA_ERROR_LAUNCH_TIMEOUT",
+        "CUDA_ERROR_INVALID_PC",
+        "CUDA_ERROR_INVALID_ADDRESS_SPACE",
+        "CUDA_ERROR_HARDWARE_STACK_ERROR",
         "CUDA_ERROR_ILLEGAL_ADDRESS",
         "CUDA_ERROR_ILLEGAL_INSTRUCTION",
         "CUDA_ERROR_MISALIGNED_ADDRESS",

@@ -41,7 +41,8 @@ impl Encoding {
     }
 }
 
-/// Decodes a row block by block. No function, since a function that is given one is compiled for every processor.
+/// Decodes a row block by block. It is a macro, since a function that takes `decode` as an argument would call it, and what is
+/// called is compiled without the vectors of the caller.
 macro_rules! each_block {
     ($bytes:expr, $out:expr, $decode:ident) => {
         for (block, out) in $bytes.as_chunks().0.iter().zip($out.as_chunks_mut().0) {
@@ -78,10 +79,10 @@ impl<'a> EncodedMatrix<'a> {
     /// `rows × columns` in row-major order.
     ///
     /// # Panics
-    /// `columns` is no whole number of blocks, or `bytes` has another size.
+    /// `columns` is no whole number of blocks or zero, or `bytes` has another size.
     pub fn new(encoding: Encoding, bytes: &'a [u8], [rows, columns]: [usize; 2]) -> Self {
         let (numbers, size) = encoding.block();
-        assert!(columns.is_multiple_of(numbers), "rows of {columns} numbers in blocks of {numbers}");
+        assert!(columns > 0 && columns.is_multiple_of(numbers), "rows of {columns} numbers in blocks of {numbers}");
         assert_eq!(bytes.len(), rows * (columns / numbers) * size, "a matrix of another size");
         Self { encoding, bytes, rows, columns }
     }

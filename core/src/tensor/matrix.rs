@@ -1,8 +1,8 @@
 //! A parameter as it is stored: in full, or frozen in low precision (half precision or quantized).
 //!
 //! A frozen matrix is never computed with as it is stored. Its rows are dequantized a few at a time, or on a device all at
-//! once, and what is computed is what a dense matrix of the dequantized numbers would give: to the last bit, unless an
-//! adapter was merged into it.
+//! once. What is computed is what a dense matrix of the dequantized numbers would give, to rounding: large products are
+//! cut at other places, and what an adapter merged is multiplied apart where there are few rows.
 
 use std::sync::Arc;
 

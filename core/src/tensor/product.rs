@@ -161,6 +161,7 @@ mod tests {
     #[test]
     fn decoded_numbers_have_the_bits_of_candle_s() -> Result<()> {
         let x = random([3, 512], 4, 1.)?;
+        let [four, six, sixteen] = [random([4, 512], 8, 1.)?, random([6, 512], 9, 1.)?, random([16, 512], 10, 1.)?];
         let bits = |t: &Tensor| -> Result<Vec<u32>> {
             Ok(t.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect())
         };
@@ -173,10 +174,13 @@ mod tests {
                 Ok(())
             })?;
             assert_eq!(bits(&Tensor::from_vec(decoded, (5000, 512), &Device::Cpu)?)?, bits(&dense)?, "{w:?}");
-            for rows in [&x, &x.narrow(0, 0, 1)?, &x.narrow(0, 1, 2)?.contiguous()?] {
+            for rows in [&x, &x.narrow(0, 0, 1)?, &x.narrow(0, 1, 2)?.contiguous()?, &four, &six, &sixteen] {
                 assert_eq!(bits(&w.product_transposed(rows)?)?, bits(&Gemm::NT.product(rows, &dense)?)?);
             }
         }
+        // The last block of rows is not whole.
+        let odd = Matrix::quantized(&random([66, 512], 11, 0.02)?, GgmlDType::Q8_0, DType::F32)?;
+        assert_eq!(bits(&odd.product_transposed(&x)?)?, bits(&Gemm::NT.product(&x, &odd.dense()?)?)?);
         Ok(())
     }
 

@@ -206,8 +206,8 @@ fn wide(family: &str) -> Value {
 #[test]
 #[ignore = "needs a device: see .ci/device"]
 fn adapters_over_blocks() -> Result<()> {
-    let configs = ["llama", "mistral", "qwen2", "opt"].map(|family| (family, wide(family)));
-    let types = ["q8_0", "q6k", "q4k", "q4_0"];
+    let configs = ["llama", "mistral", "qwen2", "qwen3", "opt"].map(|family| (family, wide(family)));
+    let types = ["q8_0", "q6k", "q4_1", "q4k", "q4_0"];
     check_all(configs.iter().flat_map(|(family, config)| {
         types.map(|dtype| (format!("{family} {dtype}"), Case { config, dtype, method: "sft", ..F32 }, COARSE))
     }))

@@ -61,7 +61,7 @@ fn open_anew(index: usize) -> Result<Device> {
 
 const DRIVER_HELP: &str = "check the driver with `nvidia-smi`, or use --device cpu";
 const LIBRARY_HELP: &str = "install the CUDA libraries (`pip install nvidia-cublas-cu12 nvidia-curand-cu12`), or name their \
-                            folder in LD_LIBRARY_PATH, or use --device cpu";
+                            folder in LD_LIBRARY_PATH, or free the GPU's memory if it is full, or use --device cpu";
 
 fn failed(error: DriverError, help: &str) -> Error {
     Error::device("the CUDA driver refuses").source(error).help(help)
@@ -98,7 +98,11 @@ fn check_capability(handle: sys::CUdevice) -> Result<()> {
 
 /// What the loader says of a library that `error` may come from.
 fn missing_library(error: &candle_core::Error) -> Option<String> {
-    if !error.to_string().contains("NOT_INITIALIZED") {
+    let text = error.to_string();
+    if text.contains("CURAND_STATUS") {
+        return Some("libcurand.so.10".to_owned());
+    }
+    if !text.contains("NOT_INITIALIZED") {
         return None;
     }
     // SAFETY: the text is constant.

@@ -72,8 +72,9 @@ pub(super) fn batched(on: &Tensor, [m, n, k]: [usize; 3], [a, b, c]: [Operand; 3
     .map_err(failed)
 }
 
+/// By way of candle's error, from which is known what can be done.
 fn failed(error: blas::CublasError) -> Error {
-    Error::device(format!("a matrix product failed: {error:?}"))
+    candle_core::Error::Msg(format!("a matrix product failed: {error:?}")).into()
 }
 
 /// `alpha · op(A) op(B)` of the sizes `[m, n, k]`.

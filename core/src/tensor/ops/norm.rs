@@ -3,17 +3,20 @@
 use candle_core::Tensor;
 use titer_kernels::norm as kernels;
 
-use crate::error::Result;
-use crate::tensor::host::{Element, by_dtype, read_all, tensor};
+use crate::error::{Error, Result};
+use crate::tensor::host::{Element, by_dtype, last_dim, read_all, tensor};
 use crate::tensor::tape::{Tape, Traced};
 
 /// `y = w ∘ x / √(mean(x²) + ε)` for `weight: [width]` and `x: [..., n · width]`: each piece of `width` numbers in a row
 /// is normalised by itself.
 ///
 /// # Errors
-/// A tensor operation failed.
+/// The rows are no whole number of pieces, or a tensor operation failed.
 pub fn rms_norm(tape: &mut Tape, x: &Traced, weight: &Traced, eps: f64) -> Result<Traced> {
     let (xs, w) = (x.tensor().contiguous()?, weight.tensor().clone());
+    if w.elem_count() == 0 || !last_dim(&xs).is_multiple_of(w.elem_count()) {
+        return Err(Error::run(format!("rows {:?} cannot be normalised in pieces of {}", xs.dims(), w.elem_count())));
+    }
     let y =
         dispatch!(xs, crate::tensor::cuda::rms_norm(&xs, &w, eps), by_dtype!(xs.dtype(), rms_forward(&xs, &w, eps)))?;
     Ok(tape.record(y, &[x, weight], move |gradient, into| {
@@ -107,6 +110,22 @@ mod tests {
         let (x, w, b) = (normal(&[2, 3, 5], 1)?, normal(&[5], 2)?, normal(&[5], 3)?);
         gradients(&[x.clone(), w.clone()], |tape, inputs| rms_norm(tape, &inputs[0], &inputs[1], 1e-5))?;
         gradients(&[x, w, b], |tape, inputs| layer_norm(tape, &inputs[0], &inputs[1], &inputs[2], 1e-5))
+    }
+
+    /// As for the heads of queries and keys.
+    #[test]
+    fn pieces_of_a_row_are_normalised_each_by_itself() -> Result<()> {
+        let (x, w) = (normal(&[2, 3, 10], 1)?, normal(&[5], 2)?);
+        gradients(&[x.clone(), w.clone()], |tape, inputs| rms_norm(tape, &inputs[0], &inputs[1], 1e-5))?;
+        let [wide, w] = [x.as_detached_tensor(), w.as_detached_tensor()];
+        let apart = Traced::constant(wide.reshape((2, 3, 2, 5))?);
+        let [wide, w] = [wide, w].map(Traced::constant);
+        let together = rms_norm(&mut Tape::default(), &wide, &w, 1e-5)?;
+        let apart = rms_norm(&mut Tape::default(), &apart, &w, 1e-5)?;
+        close(&together.tensor().reshape((2, 3, 2, 5))?, apart.tensor(), 0.)?;
+        let odd = Traced::constant(Tensor::zeros((2, 7), candle_core::DType::F64, &candle_core::Device::Cpu)?);
+        assert!(rms_norm(&mut Tape::default(), &odd, &w, 1e-5).is_err());
+        Ok(())
     }
 
     #[test]
