@@ -32,7 +32,7 @@ struct Limits {
 
 const EXACT: Limits = Limits { loss: 1e-5, together: 1e-5, each: 2e-5, moved: 2e-3, answers_equal: true };
 /// Of models 16 wide in bf16, whose roundings do not average out: the same with f32 are within [`EXACT`].
-const COARSE: Limits = Limits { loss: 3e-2, together: 2.5e-1, each: 3e-1, moved: 4e-1, answers_equal: false };
+const COARSE: Limits = Limits { loss: 3e-2, together: 1.2e-1, each: 3e-1, moved: 4e-1, answers_equal: false };
 
 /// What is trained.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -182,7 +182,8 @@ fn all_parameters_in_f32() -> Result<()> {
 #[test]
 #[ignore = "needs a device: see .ci/device"]
 fn adapters_over_bf16() -> Result<()> {
-    check_variants(Case { dtype: "bf16", ..F32 }, COARSE)
+    // Vaccine's second pass is at a point that bf16 moves: what is compared here is rounding, so one plain pass.
+    check_variants(Case { dtype: "bf16", method: "sft", ..F32 }, COARSE)
 }
 
 /// The masks are the host's own, and blocks that are run again get the same ones.
