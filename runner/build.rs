@@ -22,7 +22,8 @@ fn main() {
     println!("cargo::rustc-link-arg-bins=-Wl,--undefined=malloc");
 }
 
-/// Sets `TITER_COMMIT` to the commit of this checkout, with `-dirty` if sources were changed since. Without git, as in a
+/// Sets `CHECKOUT_COMMIT` (`cargo run` sets it for the program too, for which a name with `TITER_` is a key of the
+/// configuration) to the commit of this checkout, with `-dirty` if sources were changed since. Without git, as in a
 /// copy of the sources, it stays unset.
 fn commit() {
     for sources in ["src", "../core/src", "../core/kernels/src", "../plugins/src"] {
@@ -35,7 +36,7 @@ fn commit() {
     if let Some(commit) = git(&["rev-parse", "HEAD"]) {
         let changed = git(&["status", "--porcelain", "--untracked-files=no", "..", "."]);
         let dirty = if changed.is_none_or(|changed| changed.is_empty()) { "" } else { "-dirty" };
-        println!("cargo::rustc-env=TITER_COMMIT={commit}{dirty}");
+        println!("cargo::rustc-env=CHECKOUT_COMMIT={commit}{dirty}");
     }
 }
 

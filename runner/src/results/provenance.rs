@@ -20,7 +20,7 @@ use crate::plugins;
 /// The running program cannot be read, or two plugins share a name.
 pub fn of(loaded: &LoadedConfig, plan: &Plan, device: &str) -> Result<Provenance> {
     Ok(Provenance {
-        commit: option_env!("TITER_COMMIT").map(str::to_owned),
+        commit: option_env!("CHECKOUT_COMMIT").map(str::to_owned),
         plugins: plugin_origins()?.into_iter().collect(),
         config: json!(loaded.config),
         inputs: plan.inputs.clone(),
