@@ -40,7 +40,7 @@ pub fn product_into<T: Factor>(mut c: ViewMut<T>, accumulate: bool, alpha: T, a:
 /// The sizes differ.
 pub fn few_rows_by_encoded(y: &mut [f32], x: &[f32], w: EncodedMatrix) -> bool {
     let [rows, columns] = w.size();
-    let few = x.len() / columns.max(1);
+    let few = x.len() / columns;
     assert_eq!((x.len(), y.len()), (few * columns, few * rows), "a product of another size");
     let suits = few <= skinny::SMALL && rows >= skinny::LARGE && columns >= skinny::LARGE;
     if suits {

@@ -108,10 +108,10 @@ impl<'a> EncodedMatrix<'a> {
     /// # Panics
     /// `out` is no whole number of rows, or there are not so many.
     pub fn decode(&self, first: usize, out: &mut [f32]) {
-        assert!(out.len().is_multiple_of(self.columns.max(1)), "a part of a row");
+        assert!(out.len().is_multiple_of(self.columns), "a part of a row");
         rows(
             out,
-            self.columns.max(1),
+            self.columns,
             #[inline(always)]
             |at, part| {
                 for (index, out) in part.chunks_exact_mut(self.columns).enumerate() {
@@ -137,7 +137,7 @@ impl<'a> EncodedMatrix<'a> {
     }
 
     /// The bytes of a row.
-    pub(crate) fn row(&self, row: usize) -> &'a [u8] {
+    fn row(&self, row: usize) -> &'a [u8] {
         let (numbers, size) = self.encoding.block();
         let length = self.columns / numbers * size;
         &self.bytes[row * length..][..length]
@@ -260,7 +260,7 @@ fn scale_and_minimum(scales: &[u8], index: usize) -> [u8; 2] {
 mod tests {
     use super::*;
 
-    /// All halves whose value f32 arithmetic gives otherwise.
+    /// Every number of 16 bits, against its definition.
     #[test]
     fn halves_have_their_values() {
         for bits in 0..=u16::MAX {

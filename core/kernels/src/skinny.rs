@@ -162,7 +162,7 @@ unsafe fn dots(c: Target, a: LeftRows, b: LeftRows) {
 /// decoded numbers, to the last bit.
 pub(crate) fn encoded_dots(c: &mut [f32], a: EncodedMatrix, b: &[f32]) {
     let [count, width] = a.size();
-    let rows = b.len() / width.max(1);
+    let rows = b.len() / width;
     debug_assert_eq!((b.len(), c.len()), (rows * width, rows * count));
     let target =
         Target { data: Shared::new(c.as_mut_ptr()), columns: rows, strides: [1, count], accumulate: false, alpha: 1. };

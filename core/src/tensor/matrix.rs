@@ -210,10 +210,8 @@ impl LowPrecision {
     /// `Y = X Wᵀ` for a few rows `x: [n, columns]`, without a dense matrix; says whether it did. What was merged is
     /// multiplied apart.
     pub(super) fn product_of_few(&self, y: &mut [f32], x: &[f32]) -> Result<bool> {
-        let [rows, columns] = self.read_encoded(|matrix| Ok(matrix.size()))?;
-        if !self.read_encoded(|matrix| Ok(few_rows_by_encoded(y, x, matrix)))? {
-            return Ok(false);
-        }
+        let done = self.read_encoded(|matrix| Ok(few_rows_by_encoded(y, x, matrix).then(|| matrix.size())))?;
+        let Some([rows, columns]) = done else { return Ok(false) };
         if let Some(factors) = &self.low_rank {
             let (n, rank) = (x.len() / columns, factors[1].dims()[0]);
             read_all(factors.each_ref(), |[b, a]: [&[f32]; 2]| {
