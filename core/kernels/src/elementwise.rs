@@ -1,4 +1,4 @@
-//! Sums, products, copies and maps of whole slices.
+//! Sums, copies and maps of whole slices.
 
 use crate::parallel::{rows, sum_over_rows};
 use crate::real::Real;
@@ -7,22 +7,18 @@ use crate::simd::simd;
 
 /// `a + b`.
 pub fn add<T: Real>(a: &[T], b: &[T]) -> Vec<T> {
-    zip(
-        a,
-        b,
+    let mut out = vec![T::zero(); a.len()];
+    rows(
+        &mut out,
+        1,
         #[inline(always)]
-        |a, b| a + b,
-    )
-}
-
-/// `a ∘ b`.
-pub fn multiply<T: Real>(a: &[T], b: &[T]) -> Vec<T> {
-    zip(
-        a,
-        b,
-        #[inline(always)]
-        |a, b| a * b,
-    )
+        |first, part| {
+            for ((out, &a), &b) in part.iter_mut().zip(&a[first..]).zip(&b[first..]) {
+                *out = a + b;
+            }
+        },
+    );
+    out
 }
 
 /// `a += b`.
@@ -112,21 +108,5 @@ pub fn scatter_rows<T: Real>(x: &[T], index: &[u32], width: usize, count: usize)
     for (&row, x) in index.iter().zip(x.chunks_exact(width)) {
         out[row as usize * width..][..width].copy_from_slice(x);
     }
-    out
-}
-
-#[inline(always)]
-fn zip<T: Real>(a: &[T], b: &[T], f: impl Fn(T, T) -> T + Sync) -> Vec<T> {
-    let mut out = vec![T::zero(); a.len()];
-    rows(
-        &mut out,
-        1,
-        #[inline(always)]
-        |first, part| {
-            for ((out, &a), &b) in part.iter_mut().zip(&a[first..]).zip(&b[first..]) {
-                *out = f(a, b);
-            }
-        },
-    );
     out
 }

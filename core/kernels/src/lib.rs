@@ -7,7 +7,7 @@
 //! | [`kernel`] | units that not every processor has, and the check for them |
 //! | [`real`] [`reduce`] | number types, `eˣ` and `ln x`; sums and maxima in a fixed order |
 //! | [`matrix`] [`low_precision`] [`gemm`] | matrices in memory; in low precision; products of them by the kernel that suits |
-//! | [`attention`] [`norm`] [`rope`] [`activation`] [`cross_entropy`] [`elementwise`] [`adamw`] | one operator each |
+//! | [`attention`] [`norm`] [`rope`] [`activation`] [`cross_entropy`] [`dropout`] [`elementwise`] [`adamw`] | one operator each |
 //!
 //! All products go through [`gemm`], which chooses among four kernels: `skinny` (one small dimension), `portable` (the
 //! same bits everywhere), `amx` (the tile unit) and the `gemm` crate. `simd` chooses the width of vectors and `parallel`
@@ -25,6 +25,7 @@ mod amx;
 pub mod arithmetic;
 pub mod attention;
 pub mod cross_entropy;
+pub mod dropout;
 pub mod elementwise;
 pub mod gemm;
 pub mod kernel;

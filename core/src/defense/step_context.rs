@@ -17,6 +17,7 @@ use crate::nn::forward::Forward;
 use crate::nn::input_squares::InputSquares;
 use crate::nn::sites::Sites;
 use crate::rng::{Generator, Seed, randn};
+use crate::tensor::dropout::DropoutMasks;
 use crate::tensor::grads::Grads;
 use crate::tensor::scalar::Scalar;
 use crate::tensor::tape::TapeGradients;
@@ -246,7 +247,7 @@ impl<'a> StepCx<'a> {
     /// A pass of this step over `weights`. All passes of a step see one dropout mask: a perturbation is found and
     /// applied in the same network.
     pub(super) fn forward<'p>(&self, weights: &'p Weights, sites: &'p mut Sites) -> Forward<'p> {
-        let dropout = Some(self.seed.named("dropout").generator());
+        let dropout = Some(DropoutMasks::new(self.seed.named("dropout")));
         Forward { dropout, checkpointing: self.checkpointing, ..Forward::new(weights, sites) }
     }
 

@@ -1,12 +1,10 @@
 //! What travels along with one forward pass.
 
-use candle_core::Tensor;
-
 use super::input_squares::InputSquares;
 use crate::error::{Error, Result};
 use crate::nn::cache::Cache;
 use crate::nn::sites::Sites;
-use crate::rng::{Generator, dropout_mask};
+use crate::tensor::dropout::{Dropout, DropoutMasks};
 use crate::tensor::mask::AttentionMask;
 use crate::tensor::matrix::Matrix;
 use crate::tensor::ops::Rotation;
@@ -16,7 +14,7 @@ use crate::weights::parameters::Weights;
 use crate::weights::schema::ParamId;
 
 /// What travels along with one forward pass: the weights, the tape, the sites, the key/value cache and the dropout
-/// generator.
+/// masks.
 #[derive(Debug)]
 pub struct Forward<'a> {
     /// The weights to compute with.
@@ -27,8 +25,8 @@ pub struct Forward<'a> {
     pub tape: Tape,
     /// Keys and values of earlier tokens, in generation.
     pub cache: Option<&'a mut Cache>,
-    /// The generator of dropout masks, in training.
-    pub dropout: Option<Generator>,
+    /// The dropout masks, in training.
+    pub dropout: Option<DropoutMasks>,
     /// Whether blocks keep only their input and are run again in the backward pass.
     pub checkpointing: bool,
     /// The angles of the tokens' rotary positions, where the model has such.
@@ -118,15 +116,10 @@ impl<'a> Forward<'a> {
         }
     }
 
-    /// A dropout mask for the adapter's input `x`, if this pass trains with dropout.
-    pub(crate) fn adapter_mask(&mut self, x: &Tensor) -> Result<Option<Tensor>> {
+    /// The dropout mask of the next adapter's input, if this pass trains with dropout.
+    pub(crate) fn adapter_mask(&mut self) -> Option<Dropout> {
         let p = self.weights.adapter_dropout();
-        match &mut self.dropout {
-            Some(generator) if p > 0. => {
-                Ok(Some(dropout_mask(x.dims(), p, generator, x.device())?.to_dtype(x.dtype())?))
-            }
-            _ => Ok(None),
-        }
+        self.dropout.as_mut().filter(|_| p > 0.).map(|masks| masks.next_layer(p))
     }
 }
 
@@ -141,8 +134,8 @@ pub(crate) struct BlockContext {
 }
 
 impl BlockContext {
-    /// Another pass over the same weights and the same shared inputs, from the dropout generator given.
-    pub(crate) fn pass<'a>(&'a self, sites: &'a mut Sites, dropout: Option<Generator>) -> Forward<'a> {
+    /// Another pass over the same weights and the same shared inputs, from the dropout mask given on.
+    pub(crate) fn pass<'a>(&'a self, sites: &'a mut Sites, dropout: Option<DropoutMasks>) -> Forward<'a> {
         Forward {
             dropout,
             rotation: self.rotation.clone(),

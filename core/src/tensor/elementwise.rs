@@ -1,4 +1,4 @@
-//! Sums, products and copies of whole tensors, through which no gradient flows.
+//! Sums and copies of whole tensors, through which no gradient flows.
 
 use candle_core::{DType, Tensor};
 use titer_kernels::elementwise as kernels;
@@ -14,15 +14,6 @@ use crate::error::{Error, Result};
 pub fn sum(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     same_shape(a, b)?;
     dispatch!(a, Ok((a + b)?), by_dtype!(a.dtype(), sum_host(a, b)))
-}
-
-/// `a ∘ b` of one shape and type.
-///
-/// # Errors
-/// The shapes differ, or a tensor operation failed.
-pub fn multiply(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    same_shape(a, b)?;
-    dispatch!(a, Ok((a * b)?), by_dtype!(a.dtype(), multiply_host(a, b)))
 }
 
 /// `a += b`, in place; both of one shape and type, in memory of their own.
@@ -105,10 +96,6 @@ fn same_shape(a: &Tensor, b: &Tensor) -> Result<()> {
 
 fn sum_host<T: Element>(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     read_all([a, b], |[xs, ys]: [&[T]; 2]| tensor(kernels::add(xs, ys), a.dims()))
-}
-
-fn multiply_host<T: Element>(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    read_all([a, b], |[xs, ys]: [&[T]; 2]| tensor(kernels::multiply(xs, ys), a.dims()))
 }
 
 fn add_assign_host<T: Element>(a: &Tensor, b: &Tensor) -> Result<()> {

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `host` | the elements of candle's host tensors as slices, for the kernels |
 //! | `cuda` | launches of the device kernels and of cuBLAS products |
-//! | [`gemm`] [`elementwise`] [`adamw`] | arithmetic that no gradient flows through |
+//! | [`gemm`] [`elementwise`] [`dropout`] [`adamw`] | arithmetic that no gradient flows through |
 //! | [`scalar`] [`grads`] [`tokens`] [`mask`] | a number of a device, tensors by name, batches of token ids, attention masks |
 //! | [`matrix`] `product` | how a base matrix is stored (f32, half precision, quantized), and products with it |
 //! | [`tape`] | the record of a forward pass, and the backward pass over it |
@@ -31,6 +31,7 @@ pub mod bridge;
 pub(crate) mod check;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
+pub mod dropout;
 pub mod elementwise;
 pub mod gemm;
 pub mod grads;
@@ -43,6 +44,7 @@ pub mod scalar;
 pub mod tape;
 pub mod tokens;
 
+pub use dropout::{Dropout, DropoutMasks};
 pub use gemm::Gemm;
 pub use grads::Grads;
 pub use mask::AttentionMask;

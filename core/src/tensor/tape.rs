@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, HashMap};
 use candle_core::{Shape, Tensor, TensorId};
 
 use crate::error::{Error, Result};
+use crate::tensor::dropout::DropoutMasks;
 use crate::tensor::elementwise::{add_assign, sum};
 use crate::tensor::grads::Grads;
 use crate::tensor::matrix::Matrix;
@@ -140,8 +141,8 @@ pub(crate) struct Replay {
     pub index: usize,
     /// Its input.
     pub input: Tensor,
-    /// The dropout generator before the block.
-    pub dropout: Option<crate::rng::Generator>,
+    /// The dropout masks from the block's first layer on.
+    pub dropout: Option<DropoutMasks>,
 }
 
 struct Node {

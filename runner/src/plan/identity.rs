@@ -220,7 +220,11 @@ fn adapter(spec: &AdapterSpec) -> Value {
         AdapterSpec::Full => ("full", None),
     };
     let lora = lora.map(|LoraConfig { r, alpha, dropout, target_modules }| {
-        json!({ "r": r, "alpha": alpha, "dropout": dropout, "target_modules": target_modules })
+        let mut lora = json!({ "r": r, "alpha": alpha, "dropout": dropout, "target_modules": target_modules });
+        if *dropout > 0. {
+            lora["dropout_generator"] = json!("philox4x32-10");
+        }
+        lora
     });
     json!({ "mode": mode, "lora": lora })
 }

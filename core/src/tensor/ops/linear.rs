@@ -7,7 +7,7 @@ use candle_core::{DType, Tensor};
 use titer_kernels::elementwise as kernels;
 
 use crate::error::Result;
-use crate::tensor::elementwise::{add_assign, multiply};
+use crate::tensor::dropout::{Dropout, add_dropout, dropout};
 use crate::tensor::gemm::Gemm;
 use crate::tensor::host::{Element, by_dtype, last_dim, read, tensor, write};
 use crate::tensor::matrix::Matrix;
@@ -22,8 +22,8 @@ pub struct LowRank {
     pub b: Traced,
     /// The scale `s = alpha / r`.
     pub scale: f64,
-    /// The dropout mask `m`, of the shape of `x`.
-    pub mask: Option<Tensor>,
+    /// The dropout mask `m`.
+    pub mask: Option<Dropout>,
 }
 
 /// `x Wᵀ` for `x: [..., in]` and `weight: [out, in]`, plus a `bias: [out]`, plus the adapter's part. Half-precision
@@ -98,7 +98,7 @@ struct AdapterPass {
     a: Tensor,
     b: Tensor,
     scale: f64,
-    mask: Option<Tensor>,
+    mask: Option<Dropout>,
     /// `s · (m ∘ x) Aᵀ`, `[rows, r]`.
     inner: Tensor,
 }
@@ -108,15 +108,14 @@ impl AdapterPass {
     fn forward(x: &Tensor, low_rank: &LowRank, y: &Tensor) -> Result<Self> {
         let cast = |factor: &Traced| factor.tensor().to_dtype(x.dtype());
         let (a, b, scale) = (cast(&low_rank.a)?, cast(&low_rank.b)?, low_rank.scale);
-        let mask = low_rank.mask.as_ref().map(|mask| mask.reshape(x.shape())).transpose()?;
-        let mut adapted = Self { inner: a.clone(), a, b, scale, mask };
+        let mut adapted = Self { inner: a.clone(), a, b, scale, mask: low_rank.mask };
         adapted.inner = Gemm::NT.times(scale).product(&adapted.masked(x)?, &adapted.a)?;
         Gemm::NT.add_to(y, &adapted.inner, &adapted.b)?;
         Ok(adapted)
     }
 
     fn masked(&self, x: &Tensor) -> Result<Tensor> {
-        self.mask.as_ref().map_or_else(|| Ok(x.clone()), |mask| multiply(x, mask))
+        self.mask.map_or_else(|| Ok(x.clone()), |mask| dropout(x, mask))
     }
 
     /// `s · g B`, `[rows, r]`.
@@ -125,9 +124,9 @@ impl AdapterPass {
     }
 
     fn add_input_gradient(&self, dx: &Tensor, narrow: &Tensor) -> Result<()> {
-        match &self.mask {
+        match self.mask {
             None => Gemm::NN.add_to(dx, narrow, &self.a),
-            Some(mask) => add_assign(dx, &multiply(&Gemm::NN.product(narrow, &self.a)?, mask)?),
+            Some(mask) => add_dropout(dx, &Gemm::NN.product(narrow, &self.a)?, mask),
         }
     }
 }
@@ -154,10 +153,9 @@ fn sum_rows_host<T: Element>(g: &Tensor) -> Result<Tensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rng::{Seed, dropout_mask};
     use crate::tensor::check::{close, gradients, normal};
 
-    fn low_rank(a: &Traced, b: &Traced, mask: Option<Tensor>) -> LowRank {
+    fn low_rank(a: &Traced, b: &Traced, mask: Option<Dropout>) -> LowRank {
         LowRank { a: a.clone(), b: b.clone(), scale: 0.5, mask }
     }
 
@@ -165,9 +163,8 @@ mod tests {
     fn gradients_equal_finite_differences() -> Result<()> {
         let weight = Traced::constant(normal(&[5, 4], 1)?.as_detached_tensor());
         let vars = [normal(&[2, 3, 4], 2)?, normal(&[2, 4], 3)?, normal(&[5, 2], 4)?];
-        let mask = dropout_mask(&[2, 3, 4], 0.4, &mut Seed::new(5).generator(), vars[0].device())?;
-        for mask in [None, Some(mask.to_dtype(DType::F64)?)] {
-            gradients(&vars, |tape, x| linear(tape, &x[0], &weight, None, Some(low_rank(&x[1], &x[2], mask.clone()))))?;
+        for mask in [None, Some(Dropout { key: [5, 6], layer: 7, p: 0.4 })] {
+            gradients(&vars, |tape, x| linear(tape, &x[0], &weight, None, Some(low_rank(&x[1], &x[2], mask))))?;
         }
         gradients(&vars[..1], |tape, x| linear(tape, &x[0], &weight, None, None))
     }
