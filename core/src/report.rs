@@ -349,8 +349,8 @@ pub struct Ledger {
     pub post_seconds: f64,
     /// Seconds of generating the answers, when that ran.
     pub answer_seconds: f64,
-    /// The most memory that one of the three stages below held, in bytes. On the CPU it is the heap that the stage itself
-    /// asked for; null where it was not measured, as on another device.
+    /// The most memory that one of the three stages below held, in bytes: on the CPU the heap that the stage itself asked
+    /// for, on a GPU what tensors took there; null where it was not measured.
     pub peak_bytes: Option<u64>,
     /// The alignment stage's own.
     #[serde(default)]

@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde_json::json;
 use titer_core::data::Batch;
 use titer_core::defense::{Clock, StepCx, Streams};
-use titer_core::device::{device_name, parse_dtype};
+use titer_core::device::{device_name, memory_peak, parse_dtype};
 use titer_core::model::generate::{Decoding, greedy};
 use titer_core::optim::{AdamW, AdamWConfig};
 use titer_core::rng::{Seed, randn};
@@ -280,7 +280,7 @@ fn measurement(
 ) -> Result<Measurement> {
     let median = seconds[seconds.len() / 2];
     // Memory first: the peak of the machine needs some of its own.
-    let peak_bytes = process_peak().filter(|_| device.is_cpu());
+    let peak_bytes = if device.is_cpu() { process_peak() } else { memory_peak(device) };
     let peak = matmul_peak(parse_dtype(&setup.dtype, device)?.activation_dtype(device), device)?;
     Ok(Measurement {
         what: what.to_owned(),

@@ -2,8 +2,8 @@
 //!
 //! Several stages run at once, each in a thread pool of its own, so the process's own figures are everybody's, and its
 //! peak never falls. The allocator therefore counts for each pool: the bytes that its threads ask for less those that they
-//! give back. That is the heap without what the allocator adds; files that are mapped, the stacks
-//! and a device's memory are not in it.
+//! give back. That is the heap without what the allocator adds; files that are mapped and the stacks are not in it.
+//! A stage on a GPU has the peak of the GPU's memory instead, where its tensors are.
 //!
 //! A model that stays loaded counts for every stage that starts from it, as what the stage that loaded it asked for, and
 //! for no other stage. Each job has a model of its own, also where several run in one process, so that what a stage drops
@@ -13,6 +13,9 @@ use std::alloc::{GlobalAlloc, Layout};
 use std::cell::Cell;
 use std::path::{Component, Path};
 use std::sync::atomic::{AtomicIsize, AtomicU64, Ordering};
+
+use candle_core::Device;
+use titer_core::device::memory_peak;
 
 /// What the threads of a stage hold.
 #[derive(Debug)]
@@ -46,9 +49,12 @@ impl Meter {
     }
 }
 
-/// The most bytes that the stage on this thread held at once; `None` where nothing counts them: outside of the executor's
-/// pools, and with the feature `dynamic`, whose allocator is not ours.
-pub fn stage_peak() -> Option<u64> {
+/// The most bytes that the stage on this thread held at once where its tensors are. `None` where nothing counts them: on
+/// the host, outside of the executor's pools, and with the feature `dynamic`, whose allocator is not ours.
+pub fn stage_peak(device: &Device) -> Option<u64> {
+    if !device.is_cpu() {
+        return memory_peak(device);
+    }
     let peak = METER.get()?.peak.load(Ordering::Relaxed);
     u64::try_from(peak).ok().filter(|peak| *peak > 0)
 }
@@ -202,7 +208,7 @@ mod tests {
             let both = rayon::join(half, half);
             drop(both);
             drop(std::hint::black_box(vec![1u8; mib << 19]));
-            stage_peak().expect("a peak") / MIB
+            stage_peak(&Device::Cpu).expect("a peak") / MIB
         })
     }
 
@@ -269,7 +275,7 @@ mod tests {
 
     #[test]
     fn nothing_is_counted_where_no_stage_runs() {
-        assert_eq!(std::thread::spawn(stage_peak).join().expect("a thread"), None);
+        assert_eq!(std::thread::spawn(|| stage_peak(&Device::Cpu)).join().expect("a thread"), None);
         assert!(process_peak().is_none_or(|peak| peak > MIB));
     }
 }

@@ -94,7 +94,7 @@ pub trait Model: Debug + Send + Sync {
 }
 
 /// Fails on an id outside the vocabulary, before anything reads by it.
-pub(super) fn check_id(what: &str, id: u32, vocabulary: usize) -> Result<()> {
+pub(crate) fn check_id(what: &str, id: u32, vocabulary: usize) -> Result<()> {
     if (id as usize) < vocabulary {
         return Ok(());
     }

@@ -62,9 +62,10 @@ impl Matrix {
         Ok(Self::low(Storage::Half(tensor.to_dtype(dtype)?), computed))
     }
 
-    /// Quantized numbers that are computed with in the type `computed`.
-    pub(crate) fn quantized(tensor: &Tensor, kind: GgmlDType, computed: DType) -> Result<Self> {
-        Ok(Self::low(Storage::Quantized(Box::new(QTensor::quantize(tensor, kind)?)), computed))
+    /// The numbers of a tensor on the host, quantized and then brought to `device`, where they are computed with in the
+    /// type `computed`.
+    pub(crate) fn quantized(tensor: &Tensor, kind: GgmlDType, computed: DType, device: &Device) -> Result<Self> {
+        Ok(Self::low(Storage::Quantized(Box::new(QTensor::quantize_onto(tensor, kind, device)?)), computed))
     }
 
     /// The sizes.

@@ -128,7 +128,7 @@ mod tests {
             all.push(Matrix::half(&w, dtype, DType::F32)?);
         }
         for kind in [GgmlDType::Q8_0, GgmlDType::Q6K, GgmlDType::Q4K, GgmlDType::Q4_0, GgmlDType::Q4_1] {
-            all.push(Matrix::quantized(&w, kind, DType::F32)?);
+            all.push(Matrix::quantized(&w, kind, DType::F32, &Device::Cpu)?);
         }
         let (b, a) = (random([5000, 3], 2, 0.02)?, random([3, 512], 3, 0.02)?);
         let merged = all.iter().map(|w| w.plus(0.5, &b, &a)).collect::<Result<Vec<_>>>()?;
@@ -179,7 +179,7 @@ mod tests {
             }
         }
         // The last block of rows is not whole.
-        let odd = Matrix::quantized(&random([66, 512], 11, 0.02)?, GgmlDType::Q8_0, DType::F32)?;
+        let odd = Matrix::quantized(&random([66, 512], 11, 0.02)?, GgmlDType::Q8_0, DType::F32, &Device::Cpu)?;
         assert_eq!(bits(&odd.product_transposed(&x)?)?, bits(&Gemm::NT.product(&x, &odd.dense()?)?)?);
         Ok(())
     }

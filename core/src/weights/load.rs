@@ -20,7 +20,7 @@ impl Weights {
     /// # Errors
     /// The precision does not fit the model, or a tensor operation failed.
     pub fn random(params: &ParamList, seed: Seed, precision: impl Into<Precision>, device: &Device) -> Result<Self> {
-        let init = |param: &Param| -> Result<Tensor> {
+        let init = |param: &Param, device: &Device| -> Result<Tensor> {
             Ok(match param.init {
                 Init::Ones => Tensor::ones(param.shape.as_slice(), DType::F32, device)?,
                 Init::Zeros => Tensor::zeros(param.shape.as_slice(), DType::F32, device)?,
@@ -42,7 +42,7 @@ impl Weights {
         precision: impl Into<Precision>,
         device: &Device,
     ) -> Result<Self> {
-        let load = |param: &Param| -> Result<Tensor> {
+        let load = |param: &Param, device: &Device| -> Result<Tensor> {
             let bare =
                 param.name.strip_prefix("model.").filter(|bare| !checkpoint.has(&param.name) && checkpoint.has(bare));
             let name = bare.map_or_else(|| param.name.clone(), str::to_owned);
@@ -71,10 +71,10 @@ impl Weights {
         params: &ParamList,
         precision: Precision,
         device: &Device,
-        mut make: impl FnMut(&Param) -> Result<Tensor>,
+        mut make: impl FnMut(&Param, &Device) -> Result<Tensor>,
     ) -> Result<Self> {
         precision.check(params)?;
-        let base = params.iter().map(|param| precision.store(param, &make(param)?));
+        let base = params.iter().map(|param| precision.store(param, device, |device| make(param, device)));
         let (base, device, params) = (base.collect::<Result<_>>()?, device.clone(), Arc::new(params.clone()));
         Ok(Self { params, precision, device, base, lora: None, trainable: BTreeMap::new() })
     }

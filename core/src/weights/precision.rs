@@ -110,18 +110,25 @@ impl Precision {
         }
     }
 
-    /// `tensor` as the parameter `param` is stored.
-    pub(crate) fn store(self, param: &Param, tensor: &Tensor) -> Result<Matrix> {
-        let computed = self.activation_dtype(tensor.device());
+    /// What `make` gives, as the parameter `param` is stored on `device`. Blocks are made on the host: `make` is told where
+    /// the tensor is wanted.
+    pub(crate) fn store(
+        self,
+        param: &Param,
+        device: &Device,
+        make: impl FnOnce(&Device) -> Result<Tensor>,
+    ) -> Result<Matrix> {
+        let computed = self.activation_dtype(device);
         self.check_param(param)?;
         if let Some(kind) = self.quantization_of(param) {
-            return Matrix::quantized(tensor, kind, computed);
+            return Matrix::quantized(&make(&Device::Cpu)?, kind, computed, device);
         }
+        let tensor = make(device)?;
         let dtype = if let Self::Plain(dtype) = self { dtype } else { DType::BF16 };
         if dtype == computed || param.shape.len() < 2 {
             return Ok(Matrix::Dense(tensor.to_dtype(computed)?));
         }
-        Matrix::half(tensor, dtype, computed)
+        Matrix::half(&tensor, dtype, computed)
     }
 }
 

@@ -12,7 +12,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use titer_core::data::Batch;
-use titer_core::defense::toolkit::{Kept, check_strength, label_rows, log_softmax};
+use titer_core::defense::toolkit::{Kept, check_strength, label_log_probabilities, label_rows};
 use titer_core::tensor::ops;
 use titer_core::{
     AlignmentDefense, DefenseEntry, Privilege, Quirk, Result, Scalar, SettingsType, Sites, Stage, StageCx, State,
@@ -118,7 +118,7 @@ impl ConstrainedSft {
 /// The log-probability of each label of `batch` under the head of `weights`, `[labels]`, given hidden states.
 fn log_likelihood(cx: &mut StepCx, weights: &Weights, hidden: &Tensor, batch: &Batch) -> Result<Tensor> {
     let logits = cx.logits_with(weights, &label_rows(hidden, batch)?)?;
-    Ok(log_softmax(&logits, 1)?.gather(&batch.targets.unsqueeze(1)?, 1)?.squeeze(1)?)
+    label_log_probabilities(&logits, batch)
 }
 
 impl AlignmentDefense for ConstrainedSft {

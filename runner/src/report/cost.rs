@@ -10,8 +10,8 @@ use super::table::MethodRows;
 use crate::names::visible_json;
 
 /// What the peaks are, for the foot of a table.
-pub(super) const PEAK_NOTE: &str = "Peak memory is the heap that the stage itself asked for on the CPU, whatever ran \
-                                    beside it; a dash where there is no such stage or another device was used.";
+pub(super) const PEAK_NOTE: &str = "Peak memory is the heap that the stage itself asked for, whatever ran beside it, or on a \
+                                    GPU what its tensors took there; a dash where there is no such stage.";
 
 /// One method's costs, as means over its rows, ready to be shown.
 #[derive(Debug, Serialize)]

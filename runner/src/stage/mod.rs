@@ -23,7 +23,7 @@ use serde::de::DeserializeOwned;
 use titer_core::causal_lm::model_files;
 use titer_core::data::Stream;
 use titer_core::defense::{Ancestry, Streams};
-use titer_core::device::parse_dtype;
+use titer_core::device::{parse_dtype, restart_memory_peak};
 use titer_core::rng::Seed;
 use titer_core::text::{Encoder, Template, Tokenizer};
 use titer_core::weights::checkpoint::Checkpoint;
@@ -122,6 +122,7 @@ impl Stages {
         // At the level of errors, so that every line of a stage says whose it is.
         let _span = tracing::error_span!("stage", key = &stage.key[..8], label = stage.label).entered();
         tracing::info!("begins");
+        restart_memory_peak(&self.device);
         write_json(&io.output.join(IDENTITY), &stage.manifest)?;
         match &stage.spec {
             StageSpec::Pretrain(spec) => pretrain::run(self, spec, io),

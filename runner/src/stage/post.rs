@@ -31,7 +31,7 @@ pub(super) fn run(stages: &Stages, spec: &PostSpec, io: &mut StageIo) -> Result<
     defense.begin(&mut cx)?;
     defense.finish(&mut cx)?;
     save(&base, io)?;
-    let peak_bytes = stage_peak().filter(|_| stages.device.is_cpu());
+    let peak_bytes = stage_peak(&stages.device);
     let record = TrainRecord { seconds: begun.elapsed().as_secs_f64(), peak_bytes, ..TrainRecord::default() };
     write_json(&io.output.join(RECORD), &record)
 }

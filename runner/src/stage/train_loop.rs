@@ -62,7 +62,7 @@ pub struct TrainRecord {
     pub passes: usize,
     /// Seconds of training, over all runs that took part.
     pub seconds: f64,
-    /// The most memory that the stage held on the CPU, over all runs that took part; absent on another device.
+    /// The most memory that the stage held where its tensors are, over all runs that took part; absent if not measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peak_bytes: Option<u64>,
 }
@@ -179,7 +179,7 @@ impl Training<'_> {
             watch.step(step, record.loss.last().copied());
             if save {
                 record.seconds = spent + begun.elapsed().as_secs_f64();
-                record.peak_bytes = record.peak_bytes.max(self.peak_bytes());
+                record.peak_bytes = record.peak_bytes.max(stage_peak(self.weights.device()));
                 watch.save(step, &|folder| self.store(folder, step, &optimizer, &record))?;
             }
             if stop {
@@ -188,13 +188,8 @@ impl Training<'_> {
         }
         self.with_stage(total, total, |defense, cx| defense.finish(cx))?;
         record.seconds = spent + begun.elapsed().as_secs_f64();
-        record.peak_bytes = record.peak_bytes.max(self.peak_bytes());
+        record.peak_bytes = record.peak_bytes.max(stage_peak(self.weights.device()));
         Ok(record)
-    }
-
-    /// The host's memory says nothing about a stage that works on another device.
-    fn peak_bytes(&self) -> Option<u64> {
-        stage_peak().filter(|_| self.weights.device().is_cpu())
     }
 
     /// The micro batches of the next step.

@@ -408,6 +408,14 @@ macro_rules! functions {
 }
 
 functions! {
+    /// A part of the library's version. It needs neither a handle nor a context.
+    fn cublasGetProperty(part: c_int, value: *mut c_int) {
+        count(&mut device().counts.calls, "cublasGetProperty");
+        // SAFETY: valid by the function's contract.
+        unsafe { *value = if part == 0 { 13 } else { 0 } };
+        OK
+    }
+
     /// Makes a handle, unless the environment says that there is no cuBLAS.
     fn cublasCreate_v2(handle: *mut u64) {
         let mut device = device();

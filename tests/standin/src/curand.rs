@@ -24,6 +24,19 @@ pub unsafe extern "C" fn curandCreateGenerator(generator: *mut u64, _kind: c_int
     called("curandCreateGenerator")
 }
 
+/// Its version.
+///
+/// # Safety
+///
+/// `version` can be written.
+#[unsafe(no_mangle)]
+#[allow(non_snake_case, reason = "the library's name")]
+pub unsafe extern "C" fn curandGetVersion(version: *mut c_int) -> c_int {
+    // SAFETY: promised by the caller.
+    unsafe { *version = 10400 };
+    called("curandGetVersion")
+}
+
 macro_rules! functions {
     ($($(#[$doc:meta])* fn $name:ident($($argument:ident: $ty:ty),*);)*) => { $(
         $(#[$doc])*

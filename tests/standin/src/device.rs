@@ -3,6 +3,7 @@
 
 use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
+use std::fs::File;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
@@ -20,6 +21,7 @@ pub mod code {
     pub const OK: i32 = 0;
     pub const INVALID_VALUE: i32 = 1;
     pub const OUT_OF_MEMORY: i32 = 2;
+    pub const UNAVAILABLE: i32 = 46;
     pub const NO_DEVICE: i32 = 100;
     pub const INVALID_DEVICE: i32 = 101;
     pub const INVALID_CONTEXT: i32 = 201;
@@ -145,6 +147,8 @@ pub struct Device {
     /// The error that every call gives after a fault.
     pub sticky: i32,
     handles: u64,
+    /// The lock of a device that serves one process at a time.
+    lock: Option<File>,
     pool: Vec<Registers>,
     planted: bool,
 }
@@ -193,6 +197,7 @@ impl Device {
             counts: Counts::default(),
             sticky: code::OK,
             handles: 0x1000,
+            lock: None,
             pool: Vec::new(),
             planted: false,
             settings,
@@ -201,6 +206,15 @@ impl Device {
             device.finding(&wrong);
         }
         device
+    }
+
+    /// Whether this process may have a context: another one may have it, on a device that serves one at a time.
+    pub fn lock_for_this_process(&mut self) -> bool {
+        let Some(path) = &self.settings.exclusive else { return true };
+        if self.lock.is_none() {
+            self.lock = File::create(path).ok().filter(|file| file.try_lock().is_ok());
+        }
+        self.lock.is_some()
     }
 
     pub fn handle(&mut self) -> u64 {
@@ -453,6 +467,12 @@ impl Device {
                 there = false;
             }
             Some(Plant::Barrier { .. }) => kernel.dropped = Dropped::All,
+            Some(Plant::Lose { file, .. }) => {
+                there = File::create_new(file).is_ok();
+                if there {
+                    self.sticky = code::ILLEGAL_ADDRESS;
+                }
+            }
             Some(Plant::Beta(_)) | None => {}
         }
         if there {

@@ -149,7 +149,9 @@ functions! {
 
     /// The context of a device.
     fn cuDevicePrimaryCtxRetain(context: *mut u64, device: c_int) {
-        drop(called("cuDevicePrimaryCtxRetain"));
+        if !called("cuDevicePrimaryCtxRetain").lock_for_this_process() {
+            return Ok(UNAVAILABLE);
+        }
         Ok(give(context, FIRST_CONTEXT + device as u64))
     }
 

@@ -24,6 +24,8 @@ pub enum Plant {
     Beta(f32),
     /// Threads do not wait for each other.
     Barrier { kernel: String },
+    /// The device is lost at the launch, unless the file is there: it is made then, so that only one process loses it.
+    Lose { kernel: String, file: PathBuf },
 }
 
 impl Plant {
@@ -44,6 +46,7 @@ impl Plant {
             }
             ["beta", value] => Plant::Beta(value.parse().ok()?),
             ["barrier", kernel] => Plant::Barrier { kernel: kernel.into() },
+            ["lose", kernel, file] => Plant::Lose { kernel: kernel.into(), file: file.into() },
             _ => return None,
         })
     }
@@ -56,7 +59,8 @@ impl Plant {
             | Plant::Grid { kernel, .. }
             | Plant::Block { kernel, .. }
             | Plant::Shrink { kernel, .. }
-            | Plant::Barrier { kernel } => Some(kernel),
+            | Plant::Barrier { kernel }
+            | Plant::Lose { kernel, .. } => Some(kernel),
             Plant::Beta(_) => None,
         }
     }
@@ -88,6 +92,8 @@ pub struct Settings {
     pub driver: u32,
     pub devices: u32,
     pub memory: usize,
+    /// A file that a process locks as long as it has a context: the device serves one process at a time.
+    pub exclusive: Option<PathBuf>,
     pub no_cublas: bool,
     pub eager: bool,
     pub dry: bool,
@@ -136,6 +142,7 @@ impl Settings {
             driver,
             devices,
             memory,
+            exclusive: get("STANDIN_EXCLUSIVE").map(PathBuf::from),
             no_cublas: is_set("STANDIN_NO_CUBLAS"),
             eager: is_set("STANDIN_EAGER"),
             dry: is_set("STANDIN_DRY"),
@@ -194,7 +201,7 @@ mod tests {
         let plant = |text: &str| with(&[("STANDIN_PLANT", text)]).plant;
         assert_eq!(plant("add norm 3 -1"), Some(Plant::Add { kernel: "norm".into(), param: 3, number: -1 }));
         assert_eq!(plant("beta 1"), Some(Plant::Beta(1.0)));
-        for text in ["swap k 1 2", "free k 1", "grid k -1", "block k 64", "shrink k 0 4", "barrier k"] {
+        for text in ["swap k 1 2", "free k 1", "grid k -1", "block k 64", "shrink k 0 4", "barrier k", "lose k f"] {
             assert!(plant(text).is_some(), "{text}");
         }
         assert_eq!(plant("swap k 1"), None);

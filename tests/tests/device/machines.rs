@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Output;
 
 use anyhow::{Context, Result, ensure};
-use titer_tests::cli::{stderr, titer};
+use titer_tests::cli::{small, stderr, titer};
 
 use crate::standin::{DEVICE, alone, standin_folder};
 
@@ -124,6 +124,37 @@ fn a_device_is_chosen_by_its_number() -> Result<()> {
 #[ignore = "needs the stand-in: see .ci/device"]
 fn too_little_memory_is_told_with_a_remedy() -> Result<()> {
     is_refused("cuda", &[("STANDIN_MEMORY", "1000000")], &["memory", "batch_size", "checkpointing"])
+}
+
+#[test]
+#[ignore = "needs the stand-in: see .ci/device"]
+fn doctor_lists_the_devices() -> Result<()> {
+    let said = doctor(&[("STANDIN_DEVICES", "2"), ("STANDIN_CC", "8.6"), ("STANDIN_MEMORY", "1073741824")])?;
+    let listed = |index| format!("cuda:{index} CUDA stand-in 8.6, compute capability 8.6, 1024 MiB");
+    ensure!(said.contains(&listed(0)) && said.contains(&listed(1)), "{said}");
+    Ok(())
+}
+
+/// A run leaves the device to its workers: where it serves one process at a time, they could not open it otherwise. Several
+/// cannot, and are told why.
+#[test]
+#[ignore = "needs the stand-in: see .ci/device"]
+fn a_device_may_serve_one_process_at_a_time() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let lock = folder.path().join("lock");
+    let held = std::fs::File::create(&lock)?;
+    let exclusive = [("STANDIN_EXCLUSIVE", lock.to_str().context("a path")?)];
+    let config = small(folder.path(), &[("steps = 40, batch_size = 4", "steps = 2, batch_size = 2")]);
+    let mut command = titer();
+    command
+        .args(["pretrain", "--device", "cuda", "--store"])
+        .arg(folder.path().join("store"))
+        .arg(&config)
+        .envs(exclusive);
+    let output = command.output()?;
+    ensure!(output.status.success(), "{}", stderr(&output));
+    held.lock()?;
+    is_refused("cuda", &exclusive, &["cannot be opened", "nvidia-smi"])
 }
 
 /// They would share one handle of cuBLAS.

@@ -5,7 +5,7 @@ use std::process::Output;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use titer_tests::cli::{SMALL, answers, results, run, stderr};
+use titer_tests::cli::{SMALL, answers, results, run, stderr, titer};
 
 /// How far two losses may be apart, as a share.
 const LOSS: f64 = 1e-5;
@@ -168,6 +168,42 @@ fn runs_that_are_killed_or_shared_end_in_the_same_bits() -> Result<()> {
     let shared = Run::new(&small()?)?;
     shared.to_the_end("cuda", &["--jobs", "2"])?;
     same(&shared)
+}
+
+/// An error of the device is for good in its process: the stage that met it fails, all others run in another process.
+#[test]
+#[ignore = "needs a device: see .ci/device"]
+fn a_worker_that_lost_its_device_is_replaced() -> Result<()> {
+    let run = Run::new(&small()?)?;
+    let pretrain = ["--device", "cuda", "--store"];
+    let mut command = titer();
+    command.arg("pretrain").args(pretrain).arg(run.folder.path().join("store")).arg(&run.config);
+    ensure!(command.status()?.success());
+    let lose = format!("lose cross_entropy {}", run.folder.path().join("lost").display());
+    let output = run.command("cuda", &["--jobs", "1"]).env("STANDIN_PLANT", lose).output()?;
+    let results = results(&run.out());
+    let count = |key: &str| results[key].as_array().map_or(0, Vec::len);
+    let said = stderr(&output);
+    ensure!(said.contains("device is lost") && count("failures") > 0 && count("rows") > 0, "{said}\n{results:#}");
+    Ok(())
+}
+
+/// A stage tells what its tensors took on the device.
+#[test]
+#[ignore = "needs a device: see .ci/device"]
+fn the_ledger_has_the_memory_of_the_device() -> Result<()> {
+    let run = Run::new(&small()?)?;
+    run.to_the_end("cuda", &[])?;
+    let text = std::fs::read_to_string(run.out().join("results.json"))?;
+    let results: Value = serde_json::from_str(&text)?;
+    for row in results["rows"].as_array().context("rows")? {
+        let peak = |stage: &str| row["ledger"][stage].as_u64().with_context(|| format!("no {stage} in {row:#}"));
+        // Two blocks of 32 wide with some hundred tokens: less than the process, more than the weights.
+        for bytes in [peak("align_peak_bytes")?, peak("fine_tune_peak_bytes")?] {
+            ensure!((1 << 17..64 << 20).contains(&bytes), "{bytes} bytes");
+        }
+    }
+    Ok(())
 }
 
 /// The loss of the only step is finite, and what its update leaves is not.

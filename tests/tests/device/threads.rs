@@ -4,6 +4,7 @@ use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Tensor};
 use titer_core::Weights;
 use titer_core::data::{Batch, Example};
+use titer_core::defense::toolkit::label_log_probabilities;
 use titer_core::rng::Seed;
 use titer_tests::{build, variants};
 
@@ -73,6 +74,11 @@ fn ids_outside_the_vocabulary_are_told() -> Result<()> {
         let said = outside(tokens)?;
         ensure!(said.contains("900000") && said.contains("vocabulary of 23"), "{said}");
     }
+    // So does a loss that gathers by labels itself.
+    let batch = Batch::collate(&[&Example { tokens: vec![1, 2, 900_000], first_label: 1 }], 0, &device)?;
+    let logits = Tensor::zeros((2, 23), DType::F32, &device)?;
+    let error = label_log_probabilities(&logits, &batch).err().context("no error")?;
+    ensure!(error.to_string().contains("900000"), "{error}");
     // The device works on.
     ensure!(Tensor::new(&[1f32], &device)?.to_vec1::<f32>()? == [1.]);
     Ok(())

@@ -14,5 +14,5 @@ pub mod settings;
 
 pub use dot::dot;
 pub use kept::{Kept, pull};
-pub use likelihood::{label_rows, log_softmax, wide};
+pub use likelihood::{label_log_probabilities, label_rows, log_softmax, wide};
 pub use settings::{MicroBatches, Reduction, check_fraction, check_strength};

@@ -328,6 +328,45 @@ KERNEL(activation_bwd, (In<T> x, In<T> g, Out<T> dx, u64 n, u32 kind), (x, g, dx
     }
 }
 
+// --- Dropout ---
+
+// The random words of the numbers 4 counter .. 4 counter + 3 of a layer, by Philox4x32-10 (Salmon et al. 2011), as
+// core/kernels/src/dropout.rs computes them on the host.
+struct Words {
+    u32 of[4];
+};
+
+__device__ __forceinline__ Words philox(u32 key0, u32 key1, u32 layer, u64 counter) {
+    Words state = {{u32(counter), u32(counter >> 32), layer, 0}};
+#pragma unroll
+    for (u32 round = 0; round < 10; round++) {
+        const u64 even = u64(state.of[0]) * 0xd2511f53u;
+        const u64 odd = u64(state.of[2]) * 0xcd9e8d57u;
+        state = {{u32(odd >> 32) ^ state.of[1] ^ key0, u32(odd), u32(even >> 32) ^ state.of[3] ^ key1, u32(even)}};
+        key0 += 0x9e3779b9u;
+        key1 += 0xbb67ae85u;
+    }
+    return state;
+}
+
+// y = m ∘ x, or y += m ∘ x if `add` is not 0, where m is 0 for numbers whose random word is less than the threshold,
+// and else `factor`.
+KERNEL(dropout,
+       (In<T> x, Out<T> y, u64 n, u32 key0, u32 key1, u32 layer, u32 threshold, float factor, u32 add),
+       (x, y, n, key0, key1, layer, threshold, factor, add)) {
+    FOR_GRID(counter, (n + 3) / 4) {
+        const Words words = philox(key0, key1, layer, counter);
+#pragma unroll
+        for (u32 word = 0; word < 4; word++) {
+            const u64 i = 4 * counter + word;
+            if (i < n) {
+                const float kept = words.of[word] < threshold ? 0.0f : load(x, i) * factor;
+                store(y, i, add != 0 ? load(y, i) + kept : kept);
+            }
+        }
+    }
+}
+
 // --- Softmax ---
 
 // The slots that a query sees.

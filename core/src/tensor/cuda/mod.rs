@@ -3,7 +3,7 @@
 //!
 //! | file | what it holds |
 //! |---|---|
-//! | `open` | opening a device, and a test that kernels run |
+//! | `open` `memory` | finding and opening a device, and a test that kernels run; its pool of memory |
 //! | `launch` | arguments of kernels, fresh tensors, the launch itself |
 //! | `operators` | operators that are one or two kernels |
 //! | `optimizer` | norms, clipping and AdamW, over many tensors at once |
@@ -15,6 +15,7 @@
 
 mod attention;
 mod launch;
+mod memory;
 mod open;
 mod operators;
 mod optimizer;
@@ -22,10 +23,12 @@ mod products;
 
 pub(super) use attention::{attention, attention_backward};
 pub(super) use launch::fresh;
-pub(crate) use open::{is_present, open};
+pub(crate) use memory::{memory_peak, restart_memory_peak};
+pub(crate) use open::{find, is_present, list, open};
 pub(super) use operators::{
-    activation, activation_backward, add_assign, add_bias, cache_write, cross_entropy, layer_norm, layer_norm_backward,
-    mean, rms_norm, rms_norm_backward, rotate, scatter_rows, sum_rows, swiglu, swiglu_backward,
+    activation, activation_backward, add_assign, add_bias, add_dropout, cache_write, cross_entropy, dropout,
+    layer_norm, layer_norm_backward, mean, rms_norm, rms_norm_backward, rotate, scatter_rows, sum_rows, swiglu,
+    swiglu_backward,
 };
 pub(super) use optimizer::{adamw, at_most, clip_factor, norm};
 pub(super) use products::{gemm, gemm_add};

@@ -1,14 +1,16 @@
-//! Opens a device: one stream, the pool of memory, and a test that kernels run.
+//! Finds devices, and opens one: one stream, the pool of memory, and a test that kernels run.
 
 use std::collections::BTreeMap;
 use std::ffi::CStr;
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::cuda_backend::cudarc::cublas::sys as blas;
-use candle_core::cuda_backend::cudarc::driver::result::{device as driver_device, mem_pool};
+use candle_core::cuda_backend::cudarc::curand::sys as random;
+use candle_core::cuda_backend::cudarc::driver::result::device as driver_device;
 use candle_core::cuda_backend::cudarc::driver::{DriverError, result, sys};
 use candle_core::{DType, Device, Tensor};
 
+use super::memory::keep_memory;
 use super::operators::add_assign;
 use crate::error::{Error, Result};
 
@@ -35,23 +37,37 @@ pub(crate) fn open(index: usize) -> Result<Device> {
     Ok(device)
 }
 
-fn open_anew(index: usize) -> Result<Device> {
+/// The compute capability of device `index`, if it can be used. It is not opened.
+pub(crate) fn find(index: usize) -> Result<(i32, i32)> {
     result::init().map_err(|error| failed(error, DRIVER_HELP))?;
-    let ordinal = i32::try_from(index).unwrap_or(i32::MAX);
-    let handle = driver_device::get(ordinal).map_err(|error| failed(error, "`titer doctor` lists the devices"))?;
+    let handle = handle(index).map_err(|error| failed(error, "`titer doctor` lists the devices"))?;
     check_driver()?;
-    check_capability(handle)?;
+    let found = capability(handle).map_err(|error| failed(error, DRIVER_HELP))?;
+    if found < CAPABILITY {
+        let [(major, minor), (least, part)] = [found, CAPABILITY];
+        return Err(Error::device(format!(
+            "the GPU has compute capability {major}.{minor}, and {least}.{part} is needed"
+        ))
+        .help("use a GPU of the generation Ampere (A100, RTX 30) or newer, or use --device cpu"));
+    }
+    check_libraries()?;
+    Ok(found)
+}
+
+fn handle(index: usize) -> Result<sys::CUdevice, DriverError> {
+    driver_device::get(i32::try_from(index).unwrap_or(i32::MAX))
+}
+
+fn open_anew(index: usize) -> Result<Device> {
+    find(index)?;
     let device = Device::new_cuda_with_stream(index).map_err(|error| {
-        let library = missing_library(&error);
-        let error = Error::device("the CUDA libraries cannot be used").source(error);
-        match library {
-            Some(text) => error.at("library", text).help(LIBRARY_HELP),
-            None => error.help(DRIVER_HELP),
-        }
+        Error::device("the GPU cannot be opened").source(error).help(
+            "another process may hold all of its memory, or the GPU itself: `nvidia-smi` tells; or use --device cpu",
+        )
     })?;
     // SAFETY: there is one stream, so no event is needed to order what tensors are used for.
     unsafe { device.as_cuda_device()?.disable_event_tracking() };
-    keep_memory(handle).map_err(|error| failed(error, DRIVER_HELP))?;
+    keep_memory(&device).map_err(|error| failed(error, DRIVER_HELP))?;
     self_test(&device).map_err(|error| {
         let help = "the kernels do not run on this GPU with this driver: update the driver, or use --device cpu";
         Error::device("the first kernels failed").source(error).help(help)
@@ -61,7 +77,7 @@ fn open_anew(index: usize) -> Result<Device> {
 
 const DRIVER_HELP: &str = "check the driver with `nvidia-smi`, or use --device cpu";
 const LIBRARY_HELP: &str = "install the CUDA libraries (`pip install nvidia-cublas-cu12 nvidia-curand-cu12`), or name their \
-                            folder in LD_LIBRARY_PATH, or free the GPU's memory if it is full, or use --device cpu";
+                            folder in LD_LIBRARY_PATH, or use --device cpu";
 
 fn failed(error: DriverError, help: &str) -> Error {
     Error::device("the CUDA driver refuses").source(error).help(help)
@@ -80,51 +96,50 @@ fn check_driver() -> Result<()> {
         .help("install driver 525 or newer, or use --device cpu"))
 }
 
-/// Fails unless the kernels are made for this generation of GPUs.
-fn check_capability(handle: sys::CUdevice) -> Result<()> {
+fn capability(handle: sys::CUdevice) -> Result<(i32, i32), DriverError> {
     use sys::CUdevice_attribute::{
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
     };
     // SAFETY: a device of the driver.
     let read = |attribute| unsafe { driver_device::get_attribute(handle, attribute) };
-    let found = (|| Ok((read(MAJOR)?, read(MINOR)?)))().map_err(|error| failed(error, DRIVER_HELP))?;
-    if found >= CAPABILITY {
-        return Ok(());
-    }
-    let [(major, minor), (least, part)] = [found, CAPABILITY];
-    Err(Error::device(format!("the GPU has compute capability {major}.{minor}, and {least}.{part} is needed"))
-        .help("use a GPU of the generation Ampere (A100, RTX 30) or newer, or use --device cpu"))
+    Ok((read(MAJOR)?, read(MINOR)?))
 }
 
-/// What the loader says of a library that `error` may come from.
-fn missing_library(error: &candle_core::Error) -> Option<String> {
-    let text = error.to_string();
-    if text.contains("CURAND_STATUS") {
-        return Some("libcurand.so.10".to_owned());
+/// Fails unless cuBLAS and cuRAND, which candle opens a device with, can be loaded.
+fn check_libraries() -> Result<()> {
+    let mut version = 0;
+    // SAFETY: a place for the version; without the library, the call answers an error.
+    let status = unsafe { blas::cublasGetProperty(blas::libraryPropertyType::MAJOR_VERSION, &raw mut version) };
+    if status != blas::cublasStatus_t::CUBLAS_STATUS_SUCCESS {
+        // SAFETY: the text is constant. Without the library, it is what the loader says.
+        let text = unsafe { CStr::from_ptr(blas::cublasGetStatusString(status)) };
+        return Err(missing("cuBLAS", &text.to_string_lossy()));
     }
-    if !text.contains("NOT_INITIALIZED") {
-        return None;
+    // SAFETY: as above.
+    let status = unsafe { random::curandGetVersion(&raw mut version) };
+    if status != random::curandStatus_t::CURAND_STATUS_SUCCESS {
+        return Err(missing("cuRAND", "libcurand.so.10"));
     }
-    // SAFETY: the text is constant.
-    let text = unsafe {
-        let text = blas::cublasGetStatusString(blas::cublasStatus_t::CUBLAS_STATUS_NOT_INITIALIZED);
-        if text.is_null() {
-            return None;
-        }
-        CStr::from_ptr(text)
+    Ok(())
+}
+
+fn missing(library: &str, text: &str) -> Error {
+    Error::device(format!("{library} cannot be loaded")).at("library", text).help(LIBRARY_HELP)
+}
+
+/// The devices by number, each with its name, compute capability and memory.
+pub(crate) fn list() -> Vec<String> {
+    let count = result::init().and_then(|()| driver_device::get_count()).unwrap_or(0);
+    let describe = |index: i32| -> Result<String, DriverError> {
+        let handle = driver_device::get(index)?;
+        let (name, (major, minor)) = (driver_device::get_name(handle)?, capability(handle)?);
+        // SAFETY: a device of the driver.
+        let bytes = unsafe { driver_device::total_mem(handle)? };
+        Ok(format!("cuda:{index} {name}, compute capability {major}.{minor}, {} MiB", bytes >> 20))
     };
-    Some(text.to_string_lossy().into_owned())
-}
-
-/// Lets the driver's pool keep what is freed: by default it is given back at every wait, and mapped anew.
-fn keep_memory(handle: sys::CUdevice) -> Result<(), DriverError> {
-    let mut all = u64::MAX;
-    // SAFETY: the attribute is a number of 64 bits.
-    unsafe {
-        let pool = driver_device::get_default_mem_pool(handle)?;
-        let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-        mem_pool::set_attribute(pool, attribute, (&raw mut all).cast())
-    }
+    (0..count)
+        .map(|index| describe(index).unwrap_or_else(|error| format!("cuda:{index} does not answer: {error}")))
+        .collect()
 }
 
 /// Fails unless a kernel of Titer and one of candle give the right numbers.

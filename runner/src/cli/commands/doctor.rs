@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::path::PathBuf;
 
 use titer_core::arithmetic::{self, Arithmetic};
-use titer_core::device::{device_name, parse_device};
+use titer_core::device::{DeviceChoice, device_name, gpus, parse_device};
 use titer_core::registry::all;
 use titer_core::{DefenseEntry, JudgeEntry, ModelEntry, Result, TaskEntry};
 
@@ -41,7 +41,8 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
         (false, None) => "not built in; no driver is installed".into(),
     };
     let cores = std::thread::available_parallelism().map_or_else(|_| "unknown".into(), |cores| cores.to_string());
-    let identity = |arithmetic| arithmetic::identity(arithmetic, &candle_core::Device::Cpu);
+    let identity = |arithmetic| arithmetic::identity(arithmetic, DeviceChoice::Cpu);
+    let gpus = gpus();
     let plugins = format!(
         "{} defenses, {} models, {} tasks, {} judges",
         all::<DefenseEntry>()?.len(),
@@ -55,6 +56,7 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
         ("cores", cores),
         ("memory", memory().unwrap_or_else(|| "unknown".into())),
         ("cuda", cuda),
+        ("gpus", if gpus.is_empty() { "none that can be used".to_owned() } else { gpus.join("\n             ") }),
         ("device auto", device_name(&parse_device("auto")?)),
         ("arithmetic", format!("{}; {}", identity(Arithmetic::Portable), identity(Arithmetic::Native))),
         ("plugins", plugins),

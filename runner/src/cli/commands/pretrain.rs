@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use titer_core::device::parse_device;
+use titer_core::device::DeviceChoice;
 use titer_core::{Error, Kind};
 
 use super::{ConfigArgs, Done};
@@ -37,7 +37,7 @@ pub fn run(args: &Args, logging: Logging) -> Result<Done, Problems> {
         let error = Error::config("the experiment pretrains no model").key("base");
         return Err(loaded.source.locate("", error.help("add [base.pretrain]")).into());
     }
-    let device = parse_device(&loaded.config.device).map_err(|error| loaded.source.locate("", error))?;
+    let device = DeviceChoice::of(&loaded.config.device).map_err(|error| loaded.source.locate("", error))?;
     // Several on one GPU would only compete for its memory.
     let jobs = Jobs::new((!device.is_cpu()).then_some(1));
     let interrupt = Interrupt::default();

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use titer_core::device::{device_name, parse_device, parse_dtype};
+use titer_core::device::{DeviceChoice, parse_dtype_for};
 use titer_core::report::{Provenance, Results};
 use titer_core::{Error, Kind};
 
@@ -46,13 +46,12 @@ pub struct Args {
 pub fn run(args: &Args, logging: Logging) -> Result<Done, Problems> {
     let (loaded, plan, store) = args.config.prepare(args.device.as_deref())?;
     let config = &loaded.config;
-    let device = parse_device(&config.device).map_err(|error| loaded.source.locate("", error))?;
-    parse_dtype(&config.dtype, &device).map_err(|error| loaded.source.locate("", error))?;
+    let device = DeviceChoice::of(&config.device).map_err(|error| loaded.source.locate("", error))?;
+    parse_dtype_for(&config.dtype, device.is_cpu()).map_err(|error| loaded.source.locate("", error))?;
     let out = args.out.clone().unwrap_or_else(|| Path::new("runs").join(&config.experiment));
     let interrupt = Interrupt::default();
     interrupt.on_signals()?;
     let folder = OutputFolder::open(&out, &config.experiment, &interrupt)?;
-    let device_name = device_name(&device);
     // Stages on one GPU would only compete for its memory, and large models on the CPU for its caches.
     let alone = !device.is_cpu() || plan.stages.iter().any(|stage| matches!(stage.spec, StageSpec::Load(_)));
     let jobs = Jobs::new(args.jobs.map(usize::from).or(alone.then_some(1)));
@@ -71,14 +70,14 @@ pub fn run(args: &Args, logging: Logging) -> Result<Done, Problems> {
     let sink = Fanout(vec![&journal, &*progress]);
     let outcome = if args.in_process {
         memory::share(jobs.count);
-        let stages = Stages::new(&plan.runtime, device);
+        let stages = Stages::new(&plan.runtime, device.open()?);
         let crew = InProcess { store: &store, runner: &stages, threads: jobs.threads };
         execute(&plan, &store, &crew, &sink, &interrupt, jobs.count)
     } else {
         let crew = Processes { plan: &plan, store: &store, jobs, logging };
         execute(&plan, &store, &crew, &sink, &interrupt, jobs.count)
     };
-    let provenance = Provenance { started, ..provenance::of(&loaded, &plan, &device_name)? };
+    let provenance = Provenance { started, ..provenance::of(&loaded, &plan, &device.to_string())? };
     let assemble = |out: &Path| results::assemble(&plan, &config.published, provenance, &store, &outcome, out);
     if outcome.interrupted {
         let told = match folder.write_partial(&interrupt, assemble) {

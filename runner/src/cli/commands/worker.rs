@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::channel;
 
-use titer_core::device::parse_device;
+use titer_core::device::DeviceChoice;
 use titer_core::event::{Event, Sink};
 use titer_core::{Error, Result, arithmetic};
 
@@ -105,13 +105,13 @@ fn read(path: &Path) -> Result<Plan> {
 fn open(runtime: &Runtime, expected: &str) -> Result<Stages> {
     runtime.plugins.iter().try_for_each(plugins::load)?;
     arithmetic::choose(runtime.arithmetic);
-    let device = parse_device(&runtime.device)?;
-    let ours = arithmetic::identity(runtime.arithmetic, &device);
+    let device = DeviceChoice::of(&runtime.device)?;
+    let ours = arithmetic::identity(runtime.arithmetic, device);
     if expected != ours {
         return Err(Error::device(format!("the plan is for the arithmetic `{expected}`, this machine has `{ours}`"))
             .help("make the plan on this machine, or choose the device with --device"));
     }
-    Ok(Stages::new(runtime, device))
+    Ok(Stages::new(runtime, device.open()?))
 }
 
 /// The stage that `key` names with all that it builds on. Each must be what its key says.

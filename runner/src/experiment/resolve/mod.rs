@@ -13,7 +13,7 @@ mod training;
 
 use std::path::{Component, Path};
 
-use titer_core::device::parse_device;
+use titer_core::device::DeviceChoice;
 use titer_core::report::Input;
 use titer_core::text::Template;
 use titer_core::weights::LoraConfig;
@@ -143,10 +143,10 @@ impl Resolver<'_> {
         cells <= bounds::CELLS
     }
 
-    /// What decides the rounding. A device that cannot be opened here has keys of its own: its numbers are not ours.
+    /// What decides the rounding. A device that cannot be used here has keys of its own: its numbers are not ours.
     fn arithmetic(&mut self, config: &Config) -> String {
-        match parse_device(&config.device) {
-            Ok(device) => arithmetic::identity(config.arithmetic, &device),
+        match DeviceChoice::of(&config.device) {
+            Ok(device) => arithmetic::identity(config.arithmetic, device),
             Err(error) if error.kind() == Kind::Device => format!("{} (not opened)", config.device),
             Err(error) => {
                 self.take::<()>("", Err(error));
