@@ -137,7 +137,7 @@ pub struct Measurement {
     pub seconds_min: f64,
     /// Tokens trained on or generated, per second.
     pub tokens_per_second: f64,
-    /// The most memory the process held, which did nothing else; absent on another device than the CPU.
+    /// The most memory the process held, which did nothing else; on a GPU, what tensors took there.
     pub peak_bytes: Option<u64>,
     /// Arithmetic that the method asks for (no recomputation, no padding), per second.
     pub flops_per_second: f64,
@@ -156,13 +156,16 @@ pub fn step(
     setup: &Setup,
     method: &str,
     settings: &Settings,
+    dropout: f32,
     checkpointing: bool,
     device: &Device,
 ) -> Result<Measurement> {
     let (model, mut weights) = random_model(setup, device)?;
     let entry = registry::find::<DefenseEntry>(method)?;
     let mut defense = (entry.build)(settings)?;
-    weights.train_lora(&LoraConfig::default(), Seed::new(1))?;
+    let lora = LoraConfig { dropout, ..LoraConfig::default() };
+    lora.check()?;
+    weights.train_lora(&lora, Seed::new(1))?;
     let batch = random_batch(model.as_ref(), setup, device)?;
     let mut optimizer = AdamW::new(AdamWConfig::default());
     let (mut passes, mut at) = (0, 0);

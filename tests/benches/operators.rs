@@ -66,7 +66,7 @@ fn operators(criterion: &mut Criterion) {
                 });
             });
         });
-        let rotation = Rope::new(&Rope::frequencies(head, 1e4), LENGTH).at(&mask.positions, &x).expect("angles");
+        let rotation = Rope::new(&Rope::frequencies(head, 1e4), LENGTH).at(&mask, &x).expect("angles");
         group.bench_function("rope", |bencher| {
             bencher.iter(|| both(std::slice::from_ref(&x), |tape, x| ops::rotate(tape, &x[0], &rotation)));
         });

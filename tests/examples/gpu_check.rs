@@ -124,7 +124,7 @@ fn benches(device: &Device) -> Result<Vec<titer::bench::Measurement>> {
     let mut measured = Vec::new();
     for shape in ["110m", "1b", "llama-2-7b"] {
         for method in ["sft", "vaccine"] {
-            measured.push(step(&setup(shape, 5, 200), method, &Settings::default(), false, device)?);
+            measured.push(step(&setup(shape, 5, 200), method, &Settings::default(), 0.1, false, device)?);
         }
     }
     let decoding = |batch: usize| Setup { repeat: 1, warmup: 1, ..setup("llama-2-7b", batch, 64) };

@@ -5,6 +5,7 @@ use candle_core::{DType, Device, Tensor};
 use crate::error::Result;
 use crate::nn::spec::ModelSpec;
 use crate::tensor::elementwise::cache_write;
+use crate::tensor::mask::AttentionMask;
 
 /// The key/value cache of a set of rows: row `r` holds its tokens in the slots `0..lengths[r]`, without gaps, whatever
 /// the other rows hold. A row can be cleared and used for another sequence while the others go on.
@@ -55,15 +56,20 @@ impl Cache {
         self.slots
     }
 
-    /// Writes the new keys and values `[batch, new, kv_heads · head_dim]` of one layer behind those of the current rows;
-    /// returns all keys and values of that layer.
+    /// Writes the new keys and values `[batch, new, kv_heads · head_dim]` of one layer behind those of the current rows,
+    /// which `mask` names; returns all keys and values of that layer.
     ///
     /// # Errors
     /// A tensor operation failed.
-    pub fn append(&mut self, layer: usize, keys: &Tensor, values: &Tensor) -> Result<[Tensor; 2]> {
-        let starts = self.starts();
+    pub fn append(
+        &mut self,
+        layer: usize,
+        keys: &Tensor,
+        values: &Tensor,
+        mask: &AttentionMask,
+    ) -> Result<[Tensor; 2]> {
         for (store, fresh) in self.layers[layer].iter().zip([keys, values]) {
-            cache_write(store, fresh, &self.active, &starts)?;
+            cache_write(store, fresh, mask)?;
         }
         Ok(self.layers[layer].clone())
     }

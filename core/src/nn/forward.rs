@@ -1,5 +1,10 @@
 //! What travels along with one forward pass.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use candle_core::{DType, Tensor};
+
 use super::input_squares::InputSquares;
 use crate::error::{Error, Result};
 use crate::nn::cache::Cache;
@@ -7,7 +12,7 @@ use crate::nn::sites::Sites;
 use crate::tensor::dropout::{Dropout, DropoutMasks};
 use crate::tensor::mask::AttentionMask;
 use crate::tensor::matrix::Matrix;
-use crate::tensor::ops::Rotation;
+use crate::tensor::ops::{LowRank, Rotation};
 use crate::tensor::tape::{Replay, Tape, Traced};
 use crate::tensor::tokens::Tokens;
 use crate::weights::parameters::Weights;
@@ -34,7 +39,12 @@ pub struct Forward<'a> {
     /// Where linear layers note their inputs.
     pub(crate) input_squares: Option<&'a mut InputSquares>,
     pub(crate) mask: Option<AttentionMask>,
+    /// The adapters' factors in the type that is computed in, where that is not their own; made when first asked for.
+    pub(crate) factors: Option<Factors>,
 }
+
+/// The factors `A` and `B` of the adapters, by the weight they adapt.
+pub(crate) type Factors = Arc<BTreeMap<ParamId, [Tensor; 2]>>;
 
 impl<'a> Forward<'a> {
     /// A pass without cache or dropout.
@@ -49,6 +59,7 @@ impl<'a> Forward<'a> {
             rotation: None,
             input_squares: None,
             mask: None,
+            factors: None,
         }
     }
 
@@ -113,11 +124,30 @@ impl<'a> Forward<'a> {
             sites: self.sites.again(),
             rotation: self.rotation.clone(),
             mask: self.mask.clone(),
+            factors: self.factors.clone(),
         }
     }
 
+    /// The adapter of a linear layer on inputs of type `dtype`, if it has one.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub(crate) fn low_rank(&mut self, weight: ParamId, dtype: DType) -> Result<Option<LowRank>> {
+        let Some((adapter, scale)) = self.weights.adapter(weight) else { return Ok(None) };
+        let (mut a, mut b) = (self.tape.parameter(&adapter.a), self.tape.parameter(&adapter.b));
+        if dtype == DType::BF16 && !adapter.a.device().is_cpu() {
+            if self.factors.is_none() {
+                self.factors = Some(self.weights.adapters_in_bf16()?.into());
+            }
+            if let Some([cast_a, cast_b]) = self.factors.as_ref().and_then(|factors| factors.get(&weight)) {
+                (a, b) = (a.with_tensor(cast_a.clone()), b.with_tensor(cast_b.clone()));
+            }
+        }
+        Ok(Some(LowRank { a, b, scale, mask: self.adapter_mask() }))
+    }
+
     /// The dropout mask of the next adapter's input, if this pass trains with dropout.
-    pub(crate) fn adapter_mask(&mut self) -> Option<Dropout> {
+    fn adapter_mask(&mut self) -> Option<Dropout> {
         let p = self.weights.adapter_dropout();
         self.dropout.as_mut().filter(|_| p > 0.).map(|masks| masks.next_layer(p))
     }
@@ -131,6 +161,7 @@ pub(crate) struct BlockContext {
     sites: Sites,
     rotation: Option<Rotation>,
     mask: Option<AttentionMask>,
+    factors: Option<Factors>,
 }
 
 impl BlockContext {
@@ -140,6 +171,7 @@ impl BlockContext {
             dropout,
             rotation: self.rotation.clone(),
             mask: self.mask.clone(),
+            factors: self.factors.clone(),
             ..Forward::new(&self.weights, sites)
         }
     }

@@ -5,7 +5,7 @@ use candle_core::Tensor;
 use crate::error::Result;
 use crate::nn::forward::Forward;
 use crate::tensor::ops;
-use crate::tensor::ops::{Activation, Attention, LowRank};
+use crate::tensor::ops::{Activation, Attention};
 use crate::tensor::tape::Traced;
 use crate::weights::schema::{Init, ParamId, ParamList, factor_names, module_of};
 
@@ -46,13 +46,7 @@ impl Linear {
     pub fn forward(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
         let bias = self.bias.map(|bias| pass.parameter(bias)).transpose()?;
         let weight = pass.matrix(self.weight);
-        let low_rank = match pass.weights.adapter(self.weight) {
-            Some((adapter, scale)) => {
-                let (a, b) = (pass.tape.parameter(&adapter.a), pass.tape.parameter(&adapter.b));
-                Some(LowRank { a, b, scale, mask: pass.adapter_mask() })
-            }
-            None => None,
-        };
+        let low_rank = pass.low_rank(self.weight, x.tensor().dtype())?;
         self.note_inputs(x.tensor(), pass)?;
         ops::linear(&mut pass.tape, x, weight, bias.as_ref(), low_rank)
     }
@@ -166,7 +160,7 @@ pub fn attention(shape: Attention, [q, k, v]: [&Traced; 3], layer: usize, pass: 
     let Some(cache) = pass.cache.as_deref_mut() else {
         return ops::attention(&mut pass.tape, shape, [q, k, v], &mask);
     };
-    let [k, v] = cache.append(layer, k.tensor(), v.tensor())?.map(Traced::constant);
+    let [k, v] = cache.append(layer, k.tensor(), v.tensor(), &mask)?.map(Traced::constant);
     ops::attention(&mut pass.tape, shape, [q, &k, &v], &mask)
 }
 

@@ -1,9 +1,11 @@
 //! Sums and copies of whole tensors, through which no gradient flows.
 
 use candle_core::{DType, Tensor};
+use titer_kernels::attention::CausalMask;
 use titer_kernels::elementwise as kernels;
 
 use super::host::{Element, by_dtype, read, read_all, tensor, write};
+use super::mask::AttentionMask;
 use super::scalar::Scalar;
 use crate::error::{Error, Result};
 
@@ -25,30 +27,42 @@ pub fn add_assign(a: &Tensor, b: &Tensor) -> Result<()> {
     dispatch!(a, super::cuda::add_assign(a, b), by_dtype!(a.dtype(), add_assign_host(a, b)))
 }
 
-/// Writes `fresh: [batch, new, width]` into `store: [rows, slots, width]`: batch row `b` goes to row `rows[b]`, from slot
-/// `starts[b]` on. What does not fit behind the last slot is padding, and dropped.
+/// Writes `fresh: [batch, new, width]` into `store: [rows, slots, width]`: each batch row goes where `mask` says that it
+/// continues. What does not fit behind the last slot is padding, and dropped.
 ///
 /// # Errors
 /// A tensor operation failed.
-pub fn cache_write(store: &Tensor, fresh: &Tensor, rows: &[usize], starts: &[usize]) -> Result<()> {
+pub fn cache_write(store: &Tensor, fresh: &Tensor, mask: &AttentionMask) -> Result<()> {
     let fresh = fresh.contiguous()?;
     dispatch!(
         fresh,
-        super::cuda::cache_write(store, &fresh, rows, starts),
-        by_dtype!(fresh.dtype(), cache_write_host(store, &fresh, rows, starts))
+        super::cuda::cache_write(store, &fresh, mask),
+        by_dtype!(fresh.dtype(), cache_write_host(store, &fresh, &mask.host))
     )
 }
 
-fn cache_write_host<T: Element>(store: &Tensor, fresh: &Tensor, rows: &[usize], starts: &[usize]) -> Result<()> {
+fn cache_write_host<T: Element>(store: &Tensor, fresh: &Tensor, mask: &CausalMask) -> Result<()> {
     let ((_, new, width), (_, slots, _)) = (fresh.dims3()?, store.dims3()?);
     read(fresh, |fresh: &[T]| {
         write(store, |store: &mut [T]| {
-            for ((&row, &start), fresh) in rows.iter().zip(starts).zip(fresh.chunks_exact(new * width)) {
+            for ((&row, &start), fresh) in mask.rows.iter().zip(&mask.starts).zip(fresh.chunks_exact(new * width)) {
                 let fits = new.min(slots - start) * width;
                 store[(row * slots + start) * width..][..fits].copy_from_slice(&fresh[..fits]);
             }
         })
     })
+}
+
+/// The f32 tensors in bf16; on a device by one launch for many of them.
+///
+/// # Errors
+/// A tensor operation failed.
+pub(crate) fn to_bf16(tensors: &[&Tensor]) -> Result<Vec<Tensor>> {
+    #[cfg(feature = "cuda")]
+    if tensors.first().is_some_and(|tensor| tensor.device().is_cuda()) {
+        return super::cuda::to_bf16_many(tensors);
+    }
+    Ok(tensors.iter().map(|tensor| tensor.to_dtype(DType::BF16)).collect::<candle_core::Result<_>>()?)
 }
 
 /// `√Σ t²` over all elements of all tensors. On the host the squares are summed in f64; on a device in f32, without

@@ -1,7 +1,6 @@
 //! The attention mask of a pass.
 
-#[cfg(feature = "cuda")]
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use titer_kernels::attention::CausalMask;
 
 use super::tokens::Tokens;
@@ -17,7 +16,7 @@ pub struct AttentionMask {
     pub(super) host: CausalMask,
     /// The position of each token, in row-major order.
     pub positions: Vec<u32>,
-    /// `starts`, `ends` and `rows` where the kernels of a device read them, `[3, batch]`.
+    /// `starts`, `ends` and `rows`, `[batch]` each, and `positions`, where the kernels of a device read them.
     #[cfg(feature = "cuda")]
     pub(super) table: Tensor,
 }
@@ -39,11 +38,13 @@ impl AttentionMask {
     pub fn after(tokens: &Tokens, starts: &[usize], rows: &[usize]) -> Result<Self> {
         let (batch, queries) = tokens.dims();
         let ends: Vec<usize> = starts.iter().zip(&tokens.lengths).map(|(start, length)| start + length).collect();
-        let positions = (0..batch * queries).map(|at| (starts[at / queries] + at % queries) as u32).collect();
+        let positions: Vec<u32> = (0..batch * queries).map(|at| (starts[at / queries] + at % queries) as u32).collect();
         #[cfg(feature = "cuda")]
         let table = {
-            let table: Vec<u32> = starts.iter().chain(&ends).chain(rows).map(|&n| n as u32).collect();
-            Tensor::from_vec(table, (3, batch), tokens.ids.device())?
+            let rows = starts.iter().chain(&ends).chain(rows).map(|&n| n as u32);
+            let table: Vec<u32> = rows.chain(positions.iter().copied()).collect();
+            let count = table.len();
+            Tensor::from_vec(table, count, tokens.ids.device())?
         };
         Ok(Self {
             host: CausalMask { queries, starts: starts.to_vec(), ends, rows: rows.to_vec() },
@@ -51,6 +52,15 @@ impl AttentionMask {
             #[cfg(feature = "cuda")]
             table,
         })
+    }
+
+    /// The position of each token, `[tokens]`, u32, on `device`.
+    pub(super) fn positions_on(&self, device: &Device) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if device.is_cuda() {
+            return Ok(self.table.narrow(0, 3 * self.host.starts.len(), self.positions.len())?);
+        }
+        Ok(Tensor::from_slice(&self.positions, self.positions.len(), device)?)
     }
 
     /// Fails if keys of earlier passes are seen: nobody knows where their gradients belong.

@@ -109,6 +109,7 @@ impl Matrix {
     pub fn dense(&self) -> Result<Tensor> {
         match self {
             Self::Dense(tensor) => Ok(tensor.clone()),
+            Self::LowPrecision(low) if low.low_rank.is_none() => low.stored(low.computed),
             Self::LowPrecision(low) => Ok(low.wide()?.to_dtype(low.computed)?),
         }
     }
@@ -184,12 +185,21 @@ impl Matrix {
 impl LowPrecision {
     /// All numbers in f32.
     fn wide(&self) -> Result<Tensor> {
-        let rows = match &*self.store {
-            Storage::Half(tensor) => tensor.to_dtype(DType::F32)?,
-            Storage::Quantized(quantized) => quantized.dequantize(&quantized.device())?,
-        };
+        let rows = self.stored(DType::F32)?;
         self.add_low_rank(&rows, |b| Ok(b.clone()))?;
         Ok(rows)
+    }
+
+    /// All numbers as they are stored, in the type `dtype`.
+    fn stored(&self, dtype: DType) -> Result<Tensor> {
+        match &*self.store {
+            Storage::Half(tensor) => Ok(tensor.to_dtype(dtype)?),
+            Storage::Quantized(quantized) => dispatch!(
+                quantized,
+                super::cuda::decode(quantized, dtype),
+                Ok(quantized.dequantize(&Device::Cpu)?.to_dtype(dtype)?)
+            ),
+        }
     }
 
     /// Fills `out` with the rows from `first` on, of a matrix on the host.

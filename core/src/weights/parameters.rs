@@ -9,7 +9,7 @@ use super::lora::{Adapter, Lora, LoraConfig};
 use super::precision::Precision;
 use super::schema::{Param, ParamId, ParamList, factor_names, module_of};
 use crate::error::{Error, Result};
-use crate::tensor::elementwise::norm;
+use crate::tensor::elementwise::{norm, to_bf16};
 use crate::tensor::grads::Grads;
 use crate::tensor::matrix::Matrix;
 
@@ -61,6 +61,15 @@ impl Weights {
     pub fn adapter(&self, id: ParamId) -> Option<(&Adapter, f64)> {
         let lora = self.lora.as_ref()?;
         Some((lora.adapters.get(&id.0)?, lora.config.scale()))
+    }
+
+    /// The factors of all adapters on a device in bf16, cast at once, by the weight they adapt.
+    pub(crate) fn adapters_in_bf16(&self) -> Result<BTreeMap<ParamId, [Tensor; 2]>> {
+        let adapters: Vec<_> = self.lora.iter().flat_map(|lora| &lora.adapters).collect();
+        let factors: Vec<&Tensor> = adapters.iter().flat_map(|(_, adapter)| [&adapter.a, &adapter.b]).collect();
+        let cast = to_bf16(&factors)?;
+        let pairs = cast.as_chunks::<2>().0.iter().cloned();
+        Ok(adapters.iter().map(|(index, _)| ParamId(**index)).zip(pairs).collect())
     }
 
     /// The adapters by the module they adapt, such as `model.layers.0.self_attn.q_proj`, in checkpoint order.

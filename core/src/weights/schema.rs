@@ -50,7 +50,7 @@ impl Param {
 }
 
 /// The handle of a parameter within its model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ParamId(pub(super) usize);
 
 /// The parameters of a model in checkpoint order.

@@ -384,7 +384,7 @@ impl Model for Decoder {
 
     fn embed(&self, tokens: &Tokens, pass: &mut Forward) -> Result<Traced> {
         let embedded = self.embedding.forward(&tokens.ids, pass)?;
-        pass.rotation = Some(self.rope.at(&pass.mask()?.positions, embedded.tensor())?);
+        pass.rotation = Some(self.rope.at(pass.mask()?, embedded.tensor())?);
         pass.sites.visit("embed", embedded, &mut pass.tape)
     }
 

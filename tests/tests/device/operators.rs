@@ -10,7 +10,7 @@ use titer_core::tensor::ops::{
     Activation, LowRank, Rope, activate, add, cross_entropy, embed, exp, head_cross_entropy, layer_norm, linear, ln,
     log_softmax, matmul, mean_all, rms_norm, rotate, select_rows, sum_all, sum_last, swiglu,
 };
-use titer_core::tensor::{Gemm, Scalar, Tape, Traced};
+use titer_core::tensor::{AttentionMask, Gemm, Scalar, Tape, Tokens, Traced};
 use titer_core::testing::values;
 
 use crate::standin::device;
@@ -179,14 +179,20 @@ fn layer_norms() -> Result<()> {
     Ok(())
 }
 
+/// Batch rows of `length` tokens that continue these rows after so many tokens.
+fn mask(length: usize, starts: &[usize], rows: &[usize], device: &Device) -> titer_core::Result<AttentionMask> {
+    AttentionMask::after(&Tokens::pad(&vec![vec![0; length]; starts.len()], 0, device)?, starts, rows)
+}
+
 #[test]
 #[ignore = "needs a device: see .ci/device"]
 fn rotations() -> Result<()> {
     for (rows, length, heads, width) in [(2, 3, 2, 4), (1, 1, 1, 2), (3, 7, 3, 18)] {
         let rope = Rope::new(&Rope::frequencies(width, 1e4), 16);
-        let positions: Vec<u32> = (0..rows * length).map(|at| (at % length + at / length) as u32).collect();
+        let starts: Vec<usize> = (0..rows).collect();
         check(&[X(&[rows, length, heads * width])], |tape, x| {
-            rotate(tape, &x[0], &rope.at(&positions, x[0].tensor())?)
+            let mask = mask(length, &starts, &starts, x[0].tensor().device())?;
+            rotate(tape, &x[0], &rope.at(&mask, x[0].tensor())?)
         })?;
     }
     Ok(())
@@ -393,8 +399,8 @@ fn caches() -> Result<()> {
         let ours = store.to_dtype(dtype)?.to_device(&device)?;
         for layout in [Layout::Whole, Layout::Offset] {
             let fresh_there = X(fresh.dims()).laid_out(&fresh, layout, dtype, &device)?;
-            cache_write(&ours, &fresh_there, &[2, 0], &[1, 4])?;
-            cache_write(&store, &fresh, &[2, 0], &[1, 4])?;
+            cache_write(&ours, &fresh_there, &mask(3, &[1, 4], &[2, 0], &device)?)?;
+            cache_write(&store, &fresh, &mask(3, &[1, 4], &[2, 0], &Device::Cpu)?)?;
             close(&format!("{dtype:?} {layout:?}"), &ours, &store, 0.)?;
         }
     }
@@ -451,7 +457,7 @@ fn mixed_types_are_refused() -> Result<()> {
         ("layer_norm", layer_norm(tape, &x, &w, &w, 1e-5).map(drop)),
         ("add", add(tape, &x, &y).map(drop)),
         ("add_assign", add_assign(x.tensor(), y.tensor())),
-        ("cache_write", cache_write(store.tensor(), fresh.tensor(), &[0, 1, 2], &[0, 0, 0])),
+        ("cache_write", cache_write(store.tensor(), fresh.tensor(), &mask(1, &[0; 3], &[0, 1, 2], &device)?)),
         ("a gradient", seeded()),
     ];
     let taken: Vec<&str> = results.iter().filter(|(_, result)| result.is_ok()).map(|(name, _)| *name).collect();

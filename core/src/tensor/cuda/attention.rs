@@ -1,11 +1,12 @@
 //! Attention composed of products and a softmax. All pairs of a batch row and a query head are one call of cuBLAS, whose
 //! tables of addresses one kernel fills; the scores are f32.
 
-use candle_core::DType::{self, F32, I64, U32};
+use candle_core::DType::{self, F32, I64};
 use candle_core::Tensor;
 use titer_kernels::attention::Attention;
 
 use super::launch::{Arg, HEAD_OPERANDS, address, at, blocks, fresh, launch, launch_grid};
+use super::operators::mask_row;
 use super::products::{Operand, batched};
 use crate::error::Result;
 use crate::tensor::mask::AttentionMask;
@@ -91,7 +92,7 @@ impl<'a> Heads<'a> {
         let start = address(&table, I64)?;
         let arguments = [
             Arg::U64(start),
-            Arg::U64(self.mask_row(2)?),
+            Arg::U64(mask_row(self.mask, 2)?),
             Arg::U32(self.shape.query as u32),
             Arg::U32(pairs as u32),
             Arg::U32(N as u32),
@@ -107,16 +108,11 @@ impl<'a> Heads<'a> {
         Ok((table, operands))
     }
 
-    /// Where the mask's starts (0), ends (1) or rows (2) lie.
-    fn mask_row(&self, row: usize) -> Result<u64> {
-        Ok(address(&self.mask.table, U32)? + (row * self.batch * size_of::<u32>()) as u64)
-    }
-
     /// What both softmax kernels need to know of the mask.
     fn visible(&self) -> Result<[Arg; 7]> {
         Ok([
-            Arg::U64(self.mask_row(0)?),
-            Arg::U64(self.mask_row(1)?),
+            Arg::U64(mask_row(self.mask, 0)?),
+            Arg::U64(mask_row(self.mask, 1)?),
             Arg::U32(self.shape.query as u32),
             Arg::U32(self.queries as u32),
             Arg::U32(self.slots as u32),

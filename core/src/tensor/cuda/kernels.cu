@@ -8,8 +8,11 @@
 // inputs; a kernel that works in place says so.
 
 using u32 = unsigned int;
+using i32 = int;
 using u64 = unsigned long long;
 using bf16 = unsigned short; // the upper half of a float's bits
+using u8 = unsigned char;
+using i8 = signed char;
 
 // Tensors that a kernel reads, and those that it writes (or changes in place).
 template <typename T> using In = const T* __restrict__;
@@ -235,15 +238,16 @@ KERNEL(layer_norm_dwdb, (In<T> x, In<T> g, In<float> stats, Out<float> dw, Out<f
 
 // --- Rotary positions ---
 
-// Rotates the pairs (i, half + i) of x: [tokens, heads, 2 half] by the angles of cos, sin: [tokens, half]; the
-// direction is 1, or −1 for the inverse (the backward pass).
+// Rotates the pairs (i, half + i) of x: [tokens, heads, 2 half] by the angles in the rows of cos, sin: [any, half] that
+// positions: [tokens] name; the direction is 1, or −1 for the inverse (the backward pass).
 KERNEL(rope,
-       (In<T> x, Out<T> y, In<float> cos, In<float> sin, u64 tokens, u32 heads, u32 half, float direction),
-       (x, y, cos, sin, tokens, heads, half, direction)) {
+       (In<T> x, Out<T> y, In<float> cos, In<float> sin, In<u32> positions, u64 tokens, u32 heads, u32 half,
+        float direction),
+       (x, y, cos, sin, positions, tokens, heads, half, direction)) {
     FOR_GRID(pair, tokens * heads * half) {
         const u64 head = pair / half;
         const u64 i = pair - head * half;
-        const u64 angle = head / heads * half + i;
+        const u64 angle = u64(positions[head / heads]) * half + i;
         const u64 first = head * half * 2 + i;
         const u64 second = first + half;
         const float c = cos[angle];
@@ -486,6 +490,86 @@ KERNEL(sum_groups, (In<float> x, Out<T> y, u64 n, u32 group, u32 width), (x, y, 
     }
 }
 
+// --- Quantized weights: blocks as llama.cpp lays them out ---
+
+// The number of 16 bits at any place in memory.
+__device__ __forceinline__ float half_at(const u8* bytes) {
+    const unsigned short bits = bytes[0] | bytes[1] << 8;
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+}
+
+// Number i of 32 of 4 bits: the lower half of each byte, then the upper ones.
+__device__ __forceinline__ i32 nibble(const u8* bytes, u32 i) { return i < 16 ? bytes[i] & 15 : bytes[i - 16] >> 4; }
+
+// Each encoding: the numbers of a block, its bytes, and number i of it.
+struct Q8_0 {
+    static constexpr u32 NUMBERS = 32, BYTES = 34;
+    __device__ static float at(const u8* block, u32 i) { return half_at(block) * i8(block[2 + i]); }
+};
+
+struct Q4_0 {
+    static constexpr u32 NUMBERS = 32, BYTES = 18;
+    __device__ static float at(const u8* block, u32 i) { return half_at(block) * (nibble(block + 2, i) - 8); }
+};
+
+struct Q4_1 {
+    static constexpr u32 NUMBERS = 32, BYTES = 20;
+    __device__ static float at(const u8* block, u32 i) {
+        return half_at(block) * nibble(block + 4, i) + half_at(block + 2);
+    }
+};
+
+// Eight groups of 32, each with a scale and a minimum of 6 bits, packed into 12 bytes.
+struct Q4K {
+    static constexpr u32 NUMBERS = 256, BYTES = 144;
+    __device__ static float at(const u8* block, u32 i) {
+        const u32 group = i / 32;
+        const u8* packed = block + 4;
+        u32 scale, least;
+        if (group < 4) {
+            scale = packed[group] & 63;
+            least = packed[group + 4] & 63;
+        } else {
+            scale = (packed[group + 4] & 15) | packed[group - 4] >> 6 << 4;
+            least = packed[group + 4] >> 4 | packed[group] >> 6 << 4;
+        }
+        const u8 both = block[16 + i / 64 * 32 + i % 32];
+        const u32 number = group % 2 == 0 ? both & 15 : both >> 4;
+        return half_at(block) * scale * number - half_at(block + 2) * least;
+    }
+};
+
+// Two halves of 128, each of four quarters: 4 lower bits here, 2 upper ones there, a scale for each 16.
+struct Q6K {
+    static constexpr u32 NUMBERS = 256, BYTES = 210;
+    __device__ static float at(const u8* block, u32 i) {
+        const u32 half = i / 128;
+        const u32 quarter = i % 128 / 32;
+        const u32 l = i % 32;
+        const u8 both = block[64 * half + 32 * (quarter % 2) + l];
+        const u32 lower = quarter < 2 ? both & 15 : both >> 4;
+        const u32 upper = block[128 + 32 * half + l] >> 2 * quarter & 3;
+        const i8 scale = block[192 + 8 * half + l / 16 + 2 * quarter];
+        return half_at(block + 208) * scale * (i32(lower | upper << 4) - 32);
+    }
+};
+
+template <typename Encoding, typename T> __device__ __forceinline__ void decode(In<u8> blocks, Out<T> y, u64 n) {
+    FOR_GRID(i, n) {
+        const u64 block = i / Encoding::NUMBERS;
+        store(y, i, Encoding::at(blocks + block * Encoding::BYTES, u32(i - block * Encoding::NUMBERS)));
+    }
+}
+
+// y = the numbers of the blocks.
+KERNEL(decode_q8_0, (In<u8> blocks, Out<T> y, u64 n), (blocks, y, n)) { decode<Q8_0>(blocks, y, n); }
+KERNEL(decode_q4_0, (In<u8> blocks, Out<T> y, u64 n), (blocks, y, n)) { decode<Q4_0>(blocks, y, n); }
+KERNEL(decode_q4_1, (In<u8> blocks, Out<T> y, u64 n), (blocks, y, n)) { decode<Q4_1>(blocks, y, n); }
+KERNEL(decode_q4k, (In<u8> blocks, Out<T> y, u64 n), (blocks, y, n)) { decode<Q4K>(blocks, y, n); }
+KERNEL(decode_q6k, (In<u8> blocks, Out<T> y, u64 n), (blocks, y, n)) { decode<Q6K>(blocks, y, n); }
+
 // --- Cross-entropy ---
 
 // loss = log Σ exp(logits) − logits[target] for each row of logits: [rows, vocabulary]. Unless gradient is 0, the
@@ -519,6 +603,14 @@ KERNEL(cross_entropy,
 KERNEL(add_assign, (Out<T> y, In<T> x, u64 n), (y, x, n)) {
     FOR_GRID(i, n) {
         store(y, i, load(y, i) + load(x, i));
+    }
+}
+
+// y *= by[0].
+KERNEL(scale, (Out<T> y, In<float> by, u64 n), (y, by, n)) {
+    const float factor = by[0];
+    FOR_GRID(i, n) {
+        store(y, i, load(y, i) * factor);
     }
 }
 
@@ -566,19 +658,36 @@ KERNEL(cache_write,
     }
 }
 
-// --- The optimiser, over many f32 tensors at once: blockIdx.y is the tensor, the grid's x divides its elements ---
+// --- Many f32 tensors at once: blockIdx.y is the tensor, the grid's x divides its elements ---
 
-// partials[tensor, chunk] = Σ x² over the chunk, with pointers, lengths: [tensors] and a grid of [chunks, tensors].
-extern "C" __global__ void __launch_bounds__(MAX_BLOCK)
-    sum_squares_many(In<u64> pointers, In<u64> lengths, Out<float> partials) {
-    const In<float> x = reinterpret_cast<const float*>(pointers[blockIdx.y]);
+// Words by value: a row for each tensor.
+constexpr u32 TABLE = 240;
+
+struct Table {
+    u64 words[TABLE];
+};
+
+// partials[tensor, chunk] = Σ x² over the chunk for a grid of [chunks, tensors]. Rows are address and length.
+extern "C" __global__ void __launch_bounds__(MAX_BLOCK) sum_squares_many(const __grid_constant__ Table table, Out<float> partials) {
+    const u64* row = table.words + 2 * blockIdx.y;
+    const In<float> x = reinterpret_cast<const float*>(row[0]);
     float squares = 0.0f;
-    FOR_GRID(i, lengths[blockIdx.y]) {
+    FOR_GRID(i, row[1]) {
         squares += x[i] * x[i];
     }
     squares = block_sum(squares);
     if (threadIdx.x == 0) {
         partials[u64(blockIdx.y) * gridDim.x + blockIdx.x] = squares;
+    }
+}
+
+// y = x in bf16. Rows are the addresses of x and y, and the length.
+extern "C" __global__ void __launch_bounds__(MAX_BLOCK) to_bf16_many(const __grid_constant__ Table table) {
+    const u64* row = table.words + 3 * blockIdx.y;
+    const In<float> x = reinterpret_cast<const float*>(row[0]);
+    const Out<bf16> y = reinterpret_cast<bf16*>(row[1]);
+    FOR_GRID(i, row[2]) {
+        y[i] = f2b(x[i]);
     }
 }
 
@@ -610,17 +719,17 @@ extern "C" __global__ void __launch_bounds__(MAX_BLOCK)
 
 // One step of AdamW in place: g = grad · factor[0], m += (g − m) (1 − β₁), v = v β₂ + g² (1 − β₂),
 // w = w decay − rate · m / (√v / root + ε). With step size η at step t, decay = 1 − η λ, rate = η / (1 − β₁ᵗ) and
-// root = √(1 − β₂ᵗ). table: [tensors, 4] holds the addresses of w, grad, m and v.
+// root = √(1 − β₂ᵗ). Rows are the addresses of w, grad, m and v, and the length.
 extern "C" __global__ void __launch_bounds__(MAX_BLOCK)
-    adamw_many(In<u64> table, In<u64> lengths, In<float> factor, float decay, float rate, float root, float beta1,
+    adamw_many(const __grid_constant__ Table table, In<float> factor, float decay, float rate, float root, float beta1,
                float beta2, float eps) {
-    const u64* row = table + 4 * u64(blockIdx.y);
+    const u64* row = table.words + 5 * blockIdx.y;
     const Out<float> w = reinterpret_cast<float*>(row[0]);
     const In<float> grad = reinterpret_cast<const float*>(row[1]);
     const Out<float> m = reinterpret_cast<float*>(row[2]);
     const Out<float> v = reinterpret_cast<float*>(row[3]);
     const float clip = factor[0];
-    FOR_GRID(i, lengths[blockIdx.y]) {
+    FOR_GRID(i, row[4]) {
         const float g = grad[i] * clip;
         const float mean = m[i] + (g - m[i]) * (1.0f - beta1);
         const float square = v[i] * beta2 + g * g * (1.0f - beta2);

@@ -11,11 +11,17 @@ use crate::error::{Error, Result};
 /// The kernels, compiled by `build.rs`.
 const PTX: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels.ptx"));
 
+/// Chunks that the elements of each tensor are split into where a kernel works on many at once.
+pub(super) const CHUNKS: u32 = 32;
+
 /// Threads per block.
 const BLOCK: u32 = 256;
 
 /// Tensors that `head_pointers` may be given at a time.
 pub(super) const HEAD_OPERANDS: usize = 12;
+
+/// Words that a kernel may be given by value: addresses and lengths of many tensors, without an upload.
+pub(super) const TABLE: usize = 240;
 
 /// One argument of a kernel.
 pub(super) enum Arg {
@@ -26,6 +32,7 @@ pub(super) enum Arg {
     /// The tensors of `head_pointers`: address, steps of a row and of a head in bytes, heads per matrix, and whether the
     /// mask says which row.
     Heads(Box<[[u64; 5]; HEAD_OPERANDS]>),
+    Table(Box<[u64; TABLE]>),
 }
 
 pub(super) fn device(tensor: &Tensor) -> Result<CudaDevice> {
@@ -68,7 +75,11 @@ pub(super) fn at(tensor: &Tensor, dtype: DType) -> Result<Arg> {
 
 /// A fresh tensor whose elements the caller's kernel writes, all of them.
 pub(in crate::tensor) fn fresh(like: &Tensor, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
-    let (device, shape) = (device(like)?, shape.into());
+    fresh_on(&device(like)?, shape.into(), dtype)
+}
+
+/// As [`fresh`], on a device.
+pub(super) fn fresh_on(device: &CudaDevice, shape: Shape, dtype: DType) -> Result<Tensor> {
     // SAFETY: the kernel that follows fills it before anybody reads it.
     let storage = unsafe { device.alloc_uninit(&shape, dtype)? };
     Ok(Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false))
@@ -90,6 +101,7 @@ pub(super) fn launch_grid(on: &Tensor, name: &str, blocks: [u32; 2], arguments: 
             Arg::U64(value) => builder.arg(value),
             Arg::F32(value) => builder.arg(value),
             Arg::Heads(value) => builder.arg(&**value),
+            Arg::Table(value) => builder.arg(&**value),
         };
     }
     let config = LaunchConfig {
@@ -99,6 +111,27 @@ pub(super) fn launch_grid(on: &Tensor, name: &str, blocks: [u32; 2], arguments: 
     };
     // SAFETY: each caller passes what its kernel declares, with addresses of tensors of the declared sizes.
     unsafe { builder.launch(config) }.w()?;
+    Ok(())
+}
+
+/// Queues a kernel on as many tensors at a time as fit into a table: each has a row of words there, and `arguments` are
+/// those that follow the table, given the number of the first of them.
+pub(super) fn launch_tables<const WORDS: usize>(
+    on: &Tensor,
+    name: &str,
+    rows: &[[u64; WORDS]],
+    arguments: impl Fn(usize) -> Vec<Arg>,
+) -> Result<()> {
+    let at_once = TABLE / WORDS;
+    for (part, rows) in rows.chunks(at_once).enumerate() {
+        let mut table = Box::new([0; TABLE]);
+        for (to, word) in table.iter_mut().zip(rows.as_flattened()) {
+            *to = *word;
+        }
+        let mut all = vec![Arg::Table(table)];
+        all.extend(arguments(part * at_once));
+        launch_grid(on, name, [CHUNKS, rows.len() as u32], &all)?;
+    }
     Ok(())
 }
 

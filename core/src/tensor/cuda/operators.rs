@@ -1,13 +1,15 @@
 //! Operators that are one or two kernels. Each checks that its tensors are of one type.
 
 use candle_core::DType::{F32, U32};
-use candle_core::Tensor;
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{DType, Tensor};
 use titer_kernels::activation::Activation;
 use titer_kernels::dropout::Dropout;
 
-use super::launch::{Arg, address, at, blocks, fresh, launch, upload};
-use crate::error::Result;
+use super::launch::{Arg, address, at, blocks, fresh, fresh_on, launch};
+use crate::error::{Error, Result};
 use crate::tensor::host::last_dim;
+use crate::tensor::mask::AttentionMask;
 
 fn rows_of(x: &Tensor) -> usize {
     x.elem_count() / last_dim(x).max(1)
@@ -83,18 +85,22 @@ pub(in crate::tensor) fn layer_norm_backward(
     Ok((dx, Some((dw.to_dtype(w.dtype())?, db.to_dtype(w.dtype())?))))
 }
 
-pub(in crate::tensor) fn rotate(x: &Tensor, [cos, sin]: [&Tensor; 2], direction: f64) -> Result<Tensor> {
+pub(in crate::tensor) fn rotate(
+    x: &Tensor,
+    [cos, sin]: [&Tensor; 2],
+    positions: &Tensor,
+    direction: f64,
+) -> Result<Tensor> {
     let t = x.dtype();
-    let (tokens, half) = cos.dims2()?;
+    let ((_, half), tokens) = (cos.dims2()?, positions.elem_count());
     let (y, heads) = (fresh(x, x.shape(), t)?, x.elem_count() / (tokens * 2 * half));
-    let tables = [at(cos, F32)?, at(sin, F32)?, Arg::U64(tokens as u64)];
-    let [cos, sin, tokens] = tables;
     let arguments = [
         at(x, t)?,
         at(&y, t)?,
-        cos,
-        sin,
-        tokens,
+        at(cos, F32)?,
+        at(sin, F32)?,
+        at(positions, U32)?,
+        Arg::U64(tokens as u64),
         Arg::U32(heads as u32),
         Arg::U32(half as u32),
         Arg::F32(direction as f32),
@@ -172,6 +178,28 @@ pub(in crate::tensor) fn add_assign(a: &Tensor, b: &Tensor) -> Result<()> {
     launch(a, "add_assign", blocks(count), &[at(a, t)?, at(&b, t)?, Arg::U64(count as u64)])
 }
 
+/// `y *= by`, for `by` of one element.
+pub(in crate::tensor) fn scale(y: &Tensor, by: &Tensor) -> Result<()> {
+    let (by, count) = (by.to_dtype(F32)?, y.elem_count());
+    launch(y, "scale", blocks(count), &[at(y, y.dtype())?, at(&by, F32)?, Arg::U64(count as u64)])
+}
+
+/// All numbers of a quantized matrix, in the type `dtype`.
+pub(in crate::tensor) fn decode(quantized: &QTensor, dtype: DType) -> Result<Tensor> {
+    let name = match quantized.dtype() {
+        GgmlDType::Q8_0 => "decode_q8_0",
+        GgmlDType::Q4_0 => "decode_q4_0",
+        GgmlDType::Q4_1 => "decode_q4_1",
+        GgmlDType::Q4K => "decode_q4k",
+        GgmlDType::Q6K => "decode_q6k",
+        other => return Err(Error::device(format!("no device kernel for {other:?}"))),
+    };
+    let y = fresh_on(quantized.device().as_cuda_device()?, quantized.shape().clone(), dtype)?;
+    let (blocks_at, count) = (quantized.device_ptr()? as u64, y.elem_count());
+    launch(&y, name, blocks(count), &[Arg::U64(blocks_at), at(&y, dtype)?, Arg::U64(count as u64)])?;
+    Ok(y)
+}
+
 pub(in crate::tensor) fn dropout(x: &Tensor, mask: Dropout) -> Result<Tensor> {
     let y = fresh(x, x.shape(), x.dtype())?;
     masked(&x.contiguous()?, &y, mask, false)?;
@@ -200,21 +228,24 @@ fn masked(x: &Tensor, y: &Tensor, mask: Dropout, add: bool) -> Result<()> {
     launch(x, "dropout", blocks(count.div_ceil(4)), &arguments)
 }
 
-pub(in crate::tensor) fn cache_write(store: &Tensor, fresh: &Tensor, rows: &[usize], starts: &[usize]) -> Result<()> {
+pub(in crate::tensor) fn cache_write(store: &Tensor, fresh: &Tensor, mask: &AttentionMask) -> Result<()> {
     let t = fresh.dtype();
     let ((batch, new, width), slots) = (fresh.dims3()?, store.dims()[1]);
-    let table = upload(fresh, rows.iter().chain(starts).map(|&n| n as u32).collect())?;
-    let (rows, starts) = (address(&table, U32)?, address(&table, U32)? + (batch * size_of::<u32>()) as u64);
     let arguments = [
         at(store, t)?,
         at(fresh, t)?,
-        Arg::U64(rows),
-        Arg::U64(starts),
+        Arg::U64(mask_row(mask, 2)?),
+        Arg::U64(mask_row(mask, 0)?),
         Arg::U32(new as u32),
         Arg::U32(slots as u32),
         Arg::U64(width as u64),
     ];
     launch(fresh, "cache_write", batch * new, &arguments)
+}
+
+/// Where the starts (0), ends (1), rows (2) or positions (3) of a mask lie.
+pub(super) fn mask_row(mask: &AttentionMask, row: usize) -> Result<u64> {
+    Ok(address(&mask.table, U32)? + (row * mask.host.starts.len() * size_of::<u32>()) as u64)
 }
 
 /// The loss of each row of logits to `losses`; the logits become their gradient, times `scale`, if `differentiate`.

@@ -1,15 +1,12 @@
-//! Norms, clipping and AdamW, over many f32 tensors at once.
+//! Norms, clipping, AdamW and casts, over many f32 tensors at once.
 
-use candle_core::DType::{F32, I64};
+use candle_core::DType::{BF16, F32};
 use candle_core::Tensor;
 use titer_kernels::adamw::AdamWStep;
 
-use super::launch::{Arg, address, at, fresh, launch_grid, upload};
+use super::launch::{Arg, CHUNKS, address, at, fresh, launch_grid, launch_tables, upload};
 use crate::error::Result;
 use crate::tensor::scalar::Scalar;
-
-/// Chunks that a sum over one tensor is split into.
-const CHUNKS: u32 = 32;
 
 /// The norm of all tensors together.
 pub(in crate::tensor) fn norm(tensors: &[&Tensor]) -> Result<Scalar> {
@@ -25,12 +22,12 @@ pub(in crate::tensor) fn clip_factor(tensors: &[&Tensor], max_norm: f64) -> Resu
 fn norm_and_factor(tensors: &[&Tensor], max_norm: f64) -> Result<Tensor> {
     let wide = tensors.iter().map(|t| t.contiguous()?.to_dtype(F32)).collect::<candle_core::Result<Vec<_>>>()?;
     let first = &wide[0];
-    let pointers = wide.iter().map(|t| address(t, F32).map(|address| address as i64)).collect::<Result<Vec<i64>>>()?;
-    let lengths = wide.iter().map(|t| t.elem_count() as i64).collect();
-    let (pointers, lengths) = (upload(first, pointers)?, upload(first, lengths)?);
+    let rows = wide.iter().map(|t| Ok([address(t, F32)?, t.elem_count() as u64])).collect::<Result<Vec<_>>>()?;
     let partials = fresh(first, wide.len() * CHUNKS as usize, F32)?;
-    let arguments = [at(&pointers, I64)?, at(&lengths, I64)?, at(&partials, F32)?];
-    launch_grid(first, "sum_squares_many", [CHUNKS, wide.len() as u32], &arguments)?;
+    let start = address(&partials, F32)?;
+    launch_tables(first, "sum_squares_many", &rows, |at| {
+        vec![Arg::U64(start + (at * CHUNKS as usize * size_of::<f32>()) as u64)]
+    })?;
     let result = fresh(first, 2, F32)?;
     let count = partials.elem_count() as u64;
     let arguments = [at(&partials, F32)?, Arg::U64(count), Arg::F32(max_norm as f32), at(&result, F32)?];
@@ -51,25 +48,32 @@ pub(in crate::tensor) fn adamw(tensors: &[&[Tensor; 3]], factor: &Scalar, step: 
         Scalar::Host(value) => upload(first, vec![*value as f32])?,
         Scalar::Device(tensor) => tensor.reshape(1)?,
     };
-    let mut table = Vec::with_capacity(4 * tensors.len());
-    for [parameter, gradient, moments] in tensors {
-        let second = (parameter.elem_count() * size_of::<f32>()) as u64;
-        let first = address(moments, F32)?;
-        table
-            .extend([address(parameter, F32)?, address(gradient, F32)?, first, first + second].map(|word| word as i64));
+    let row = |[parameter, gradient, moments]: &[Tensor; 3]| {
+        let count = parameter.elem_count();
+        let mean = address(moments, F32)?;
+        let square = mean + (count * size_of::<f32>()) as u64;
+        Ok([address(parameter, F32)?, address(gradient, F32)?, mean, square, count as u64])
+    };
+    let rows = tensors.iter().map(|tensors| row(tensors)).collect::<Result<Vec<_>>>()?;
+    let factor = address(&factor, F32)?;
+    launch_tables(first, "adamw_many", &rows, |_| {
+        let step = [step.decay, step.rate, step.root, step.betas[0], step.betas[1], step.eps];
+        [Arg::U64(factor)].into_iter().chain(step.map(Arg::F32)).collect()
+    })
+}
+
+/// The tensors in bf16, by one launch.
+pub(crate) fn to_bf16_many(tensors: &[&Tensor]) -> Result<Vec<Tensor>> {
+    // cuBLAS reads 16 bytes at a time from where it may.
+    let room = |tensor: &Tensor| tensor.elem_count().next_multiple_of(8);
+    let whole = fresh(tensors[0], tensors.iter().map(|tensor| room(tensor)).sum::<usize>(), BF16)?;
+    let (mut cast, mut rows, mut at) = (Vec::with_capacity(tensors.len()), Vec::with_capacity(tensors.len()), 0);
+    for tensor in tensors {
+        let to = whole.narrow(0, at, tensor.elem_count())?;
+        rows.push([address(tensor, F32)?, address(&to, BF16)?, tensor.elem_count() as u64]);
+        cast.push(to.reshape(tensor.shape())?);
+        at += room(tensor);
     }
-    let lengths = tensors.iter().map(|[parameter, ..]| parameter.elem_count() as i64).collect();
-    let (table, lengths) = (upload(first, table)?, upload(first, lengths)?);
-    let arguments = [
-        at(&table, I64)?,
-        at(&lengths, I64)?,
-        at(&factor, F32)?,
-        Arg::F32(step.decay),
-        Arg::F32(step.rate),
-        Arg::F32(step.root),
-        Arg::F32(step.betas[0]),
-        Arg::F32(step.betas[1]),
-        Arg::F32(step.eps),
-    ];
-    launch_grid(first, "adamw_many", [CHUNKS, tensors.len() as u32], &arguments)
+    launch_tables(tensors[0], "to_bf16_many", &rows, |_| Vec::new())?;
+    Ok(cast)
 }

@@ -46,10 +46,8 @@ pub fn head_cross_entropy(
     )?;
     let weight = weight.with_tensor(loss.clone());
     Ok(tape.record(loss, &[hidden, &weight], move |gradient, into| {
-        let scale = gradient.to_dtype(DType::F64)?.to_scalar::<f64>()?;
-        let scaled = |t: Tensor| -> Result<Tensor> { if scale == 1. { Ok(t) } else { Ok((t * scale)?) } };
-        dh.map_or(Ok(()), |dh| into.add(0, scaled(dh)?))?;
-        dw.map_or(Ok(()), |dw| into.add(1, scaled(dw)?))
+        dh.map_or(Ok(()), |dh| into.add(0, scaled(dh, &gradient)?))?;
+        dw.map_or(Ok(()), |dw| into.add(1, scaled(dw, &gradient)?))
     }))
 }
 
@@ -65,6 +63,14 @@ pub fn cross_entropy(tape: &mut Tape, logits: &Traced, targets: &Tensor) -> Resu
         let log_probabilities = log_softmax(&logits, 1).map_err(candle_core::Error::wrap)?;
         let correct = log_probabilities.gather(&targets.unsqueeze(1)?, 1)?;
         mean_all(&correct).map_err(candle_core::Error::wrap)?.neg()
+    })
+}
+
+/// `t` times a number, which a device keeps to itself: to ask for it would wait for all earlier work.
+fn scaled(t: Tensor, by: &Tensor) -> Result<Tensor> {
+    dispatch!(t, crate::tensor::cuda::scale(&t, by).map(|()| t), {
+        let by = by.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+        if by == 1. { Ok(t) } else { Ok((t * by)?) }
     })
 }
 

@@ -1,12 +1,13 @@
 //! Rotary positions (Su et al. 2021), in the rotate-half layout of the Hugging Face checkpoints.
 
-use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Mutex, PoisonError};
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use titer_kernels::rope as kernels;
 
 use crate::error::{Error, Result};
 use crate::tensor::host::{Element, by_dtype, read, read_all, tensor};
+use crate::tensor::mask::AttentionMask;
 use crate::tensor::tape::{Tape, Traced};
 
 /// The table of `cos` and `sin` for every position and frequency, in f32 as the checkpoints' own code computes it. It
@@ -15,20 +16,14 @@ use crate::tensor::tape::{Tape, Traced};
 pub struct Rope {
     frequencies: Vec<f32>,
     positions: usize,
-    table: RwLock<Rotations>,
-}
-
-/// `cos` and `sin` of the first positions, a row each.
-#[derive(Debug, Default)]
-struct Rotations {
-    cos: Vec<f32>,
-    sin: Vec<f32>,
+    /// `cos` and `sin` of the first positions, a row each, on the device that asked last.
+    table: Mutex<Option<[Tensor; 2]>>,
 }
 
 impl Rope {
     /// The table of `positions` rows for the inverse frequencies given, one per pair of dimensions.
     pub fn new(inverse_frequencies: &[f32], positions: usize) -> Self {
-        Self { frequencies: inverse_frequencies.to_vec(), positions, table: RwLock::default() }
+        Self { frequencies: inverse_frequencies.to_vec(), positions, table: Mutex::default() }
     }
 
     /// The standard inverse frequencies `1 / θ^(2i/d)` of a head of `width` dimensions. The division in this order, in
@@ -42,41 +37,33 @@ impl Rope {
         self.positions
     }
 
-    /// The rows of the table for these positions, on the device of `like`: made once per pass, used by every layer.
+    /// The angles of a pass's tokens, on the device of `like`: used by every layer.
     ///
     /// # Errors
     /// A position lies outside the table.
-    pub fn at(&self, positions: &[u32], like: &Tensor) -> Result<Rotation> {
-        check_positions(positions, self.positions)?;
-        let rows = positions.iter().max().map_or(0, |&at| at as usize + 1);
-        let half = self.frequencies.len();
-        if read_lock(&self.table).cos.len() < rows * half {
-            self.grow(rows);
+    pub fn at(&self, mask: &AttentionMask, like: &Tensor) -> Result<Rotation> {
+        check_positions(&mask.positions, self.positions)?;
+        let rows = mask.positions.iter().max().map_or(0, |&at| at as usize + 1);
+        let [cos, sin] = self.table(rows, like.device())?;
+        Ok(Rotation { cos, sin, positions: mask.positions_on(like.device())? })
+    }
+
+    /// The table of at least `rows` positions on `device`.
+    fn table(&self, rows: usize, device: &Device) -> Result<[Tensor; 2]> {
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        let enough = |[cos, _]: &&[Tensor; 2]| cos.dims()[0] >= rows && cos.device().same_device(device);
+        if let Some(table) = table.as_ref().filter(enough) {
+            return Ok(table.clone());
         }
-        let table = read_lock(&self.table);
-        let pick = |table: &[f32]| {
-            let rows = positions.iter().flat_map(|&at| &table[at as usize * half..][..half]).copied();
-            Tensor::from_vec(rows.collect::<Vec<f32>>(), (positions.len(), half), like.device())
+        let (rows, half) = (rows.next_power_of_two().min(self.positions), self.frequencies.len());
+        let angles = (0..rows).flat_map(|at| self.frequencies.iter().map(move |f| f64::from(at as f32 * f)));
+        let angles: Vec<f64> = angles.collect();
+        let of = |f: fn(f64) -> f64| {
+            let values: Vec<f32> = angles.iter().map(|&angle| f(angle) as f32).collect();
+            Tensor::from_vec(values, (rows, half), device)
         };
-        Ok(Rotation { cos: pick(&table.cos)?, sin: pick(&table.sin)? })
+        Ok(table.insert([of(libm::cos)?, of(libm::sin)?]).clone())
     }
-
-    /// Fills the table up to at least `rows` positions.
-    fn grow(&self, rows: usize) {
-        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
-        let (filled, rows) = (table.cos.len() / self.frequencies.len().max(1), rows.next_power_of_two());
-        let angles =
-            (filled..rows.min(self.positions)).flat_map(|at| self.frequencies.iter().map(move |f| at as f32 * f));
-        for angle in angles {
-            table.cos.push(libm::cos(f64::from(angle)) as f32);
-            table.sin.push(libm::sin(f64::from(angle)) as f32);
-        }
-    }
-}
-
-/// A table is whole whatever happened to another thread: it only grows.
-fn read_lock(table: &RwLock<Rotations>) -> RwLockReadGuard<'_, Rotations> {
-    table.read().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// `base` to the power `exponent`, rounded once from double precision: the same bits on every processor.
@@ -97,11 +84,12 @@ pub fn check_positions(positions: &[u32], limit: usize) -> Result<()> {
         .help("lower `max_length` or the number of new tokens"))
 }
 
-/// `cos` and `sin` of the angles of each token, `[tokens, width / 2]`, f32.
+/// `cos` and `sin` of the angles of each position, `[positions, width / 2]`, f32, and the positions of the tokens, u32.
 #[derive(Debug, Clone)]
 pub struct Rotation {
     cos: Tensor,
     sin: Tensor,
+    positions: Tensor,
 }
 
 /// Rotates every head of `x: [tokens…, heads · width]`.
@@ -119,15 +107,15 @@ fn turn(x: &Tensor, rotation: &Rotation, direction: f64) -> Result<Tensor> {
     let x = x.contiguous()?;
     dispatch!(
         x,
-        crate::tensor::cuda::rotate(&x, [&rotation.cos, &rotation.sin], direction),
+        crate::tensor::cuda::rotate(&x, [&rotation.cos, &rotation.sin], &rotation.positions, direction),
         by_dtype!(x.dtype(), turn_host(&x, rotation, direction))
     )
 }
 
 fn turn_host<T: Element>(x: &Tensor, rotation: &Rotation, direction: f64) -> Result<Tensor> {
-    let (tokens, _) = rotation.cos.dims2()?;
+    let ((_, half), positions) = (rotation.cos.dims2()?, rotation.positions.to_vec1::<u32>()?);
     read_all([&rotation.cos, &rotation.sin], |angles: [&[f32]; 2]| {
-        read(x, |xs: &[T]| tensor(kernels::rotate(xs, angles, tokens, direction), x.dims()))
+        read(x, |xs: &[T]| tensor(kernels::rotate(xs, angles, half, &positions, direction), x.dims()))
     })
 }
 
@@ -135,22 +123,27 @@ fn turn_host<T: Element>(x: &Tensor, rotation: &Rotation, direction: f64) -> Res
 mod tests {
     use super::*;
     use crate::tensor::check::{close, gradients, normal};
+    use crate::tensor::tokens::Tokens;
 
-    const POSITIONS: [u32; 6] = [0, 1, 2, 1, 2, 3];
+    /// Two rows of three tokens, which begin at positions 0 and 1.
+    fn mask() -> Result<AttentionMask> {
+        AttentionMask::after(&Tokens::pad(&[[0; 3]; 2], 0, &Device::Cpu)?, &[0, 1], &[0, 1])
+    }
 
     #[test]
     fn gradients_equal_finite_differences() -> Result<()> {
         let x = normal(&[2, 3, 8], 1)?;
-        let rotation = Rope::new(&Rope::frequencies(4, 100.), 4).at(&POSITIONS, &x)?;
+        let rotation = Rope::new(&Rope::frequencies(4, 100.), 4).at(&mask()?, &x)?;
         gradients(&[x], |tape, inputs| rotate(tape, &inputs[0], &rotation))
     }
 
     #[test]
     fn equals_the_composed_form() -> Result<()> {
         let x = normal(&[2, 3, 8], 1)?.as_detached_tensor();
-        let rotation = Rope::new(&Rope::frequencies(4, 100.), 4).at(&POSITIONS, &x)?;
+        let rotation = Rope::new(&Rope::frequencies(4, 100.), 4).at(&mask()?, &x)?;
         let fused = rotate(&mut Tape::default(), &Traced::constant(x.clone()), &rotation)?;
-        let table = |t: &Tensor| t.to_dtype(candle_core::DType::F64)?.reshape((6, 1, 2));
+        let positions = Tensor::new(&[0u32, 1, 2, 1, 2, 3], &Device::Cpu)?;
+        let table = |t: &Tensor| t.index_select(&positions, 0)?.to_dtype(candle_core::DType::F64)?.reshape((6, 1, 2));
         let (cos, sin, heads) = (table(&rotation.cos)?, table(&rotation.sin)?, x.reshape((6, 2, 4))?);
         let (a, b) = (heads.narrow(2, 0, 2)?, heads.narrow(2, 2, 2)?);
         let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
@@ -161,7 +154,7 @@ mod tests {
     #[test]
     fn a_position_outside_the_table_is_an_error() -> Result<()> {
         let rope = Rope::new(&Rope::frequencies(4, 100.), 2);
-        assert!(rope.at(&[0, 1, 2], normal(&[1, 3, 4], 1)?.as_tensor()).is_err());
+        assert!(rope.at(&mask()?, normal(&[2, 3, 4], 1)?.as_tensor()).is_err());
         Ok(())
     }
 }

@@ -31,6 +31,9 @@ pub enum What {
         /// A setting of the defense, as in `rho=10`; may be repeated.
         #[arg(long = "set", value_name = "KEY=VALUE")]
         settings: Vec<String>,
+        /// The dropout probability of the adapters' inputs.
+        #[arg(long, value_name = "P", default_value_t = 0.)]
+        dropout: f32,
         /// Keeps only the inputs of blocks, and runs them again in the backward pass.
         #[arg(long)]
         checkpointing: bool,
@@ -137,8 +140,9 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
     arithmetic::choose(on.arithmetic);
     // On a thread of the pool, as the stages of a run are: from outside, every parallel loop would be a switch of threads.
     let measured = rayon::scope(|_| match &args.what {
-        What::Step { method, settings, checkpointing, .. } => {
-            bench::step(&on.setup(5, 200), method, &parse_settings(settings)?, *checkpointing, &device)
+        What::Step { method, settings, dropout, checkpointing, .. } => {
+            let settings = parse_settings(settings)?;
+            bench::step(&on.setup(5, 200), method, &settings, *dropout, *checkpointing, &device)
         }
         What::Generate { new, prompts, .. } => {
             let setup = on.setup(16, 64);
