@@ -37,12 +37,9 @@ pub fn dropout(x: &Tensor, mask: Dropout) -> Result<Tensor> {
     dispatch!(x, super::cuda::dropout(x, mask), by_dtype!(x.dtype(), dropout_host(x, mask)))
 }
 
-/// `y += m ∘ x`, in place, for contiguous tensors of one shape and type in memory of their own.
-///
-/// # Errors
-/// A tensor operation failed.
-pub fn add_dropout(y: &Tensor, x: &Tensor, mask: Dropout) -> Result<()> {
-    dispatch!(x, super::cuda::add_dropout(y, x, mask), by_dtype!(x.dtype(), add_dropout_host(y, x, mask)))
+/// `y += m ∘ x`, in place, on the host, for contiguous tensors of one shape and type in memory of their own.
+pub(super) fn add_dropout(y: &Tensor, x: &Tensor, mask: Dropout) -> Result<()> {
+    by_dtype!(x.dtype(), add_dropout_host(y, x, mask))
 }
 
 fn dropout_host<T: Element>(x: &Tensor, mask: Dropout) -> Result<Tensor> {

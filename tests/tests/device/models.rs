@@ -92,7 +92,8 @@ impl Case<'_> {
         let update = defense(self.method, Value::Null)?.step(&mut cx.with_checkpointing(self.checkpointing), &batch)?;
         let before = weights.snapshot()?;
         let factor = update.grads.clip_factor(1.)?;
-        let mut optimizer = AdamW::new(AdamWConfig::default());
+        // With the usual eps, a gradient that is nearly zero would move a weight as far as any other, this way or that.
+        let mut optimizer = AdamW::new(AdamWConfig { eps: 1e-3, ..AdamWConfig::default() });
         for _ in 0..2 {
             optimizer.step(&weights, &update.grads, &factor, LEARNING_RATE)?;
         }

@@ -4,7 +4,7 @@
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor, Var};
 use titer_core::rng::{Seed, randn};
-use titer_core::tensor::dropout::{Dropout, add_dropout, dropout};
+use titer_core::tensor::dropout::{Dropout, dropout};
 use titer_core::tensor::elementwise::{add_assign, cache_write, norm, sum};
 use titer_core::tensor::ops::{
     Activation, LowRank, Rope, activate, add, cross_entropy, embed, exp, head_cross_entropy, layer_norm, linear, ln,
@@ -234,8 +234,9 @@ fn linear_layers() -> Result<()> {
 #[test]
 #[ignore = "needs a device: see .ci/device"]
 fn adapters() -> Result<()> {
-    for [rows, inner, outer] in LINEAR {
-        let inputs = [X(&[rows, inner]), W(&[outer, inner]), W(&[3, inner]), W(&[outer, 3])];
+    // Of 16 rows of `A` a kernel works on at a time, and of 16 rows of `x`.
+    for [rows, inner, outer, rank] in [[6, 37, 19, 3], [1, 64, 48, 8], [5, 1, 3, 1], [3, 7, 1, 16], [35, 130, 5, 20]] {
+        let inputs = [X(&[rows, inner]), W(&[outer, inner]), W(&[rank, inner]), W(&[outer, rank])];
         for mask in [None, Some(MASK)] {
             check(&inputs, |tape, x| {
                 let low_rank = LowRank { a: x[2].clone(), b: x[3].clone(), scale: 0.5, mask };
@@ -380,9 +381,6 @@ fn dropout_masks() -> Result<()> {
                     Ok(x.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.eq(0.)?.flatten_all()?.to_vec1()?)
                 };
                 ensure!(zero(&found)? == zero(&kept)?, "{case}: other numbers are dropped");
-                let sum = ours.copy()?;
-                add_dropout(&sum, &ours, MASK)?;
-                close(&case, &sum, &(&x + &kept)?, tolerance)?;
             }
         }
     }

@@ -9,23 +9,25 @@ use titer_tests::cli::stderr;
 use crate::standin::alone;
 
 /// What is planted (see `tests/standin`), and the test that must fail.
-const DEFECTS: [(&str, &str); 14] = [
+const DEFECTS: [(&str, &str); 16] = [
     // Arguments in another order.
     ("swap rms_norm_bwd_f32 1 2", "operators::rms_norms"),
     ("swap rms_norm_bwd_f32 3 4", "operators::rms_norms"),
     ("swap swiglu_bwd_bf16 3 4", "operators::gates"),
     ("swap rope_f32 2 3", "operators::rotations"),
+    ("swap adapter_dx_f32 0 1", "operators::adapters"),
     // A buffer that is freed before the kernel runs.
     ("free rms_norm_bwd_f32 2", "operators::rms_norms"),
-    ("free adamw_many 2", "models::adapters_in_f32"),
+    ("free adamw_many 1", "models::adapters_in_f32"),
     // A count that is one too large.
     ("add swiglu_fwd_f32 3 1", "operators::gates"),
     ("add activation_bwd_bf16 3 1", "operators::activations"),
     // Fewer blocks, and larger ones, than the kernel asks for.
     ("grid layer_norm_fwd_f32 -1", "operators::layer_norms"),
+    ("grid adapter_inner_bf16 -1", "operators::adapters"),
     ("block rms_norm_fwd_f32 512", "operators::rms_norms"),
     // A buffer that is too small.
-    ("shrink sum_squares_many 2 4", "operators::arithmetic_without_gradients"),
+    ("shrink sum_squares_many 1 4", "operators::arithmetic_without_gradients"),
     // Products that add to what nobody wrote.
     ("beta 1", "operators::products"),
     // Threads that do not wait for each other.

@@ -353,19 +353,135 @@ __device__ __forceinline__ Words philox(u32 key0, u32 key1, u32 layer, u64 count
     return state;
 }
 
-// y = m ∘ x, or y += m ∘ x if `add` is not 0, where m is 0 for numbers whose random word is less than the threshold,
-// and else `factor`.
-KERNEL(dropout,
-       (In<T> x, Out<T> y, u64 n, u32 key0, u32 key1, u32 layer, u32 threshold, float factor, u32 add),
-       (x, y, n, key0, key1, layer, threshold, factor, add)) {
+// A dropout mask as kernels are given it: 0 for numbers whose random word is less than the threshold, else `factor`.
+#define MASK u32 key0, u32 key1, u32 layer, u32 threshold, float factor
+#define MASK_OF key0, key1, layer, threshold, factor
+
+struct Mask {
+    u32 key0, key1, layer, threshold;
+    float factor;
+    // Of the four numbers that were asked for last.
+    u64 counter;
+    Words words;
+
+    __device__ __forceinline__ Mask(MASK)
+        : key0(key0), key1(key1), layer(layer), threshold(threshold), factor(factor), counter(~0ull), words() {}
+
+    // The mask of number i.
+    __device__ __forceinline__ float at(u64 i) {
+        if (threshold == 0) {
+            return factor;
+        }
+        if (i / 4 != counter) {
+            counter = i / 4;
+            words = philox(key0, key1, layer, counter);
+        }
+        const u32 even = i & 2 ? words.of[2] : words.of[0];
+        const u32 odd = i & 2 ? words.of[3] : words.of[1];
+        return (i & 1 ? odd : even) < threshold ? 0.0f : factor;
+    }
+};
+
+// y = m ∘ x.
+KERNEL(dropout, (In<T> x, Out<T> y, u64 n, MASK), (x, y, n, MASK_OF)) {
+    Mask mask(MASK_OF);
     FOR_GRID(counter, (n + 3) / 4) {
-        const Words words = philox(key0, key1, layer, counter);
 #pragma unroll
         for (u32 word = 0; word < 4; word++) {
             const u64 i = 4 * counter + word;
             if (i < n) {
-                const float kept = words.of[word] < threshold ? 0.0f : load(x, i) * factor;
-                store(y, i, add != 0 ? load(y, i) + kept : kept);
+                store(y, i, load(x, i) * mask.at(i));
+            }
+        }
+    }
+}
+
+// --- Low-rank adapters: their two products with A: [rank, width], which read the mask where they read x ---
+
+// Rows of A that a thread works on at a time.
+constexpr u32 RANKS = 16;
+
+// y = scale · (m ∘ x) Aᵀ for x: [rows, width], y: [rows, rank]. One warp per row.
+KERNEL(adapter_inner,
+       (In<T> x, In<T> a, Out<T> y, u32 rows, u32 width, u32 rank, float scale, MASK),
+       (x, a, y, rows, width, rank, scale, MASK_OF)) {
+    const u32 lane = threadIdx.x % 32;
+    const u32 row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    if (row >= rows) {
+        return;
+    }
+    Mask mask(MASK_OF);
+    const u64 start = u64(row) * width;
+    for (u32 first = 0; first < rank; first += RANKS) {
+        float sums[RANKS] = {};
+        for (u32 column = 4 * lane; column < width; column += 4 * 32) {
+#pragma unroll
+            for (u32 i = column; i < column + 4; i++) {
+                if (i < width) {
+                    const float kept = load(x, start + i) * mask.at(start + i);
+#pragma unroll
+                    for (u32 j = 0; j < RANKS; j++) {
+                        if (first + j < rank) {
+                            sums[j] += kept * load(a, u64(first + j) * width + i);
+                        }
+                    }
+                }
+            }
+        }
+#pragma unroll
+        for (u32 j = 0; j < RANKS; j++) {
+            float sum = sums[j];
+#pragma unroll
+            for (u32 distance = 16; distance > 0; distance /= 2) {
+                sum += __shfl_xor_sync(~0u, sum, distance);
+            }
+            if (lane == 0 && first + j < rank) {
+                store(y, u64(row) * rank + first + j, scale * sum);
+            }
+        }
+    }
+}
+
+// Rows that a thread of the next kernel goes through.
+constexpr u32 ADAPTER_ROWS = 16;
+
+// dx += m ∘ (g A) for g: [rows, rank], dx: [rows, width]. A thread has four columns of A; the grid is
+// [width / (4 block), rows / ADAPTER_ROWS].
+KERNEL(adapter_dx,
+       (In<T> g, In<T> a, Out<T> dx, u32 rows, u32 width, u32 rank, MASK),
+       (g, a, dx, rows, width, rank, MASK_OF)) {
+    const u32 column = 4 * (blockIdx.x * blockDim.x + threadIdx.x);
+    if (column >= width) {
+        return;
+    }
+    Mask mask(MASK_OF);
+    const u32 end = min(rows, (blockIdx.y + 1) * ADAPTER_ROWS);
+    for (u32 first = 0; first < rank; first += RANKS) {
+        float factors[RANKS][4];
+#pragma unroll
+        for (u32 j = 0; j < RANKS; j++) {
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+                const bool inside = first + j < rank && column + i < width;
+                factors[j][i] = inside ? load(a, u64(first + j) * width + column + i) : 0.0f;
+            }
+        }
+        for (u32 row = blockIdx.y * ADAPTER_ROWS; row < end; row++) {
+            float sums[4] = {};
+#pragma unroll
+            for (u32 j = 0; j < RANKS; j++) {
+                const float slope = first + j < rank ? load(g, u64(row) * rank + first + j) : 0.0f;
+#pragma unroll
+                for (u32 i = 0; i < 4; i++) {
+                    sums[i] += slope * factors[j][i];
+                }
+            }
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+                if (column + i < width) {
+                    const u64 at = u64(row) * width + column + i;
+                    store(dx, at, load(dx, at) + mask.at(at) * sums[i]);
+                }
             }
         }
     }

@@ -15,7 +15,7 @@ const PTX: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels.ptx"));
 pub(super) const CHUNKS: u32 = 32;
 
 /// Threads per block.
-const BLOCK: u32 = 256;
+pub(super) const BLOCK: u32 = 256;
 
 /// Tensors that `head_pointers` may be given at a time.
 pub(super) const HEAD_OPERANDS: usize = 12;
@@ -137,12 +137,17 @@ pub(super) fn launch_tables<const WORDS: usize>(
 
 /// Queues the kernel for the element type of `on`.
 pub(super) fn launch(on: &Tensor, name: &str, blocks: usize, arguments: &[Arg]) -> Result<()> {
+    launch_typed(on, name, [blocks as u32, 1], arguments)
+}
+
+/// As [`launch`], on blocks `[x, y]`.
+pub(super) fn launch_typed(on: &Tensor, name: &str, blocks: [u32; 2], arguments: &[Arg]) -> Result<()> {
     let suffix = match on.dtype() {
         DType::F32 => "f32",
         DType::BF16 => "bf16",
         other => return Err(no_kernel(other)),
     };
-    launch_grid(on, &format!("{name}_{suffix}"), [blocks as u32, 1], arguments)
+    launch_grid(on, &format!("{name}_{suffix}"), blocks, arguments)
 }
 
 /// Blocks for a kernel that strides over `count` elements.

@@ -6,6 +6,7 @@
 //! | `open` `memory` | finding and opening a device, and a test that kernels run; its pool of memory |
 //! | `launch` | arguments of kernels, fresh tensors, the launch itself |
 //! | `operators` | operators that are one or two kernels |
+//! | `adapter` | dropout, and the products of adapters that read it |
 //! | `optimizer` | norms, clipping and AdamW, over many tensors at once |
 //! | `products` | matrix products of cuBLAS |
 //! | `attention` | attention composed of products and a softmax |
@@ -13,6 +14,7 @@
 #![allow(clippy::cast_possible_wrap, reason = "sizes and addresses are far below half of their types' ranges")]
 #![allow(unsafe_code, reason = "kernel launches and library calls take raw device addresses")]
 
+mod adapter;
 mod attention;
 mod launch;
 mod memory;
@@ -21,13 +23,14 @@ mod operators;
 mod optimizer;
 mod products;
 
+pub(super) use adapter::{adapter_dx, adapter_inner, dropout};
 pub(super) use attention::{attention, attention_backward};
 pub(super) use launch::fresh;
 pub(crate) use memory::{memory_peak, restart_memory_peak};
 pub(crate) use open::{find, is_present, list, open};
 pub(super) use operators::{
-    activation, activation_backward, add_assign, add_bias, add_dropout, cache_write, cross_entropy, decode, dropout,
-    layer_norm, layer_norm_backward, mean, rms_norm, rms_norm_backward, rotate, scale, scatter_rows, sum_rows, swiglu,
+    activation, activation_backward, add_assign, add_bias, cache_write, cross_entropy, decode, layer_norm,
+    layer_norm_backward, mean, rms_norm, rms_norm_backward, rotate, scale, scatter_rows, sum_rows, swiglu,
     swiglu_backward,
 };
 pub(crate) use optimizer::to_bf16_many;

@@ -4,7 +4,6 @@ use candle_core::DType::{F32, U32};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Tensor};
 use titer_kernels::activation::Activation;
-use titer_kernels::dropout::Dropout;
 
 use super::launch::{Arg, address, at, blocks, fresh, fresh_on, launch};
 use crate::error::{Error, Result};
@@ -198,34 +197,6 @@ pub(in crate::tensor) fn decode(quantized: &QTensor, dtype: DType) -> Result<Ten
     let (blocks_at, count) = (quantized.device_ptr()? as u64, y.elem_count());
     launch(&y, name, blocks(count), &[Arg::U64(blocks_at), at(&y, dtype)?, Arg::U64(count as u64)])?;
     Ok(y)
-}
-
-pub(in crate::tensor) fn dropout(x: &Tensor, mask: Dropout) -> Result<Tensor> {
-    let y = fresh(x, x.shape(), x.dtype())?;
-    masked(&x.contiguous()?, &y, mask, false)?;
-    Ok(y)
-}
-
-pub(in crate::tensor) fn add_dropout(y: &Tensor, x: &Tensor, mask: Dropout) -> Result<()> {
-    masked(&x.contiguous()?, y, mask, true)
-}
-
-/// `y = m ∘ x`, or `y += m ∘ x`.
-fn masked(x: &Tensor, y: &Tensor, mask: Dropout, add: bool) -> Result<()> {
-    let t = x.dtype();
-    let count = x.elem_count();
-    let arguments = [
-        at(x, t)?,
-        at(y, t)?,
-        Arg::U64(count as u64),
-        Arg::U32(mask.key[0]),
-        Arg::U32(mask.key[1]),
-        Arg::U32(mask.layer),
-        Arg::U32(mask.threshold()),
-        Arg::F32(mask.factor() as f32),
-        Arg::U32(u32::from(add)),
-    ];
-    launch(x, "dropout", blocks(count.div_ceil(4)), &arguments)
 }
 
 pub(in crate::tensor) fn cache_write(store: &Tensor, fresh: &Tensor, mask: &AttentionMask) -> Result<()> {

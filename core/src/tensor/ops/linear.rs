@@ -109,7 +109,11 @@ impl AdapterPass {
         let cast = |factor: &Traced| factor.tensor().to_dtype(x.dtype());
         let (a, b, scale) = (cast(&low_rank.a)?, cast(&low_rank.b)?, low_rank.scale);
         let mut adapted = Self { inner: a.clone(), a, b, scale, mask: low_rank.mask };
-        adapted.inner = Gemm::NT.times(scale).product(&adapted.masked(x)?, &adapted.a)?;
+        adapted.inner = dispatch!(
+            x,
+            crate::tensor::cuda::adapter_inner(x, &adapted.a, scale, adapted.mask),
+            Gemm::NT.times(scale).product(&adapted.masked(x)?, &adapted.a)
+        )?;
         Gemm::NT.add_to(y, &adapted.inner, &adapted.b)?;
         Ok(adapted)
     }
@@ -123,11 +127,16 @@ impl AdapterPass {
         Gemm::NN.times(self.scale).product(g, &self.b)
     }
 
+    /// Adds `m ∘ (narrow A)` to `dx`.
     fn add_input_gradient(&self, dx: &Tensor, narrow: &Tensor) -> Result<()> {
-        match self.mask {
-            None => Gemm::NN.add_to(dx, narrow, &self.a),
-            Some(mask) => add_dropout(dx, &Gemm::NN.product(narrow, &self.a)?, mask),
-        }
+        dispatch!(
+            dx,
+            crate::tensor::cuda::adapter_dx(dx, narrow, &self.a, self.mask),
+            match self.mask {
+                None => Gemm::NN.add_to(dx, narrow, &self.a),
+                Some(mask) => add_dropout(dx, &Gemm::NN.product(narrow, &self.a)?, mask),
+            }
+        )
     }
 }
 
