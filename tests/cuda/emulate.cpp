@@ -1,4 +1,4 @@
-// Runs the device kernels on the host and holds each against a plain double-precision reference.
+// Runs the kernels of kernels.cu on the host and holds each against a plain double-precision reference.
 //
 //     g++ -std=c++20 -O1 -pthread emulate.cpp -o emulate && ./emulate
 //
@@ -307,82 +307,6 @@ template <typename T> void activations() {
     }
 }
 
-template <typename T> void causal_softmax(u32 window, double deviation) {
-    const u32 batch = 4, heads = 2, queries = 5, slots = 83;
-    const float scale = 0.125f;
-    const size_t rows = batch * heads * queries, n = rows * slots;
-    // Whole rows, a row whose later queries are padding, one without any token, and one in the middle of its slots.
-    const std::vector<u32> starts = {0, 70, 0, 31}, lengths = {3, 83, 0, 36};
-    const auto scores = normal<float>(n, deviation), dp = normal<float>(n);
-    auto p = output<T>(n), again = output<T>(n), ds = output<T>(n);
-    auto sums = output<float>(rows);
-    RUN(T, Dim{u32(rows)}, causal_softmax_fwd, scores.data(), p.data(), sums.data(), starts.data(), lengths.data(), heads,
-        queries, slots, window, scale);
-    RUN(T, Dim{u32(rows)}, causal_softmax_bwd, scores.data(), dp.data(), sums.data(), again.data(), ds.data(),
-        starts.data(), lengths.data(), heads, queries, slots, window, scale);
-    std::vector<double> totals(rows), dots(rows);
-    std::vector<double> expected(n, 0.0);
-    for (size_t row = 0; row < rows; row++) {
-        const int b = int(row / (heads * queries)), position = int(starts[b] + row % queries);
-        const int end = std::max(1, std::min(position + 1, int(lengths[b])));
-        int begin = window == 0 ? 0 : std::max(0, position + 1 - int(window));
-        begin = std::min(begin, end - 1);
-        double max = -1e300, total = 0.0;
-        for (int slot = begin; slot < end; slot++) {
-            max = std::max(max, scale * double(scores[row * slots + slot]));
-        }
-        for (int slot = begin; slot < end; slot++) {
-            total += expected[row * slots + slot] = std::exp(scale * double(scores[row * slots + slot]) - max);
-        }
-        for (int slot = begin; slot < end; slot++) {
-            expected[row * slots + slot] /= total;
-            dots[row] += expected[row * slots + slot] * dp[row * slots + slot];
-        }
-        totals[row] = max + std::log(total);
-    }
-    check(named<T>("causal_softmax_fwd"), p, n, [&](size_t i) { return expected[i]; });
-    check(named<T>("causal_softmax_fwd"), sums, rows, [&](size_t row) { return totals[row]; });
-    // A sum far from 0 is rounded to f32 before the probabilities are computed from it again.
-    const double coarse = 1e-7 * (1.0 + *std::max_element(totals.begin(), totals.end()));
-    if (coarse < 1e-5) {
-        check(named<T>("causal_softmax_bwd"), again, n, [&](size_t i) { return expected[i]; });
-        check(named<T>("causal_softmax_bwd"), ds, n, [&](size_t i) {
-            return scale * expected[i] * (dp[i] - dots[i / slots]);
-        });
-    }
-    for (size_t i = 0; i < n; i++) { // hidden slots are exactly 0
-        require(named<T>("causal_softmax_fwd"), expected[i] != 0.0 || real(p[i]) == 0.0);
-        require(named<T>("causal_softmax_bwd"), expected[i] != 0.0 || (real(again[i]) == 0.0 && real(ds[i]) == 0.0));
-    }
-}
-
-template <typename T> void grouped() {
-    const u32 rows = 5, heads = 3, group = 4, width = 7;
-    const size_t n = rows * heads * width;
-    const auto x = normal<float>(n * group);
-    auto y = output<T>(n);
-    RUN(T, Dim{2}, sum_groups, x.data(), y.data(), n, group, width);
-    check(named<T>("sum_groups"), y, n, [&](size_t i) {
-        return sum(group, [&](size_t j) { return double(x[(i / width * group + j) * width + i % width]); });
-    });
-}
-
-static void pointers() {
-    const u32 batch = 3, heads = 6, pairs = batch * heads, count = 2;
-    const std::vector<u32> rows = {4, 0, 2};
-    HeadOperands operands = {};
-    operands.all[0] = {1000, 600, 100, 1, 0};
-    operands.all[1] = {90000, 800, 200, 3, 1};
-    std::vector<u64> table(count * pairs + 1, 7);
-    launch({1}, head_pointers, table.data(), rows.data(), heads, pairs, count, operands);
-    for (u32 pair = 0; pair < pairs; pair++) {
-        const u64 b = pair / heads, h = pair % heads;
-        require("head_pointers", table[pair] == 1000 + b * 600 + h * 100);
-        require("head_pointers", table[pairs + pair] == 90000 + rows[b] * u64(800) + h / 3 * 200);
-    }
-    require("head_pointers", table.back() == 7);
-}
-
 template <typename T> void entropy(double deviation) {
     const u32 rows = 6, vocabulary = 1031;
     const float scale = 0.25f;
@@ -542,11 +466,6 @@ template <typename T> void all() {
     }
     rotation<T>();
     activations<T>();
-    for (const u32 window : {0u, 1u, 7u, 40u, 200u}) {
-        causal_softmax<T>(window, 8.0);
-    }
-    causal_softmax<T>(0, 2000.0); // far beyond the range of exp
-    grouped<T>();
     entropy<T>(2.0);
     entropy<T>(100.0);
     sums_and_copies<T>();
@@ -560,7 +479,6 @@ int main() {
         all<float>();
         all<bf16>();
         optimiser();
-        pointers();
     }
     bool passed = true;
     for (const auto& [kernel, result] : results) {

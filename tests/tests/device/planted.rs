@@ -9,12 +9,13 @@ use titer_tests::cli::stderr;
 use crate::standin::alone;
 
 /// What is planted (see `tests/standin`), and the test that must fail.
-const DEFECTS: [(&str, &str); 14] = [
+const DEFECTS: [(&str, &str); 20] = [
     // Arguments in another order.
     ("swap rms_norm_bwd_f32 1 2", "operators::rms_norms"),
     ("swap rms_norm_bwd_f32 3 4", "operators::rms_norms"),
     ("swap swiglu_bwd_bf16 3 4", "operators::gates"),
     ("swap rope_f32 2 3", "operators::rotations"),
+    ("swap attention_dq_bf16 6 7", "attention::lengths"),
     // A buffer that is freed before the kernel runs.
     ("free rms_norm_bwd_f32 2", "operators::rms_norms"),
     ("free adamw_many 2", "models::adapters_in_f32"),
@@ -24,13 +25,18 @@ const DEFECTS: [(&str, &str); 14] = [
     // Fewer blocks, and larger ones, than the kernel asks for.
     ("grid layer_norm_fwd_f32 -1", "operators::layer_norms"),
     ("block rms_norm_fwd_f32 512", "operators::rms_norms"),
+    ("grid attention_dkdv_bf16 -1", "attention::lengths"),
     // A buffer that is too small.
+    ("shrink attention_fwd_f32 5 4", "attention::lengths"),
     ("shrink sum_squares_many 2 4", "operators::arithmetic_without_gradients"),
     // Products that add to what nobody wrote.
     ("beta 1", "operators::products"),
     // Threads that do not wait for each other.
     ("barrier rms_norm_fwd_f32", "operators::rms_norms"),
     ("barrier cross_entropy_bf16", "operators::losses"),
+    ("barrier attention_fwd_bf16", "attention::lengths"),
+    ("barrier attention_dq_f32", "attention::lengths"),
+    ("barrier attention_dkdv_bf16", "attention::lengths"),
 ];
 
 #[test]

@@ -30,8 +30,8 @@ struct Problem {
     __device__ __forceinline__ u32 pairs() const { return batch * key_value; }
     __device__ __forceinline__ u64 vectors() const { return u64(batch) * queries * heads(); }
 
-    // Where the sum of a vector of [batch, queries, heads] lies in [batch, heads, queries].
-    __device__ __forceinline__ u64 sum_of(u64 vector) const {
+    // From a vector of [batch, queries, heads] to its number in [batch, heads, queries].
+    __device__ __forceinline__ u64 number_of(u64 vector) const {
         const u64 query = vector / heads();
         return (query / queries * heads() + vector % heads()) * queries + query % queries;
     }
@@ -217,6 +217,7 @@ struct Visible {
     u32 end;
 
     __device__ __forceinline__ bool has(u32 slot) const { return begin <= slot && slot < end; }
+    __device__ __forceinline__ Visible before(u32 limit) const { return {begin, min(end, limit)}; }
 };
 
 struct Pair {
@@ -257,14 +258,16 @@ struct Pair {
         return {visible(first).begin, visible(min(first + count, rows()) - 1).end};
     }
 
-    // The row's vector in [batch, queries, heads], and where its elements begin.
-    __device__ __forceinline__ u64 vector(u32 row) const {
+    // Where the row's elements begin in [batch, queries, heads · width], and its number in [batch, heads, queries].
+    __device__ __forceinline__ u64 row_at(u32 row) const {
         const u64 query = u64(batch) * p.queries + row / p.group;
-        return (query * p.key_value + head) * p.group + row % p.group;
+        return ((query * p.key_value + head) * p.group + row % p.group) * p.width;
     }
-    __device__ __forceinline__ u64 row_at(u32 row) const { return vector(row) * p.width; }
+    __device__ __forceinline__ u64 number_at(u32 row) const {
+        return ((u64(batch) * p.key_value + head) * p.group + row % p.group) * p.queries + row / p.group;
+    }
 
-    // The same of a slot in [rows of keys, slots, key/value heads · width].
+    // Where a slot's elements begin in [rows of keys, slots, key/value heads · width].
     __device__ __forceinline__ u64 slot_at(u32 slot) const {
         return ((u64(keys) * p.slots + slot) * p.key_value + head) * p.width;
     }
@@ -320,16 +323,24 @@ template <u32 LEFT> __device__ __forceinline__ void wait_for_tiles() {
     __syncthreads();
 }
 
-// Writes half a row of a strip, from element `at` of y on: its columns below `width`, times a factor.
+__device__ __forceinline__ void store_two(float* y, float a, float b) { *reinterpret_cast<float2*>(y) = {a, b}; }
+__device__ __forceinline__ void store_two(bf16* y, float a, float b) { *reinterpret_cast<u32*>(y) = pair_of(a, b); }
+
+// Writes half a row of a strip, times a factor, from element `at` of y on: its columns below `width`.
 template <u32 N, typename T>
 __device__ __forceinline__ void store_row(Out<T> y, u64 at, const Strip<N>& x, u32 half, float factor, u32 width) {
 #pragma unroll
     for (u32 n = 0; n < N / 8; n++) {
+        const u32 column = column_of(n, 0);
+        const float two[2] = {x.at[n][2 * half] * factor, x.at[n][2 * half + 1] * factor};
+        if (width % 2 == 0 && column < width) {
+            store_two(y + at + column, two[0], two[1]);
+            continue;
+        }
 #pragma unroll
         for (u32 e = 0; e < 2; e++) {
-            const u32 column = column_of(n, e);
-            if (column < width) {
-                store(y, at + column, x.at[n][2 * half + e] * factor);
+            if (column + e < width) {
+                store(y, at + column + e, two[e]);
             }
         }
     }
@@ -367,7 +378,7 @@ __device__ __forceinline__ void forward(const Problem& p, In<u32> mask, In<T> q,
     const Visible seen = pair.visible_to(first, ROWS);
     const u32 begin = max(seen.begin, part * chunk);
     const u32 end = min(seen.end, (part + 1) * chunk);
-    const Visible own_seen[2] = {pair.visible(own), pair.visible(own + 8)};
+    const Visible own_seen[2] = {pair.visible(own).before(end), pair.visible(own + 8).before(end)};
     const float scale = p.scale * LOG2_E;
 
     Strip<W> result;
@@ -427,7 +438,7 @@ __device__ __forceinline__ void forward(const Problem& p, In<u32> mask, In<T> q,
             continue;
         }
         if (lane() % 4 == 0) {
-            sums[p.sum_of(pair.vector(row))] = (most[half] + log2f(sum)) * LN_2;
+            sums[pair.number_at(row)] = (most[half] + log2f(sum)) * LN_2;
         }
         if (parts == nullptr) {
             store_row(y, pair.row_at(row), result, half, 1.0f / sum, p.width);
@@ -442,7 +453,7 @@ template <typename T>
 __device__ __forceinline__ void combine(const Problem& p, In<float> parts, In<float> sums, Out<T> y, u32 chunks) {
     const u64 count = p.vectors() * p.width;
     for (u64 i = u64(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += u64(gridDim.x) * blockDim.x) {
-        const u64 at = p.sum_of(i / p.width);
+        const u64 at = p.number_of(i / p.width);
         float most = NEVER;
         for (u32 part = 0; part < chunks; part++) {
             most = fmaxf(most, sums[part * p.vectors() + at]);
@@ -480,7 +491,7 @@ __device__ __forceinline__ void row_dots(const Problem& p, In<T> y, In<T> g, Out
             sum += __shfl_xor_sync(~0u, sum, step);
         }
         if (lane() == 0) {
-            dots[p.sum_of(at)] = sum;
+            dots[p.number_of(at)] = sum;
         }
     }
 }
@@ -501,7 +512,7 @@ __device__ __forceinline__ Row row_of(const Pair& pair, u32 row, In<float> sums,
     if (row >= pair.rows()) {
         return {{0, 0}, 0.0f, 0.0f};
     }
-    const u64 at = pair.p.sum_of(pair.vector(row));
+    const u64 at = pair.number_at(row);
     return {pair.visible(row), sums[at] * LOG2_E, dots[at]};
 }
 

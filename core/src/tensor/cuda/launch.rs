@@ -21,9 +21,6 @@ const KERNELS: Kernels = Kernels { module: "titer", ptx: include_str!(concat!(en
 /// Threads per block.
 const BLOCK: u32 = 256;
 
-/// Bytes of shared memory that a kernel may have without asking.
-const USUAL_SHARED: usize = 48 << 10;
-
 /// One argument of a kernel.
 pub(super) enum Arg {
     U32(u32),
@@ -103,7 +100,8 @@ pub(super) fn upload<T: candle_core::WithDType>(like: &Tensor, values: Vec<T>) -
 /// Queues a kernel.
 pub(super) fn launch_from(kernels: &Kernels, on: &Tensor, name: &str, grid: Grid, arguments: &[Arg]) -> Result<()> {
     let function = device(on)?.get_or_load_custom_func(name, kernels.module, kernels.ptx)?;
-    if grid.shared > USUAL_SHARED {
+    if grid.shared > 0 {
+        // Without asking, a kernel may have 48 KiB, its static part included.
         let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         function.set_attribute(attribute, grid.shared as i32).w()?;
     }
