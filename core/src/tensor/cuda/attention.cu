@@ -43,8 +43,8 @@ constexpr u32 W = WIDTH;
 constexpr u32 LANES = 32;
 constexpr u32 STRIP = 16; // rows that a warp owns
 
-// Most warps of a block, and the slots (or rows) that stream by at a time, while rows (or slots) are owned. Less than
-// 99 KiB of shared memory, the limit of compute capability 8.6, must hold all tiles.
+// The most warps of a block, and the slots (or rows) that stream by at a time while rows (or slots) are owned. All tiles
+// must fit into 99 KiB of shared memory, the limit of compute capability 8.6.
 template <typename T> struct Sizes;
 template <> struct Sizes<bf16> {
     static constexpr u32 WARPS = 4;
@@ -98,10 +98,10 @@ __device__ __forceinline__ void load_transposed(u32 (&x)[4], const bf16* row) {
 
 // c += a b for a of 16 by 16 and b of 16 by 8.
 __device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-                 "{%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 __device__ __forceinline__ u32 pair_of(float low, float high) {
