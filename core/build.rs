@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
 use std::{fs, io};
 
-const KERNELS: &str = "src/tensor/cuda/kernels.cu";
+const KERNELS: &str = "src/tensor/cuda";
+/// The widths of tiles that the attention kernels are compiled for, each on its own: a driver compiles what a model needs.
+const WIDTHS: [u32; 6] = [32, 64, 80, 96, 128, 256];
 /// What a core is made of: its own sources and those of its CPU kernels.
 const SOURCES: [&str; 2] = ["src", "kernels/src"];
 const LOCK: &str = "../Cargo.lock";
@@ -89,22 +91,30 @@ fn list(folder: &Path, files: &mut Vec<PathBuf>) -> io::Result<()> {
     Ok(())
 }
 
+/// Compiles them to PTX, all at once.
 fn compile_kernels() {
-    let ptx = PathBuf::from(variable("OUT_DIR")).join("kernels.ptx");
     let setting =
         |name: &str, default: &str| Some(variable(name)).filter(|set| !set.is_empty()).unwrap_or(default.into());
     let compiler = setting("NVCC", "nvcc");
     let architecture = format!("-arch=compute_{}", setting("CUDA_COMPUTE_CAP", "80"));
-    let run = Command::new(&compiler)
-        .args(["--ptx", "-O3", "-std=c++17", &architecture, "-o"])
-        .arg(&ptx)
-        .arg(KERNELS)
-        .status();
-    match run {
-        Ok(status) if status.success() => {}
-        Ok(status) => fail(&format!("{compiler} ended with {status} on {KERNELS}")),
-        Err(error) => {
-            fail(&format!("cannot start {compiler}: {error}; install the CUDA toolkit, or set NVCC to its nvcc"));
+    let start = |source: &str, name: &str, width: u32| {
+        let mut command = Command::new(&compiler);
+        command.args(["--ptx", "-O3", "-std=c++17", &architecture, &format!("-DWIDTH={width}"), "-o"]);
+        command.arg(Path::new(&variable("OUT_DIR")).join(name)).arg(Path::new(KERNELS).join(source));
+        match command.spawn() {
+            Ok(child) => (source.to_owned(), child),
+            Err(error) => {
+                fail(&format!("cannot start {compiler}: {error}; install the CUDA toolkit, or set NVCC to its nvcc"))
+            }
+        }
+    };
+    let mut started = vec![start("kernels.cu", "kernels.ptx", 0)];
+    started.extend(WIDTHS.map(|width| start("attention.cu", &format!("attention_{width}.ptx"), width)));
+    for (source, mut child) in started {
+        match child.wait() {
+            Ok(status) if status.success() => {}
+            Ok(status) => fail(&format!("{compiler} ended with {status} on {source}")),
+            Err(error) => fail(&format!("{compiler} on {source}: {error}")),
         }
     }
 }

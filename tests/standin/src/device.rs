@@ -126,7 +126,7 @@ pub struct Event {
 /// A kernel that the program has a handle of.
 pub struct Loaded {
     pub function: Arc<Function>,
-    /// The most bytes of dynamic shared memory that the program has asked for.
+    /// The most bytes of dynamic shared memory: what the static part leaves of the usual ones, or what the program asked for.
     pub most_dynamic: usize,
 }
 

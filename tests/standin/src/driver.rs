@@ -666,7 +666,8 @@ functions! {
             }
             Some(Ok(decoded)) => {
                 let handle = device.handle();
-                device.functions.insert(handle, Loaded { function: Arc::new(decoded), most_dynamic: USUAL_SHARED });
+                let most_dynamic = USUAL_SHARED.saturating_sub(decoded.shared_bytes);
+                device.functions.insert(handle, Loaded { function: Arc::new(decoded), most_dynamic });
                 device.by_name.insert(key, handle);
                 Ok(give(function, handle))
             }
@@ -752,7 +753,7 @@ functions! {
             Some(format!("grid [{gx}, {gy}, {gz}], block [{bx}, {by}, {bz}] is not valid"))
         } else if threads > u64::from(f.most_threads.unwrap_or(1024)) {
             Some(format!("{threads} threads, and the kernel is made for {} at most", f.most_threads.unwrap_or(1024)))
-        } else if shared as usize > most_dynamic || shared as usize + f.shared_bytes > most_dynamic.max(USUAL_SHARED) {
+        } else if shared as usize > most_dynamic {
             Some(format!("{shared} bytes of dynamic shared memory beside {}, and {most_dynamic} are allowed", f.shared_bytes))
         } else if !extra.is_null() || params.is_null() && !f.params.is_empty() {
             Some("parameters are missing, or given in a way that the stand-in does not know".to_owned())

@@ -225,6 +225,7 @@ fn child_twice() {
 fn child_limits() {
     let stream = open();
     let (function, at) = (increment(), upload(&[0u32; 32], stream));
+    let held = kernel(&support::module(2, &format!("{PLACES} .shared .b8 held[1024]; st.global.u32 [%to], 0;")));
     assert_eq!(launch(function, 0, 32, 0, stream, &[at, at]), 1);
     assert_eq!(launch(function, 1, 2048, 0, stream, &[at, at]), 1);
     assert_eq!(launch(function, 1, 32, 100_000, stream, &[at, at]), 1);
@@ -233,6 +234,10 @@ fn child_limits() {
         assert_eq!(cuFuncSetAttribute(function, 8, 100_000), 0);
         assert_eq!(cuFuncSetAttribute(function, 8, 300_000), 1);
         assert_eq!(launch(function, 1, 32, 100_000, stream, &[at, at]), 0);
+        // Beside a static part less is left, unless the program asks for more.
+        assert_eq!([47 << 10, 48 << 10].map(|bytes| launch(held, 1, 32, bytes, stream, &[at, at])), [0, 1]);
+        assert_eq!(cuFuncSetAttribute(held, 8, 48 << 10), 0);
+        assert_eq!(launch(held, 1, 32, 48 << 10, stream, &[at, at]), 0);
         let mut none = 1;
         assert_eq!(cuMemAllocAsync(&raw mut none, 0, stream), 0);
         assert_eq!(none, 0);

@@ -9,13 +9,16 @@ use titer_tests::cli::{small, stderr, titer};
 
 use crate::standin::{DEVICE, alone, standin_folder};
 
-/// Fails unless kernels and products run on a machine that differs in these variables.
-fn works(variables: &[(&str, &str)]) -> Result<()> {
-    for test in ["operators::losses", "operators::products"] {
-        let output = alone(test, variables)?;
-        ensure!(output.status.success(), "{variables:?}: {}", stderr(&output));
-    }
+/// Fails unless a test passes on a machine that differs in these variables.
+fn passes(test: &str, variables: &[(&str, &str)]) -> Result<()> {
+    let output = alone(test, variables)?;
+    ensure!(output.status.success(), "{variables:?}: {}", stderr(&output));
     Ok(())
+}
+
+/// Fails unless kernels and products run on such a machine.
+fn works(variables: &[(&str, &str)]) -> Result<()> {
+    ["operators::losses", "operators::products"].into_iter().try_for_each(|test| passes(test, variables))
 }
 
 /// One training step by the real binary on such a machine.
@@ -53,6 +56,13 @@ fn install(folder: &Path, names: &[&str]) -> Result<()> {
 #[ignore = "needs the stand-in: see .ci/device"]
 fn every_generation_from_8_0_on_works() -> Result<()> {
     ["8.0", "8.6", "8.9", "9.0", "10.0"].into_iter().try_for_each(|chip| works(&[("STANDIN_CC", chip)]))
+}
+
+/// These have the least shared memory.
+#[test]
+#[ignore = "needs the stand-in: see .ci/device"]
+fn the_widest_heads_fit_into_8_6() -> Result<()> {
+    passes("attention::head_sizes", &[("STANDIN_CC", "8.6")])
 }
 
 #[test]

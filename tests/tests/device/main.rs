@@ -7,6 +7,7 @@
 
 #![allow(clippy::print_stdout, reason = "a test shows what it measured")]
 
+mod attention;
 mod budgets;
 mod conformance;
 mod machines;

@@ -171,7 +171,8 @@ const F32: Case = Case { config: &Value::Null, dtype: "f32", trained: LORA, meth
 #[test]
 #[ignore = "needs a device: see .ci/device"]
 fn adapters_in_f32() -> Result<()> {
-    check_variants(F32, EXACT)
+    // Vaccine's second pass is at a point that the first one's gradients, made one long, chose: rounding grows by the way.
+    check_variants(F32, Limits { together: 2e-5, each: 4e-5, ..EXACT })
 }
 
 #[test]

@@ -16,11 +16,11 @@ use titer_core::testing::values;
 use crate::standin::device;
 
 /// The largest error of an element by type, as a share of the tensor's largest element or of 0.1: bf16 keeps 8 bits.
-const TYPES: [(DType, f64); 2] = [(DType::F32, 2e-5), (DType::BF16, 2e-2)];
+pub(crate) const TYPES: [(DType, f64); 2] = [(DType::F32, 2e-5), (DType::BF16, 2e-2)];
 
 /// How the elements of an input lie in memory.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Layout {
+pub(crate) enum Layout {
     /// One behind the other, from the start.
     Whole,
     /// Behind a row that belongs to nobody.
@@ -31,7 +31,7 @@ enum Layout {
 
 /// An input by its shape.
 #[derive(Debug, Clone, Copy)]
-enum Input<'a> {
+pub(crate) enum Input<'a> {
     /// May lie in any way.
     Activation(&'a [usize]),
     /// Is never turned.
@@ -46,7 +46,7 @@ impl Input<'_> {
     }
 
     /// `host` in this type on `device`.
-    fn laid_out(&self, host: &Tensor, layout: Layout, dtype: DType, device: &Device) -> Result<Tensor> {
+    pub(crate) fn laid_out(&self, host: &Tensor, layout: Layout, dtype: DType, device: &Device) -> Result<Tensor> {
         let x = host.to_dtype(dtype)?.to_device(device)?;
         Ok(match (layout, self) {
             (Layout::Offset, _) => {
@@ -63,13 +63,13 @@ impl Input<'_> {
 }
 
 /// Normal numbers that `dtype` can hold, f64 on the host.
-fn normal(shape: &[usize], dtype: DType, seed: u64) -> Result<Tensor> {
+pub(crate) fn normal(shape: &[usize], dtype: DType, seed: u64) -> Result<Tensor> {
     let drawn = randn(shape, &mut Seed::new(seed).generator(), &Device::Cpu)?;
     Ok(drawn.to_dtype(dtype)?.to_dtype(DType::F64)?)
 }
 
 /// Fails unless two tensors agree in every element, within `tolerance` of the largest or of 0.1.
-fn close(what: &str, ours: &Tensor, host: &Tensor, tolerance: f64) -> Result<()> {
+pub(crate) fn close(what: &str, ours: &Tensor, host: &Tensor, tolerance: f64) -> Result<()> {
     ensure!(ours.dims() == host.dims(), "{what}: shape {:?} instead of {:?}", ours.dims(), host.dims());
     let host = values(host)?;
     let largest = host.iter().fold(0f64, |max, x| max.max(x.abs()));
@@ -83,7 +83,7 @@ fn close(what: &str, ours: &Tensor, host: &Tensor, tolerance: f64) -> Result<()>
 }
 
 /// The result of an operator, and the gradient of each input that gets one.
-fn results(
+pub(crate) fn results(
     inputs: &[Tensor],
     operator: &impl Fn(&mut Tape, &[Traced]) -> titer_core::Result<Traced>,
 ) -> Result<Vec<(String, Tensor)>> {

@@ -9,13 +9,14 @@ use titer_tests::cli::stderr;
 use crate::standin::alone;
 
 /// What is planted (see `tests/standin`), and the test that must fail.
-const DEFECTS: [(&str, &str); 16] = [
+const DEFECTS: [(&str, &str); 22] = [
     // Arguments in another order.
     ("swap rms_norm_bwd_f32 1 2", "operators::rms_norms"),
     ("swap rms_norm_bwd_f32 3 4", "operators::rms_norms"),
     ("swap swiglu_bwd_bf16 3 4", "operators::gates"),
     ("swap rope_f32 2 3", "operators::rotations"),
     ("swap adapter_dx_f32 0 1", "operators::adapters"),
+    ("swap attention_dq_bf16 6 7", "attention::lengths"),
     // A buffer that is freed before the kernel runs.
     ("free rms_norm_bwd_f32 2", "operators::rms_norms"),
     ("free adamw_many 1", "models::adapters_in_f32"),
@@ -26,13 +27,18 @@ const DEFECTS: [(&str, &str); 16] = [
     ("grid layer_norm_fwd_f32 -1", "operators::layer_norms"),
     ("grid adapter_inner_bf16 -1", "operators::adapters"),
     ("block rms_norm_fwd_f32 512", "operators::rms_norms"),
+    ("grid attention_dkdv_bf16 -1", "attention::lengths"),
     // A buffer that is too small.
     ("shrink sum_squares_many 1 4", "operators::arithmetic_without_gradients"),
+    ("shrink attention_fwd_f32 5 4", "attention::lengths"),
     // Products that add to what nobody wrote.
     ("beta 1", "operators::products"),
     // Threads that do not wait for each other.
     ("barrier rms_norm_fwd_f32", "operators::rms_norms"),
     ("barrier cross_entropy_bf16", "operators::losses"),
+    ("barrier attention_fwd_bf16", "attention::lengths"),
+    ("barrier attention_dq_f32", "attention::lengths"),
+    ("barrier attention_dkdv_bf16", "attention::lengths"),
 ];
 
 #[test]

@@ -1,31 +1,50 @@
-//! Attention composed of products and a softmax. All pairs of a batch row and a query head are one call of cuBLAS, whose
-//! tables of addresses one kernel fills; the scores are f32.
+//! Launches of the attention kernels. They keep no matrix of scores; `attention.cu` says how they divide the work.
 
-use candle_core::DType::{self, F32, I64};
+use candle_core::DType::{self, F32, U32};
 use candle_core::Tensor;
 use titer_kernels::attention::Attention;
 
-use super::launch::{Arg, HEAD_OPERANDS, address, at, blocks, fresh, launch, launch_grid};
-use super::operators::mask_row;
-use super::products::{Operand, batched};
-use crate::error::Result;
+use super::launch::{Arg, Grid, Kernels, at, blocks, fresh, launch_from, per_type};
+use crate::error::{Error, Result};
 use crate::tensor::mask::AttentionMask;
 
-/// Where the matrix of each pair lies in one tensor; steps in elements.
-struct HeadMatrices {
-    address: u64,
-    dtype: DType,
-    /// From one batch row to the next, from one head's matrix to the next, and from one row of a matrix to the next.
-    steps: [usize; 3],
-    /// Query heads that share a matrix.
-    group: usize,
-    /// Whether batch row `b` lies in the row that the mask names.
-    named: bool,
+/// The kernels by the width that their tiles have.
+macro_rules! kernels {
+    ($($width:literal),*) => {
+        [$((
+            $width,
+            Kernels {
+                module: concat!("attention_", $width),
+                ptx: include_str!(concat!(env!("OUT_DIR"), "/attention_", $width, ".ptx")),
+            },
+        )),*]
+    };
+}
+
+const KERNELS: [(usize, Kernels); 6] = kernels![32, 64, 80, 96, 128, 256];
+
+/// Rows of a tile that a warp owns.
+const STRIP: usize = 16;
+
+/// Slots of a long cache that a block looks at.
+const CHUNK: usize = 256;
+
+/// `Sizes` of `attention.cu`.
+#[derive(Clone, Copy)]
+struct Sizes {
+    warps: usize,
+    /// What streams by while rows are owned, and while slots are.
+    slots: usize,
+    rows: usize,
 }
 
 struct Heads<'a> {
-    shape: Attention,
     mask: &'a AttentionMask,
+    /// The kernels, and the width of their tiles.
+    kernels: &'static Kernels,
+    tile: usize,
+    sizes: Sizes,
+    shape: Attention,
     batch: usize,
     queries: usize,
     slots: usize,
@@ -34,174 +53,108 @@ struct Heads<'a> {
 
 impl<'a> Heads<'a> {
     fn new(shape: Attention, q: &Tensor, k: &Tensor, mask: &'a AttentionMask) -> Result<Self> {
-        let ((batch, queries, _), (_, slots, _)) = (q.dims3()?, k.dims3()?);
-        Ok(Self { shape, mask, batch, queries, slots, dtype: q.dtype() })
+        let ((batch, queries, _), (_, slots, _), dtype) = (q.dims3()?, k.dims3()?, q.dtype());
+        let Some((tile, kernels)) = KERNELS.iter().find(|(tile, _)| shape.width <= *tile) else {
+            let widest = KERNELS.map(|(tile, _)| tile)[KERNELS.len() - 1];
+            let what = format!("attention with heads of {} elements, and a device takes {widest} at most", shape.width);
+            return Err(Error::device(what).help("use --device cpu"));
+        };
+        let sizes = match (dtype, tile) {
+            (F32, _) => Sizes { warps: 2, slots: 16, rows: 16 },
+            (_, 256) => Sizes { warps: 4, slots: 32, rows: 16 },
+            _ => Sizes { warps: 4, slots: 64, rows: 32 },
+        };
+        Ok(Self { mask, kernels, tile: *tile, sizes, shape, batch, queries, slots, dtype })
     }
 
+    /// Query heads that share a key/value head.
     fn group(&self) -> usize {
         self.shape.query / self.shape.key_value
     }
 
-    fn pairs(&self) -> usize {
-        self.batch * self.shape.query
+    /// Rows of a pair of a batch row and a key/value head.
+    fn rows(&self) -> usize {
+        self.queries * self.group()
     }
 
-    /// `[queries, width]` in a tensor of the queries' shape.
-    fn wide(&self, tensor: &Tensor) -> Result<HeadMatrices> {
-        let Attention { query, width, .. } = self.shape;
-        let steps = [self.queries * query * width, width, query * width];
-        Ok(HeadMatrices { address: address(tensor, self.dtype)?, dtype: self.dtype, steps, group: 1, named: false })
+    /// Queues a kernel with what all of them need to know before its own arguments.
+    fn launch(&self, on: &Tensor, name: &str, grid: Grid, arguments: impl IntoIterator<Item = Arg>) -> Result<()> {
+        let Attention { key_value, width, window, scale, .. } = self.shape;
+        let sizes = [self.batch, self.queries, self.slots, key_value, self.group(), width, window.unwrap_or(0)];
+        let [batch, queries, slots, key_value, group, width, window] = sizes.map(|size| size as u32);
+        let problem = [batch, queries, slots, key_value, group, width, window, (scale as f32).to_bits()];
+        let arguments: Vec<Arg> = std::iter::once(Arg::Problem(problem)).chain(arguments).collect();
+        launch_from(self.kernels, on, &per_type(&format!("attention_{name}"), self.dtype)?, grid, &arguments)
     }
 
-    /// `[slots, width]` in a tensor of the keys' shape.
-    fn narrow(&self, tensor: &Tensor) -> Result<HeadMatrices> {
-        let Attention { key_value, width, .. } = self.shape;
-        let steps = [self.slots * key_value * width, width, key_value * width];
-        let group = self.group();
-        Ok(HeadMatrices { address: address(tensor, self.dtype)?, dtype: self.dtype, steps, group, named: true })
-    }
-
-    /// `[slots, width]` in `[batch, slots, query · width]`, f32: the gradients of keys or values by query heads.
-    fn by_query_head(&self, tensor: &Tensor) -> Result<HeadMatrices> {
-        let Attention { query, width, .. } = self.shape;
-        let steps = [self.slots * query * width, width, query * width];
-        Ok(HeadMatrices { address: address(tensor, F32)?, dtype: F32, steps, group: 1, named: false })
-    }
-
-    /// `[queries, slots]` in `[batch, heads, queries, slots]`.
-    fn square(&self, tensor: &Tensor) -> Result<HeadMatrices> {
-        let size = self.queries * self.slots;
-        let steps = [self.shape.query * size, size, self.slots];
-        let dtype = tensor.dtype();
-        Ok(HeadMatrices { address: address(tensor, dtype)?, dtype, steps, group: 1, named: false })
-    }
-
-    fn fresh_square(&self, like: &Tensor, dtype: DType) -> Result<Tensor> {
-        fresh(like, (self.batch, self.shape.query, self.queries, self.slots), dtype)
-    }
-
-    /// The operands of batched products, with the table of addresses that they point into.
-    fn operands<const N: usize>(&self, places: [HeadMatrices; N]) -> Result<(Tensor, [Operand; N])> {
-        let pairs = self.pairs();
-        let table = fresh(&self.mask.table, N * pairs, I64)?;
-        let mut heads = Box::new([[0; 5]; HEAD_OPERANDS]);
-        for (row, place) in heads.iter_mut().zip(&places) {
-            let bytes = place.steps.map(|step| (step * place.dtype.size_in_bytes()) as u64);
-            *row = [place.address, bytes[0], bytes[1], place.group as u64, u64::from(place.named)];
-        }
-        let start = address(&table, I64)?;
-        let arguments = [
-            Arg::U64(start),
-            Arg::U64(mask_row(self.mask, 2)?),
-            Arg::U32(self.shape.query as u32),
-            Arg::U32(pairs as u32),
-            Arg::U32(N as u32),
-            Arg::Heads(heads),
-        ];
-        launch_grid(&table, "head_pointers", [blocks(pairs) as u32, 1], &arguments)?;
-        let mut next = start;
-        let operands = places.map(|place| {
-            let address = next;
-            next += (pairs * size_of::<u64>()) as u64;
-            Operand { address, dtype: place.dtype, ld: place.steps[2], transposed: false }
-        });
-        Ok((table, operands))
-    }
-
-    /// What both softmax kernels need to know of the mask.
-    fn visible(&self) -> Result<[Arg; 7]> {
-        Ok([
-            Arg::U64(mask_row(self.mask, 0)?),
-            Arg::U64(mask_row(self.mask, 1)?),
-            Arg::U32(self.shape.query as u32),
-            Arg::U32(self.queries as u32),
-            Arg::U32(self.slots as u32),
-            Arg::U32(self.shape.window.unwrap_or(0) as u32),
-            Arg::F32(self.shape.scale as f32),
-        ])
+    /// Blocks for each pair, whose tiles hold so many vectors together.
+    fn grid(&self, blocks: usize, warps: usize, vectors: usize) -> Grid {
+        // A vector is followed by 16 bytes that nobody uses.
+        let shared = vectors * (self.tile * self.dtype.size_in_bytes() + 16);
+        Grid { blocks: [(self.batch * self.shape.key_value * blocks) as u32, 1], threads: 32 * warps as u32, shared }
     }
 }
 
-/// The result, and `max + ln Σ exp` of each row of scores: `[batch, heads, queries]`, f32. The scores themselves live for
-/// the length of this call.
+/// The result, and `max + ln Σ exp` of each row of scores: `[batch, heads, queries]`, f32; over a long cache, which has no
+/// gradient, by chunks of slots.
+///
+/// # Errors
+/// Heads of more than 256 elements, or a tensor operation failed.
 pub(in crate::tensor) fn attention(
     shape: Attention,
     [q, k, v]: [&Tensor; 3],
     mask: &AttentionMask,
 ) -> Result<(Tensor, Tensor)> {
     let heads = Heads::new(shape, q, k, mask)?;
-    let [queries, slots, width] = [heads.queries, heads.slots, shape.width];
-    let (scores, p) = (heads.fresh_square(q, F32)?, heads.fresh_square(q, heads.dtype)?);
-    let (y, sums) = (fresh(q, q.shape(), heads.dtype)?, fresh(q, (heads.batch, shape.query, queries), F32)?);
-    let (_table, [wide, keys, values, square, probabilities, result]) = heads.operands([
-        heads.wide(q)?,
-        heads.narrow(k)?,
-        heads.narrow(v)?,
-        heads.square(&scores)?,
-        heads.square(&p)?,
-        heads.wide(&y)?,
-    ])?;
-    batched(q, [queries, slots, width], [wide, keys.t(), square], heads.pairs())?;
-    let arguments = [at(&scores, F32)?, at(&p, heads.dtype)?, at(&sums, F32)?].into_iter().chain(heads.visible()?);
-    launch(q, "causal_softmax_fwd", heads.pairs() * queries, &arguments.collect::<Vec<_>>())?;
-    batched(q, [queries, width, slots], [probabilities, values, result], heads.pairs())?;
+    let t = heads.dtype;
+    let warps = heads.rows().div_ceil(STRIP).min(heads.sizes.warps);
+    let tiles = heads.rows().div_ceil(warps * STRIP);
+    // A few queries over many slots would leave most of the device idle.
+    let longest = heads.mask.host.ends.iter().max().copied().unwrap_or(0);
+    let chunks = if tiles == 1 { longest.div_ceil(CHUNK).max(1) } else { 1 };
+    let grid = heads.grid(tiles * chunks, warps, warps * STRIP + 2 * heads.sizes.slots);
+    let y = fresh(q, q.shape(), t)?;
+    let sums = fresh(q, (chunks, heads.batch, shape.query, heads.queries), F32)?;
+    let inputs = [at(&mask.table, U32)?, at(q, t)?, at(k, t)?, at(v, t)?];
+    if chunks == 1 {
+        let outputs = [at(&sums, F32)?, at(&y, t)?, Arg::U64(0), Arg::U32(heads.slots as u32)];
+        heads.launch(q, "fwd", grid, inputs.into_iter().chain(outputs))?;
+    } else {
+        let parts = fresh(q, (chunks, q.elem_count()), F32)?;
+        let outputs = [at(&sums, F32)?, Arg::U64(0), at(&parts, F32)?, Arg::U32(CHUNK as u32)];
+        heads.launch(q, "fwd", grid, inputs.into_iter().chain(outputs))?;
+        let arguments = [at(&parts, F32)?, at(&sums, F32)?, at(&y, t)?, Arg::U32(chunks as u32)];
+        heads.launch(q, "combine", Grid::of(blocks(q.elem_count())), arguments)?;
+    }
     Ok((y, sums))
 }
 
-/// The gradients of `q`, `k` and `v`, given the row sums of [`attention`] and the gradient of its result.
+/// The gradients of `q`, `k` and `v`, given the result `y` of [`attention`], its sums and its gradient.
+///
+/// # Errors
+/// Heads of more than 256 elements, or a tensor operation failed.
 pub(in crate::tensor) fn attention_backward(
     shape: Attention,
     [q, k, v]: [&Tensor; 3],
-    [sums, g]: [&Tensor; 2],
+    [y, sums, g]: [&Tensor; 3],
     mask: &AttentionMask,
 ) -> Result<[Tensor; 3]> {
     let heads = Heads::new(shape, q, k, mask)?;
-    let [queries, slots, width] = [heads.queries, heads.slots, shape.width];
-    let (scores, dp) = (heads.fresh_square(q, F32)?, heads.fresh_square(q, F32)?);
-    let (p, ds) = (heads.fresh_square(q, heads.dtype)?, heads.fresh_square(q, heads.dtype)?);
+    let (t, Sizes { warps, slots, rows }) = (heads.dtype, heads.sizes);
+    let owned = warps * STRIP;
     let g = g.contiguous()?;
-    let dq = fresh(q, q.shape(), heads.dtype)?;
-    let shared = || fresh(q, (heads.batch, slots, shape.query * width), F32);
-    let (dk, dv) = (shared()?, shared()?);
-    let (_table, [wide, keys, values, gradient, square, slopes, probabilities, changes, to_q, to_k, to_v]) = heads
-        .operands([
-            heads.wide(q)?,
-            heads.narrow(k)?,
-            heads.narrow(v)?,
-            heads.wide(&g)?,
-            heads.square(&scores)?,
-            heads.square(&dp)?,
-            heads.square(&p)?,
-            heads.square(&ds)?,
-            heads.wide(&dq)?,
-            heads.by_query_head(&dk)?,
-            heads.by_query_head(&dv)?,
-        ])?;
-    let pairs = heads.pairs();
-    batched(q, [queries, slots, width], [wide, keys.t(), square], pairs)?;
-    batched(q, [queries, slots, width], [gradient, values.t(), slopes], pairs)?;
-    let tensors = [at(&scores, F32)?, at(&dp, F32)?, at(sums, F32)?, at(&p, heads.dtype)?, at(&ds, heads.dtype)?];
-    let arguments: Vec<Arg> = tensors.into_iter().chain(heads.visible()?).collect();
-    launch(q, "causal_softmax_bwd", pairs * queries, &arguments)?;
-    batched(q, [queries, width, slots], [changes, keys, to_q], pairs)?;
-    batched(q, [slots, width, queries], [changes.t(), wide, to_k], pairs)?;
-    batched(q, [slots, width, queries], [probabilities.t(), gradient, to_v], pairs)?;
-    Ok([dq, heads.over_groups(&dk, k)?, heads.over_groups(&dv, v)?])
-}
-
-impl Heads<'_> {
-    /// The sum over each group of `by_query_head`, of the shape and type of `like`.
-    fn over_groups(&self, by_query_head: &Tensor, like: &Tensor) -> Result<Tensor> {
-        let sum = fresh(like, like.shape(), self.dtype)?;
-        let count = like.elem_count();
-        let arguments = [
-            at(by_query_head, F32)?,
-            at(&sum, self.dtype)?,
-            Arg::U64(count as u64),
-            Arg::U32(self.group() as u32),
-            Arg::U32(self.shape.width as u32),
-        ];
-        launch(like, "sum_groups", blocks(count), &arguments)?;
-        Ok(sum)
-    }
+    let dots = fresh(q, (heads.batch, shape.query, heads.queries), F32)?;
+    let one_each = Grid::of(blocks(32 * dots.elem_count()));
+    heads.launch(q, "dots", one_each, [at(y, t)?, at(&g, t)?, at(&dots, F32)?])?;
+    let inputs = || -> Result<_> {
+        let inputs = [at(&mask.table, U32)?, at(q, t)?, at(k, t)?, at(v, t)?, at(&g, t)?, at(sums, F32)?];
+        Ok(inputs.into_iter().chain([at(&dots, F32)?]))
+    };
+    let [dq, dk, dv] = [fresh(q, q.shape(), t)?, fresh(k, k.shape(), t)?, fresh(v, v.shape(), t)?];
+    let grid = heads.grid(heads.rows().div_ceil(owned), warps, 2 * (owned + slots));
+    heads.launch(q, "dq", grid, inputs()?.chain([at(&dq, t)?]))?;
+    // Of the widest heads a block has registers for half the columns.
+    let grid = heads.grid(heads.slots.div_ceil(owned) * heads.tile.div_ceil(128), warps, 2 * (owned + rows));
+    heads.launch(q, "dkdv", grid, inputs()?.chain([at(&dk, t)?, at(&dv, t)?]))?;
+    Ok([dq, dk, dv])
 }

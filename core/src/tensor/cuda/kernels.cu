@@ -7,18 +7,12 @@
 // exactly that many blocks. The other kernels stride over the grid, which may have any size. Outputs do not overlap
 // inputs; a kernel that works in place says so.
 
-using u32 = unsigned int;
+#include "numbers.cuh"
+
 using i32 = int;
-using u64 = unsigned long long;
-using bf16 = unsigned short; // the upper half of a float's bits
 using u8 = unsigned char;
 using i8 = signed char;
 
-// Tensors that a kernel reads, and those that it writes (or changes in place).
-template <typename T> using In = const T* __restrict__;
-template <typename T> using Out = T* __restrict__;
-
-constexpr u32 MAX_BLOCK = 256;
 constexpr float LOWEST = -3.402823466e38f;
 
 // Defines a device function template, and its kernels NAME_f32 and NAME_bf16. The function's body follows.
@@ -40,25 +34,6 @@ constexpr float LOWEST = -3.402823466e38f;
 #define FOR_GRID(I, N)                                                                                                 \
     _Pragma("unroll 4") for (u64 I = u64(blockIdx.x) * blockDim.x + threadIdx.x; I < (N);                              \
                              I += u64(gridDim.x) * blockDim.x)
-
-// --- Numbers ---
-
-__device__ __forceinline__ float b2f(bf16 value) { return __uint_as_float(u32(value) << 16); }
-
-// Rounds to nearest, ties to even. A NaN stays one: its mantissa could be cut to zero or carried away, so it is made
-// quiet instead of rounded.
-__device__ __forceinline__ bf16 f2b(float value) {
-    const u32 bits = __float_as_uint(value);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) {
-        return bf16(bits >> 16 | 0x40u);
-    }
-    return bf16((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
-
-__device__ __forceinline__ float load(const float* x, u64 at) { return x[at]; }
-__device__ __forceinline__ float load(const bf16* x, u64 at) { return b2f(x[at]); }
-__device__ __forceinline__ void store(float* y, u64 at, float value) { y[at] = value; }
-__device__ __forceinline__ void store(bf16* y, u64 at, float value) { y[at] = f2b(value); }
 
 __device__ __forceinline__ float sigmoid(float z) { return 1.0f / (1.0f + expf(-z)); }
 
@@ -484,125 +459,6 @@ KERNEL(adapter_dx,
                 }
             }
         }
-    }
-}
-
-// --- Softmax ---
-
-// The slots that a query sees.
-struct Visible {
-    u32 begin;
-    u32 end;
-};
-
-// Query q of batch row b is at position starts[b] + q. It sees the slots up to its own, of the lengths[b] ≤ slots that
-// hold a token, and of these only the last `window` positions unless window is 0. It always sees one slot, so that a
-// padding query's row is finite. Rows are [batch, heads, queries].
-__device__ __forceinline__ Visible visible(u32 row, In<u32> starts, In<u32> lengths, u32 heads, u32 queries,
-                                           u32 window) {
-    const u32 batch = row / queries / heads;
-    const u32 seen = starts[batch] + row % queries + 1;
-    const u32 filled = lengths[batch];
-    u32 end = seen < filled ? seen : filled;
-    end = end > 0 ? end : 1;
-    const u32 begin = window > 0 && seen > window ? seen - window : 0;
-    return {begin < end ? begin : end - 1, end};
-}
-
-// p = softmax(scale · scores) over the slots that a query sees, 0 elsewhere, both [batch, heads, queries, slots]; and
-// sums = max + log Σ exp of the scaled scores of each row. One block per row of scores.
-KERNEL(causal_softmax_fwd,
-       (In<float> scores, Out<T> p, Out<float> sums, In<u32> starts, In<u32> lengths, u32 heads, u32 queries, u32 slots,
-        u32 window, float scale),
-       (scores, p, sums, starts, lengths, heads, queries, slots, window, scale)) {
-    const Visible seen = visible(blockIdx.x, starts, lengths, heads, queries, window);
-    const u64 start = u64(blockIdx.x) * slots;
-    LogSum own;
-#pragma unroll 4
-    for (u32 slot = seen.begin + threadIdx.x; slot < seen.end; slot += blockDim.x) {
-        own.see(scale * scores[start + slot]);
-    }
-    const LogSum row = own.over_block();
-    const float inverse = 1.0f / row.sum;
-    FOR_BLOCK(slot, slots) {
-        const bool inside = seen.begin <= slot && slot < seen.end;
-        store(p, start + slot, inside ? expf(scale * scores[start + slot] - row.max) * inverse : 0.0f);
-    }
-    if (threadIdx.x == 0) {
-        sums[blockIdx.x] = row.max + logf(row.sum);
-    }
-}
-
-// p = exp(scale · scores − sums) and ds = scale · p ∘ (dp − Σ p ∘ dp) over the slots that a query sees, 0 elsewhere, with
-// sums of causal_softmax_fwd. One block per row of scores.
-KERNEL(causal_softmax_bwd,
-       (In<float> scores, In<float> dp, In<float> sums, Out<T> p, Out<T> ds, In<u32> starts, In<u32> lengths, u32 heads,
-        u32 queries, u32 slots, u32 window, float scale),
-       (scores, dp, sums, p, ds, starts, lengths, heads, queries, slots, window, scale)) {
-    const Visible seen = visible(blockIdx.x, starts, lengths, heads, queries, window);
-    const u64 start = u64(blockIdx.x) * slots;
-    const float total = sums[blockIdx.x];
-    float dot = 0.0f;
-#pragma unroll 4
-    for (u32 slot = seen.begin + threadIdx.x; slot < seen.end; slot += blockDim.x) {
-        dot += expf(scale * scores[start + slot] - total) * dp[start + slot];
-    }
-    dot = block_sum(dot);
-    FOR_BLOCK(slot, slots) {
-        const bool inside = seen.begin <= slot && slot < seen.end;
-        const float probability = inside ? expf(scale * scores[start + slot] - total) : 0.0f;
-        store(p, start + slot, probability);
-        store(ds, start + slot, inside ? scale * probability * (dp[start + slot] - dot) : 0.0f);
-    }
-}
-
-// --- Heads ---
-
-// A tensor that holds a matrix for each pair of a batch row and a query head; steps in bytes. `group` heads share a matrix,
-// and batch row b lies in row rows[b] if `named` is 1.
-struct HeadOperand {
-    u64 address;
-    u64 row;
-    u64 head;
-    u64 group;
-    u64 named;
-};
-
-constexpr u32 HEAD_OPERANDS = 12;
-
-struct HeadOperands {
-    HeadOperand all[HEAD_OPERANDS];
-};
-
-// table[o, pair] = the address of the pair's matrix in operand o, for the first `count` operands; pairs are [batch, heads].
-extern "C" __global__ void __launch_bounds__(MAX_BLOCK)
-    head_pointers(Out<u64> table, In<u32> rows, u32 heads, u32 pairs, u32 count, HeadOperands operands) {
-    for (u32 pair = blockIdx.x * blockDim.x + threadIdx.x; pair < pairs; pair += gridDim.x * blockDim.x) {
-        const u64 batch = pair / heads;
-        const u64 head = pair % heads;
-        const u64 named = rows[batch];
-#pragma unroll
-        for (u32 o = 0; o < HEAD_OPERANDS; o++) {
-            const HeadOperand& operand = operands.all[o];
-            if (o < count) {
-                const u64 row = operand.named != 0 ? named : batch;
-                table[u64(o) * pairs + pair] = operand.address + row * operand.row + head / operand.group * operand.head;
-            }
-        }
-    }
-}
-
-// y[r, h] = Σ x[r, h · group + j] over j < group for y: [rows, heads, width] of n elements and
-// x: [rows, heads · group, width].
-KERNEL(sum_groups, (In<float> x, Out<T> y, u64 n, u32 group, u32 width), (x, y, n, group, width)) {
-    FOR_GRID(i, n) {
-        const u64 head = i / width;
-        const u64 first = head * group * width + (i - head * width);
-        float sum = 0.0f;
-        for (u32 j = 0; j < group; j++) {
-            sum += x[first + u64(j) * width];
-        }
-        store(y, i, sum);
     }
 }
 

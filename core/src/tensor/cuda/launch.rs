@@ -1,6 +1,7 @@
 //! Arguments of kernels, fresh tensors, and the launch itself.
 
 use candle_core::backend::BackendDevice;
+use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute;
 use candle_core::cuda_backend::cudarc::driver::{DevicePtr, LaunchConfig, PushKernelArg};
 use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
 use candle_core::op::BackpropOp;
@@ -8,17 +9,20 @@ use candle_core::{CudaDevice, DType, Device, Shape, Storage, Tensor};
 
 use crate::error::{Error, Result};
 
-/// The kernels, compiled by `build.rs`.
-const PTX: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels.ptx"));
+/// Kernels that `build.rs` compiled together, under a name for candle to keep them by.
+pub(super) struct Kernels {
+    pub(super) module: &'static str,
+    pub(super) ptx: &'static str,
+}
+
+/// Those of `kernels.cu`.
+const KERNELS: Kernels = Kernels { module: "titer", ptx: include_str!(concat!(env!("OUT_DIR"), "/kernels.ptx")) };
 
 /// Chunks that the elements of each tensor are split into where a kernel works on many at once.
 pub(super) const CHUNKS: u32 = 32;
 
 /// Threads per block.
 pub(super) const BLOCK: u32 = 256;
-
-/// Tensors that `head_pointers` may be given at a time.
-pub(super) const HEAD_OPERANDS: usize = 12;
 
 /// Words that a kernel may be given by value: addresses and lengths of many tensors, without an upload.
 pub(super) const TABLE: usize = 240;
@@ -29,10 +33,24 @@ pub(super) enum Arg {
     /// A count or an address.
     U64(u64),
     F32(f32),
-    /// The tensors of `head_pointers`: address, steps of a row and of a head in bytes, heads per matrix, and whether the
-    /// mask says which row.
-    Heads(Box<[[u64; 5]; HEAD_OPERANDS]>),
+    /// `Table` of `kernels.cu`.
     Table(Box<[u64; TABLE]>),
+    /// `Problem` of `attention.cu`.
+    Problem([u32; 8]),
+}
+
+/// The blocks of a launch, the threads of each, and its bytes of dynamic shared memory.
+pub(super) struct Grid {
+    pub(super) blocks: [u32; 2],
+    pub(super) threads: u32,
+    pub(super) shared: usize,
+}
+
+impl Grid {
+    /// So many blocks of the usual size.
+    pub(super) fn of(blocks: usize) -> Self {
+        Self { blocks: [blocks as u32, 1], threads: BLOCK, shared: 0 }
+    }
 }
 
 pub(super) fn device(tensor: &Tensor) -> Result<CudaDevice> {
@@ -62,7 +80,6 @@ pub(super) fn address(tensor: &Tensor, dtype: DType) -> Result<u64> {
         CudaStorageSlice::F32(slice) => slice.device_ptr(&stream).0,
         CudaStorageSlice::BF16(slice) => slice.device_ptr(&stream).0,
         CudaStorageSlice::U32(slice) => slice.device_ptr(&stream).0,
-        CudaStorageSlice::I64(slice) => slice.device_ptr(&stream).0,
         _ => return Err(no_kernel(tensor.dtype())),
     };
     Ok(base + (layout.start_offset() * tensor.dtype().size_in_bytes()) as u64)
@@ -91,23 +108,28 @@ pub(super) fn upload<T: candle_core::WithDType>(like: &Tensor, values: Vec<T>) -
     Ok(Tensor::from_vec(values, count, like.device())?)
 }
 
-/// Queues a kernel on blocks `[x, y]`.
-pub(super) fn launch_grid(on: &Tensor, name: &str, blocks: [u32; 2], arguments: &[Arg]) -> Result<()> {
-    let function = device(on)?.get_or_load_custom_func(name, "titer", PTX)?;
+/// Queues a kernel.
+pub(super) fn launch_from(kernels: &Kernels, on: &Tensor, name: &str, grid: Grid, arguments: &[Arg]) -> Result<()> {
+    let function = device(on)?.get_or_load_custom_func(name, kernels.module, kernels.ptx)?;
+    if grid.shared > 0 {
+        // Without asking, a kernel may have 48 KiB, its static part included.
+        let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        function.set_attribute(attribute, grid.shared as i32).w()?;
+    }
     let mut builder = function.builder();
     for argument in arguments {
         match argument {
             Arg::U32(value) => builder.arg(value),
             Arg::U64(value) => builder.arg(value),
             Arg::F32(value) => builder.arg(value),
-            Arg::Heads(value) => builder.arg(&**value),
             Arg::Table(value) => builder.arg(&**value),
+            Arg::Problem(value) => builder.arg(value),
         };
     }
     let config = LaunchConfig {
-        grid_dim: (blocks[0].max(1), blocks[1].max(1), 1),
-        block_dim: (BLOCK, 1, 1),
-        shared_mem_bytes: 0,
+        grid_dim: (grid.blocks[0].max(1), grid.blocks[1].max(1), 1),
+        block_dim: (grid.threads, 1, 1),
+        shared_mem_bytes: grid.shared as u32,
     };
     // SAFETY: each caller passes what its kernel declares, with addresses of tensors of the declared sizes.
     unsafe { builder.launch(config) }.w()?;
@@ -135,19 +157,28 @@ pub(super) fn launch_tables<const WORDS: usize>(
     Ok(())
 }
 
-/// Queues the kernel for the element type of `on`.
+/// Queues one of `kernels.cu` on blocks `[x, y]`.
+pub(super) fn launch_grid(on: &Tensor, name: &str, blocks: [u32; 2], arguments: &[Arg]) -> Result<()> {
+    launch_from(&KERNELS, on, name, Grid { blocks, threads: BLOCK, shared: 0 }, arguments)
+}
+
+/// Queues the one for the element type of `on`.
 pub(super) fn launch(on: &Tensor, name: &str, blocks: usize, arguments: &[Arg]) -> Result<()> {
     launch_typed(on, name, [blocks as u32, 1], arguments)
 }
 
 /// As [`launch`], on blocks `[x, y]`.
 pub(super) fn launch_typed(on: &Tensor, name: &str, blocks: [u32; 2], arguments: &[Arg]) -> Result<()> {
-    let suffix = match on.dtype() {
-        DType::F32 => "f32",
-        DType::BF16 => "bf16",
-        other => return Err(no_kernel(other)),
-    };
-    launch_grid(on, &format!("{name}_{suffix}"), blocks, arguments)
+    launch_grid(on, &per_type(name, on.dtype())?, blocks, arguments)
+}
+
+/// The name of a kernel for an element type.
+pub(super) fn per_type(name: &str, dtype: DType) -> Result<String> {
+    match dtype {
+        DType::F32 => Ok(format!("{name}_f32")),
+        DType::BF16 => Ok(format!("{name}_bf16")),
+        other => Err(no_kernel(other)),
+    }
 }
 
 /// Blocks for a kernel that strides over `count` elements.

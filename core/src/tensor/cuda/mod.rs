@@ -9,7 +9,7 @@
 //! | `adapter` | dropout, and the products of adapters that read it |
 //! | `optimizer` | norms, clipping and AdamW, over many tensors at once |
 //! | `products` | matrix products of cuBLAS |
-//! | `attention` | attention composed of products and a softmax |
+//! | `attention` | attention without the matrix of scores |
 
 #![allow(clippy::cast_possible_wrap, reason = "sizes and addresses are far below half of their types' ranges")]
 #![allow(unsafe_code, reason = "kernel launches and library calls take raw device addresses")]

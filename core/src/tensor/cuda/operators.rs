@@ -215,7 +215,7 @@ pub(in crate::tensor) fn cache_write(store: &Tensor, fresh: &Tensor, mask: &Atte
 }
 
 /// Where the starts (0), ends (1), rows (2) or positions (3) of a mask lie.
-pub(super) fn mask_row(mask: &AttentionMask, row: usize) -> Result<u64> {
+fn mask_row(mask: &AttentionMask, row: usize) -> Result<u64> {
     Ok(address(&mask.table, U32)? + (row * mask.host.starts.len() * size_of::<u32>()) as u64)
 }
 

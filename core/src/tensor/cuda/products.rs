@@ -7,22 +7,16 @@ use super::launch::{address, device, fresh};
 use crate::error::{Error, Result};
 use crate::tensor::host::last_dim;
 
-/// A row-major matrix, `ld` elements from one row to the next. In [`batched`], one of many: the address is that of a table
-/// of addresses.
+/// A row-major matrix, `ld` elements from one row to the next.
 #[derive(Clone, Copy)]
-pub(super) struct Operand {
-    pub(super) address: u64,
-    pub(super) dtype: DType,
-    pub(super) ld: usize,
-    pub(super) transposed: bool,
+struct Operand {
+    address: u64,
+    dtype: DType,
+    ld: usize,
+    transposed: bool,
 }
 
 impl Operand {
-    /// The transpose.
-    pub(super) fn t(self) -> Self {
-        Self { transposed: !self.transposed, ..self }
-    }
-
     fn operation(self) -> sys::cublasOperation_t {
         if self.transposed { sys::cublasOperation_t::CUBLAS_OP_T } else { sys::cublasOperation_t::CUBLAS_OP_N }
     }
@@ -38,39 +32,6 @@ impl Operand {
 
 const COMPUTE: sys::cublasComputeType_t = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
 const ALGORITHM: sys::cublasGemmAlgo_t = sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT;
-
-/// `C = A B` for `count` products of `[m, k]` and `[k, n]`, whose matrices lie anywhere.
-pub(super) fn batched(on: &Tensor, [m, n, k]: [usize; 3], [a, b, c]: [Operand; 3], count: usize) -> Result<()> {
-    let (handle, alpha, beta) = (device(on)?.cublas_handle(), 1f32, 0f32);
-    // As in `run`, Cᵀ = Bᵀ Aᵀ.
-    // SAFETY: the tables hold `count` addresses of matrices of these sizes, and the call is queued on their stream.
-    unsafe {
-        sys::cublasGemmBatchedEx(
-            *handle.handle(),
-            b.operation(),
-            a.operation(),
-            n as i32,
-            m as i32,
-            k as i32,
-            (&raw const alpha).cast(),
-            b.address as *const _,
-            b.kind()?,
-            b.ld as i32,
-            a.address as *const _,
-            a.kind()?,
-            a.ld as i32,
-            (&raw const beta).cast(),
-            c.address as *const _,
-            c.kind()?,
-            c.ld as i32,
-            count as i32,
-            COMPUTE,
-            ALGORITHM,
-        )
-    }
-    .result()
-    .map_err(failed)
-}
 
 /// By way of candle's error, from which is known what can be done.
 fn failed(error: blas::CublasError) -> Error {

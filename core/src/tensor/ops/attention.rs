@@ -29,7 +29,7 @@ pub fn attention(tape: &mut Tape, shape: Attention, [q, k, v]: [&Traced; 3], mas
         mask.check_differentiable(ks.dims()[0])?;
         let gradients = dispatch!(
             qs,
-            crate::tensor::cuda::attention_backward(shape, [&qs, &ks, &vs], [&sums, &gradient], &mask),
+            crate::tensor::cuda::attention_backward(shape, [&qs, &ks, &vs], [&result, &sums, &gradient], &mask),
             by_dtype!(qs.dtype(), backward(shape, [&qs, &ks, &vs], [&result, &sums, &gradient], &mask))
         )?;
         gradients.into_iter().enumerate().try_for_each(|(index, gradient)| into.add(index, gradient))

@@ -1,0 +1,662 @@
+// Causal attention without the matrix of scores, for f32 and bf16 tensors: forward and backward (Dao 2023,
+// FlashAttention-2, algorithms 1 and 2), and over a long cache, whose slots several blocks share ("flash decoding", Dao et
+// al. 2023).
+//
+// A block works on one pair of a batch row and a key/value head, and owns a tile of the pair's rows or of its slots; tiles
+// of the other side stream by. A row is a query of one of the `group` query heads that share the keys: row r is query
+// r / group of head r % group. So keys are read once for a whole group, and their gradients are sums over rows. Each warp
+// owns 16 rows (or slots) of the block's tile.
+//
+// Products are taken on tensor cores for bf16, and by plain arithmetic for f32. Scores, sums and results are floats. Every
+// sum is taken in an order that depends on sizes alone, so that results repeat to the last bit.
+//
+// This file is compiled once for each WIDTH of a tile (see build.rs). Heads of `width` elements, at most as many, lie in
+// tiles filled up with zeros.
+
+#include "numbers.cuh"
+
+// What all kernels need to know.
+struct Problem {
+    u32 batch;
+    u32 queries;
+    u32 slots;
+    u32 key_value; // heads of keys and values
+    u32 group;     // query heads that share one of them
+    u32 width;
+    u32 window; // 0 for none
+    float scale;
+
+    __device__ __forceinline__ u32 heads() const { return key_value * group; }
+    __device__ __forceinline__ u32 pairs() const { return batch * key_value; }
+    __device__ __forceinline__ u64 vectors() const { return u64(batch) * queries * heads(); }
+
+    // From a vector of [batch, queries, heads] to its number in [batch, heads, queries].
+    __device__ __forceinline__ u64 number_of(u64 vector) const {
+        const u64 query = vector / heads();
+        return (query / queries * heads() + vector % heads()) * queries + query % queries;
+    }
+};
+
+// --- Sizes of tiles ---
+
+constexpr u32 W = WIDTH;
+constexpr u32 LANES = 32;
+constexpr u32 STRIP = 16; // rows that a warp owns
+
+// The most warps of a block, and the slots (or rows) that stream by at a time while rows (or slots) are owned. All tiles
+// must fit into 99 KiB of shared memory, the limit of compute capability 8.6.
+template <typename T> struct Sizes;
+template <> struct Sizes<bf16> {
+    static constexpr u32 WARPS = 4;
+    static constexpr u32 SLOTS = W > 128 ? 32 : 64;
+    static constexpr u32 ROWS = W > 128 ? 16 : 32;
+};
+template <> struct Sizes<float> {
+    static constexpr u32 WARPS = 2;
+    static constexpr u32 SLOTS = 16;
+    static constexpr u32 ROWS = 16;
+};
+
+// Elements from one row of a tile to the next: 16 bytes more than the row, so that 8 rows lie in different banks.
+template <typename T> constexpr u32 STRIDE = W + 16 / sizeof(T);
+
+// The columns of a key's gradients that a block sums up, in registers.
+constexpr u32 PART = W > 128 ? 128 : W;
+
+// The tiles of a block, one behind the other.
+extern __shared__ uint4 tiles[];
+
+// --- Products of a warp ---
+
+__device__ __forceinline__ u32 lane() { return threadIdx.x % LANES; }
+
+// 16 rows and N columns, spread over a warp as tensor cores do: at[n][e] is row lane / 4 + 8 (e / 2) and column
+// 8 n + 2 (lane % 4) + e % 2.
+template <u32 N> struct Strip {
+    float at[N / 8][4] = {};
+};
+
+__device__ __forceinline__ u32 first_row() { return lane() / 4; }
+__device__ __forceinline__ u32 column_of(u32 n, u32 e) { return 8 * n + 2 * (lane() % 4) + e % 2; }
+
+__device__ __forceinline__ u32 shared_address(const void* place) { return u32(__cvta_generic_to_shared(place)); }
+
+// Four matrices of 8 by 8, as they lie or transposed; lane i names row i % 8 of matrix i / 8.
+__device__ __forceinline__ void load_matrices(u32 (&x)[4], const bf16* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+__device__ __forceinline__ void load_transposed(u32 (&x)[4], const bf16* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+// c += a b for a of 16 by 16 and b of 16 by 8.
+__device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ u32 pair_of(float low, float high) {
+    u32 both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+
+// c += a bᵀ for a: [16, W] and b: [N, W], both in tiles.
+template <u32 N> __device__ __forceinline__ void multiply_rows(Strip<N>& c, const bf16* a, const bf16* b) {
+    constexpr u32 S = STRIDE<bf16>;
+    a += lane() % 16 * S + lane() / 16 * 8;
+    b += (lane() / 16 * 8 + lane() % 8) * S + lane() / 8 % 2 * 8;
+#pragma unroll 4
+    for (u32 k = 0; k < W; k += 16) {
+        u32 x[4];
+        load_matrices(x, a + k);
+#pragma unroll
+        for (u32 n = 0; n < N; n += 16) {
+            u32 y[4];
+            load_matrices(y, b + n * S + k);
+            multiply(c.at[n / 8], x, y[0], y[1]);
+            multiply(c.at[n / 8 + 1], x, y[2], y[3]);
+        }
+    }
+}
+
+template <u32 N> __device__ __forceinline__ void multiply_rows(Strip<N>& c, const float* a, const float* b) {
+    constexpr u32 S = STRIDE<float>;
+    a += first_row() * S;
+    b += column_of(0, 0) * S;
+#pragma unroll 1
+    for (u32 k = 0; k < W; k += 4) {
+        const float4 x[2] = {*reinterpret_cast<const float4*>(a + k), *reinterpret_cast<const float4*>(a + 8 * S + k)};
+#pragma unroll
+        for (u32 n = 0; n < N / 8; n++) {
+#pragma unroll
+            for (u32 e = 0; e < 4; e++) {
+                const float4 y = *reinterpret_cast<const float4*>(b + (8 * n + e % 2) * S + k);
+                float& sum = c.at[n][e];
+                sum = fmaf(x[e / 2].x, y.x, sum);
+                sum = fmaf(x[e / 2].y, y.y, sum);
+                sum = fmaf(x[e / 2].z, y.z, sum);
+                sum = fmaf(x[e / 2].w, y.w, sum);
+            }
+        }
+    }
+}
+
+// c += a b for a: [16, K] and b: [K, N], which lies in a tile.
+template <u32 N, u32 K>
+__device__ __forceinline__ void multiply_columns(Strip<N>& c, const Strip<K>& a, const bf16* b) {
+    constexpr u32 S = STRIDE<bf16>;
+    b += lane() % 16 * S + lane() / 16 * 8;
+#pragma unroll
+    for (u32 k = 0; k < K; k += 16) {
+        const float(&left)[4] = a.at[k / 8];
+        const float(&right)[4] = a.at[k / 8 + 1];
+        const u32 x[4] = {pair_of(left[0], left[1]), pair_of(left[2], left[3]), pair_of(right[0], right[1]),
+                          pair_of(right[2], right[3])};
+#pragma unroll
+        for (u32 n = 0; n < N; n += 16) {
+            u32 y[4];
+            load_transposed(y, b + k * S + n);
+            multiply(c.at[n / 8], x, y[0], y[1]);
+            multiply(c.at[n / 8 + 1], x, y[2], y[3]);
+        }
+    }
+}
+
+template <u32 N, u32 K>
+__device__ __forceinline__ void multiply_columns(Strip<N>& c, const Strip<K>& a, const float* b) {
+    constexpr u32 S = STRIDE<float>;
+    b += column_of(0, 0);
+#pragma unroll
+    for (u32 k = 0; k < K; k += 8) {
+#pragma unroll 1
+        for (u32 owner = 0; owner < 4; owner++) {
+#pragma unroll
+            for (u32 e = 0; e < 2; e++) {
+                const u32 from = lane() / 4 * 4 + owner;
+                const float x[2] = {__shfl_sync(~0u, a.at[k / 8][e], from), __shfl_sync(~0u, a.at[k / 8][2 + e], from)};
+                const float* row = b + (k + 2 * owner + e) * S;
+#pragma unroll
+                for (u32 n = 0; n < N / 8; n++) {
+                    const float2 y = *reinterpret_cast<const float2*>(row + 8 * n);
+                    c.at[n][0] = fmaf(x[0], y.x, c.at[n][0]);
+                    c.at[n][1] = fmaf(x[0], y.y, c.at[n][1]);
+                    c.at[n][2] = fmaf(x[1], y.x, c.at[n][2]);
+                    c.at[n][3] = fmaf(x[1], y.y, c.at[n][3]);
+                }
+            }
+        }
+    }
+}
+
+// The sum, or the maximum, over the four lanes that hold a row.
+__device__ __forceinline__ float row_sum(float x) {
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+__device__ __forceinline__ float row_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+// --- One pair of a batch row and a key/value head ---
+
+// The slots that a row sees.
+struct Visible {
+    u32 begin;
+    u32 end;
+
+    __device__ __forceinline__ bool has(u32 slot) const { return begin <= slot && slot < end; }
+    __device__ __forceinline__ Visible before(u32 limit) const { return {begin, min(end, limit)}; }
+};
+
+struct Pair {
+    const Problem& p;
+    u32 batch;
+    u32 head;
+    u32 start;
+    u32 filled; // slots that hold a token, or 1
+    u32 keys;   // the row of keys
+
+    // The block's pair; mask: [3, batch] are the starts, the lengths, and the rows of keys.
+    __device__ __forceinline__ Pair(const Problem& p, In<u32> mask) : p(p) {
+        const u32 pair = blockIdx.x % p.pairs();
+        batch = pair / p.key_value;
+        head = pair % p.key_value;
+        start = mask[batch];
+        filled = max(mask[p.batch + batch], 1u);
+        keys = mask[2 * p.batch + batch];
+    }
+
+    __device__ __forceinline__ u32 rows() const { return p.queries * p.group; }
+
+    // A query at position start + q sees the slots up to its own that hold a token, and of these only the last `window`
+    // positions unless window is 0. It always sees one slot, so that the row of a padding query is finite. Rows that
+    // are none see nothing. Both ends grow with the row.
+    __device__ __forceinline__ Visible visible(u32 row) const {
+        if (row >= rows()) {
+            return {0, 0};
+        }
+        const u32 seen = start + row / p.group + 1;
+        const u32 end = min(seen, filled);
+        const u32 begin = p.window > 0 && seen > p.window ? seen - p.window : 0;
+        return {min(begin, end - 1), end};
+    }
+
+    // What any row of first..first + count sees.
+    __device__ __forceinline__ Visible visible_to(u32 first, u32 count) const {
+        return {visible(first).begin, visible(min(first + count, rows()) - 1).end};
+    }
+
+    // Where the row's elements begin in [batch, queries, heads · width], and its number in [batch, heads, queries].
+    __device__ __forceinline__ u64 row_at(u32 row) const {
+        const u64 query = u64(batch) * p.queries + row / p.group;
+        return ((query * p.key_value + head) * p.group + row % p.group) * p.width;
+    }
+    __device__ __forceinline__ u64 number_at(u32 row) const {
+        return ((u64(batch) * p.key_value + head) * p.group + row % p.group) * p.queries + row / p.group;
+    }
+
+    // Where a slot's elements begin in [rows of keys, slots, key/value heads · width].
+    __device__ __forceinline__ u64 slot_at(u32 slot) const {
+        return ((u64(keys) * p.slots + slot) * p.key_value + head) * p.width;
+    }
+};
+
+// --- Tiles ---
+
+// Copies 16 bytes to a tile, or fills them with zeros.
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool inside) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :
+                 : "r"(shared_address(to)), "l"(__cvta_generic_to_global(from)), "r"(inside ? 16 : 0)
+                 : "memory");
+}
+
+// Starts to copy the vectors first..first + count to a tile; `at` says where one begins, and from `end` on they are zero.
+template <typename T, typename At>
+__device__ __forceinline__ void copy_tile(T* tile, In<T> x, u32 width, u32 first, u32 count, u32 end, At at) {
+    constexpr u32 PIECE = 16 / sizeof(T);
+    constexpr u32 PIECES = W / PIECE;
+    if (width % PIECE == 0 && reinterpret_cast<u64>(x) % 16 == 0) {
+#pragma unroll 4
+        for (u32 i = threadIdx.x; i < count * PIECES; i += blockDim.x) {
+            const u32 place = i / PIECES;
+            const u32 column = i % PIECES * PIECE;
+            const bool inside = first + place < end && column < width;
+            copy_async(tile + place * STRIDE<T> + column, x + (inside ? at(first + place) + column : 0), inside);
+        }
+    } else {
+        for (u32 i = threadIdx.x; i < count * W; i += blockDim.x) {
+            const u32 place = i / W;
+            const u32 column = i % W;
+            const bool inside = first + place < end && column < width;
+            tile[place * STRIDE<T> + column] = inside ? x[at(first + place) + column] : T(0);
+        }
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+template <typename T>
+__device__ __forceinline__ void copy_rows(T* tile, In<T> x, const Pair& pair, u32 first, u32 count) {
+    copy_tile<T>(tile, x, pair.p.width, first, count, pair.rows(), [&](u32 row) { return pair.row_at(row); });
+}
+
+template <typename T>
+__device__ __forceinline__ void copy_slots(T* tile, In<T> x, const Pair& pair, u32 first, u32 count, u32 end) {
+    copy_tile<T>(tile, x, pair.p.width, first, count, end, [&](u32 slot) { return pair.slot_at(slot); });
+}
+
+// Waits until all but the last `LEFT` tiles are there, for all threads.
+template <u32 LEFT> __device__ __forceinline__ void wait_for_tiles() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+    __syncthreads();
+}
+
+__device__ __forceinline__ void store_two(float* y, float a, float b) { *reinterpret_cast<float2*>(y) = {a, b}; }
+__device__ __forceinline__ void store_two(bf16* y, float a, float b) { *reinterpret_cast<u32*>(y) = pair_of(a, b); }
+
+// Writes half a row of a strip, times a factor, from element `at` of y on: its columns below `width`.
+template <u32 N, typename T>
+__device__ __forceinline__ void store_row(Out<T> y, u64 at, const Strip<N>& x, u32 half, float factor, u32 width) {
+#pragma unroll
+    for (u32 n = 0; n < N / 8; n++) {
+        const u32 column = column_of(n, 0);
+        const float two[2] = {x.at[n][2 * half] * factor, x.at[n][2 * half + 1] * factor};
+        if (width % 2 == 0 && column < width) {
+            store_two(y + at + column, two[0], two[1]);
+            continue;
+        }
+#pragma unroll
+        for (u32 e = 0; e < 2; e++) {
+            if (column + e < width) {
+                store(y, at + column + e, two[e]);
+            }
+        }
+    }
+}
+
+// --- Forward ---
+
+constexpr float LOG2_E = 1.4426950408889634f;
+constexpr float LN_2 = 0.6931471805599453f;
+constexpr float NEVER = -__builtin_huge_valf(); // the score of a slot that is not seen
+
+// y = softmax(scale · q kᵀ) v over the slots that a row sees, and sums = log Σ exp of the scaled scores of each row.
+//
+// If `parts` is given, the slots are divided into chunks: block after block sees one of them and writes to
+// parts: [chunks, batch, queries, heads · width] and sums: [chunks, batch, heads, queries], and −∞ as the sum of a chunk
+// without a visible slot, whose part stays unwritten. Else there is one chunk.
+//
+// A block owns a strip of rows for each of its warps: as few as the rows need, at most WARPS. The grid is [chunks, tiles of rows, pairs], the last ones the quickest.
+template <typename T>
+__device__ __forceinline__ void forward(const Problem& p, In<u32> mask, In<T> q, In<T> k, In<T> v, Out<float> sums,
+                                        Out<T> y, Out<float> parts, u32 chunk) {
+    const u32 ROWS = blockDim.x / LANES * STRIP;
+    constexpr u32 SLOTS = Sizes<T>::SLOTS;
+    T* const q_tile = reinterpret_cast<T*>(tiles);
+    T* const k_tile = q_tile + ROWS * STRIDE<T>;
+    T* const v_tile = k_tile + SLOTS * STRIDE<T>;
+
+    const Pair pair(p, mask);
+    const u32 count = (pair.rows() + ROWS - 1) / ROWS;
+    const u32 tile = count - 1 - blockIdx.x / p.pairs() % count; // the longest first
+    const u32 part = blockIdx.x / p.pairs() / count;
+    const u32 first = tile * ROWS;
+    const u32 own = first + threadIdx.x / LANES * STRIP + first_row(); // the lane's first row, and 8 on its second
+
+    const Visible seen = pair.visible_to(first, ROWS);
+    const u32 begin = max(seen.begin, part * chunk);
+    const u32 end = min(seen.end, (part + 1) * chunk);
+    const Visible own_seen[2] = {pair.visible(own).before(end), pair.visible(own + 8).before(end)};
+    const float scale = p.scale * LOG2_E;
+
+    Strip<W> result;
+    float most[2] = {NEVER, NEVER};
+    float total[2] = {};
+    copy_rows<T>(q_tile, q, pair, first, ROWS);
+    copy_slots<T>(k_tile, k, pair, begin, SLOTS, end);
+    for (u32 slot = begin; slot < end; slot += SLOTS) {
+        wait_for_tiles<0>(); // the keys are there, and the last values no longer needed
+        copy_slots<T>(v_tile, v, pair, slot, SLOTS, end);
+        Strip<SLOTS> scores;
+        multiply_rows(scores, q_tile + threadIdx.x / LANES * STRIP * STRIDE<T>, k_tile);
+        wait_for_tiles<0>(); // now the other way round
+        copy_slots<T>(k_tile, k, pair, slot + SLOTS, SLOTS, end);
+#pragma unroll
+        for (u32 half = 0; half < 2; half++) {
+            float maximum = most[half];
+#pragma unroll
+            for (u32 n = 0; n < SLOTS / 8; n++) {
+#pragma unroll
+                for (u32 e = 0; e < 2; e++) {
+                    float& score = scores.at[n][2 * half + e];
+                    score = own_seen[half].has(slot + column_of(n, e)) ? score * scale : NEVER;
+                    maximum = fmaxf(maximum, score);
+                }
+            }
+            maximum = row_max(maximum);
+            const float base = maximum == NEVER ? 0.0f : maximum; // nothing seen yet: all that follow are exp(−∞)
+            const float ratio = exp2f(most[half] - base);
+            most[half] = maximum;
+            total[half] *= ratio;
+#pragma unroll
+            for (u32 n = 0; n < SLOTS / 8; n++) {
+#pragma unroll
+                for (u32 e = 0; e < 2; e++) {
+                    float& score = scores.at[n][2 * half + e];
+                    score = exp2f(score - base);
+                    total[half] += score;
+                }
+            }
+#pragma unroll
+            for (u32 n = 0; n < W / 8; n++) {
+                result.at[n][2 * half] *= ratio;
+                result.at[n][2 * half + 1] *= ratio;
+            }
+        }
+        multiply_columns(result, scores, v_tile);
+    }
+    wait_for_tiles<0>(); // no copy may outlive the block
+
+    sums += part * p.vectors();
+#pragma unroll
+    for (u32 half = 0; half < 2; half++) {
+        const u32 row = own + 8 * half;
+        const float sum = row_sum(total[half]);
+        if (row >= pair.rows()) {
+            continue;
+        }
+        if (lane() % 4 == 0) {
+            sums[pair.number_at(row)] = (most[half] + log2f(sum)) * LN_2;
+        }
+        if (parts == nullptr) {
+            store_row(y, pair.row_at(row), result, half, 1.0f / sum, p.width);
+        } else if (sum != 0.0f) {
+            store_row(parts + part * p.vectors() * p.width, pair.row_at(row), result, half, 1.0f / sum, p.width);
+        }
+    }
+}
+
+// y = what the chunks of `forward` make together. The grid may have any size.
+template <typename T>
+__device__ __forceinline__ void combine(const Problem& p, In<float> parts, In<float> sums, Out<T> y, u32 chunks) {
+    const u64 count = p.vectors() * p.width;
+    for (u64 i = u64(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += u64(gridDim.x) * blockDim.x) {
+        const u64 at = p.number_of(i / p.width);
+        float most = NEVER;
+        for (u32 part = 0; part < chunks; part++) {
+            most = fmaxf(most, sums[part * p.vectors() + at]);
+        }
+        float total = 0.0f;
+        float result = 0.0f;
+        for (u32 part = 0; part < chunks; part++) {
+            const float weight = expf(sums[part * p.vectors() + at] - most);
+            if (weight != 0.0f) {
+                total += weight;
+                result += weight * parts[part * count + i];
+            }
+        }
+        store(y, i, result / total);
+    }
+}
+
+// --- Backward ---
+//
+// With P = exp(scale · S − sums) and D = rows of Σ g ∘ y: dV = Pᵀ g, dS = P ∘ (g Vᵀ − D), dQ = scale · dS K,
+// dK = scale · dSᵀ Q.
+
+// dots = Σ g y of each vector of y and g: [batch, queries, heads · width], in [batch, heads, queries]. A warp for each;
+// the grid may have any size.
+template <typename T>
+__device__ __forceinline__ void row_dots(const Problem& p, In<T> y, In<T> g, Out<float> dots) {
+    const u64 warps = u64(gridDim.x) * blockDim.x / LANES;
+    for (u64 at = (u64(blockIdx.x) * blockDim.x + threadIdx.x) / LANES; at < p.vectors(); at += warps) {
+        float sum = 0.0f;
+        for (u32 i = lane(); i < p.width; i += LANES) {
+            sum += load(y, at * p.width + i) * load(g, at * p.width + i);
+        }
+#pragma unroll
+        for (u32 step = LANES / 2; step > 0; step /= 2) {
+            sum += __shfl_xor_sync(~0u, sum, step);
+        }
+        if (lane() == 0) {
+            dots[p.number_of(at)] = sum;
+        }
+    }
+}
+
+// What the backward pass knows of a row.
+struct Row {
+    Visible seen;
+    float sum; // in units of log 2
+    float dot;
+
+    // The probability of a slot.
+    __device__ __forceinline__ float probability(float score, float scale, u32 slot) const {
+        return seen.has(slot) ? exp2f(score * scale - sum) : 0.0f;
+    }
+};
+
+__device__ __forceinline__ Row row_of(const Pair& pair, u32 row, In<float> sums, In<float> dots) {
+    if (row >= pair.rows()) {
+        return {{0, 0}, 0.0f, 0.0f};
+    }
+    const u64 at = pair.number_at(row);
+    return {pair.visible(row), sums[at] * LOG2_E, dots[at]};
+}
+
+// dq. A block owns a tile of rows, and slots stream by; the grid is [tiles, pairs].
+template <typename T>
+__device__ __forceinline__ void queries_backward(const Problem& p, In<u32> mask, In<T> q, In<T> k, In<T> v, In<T> g, In<float> sums,
+                                                 In<float> dots, Out<T> dq) {
+    constexpr u32 ROWS = Sizes<T>::WARPS * STRIP;
+    constexpr u32 SLOTS = Sizes<T>::SLOTS;
+    T* const q_tile = reinterpret_cast<T*>(tiles);
+    T* const g_tile = q_tile + ROWS * STRIDE<T>;
+    T* const k_tile = g_tile + ROWS * STRIDE<T>;
+    T* const v_tile = k_tile + SLOTS * STRIDE<T>;
+
+    const Pair pair(p, mask);
+    const u32 count = (pair.rows() + ROWS - 1) / ROWS;
+    const u32 first = (count - 1 - blockIdx.x / p.pairs()) * ROWS; // the longest first
+    const u32 strip = threadIdx.x / LANES * STRIP;
+    const u32 own = first + strip + first_row();
+
+    const Row rows[2] = {row_of(pair, own, sums, dots), row_of(pair, own + 8, sums, dots)};
+    const Visible seen = pair.visible_to(first, ROWS);
+    const float scale = p.scale * LOG2_E;
+
+    Strip<W> result;
+    copy_rows<T>(q_tile, q, pair, first, ROWS);
+    copy_rows<T>(g_tile, g, pair, first, ROWS);
+    for (u32 slot = seen.begin; slot < seen.end; slot += SLOTS) {
+        __syncthreads(); // the last tiles are no longer needed
+        copy_slots<T>(k_tile, k, pair, slot, SLOTS, seen.end);
+        copy_slots<T>(v_tile, v, pair, slot, SLOTS, seen.end);
+        wait_for_tiles<1>();
+        Strip<SLOTS> scores;
+        multiply_rows(scores, q_tile + strip * STRIDE<T>, k_tile);
+        wait_for_tiles<0>();
+        Strip<SLOTS> slopes;
+        multiply_rows(slopes, g_tile + strip * STRIDE<T>, v_tile);
+#pragma unroll
+        for (u32 n = 0; n < SLOTS / 8; n++) {
+#pragma unroll
+            for (u32 e = 0; e < 4; e++) {
+                const Row& row = rows[e / 2];
+                slopes.at[n][e] =
+                    row.probability(scores.at[n][e], scale, slot + column_of(n, e)) * (slopes.at[n][e] - row.dot);
+            }
+        }
+        multiply_columns(result, slopes, k_tile);
+    }
+#pragma unroll
+    for (u32 half = 0; half < 2; half++) {
+        if (own + 8 * half < pair.rows()) {
+            store_row(dq, pair.row_at(own + 8 * half), result, half, p.scale, p.width);
+        }
+    }
+}
+
+// dk and dv. A block owns a tile of slots, and rows stream by; the grid is [parts of W, tiles, pairs]. Scores are
+// transposed, so that they lie in registers as the products with them need them.
+template <typename T>
+__device__ __forceinline__ void keys_backward(const Problem& p, In<u32> mask, In<T> q, In<T> k, In<T> v, In<T> g, In<float> sums,
+                                              In<float> dots, Out<T> dk, Out<T> dv) {
+    constexpr u32 SLOTS = Sizes<T>::WARPS * STRIP;
+    constexpr u32 ROWS = Sizes<T>::ROWS;
+    constexpr u32 N = PART;
+    T* const k_tile = reinterpret_cast<T*>(tiles);
+    T* const v_tile = k_tile + SLOTS * STRIDE<T>;
+    T* const q_tile = v_tile + SLOTS * STRIDE<T>;
+    T* const g_tile = q_tile + ROWS * STRIDE<T>;
+    __shared__ Row rows[ROWS];
+
+    const Pair pair(p, mask);
+    const u32 count = (p.slots + SLOTS - 1) / SLOTS;
+    const u32 first = blockIdx.x / p.pairs() % count * SLOTS;
+    const u32 part = blockIdx.x / p.pairs() / count * N; // the first column
+    const u32 strip = threadIdx.x / LANES * STRIP;
+    const u32 own = first + strip + first_row();
+    const float scale = p.scale * LOG2_E;
+
+    Strip<N> keys;
+    Strip<N> values;
+    copy_slots<T>(k_tile, k, pair, first, SLOTS, pair.filled);
+    copy_slots<T>(v_tile, v, pair, first, SLOTS, pair.filled);
+    for (u32 row = 0; row < pair.rows(); row += ROWS) {
+        const Visible seen = pair.visible_to(row, ROWS);
+        if (seen.end <= first || seen.begin >= first + SLOTS) {
+            continue;
+        }
+        __syncthreads(); // the last tiles are no longer needed
+        copy_rows<T>(q_tile, q, pair, row, ROWS);
+        copy_rows<T>(g_tile, g, pair, row, ROWS);
+        if (threadIdx.x < ROWS) {
+            rows[threadIdx.x] = row_of(pair, row + threadIdx.x, sums, dots);
+        }
+        wait_for_tiles<1>();
+        Strip<ROWS> scores;
+        multiply_rows(scores, k_tile + strip * STRIDE<T>, q_tile);
+        wait_for_tiles<0>();
+        Strip<ROWS> slopes;
+        multiply_rows(slopes, v_tile + strip * STRIDE<T>, g_tile);
+#pragma unroll
+        for (u32 n = 0; n < ROWS / 8; n++) {
+#pragma unroll
+            for (u32 e = 0; e < 4; e++) {
+                const Row& of = rows[column_of(n, e)];
+                scores.at[n][e] = of.probability(scores.at[n][e], scale, own + e / 2 * 8);
+                slopes.at[n][e] = scores.at[n][e] * (slopes.at[n][e] - of.dot);
+            }
+        }
+        multiply_columns(values, scores, g_tile + part);
+        multiply_columns(keys, slopes, q_tile + part);
+    }
+    wait_for_tiles<0>(); // no copy may outlive the block
+#pragma unroll
+    for (u32 half = 0; half < 2; half++) {
+        const u32 slot = own + 8 * half;
+        if (slot < p.slots && part < p.width) {
+            store_row(dk, pair.slot_at(slot) + part, keys, half, p.scale, p.width - part);
+            store_row(dv, pair.slot_at(slot) + part, values, half, 1.0f, p.width - part);
+        }
+    }
+}
+
+// --- Kernels ---
+
+#define KERNEL(NAME, THREADS) extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_##NAME
+
+#define KERNELS(NAME, T)                                                                                               \
+    KERNEL(fwd_##NAME, LANES* Sizes<T>::WARPS)                                                                         \
+    (Problem p, In<u32> mask, In<T> q, In<T> k, In<T> v, Out<float> sums, Out<T> y, Out<float> parts, u32 chunk) {     \
+        forward<T>(p, mask, q, k, v, sums, y, parts, chunk);                                                           \
+    }                                                                                                                  \
+    KERNEL(combine_##NAME, MAX_BLOCK)(Problem p, In<float> parts, In<float> sums, Out<T> y, u32 chunks) {              \
+        combine<T>(p, parts, sums, y, chunks);                                                                         \
+    }                                                                                                                  \
+    KERNEL(dots_##NAME, MAX_BLOCK)(Problem p, In<T> y, In<T> g, Out<float> dots) { row_dots<T>(p, y, g, dots); }       \
+    KERNEL(dq_##NAME, LANES* Sizes<T>::WARPS)                                                                          \
+    (Problem p, In<u32> mask, In<T> q, In<T> k, In<T> v, In<T> g, In<float> sums, In<float> dots, Out<T> dq) {         \
+        queries_backward<T>(p, mask, q, k, v, g, sums, dots, dq);                                                      \
+    }                                                                                                                  \
+    KERNEL(dkdv_##NAME, LANES* Sizes<T>::WARPS)                                                                        \
+    (Problem p, In<u32> mask, In<T> q, In<T> k, In<T> v, In<T> g, In<float> sums, In<float> dots, Out<T> dk,           \
+     Out<T> dv) {                                                                                                      \
+        keys_backward<T>(p, mask, q, k, v, g, sums, dots, dk, dv);                                                     \
+    }
+
+KERNELS(f32, float)
+KERNELS(bf16, bf16)
