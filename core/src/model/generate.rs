@@ -1,6 +1,6 @@
 //! Batched decoding with a key/value cache.
 
-use candle_core::{D, DType, Tensor};
+use candle_core::{DType, Tensor};
 use candle_transformers::generation::{LogitsProcessor, Sampling};
 use serde::{Deserialize, Serialize};
 
@@ -9,7 +9,7 @@ use crate::model::architecture::Model;
 use crate::nn::cache::Cache;
 use crate::nn::forward::Forward;
 use crate::nn::sites::Sites;
-use crate::tensor::elementwise::norm;
+use crate::tensor::elementwise::{argmax, norm};
 use crate::tensor::ops;
 use crate::tensor::tokens::Tokens;
 use crate::weights::parameters::Weights;
@@ -78,7 +78,12 @@ pub fn sample(
     (temperature, top_p, seed): (f64, f64, u64),
 ) -> Result<Continuation> {
     let mut processor = LogitsProcessor::from_sampling(seed, Sampling::TopP { p: top_p, temperature });
-    let pick = |logits: &Tensor| Ok(vec![processor.sample(&logits.get(0)?.to_dtype(DType::F32)?)?]);
+    let pick = |logits: &Tensor| {
+        if !norm([logits])?.value()?.is_finite() {
+            return Ok(None);
+        }
+        Ok(Some(vec![processor.sample(&logits.get(0)?.to_dtype(DType::F32)?)?]))
+    };
     let answers = decode(model, weights, &[prompt.to_vec()], decoding, pick, |_| Ok(()))?;
     answers.into_iter().next().ok_or_else(|| Error::run("one prompt has no answer"))
 }
@@ -92,13 +97,13 @@ struct OpenAnswer {
 
 /// Decodes all prompts, at most `batch_size` at a time. A row that finishes makes room for the next prompt while the
 /// others go on; prompts that start together are of similar length, so that little is padded. `pick` chooses the next
-/// token of each row from logits `[rows, vocabulary]`.
+/// token of each row from logits `[rows, vocabulary]`, unless one is not finite.
 fn decode(
     model: &dyn Model,
     weights: &Weights,
     prompts: &[Vec<u32>],
     decoding: &Decoding,
-    mut pick: impl FnMut(&Tensor) -> Result<Vec<u32>>,
+    mut pick: impl FnMut(&Tensor) -> Result<Option<Vec<u32>>>,
     mut progress: impl FnMut(usize) -> Result<()>,
 ) -> Result<Vec<Continuation>> {
     if prompts.iter().any(Vec::is_empty) {
@@ -144,7 +149,11 @@ fn decode(
         let tokens = if fresh > 0 { tokens } else { last.iter().map(<[u32; 1]>::as_slice).collect() };
         let tokens = Tokens::pad(&tokens, decoding.pad, weights.device())?;
         cache.select(batch.iter().map(|row| row.row).collect());
-        for (mut row, token) in batch.into_iter().zip(pick(&next_logits(model, &frozen, &tokens, &mut cache)?)?) {
+        // A logit that is not a number is neither greater nor less than another, so some token would be picked.
+        let picked = pick(&next_logits(model, &frozen, &tokens, &mut cache)?)?.ok_or_else(|| {
+            Error::run("the logits are not finite: the model computes nothing to answer with").help(Error::DIVERGED)
+        })?;
+        for (mut row, token) in batch.into_iter().zip(picked) {
             let answer = &mut answers[row.prompt];
             if decoding.ends.contains(&token) {
                 answer.finish = Finish::Stop;
@@ -164,25 +173,17 @@ fn decode(
     Ok(answers)
 }
 
-/// Logits `[rows, vocabulary]` after the last real token of each row, all of them finite.
+/// Logits `[rows, vocabulary]` after the last real token of each row.
 fn next_logits(model: &dyn Model, weights: &Weights, tokens: &Tokens, cache: &mut Cache) -> Result<Tensor> {
     let mut sites = Sites::none();
     let mut pass = Forward { cache: Some(cache), ..Forward::new(weights, &mut sites) };
     let hidden = model.hidden(tokens, &mut pass)?;
     let (rows, length) = tokens.dims();
-    let last = tokens.lengths.iter().enumerate().map(|(row, real)| (row * length + real - 1) as u32);
-    let last = Tensor::from_vec(last.collect::<Vec<_>>(), rows, weights.device())?;
-    let hidden = hidden.reshape(((), model.spec().hidden_size))?;
-    let hidden = ops::select_rows(&mut pass.tape, &hidden, &last)?;
-    let logits = model.logits(&hidden, &mut pass)?.tensor().clone();
-    // A logit that is not a number is neither greater nor less than another, so some token would be picked.
-    if norm([&logits])?.value()?.is_finite() {
-        return Ok(logits);
+    let mut hidden = hidden.reshape(((), model.spec().hidden_size))?;
+    if length > 1 {
+        let last = tokens.lengths.iter().enumerate().map(|(row, real)| (row * length + real - 1) as u32);
+        let last = Tensor::from_vec(last.collect::<Vec<_>>(), rows, weights.device())?;
+        hidden = ops::select_rows(&mut pass.tape, &hidden, &last)?;
     }
-    Err(Error::run("the logits are not finite: the model computes nothing to answer with").help(Error::DIVERGED))
-}
-
-/// The likeliest token of each row of logits.
-fn argmax(logits: &Tensor) -> Result<Vec<u32>> {
-    Ok(logits.argmax(D::Minus1)?.to_vec1()?)
+    Ok(model.logits(&hidden, &mut pass)?.tensor().clone())
 }

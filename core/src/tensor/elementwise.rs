@@ -65,6 +65,20 @@ pub(crate) fn to_bf16(tensors: &[&Tensor]) -> Result<Vec<Tensor>> {
     Ok(tensors.iter().map(|tensor| tensor.to_dtype(DType::BF16)).collect::<candle_core::Result<_>>()?)
 }
 
+/// The place of the greatest number in each row of `x: [rows, width]`, the first of equal ones; `None` if a number is not
+/// finite.
+///
+/// # Errors
+/// A tensor operation failed.
+pub fn argmax(x: &Tensor) -> Result<Option<Vec<u32>>> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        let places = super::cuda::argmax(x)?.to_vec1()?;
+        return Ok(Some(places).filter(|places| !places.contains(&u32::MAX)));
+    }
+    Ok(if norm([x])?.value()?.is_finite() { Some(x.argmax(candle_core::D::Minus1)?.to_vec1()?) } else { None })
+}
+
 /// `√Σ t²` over all elements of all tensors. On the host the squares are summed in f64; on a device in f32, without
 /// waiting for it.
 ///

@@ -5,7 +5,7 @@ use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor, Var};
 use titer_core::rng::{Seed, randn};
 use titer_core::tensor::dropout::{Dropout, dropout};
-use titer_core::tensor::elementwise::{add_assign, cache_write, norm, sum};
+use titer_core::tensor::elementwise::{add_assign, argmax, cache_write, norm, sum};
 use titer_core::tensor::ops::{
     Activation, LowRank, Rope, activate, add, cross_entropy, embed, exp, head_cross_entropy, layer_norm, linear, ln,
     log_softmax, matmul, mean_all, rms_norm, rotate, select_rows, sum_all, sum_last, swiglu,
@@ -381,6 +381,35 @@ fn dropout_masks() -> Result<()> {
                     Ok(x.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.eq(0.)?.flatten_all()?.to_vec1()?)
                 };
                 ensure!(zero(&found)? == zero(&kept)?, "{case}: other numbers are dropped");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The first of equal numbers is the greatest; a row that has one which is not finite has none.
+#[test]
+#[ignore = "needs a device: see .ci/device"]
+fn greatest_numbers() -> Result<()> {
+    let device = device()?;
+    for width in [1, 5, 300, 1000] {
+        for (dtype, _) in TYPES {
+            let mut x: Vec<f32> = values(&normal(&[4, width], dtype, 1)?)?.into_iter().map(|x| x as f32).collect();
+            let at = |x: &[f32], on: &Device| -> Result<_> {
+                Ok(argmax(&Tensor::from_slice(x, (4, width), on)?.to_dtype(if on.is_cpu() {
+                    DType::F32
+                } else {
+                    dtype
+                })?)?)
+            };
+            let greatest = at(&x, &Device::Cpu)?.context("finite")?;
+            ensure!(at(&x, &device)?.as_ref() == Some(&greatest), "{dtype:?} of {width}");
+            // The last number of the last row becomes as great as the greatest.
+            x[4 * width - 1] = x[3 * width + greatest[3] as usize];
+            ensure!(at(&x, &device)?.as_ref() == Some(&greatest), "{dtype:?} of {width}, twice");
+            for none in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                x[2 * width] = none;
+                ensure!(at(&x, &device)?.is_none() && at(&x, &Device::Cpu)?.is_none(), "{none} is picked");
             }
         }
     }

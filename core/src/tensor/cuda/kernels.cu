@@ -37,6 +37,63 @@ constexpr float LOWEST = -3.402823466e38f;
 
 __device__ __forceinline__ float sigmoid(float z) { return 1.0f / (1.0f + expf(-z)); }
 
+// --- Element by element ---
+
+// 16 bytes, which a thread reads or writes at once.
+template <typename T> struct alignas(16) Pack {
+    static constexpr u32 SIZE = 16 / sizeof(T);
+    T of[SIZE];
+};
+
+// f(x, y) for each of n elements, with x those of all inputs and y those of all outputs. An output may be an input.
+template <u32 INS, u32 OUTS, typename T, typename F>
+__device__ __forceinline__ void map(const T* const (&ins)[INS], T* const (&outs)[OUTS], u64 n, F f) {
+    constexpr u32 SIZE = Pack<T>::SIZE;
+    u64 together = n * sizeof(T);
+    for (const T* in : ins) {
+        together |= reinterpret_cast<u64>(in);
+    }
+    for (const T* out : outs) {
+        together |= reinterpret_cast<u64>(out);
+    }
+    const bool packed = together % 16 == 0;
+    for (u64 i = u64(blockIdx.x) * blockDim.x + threadIdx.x; i < (packed ? n / SIZE : n); i += u64(gridDim.x) * blockDim.x) {
+        if (!packed) {
+            float x[INS], y[OUTS];
+            for (u32 k = 0; k < INS; k++) {
+                x[k] = load(ins[k], i);
+            }
+            f(x, y);
+            for (u32 k = 0; k < OUTS; k++) {
+                store(outs[k], i, y[k]);
+            }
+            continue;
+        }
+        Pack<T> from[INS], to[OUTS];
+#pragma unroll
+        for (u32 k = 0; k < INS; k++) {
+            from[k] = reinterpret_cast<const Pack<T>*>(ins[k])[i];
+        }
+#pragma unroll
+        for (u32 e = 0; e < SIZE; e++) {
+            float x[INS], y[OUTS];
+#pragma unroll
+            for (u32 k = 0; k < INS; k++) {
+                x[k] = load(from[k].of, e);
+            }
+            f(x, y);
+#pragma unroll
+            for (u32 k = 0; k < OUTS; k++) {
+                store(to[k].of, e, y[k]);
+            }
+        }
+#pragma unroll
+        for (u32 k = 0; k < OUTS; k++) {
+            reinterpret_cast<Pack<T>*>(outs[k])[i] = to[k];
+        }
+    }
+}
+
 // --- Reductions ---
 
 struct Sum {
@@ -48,8 +105,8 @@ struct Max {
 };
 
 // Combines one value of each thread as a binary tree; every thread of the block calls it and gets the result.
-template <typename Combine> __device__ float block_reduce(float value, Combine combine) {
-    __shared__ float values[MAX_BLOCK];
+template <typename Value, typename Combine> __device__ Value block_reduce(Value value, Combine combine) {
+    __shared__ Value values[MAX_BLOCK];
     values[threadIdx.x] = value;
     __syncthreads();
     for (u32 half = blockDim.x / 2; half > 0; half /= 2) {
@@ -58,7 +115,7 @@ template <typename Combine> __device__ float block_reduce(float value, Combine c
         }
         __syncthreads();
     }
-    const float result = values[0];
+    const Value result = values[0];
     __syncthreads(); // all have read it before a next call writes
     return result;
 }
@@ -238,21 +295,21 @@ KERNEL(rope,
 
 // y = silu(gate) ∘ up, with silu(z) = z / (1 + e⁻ᶻ).
 KERNEL(swiglu_fwd, (In<T> gate, In<T> up, Out<T> y, u64 n), (gate, up, y, n)) {
-    FOR_GRID(i, n) {
-        const float z = load(gate, i);
-        store(y, i, z * sigmoid(z) * load(up, i));
-    }
+    const T* const ins[] = {gate, up};
+    T* const outs[] = {y};
+    map(ins, outs, n, [](const float(&x)[2], float(&y)[1]) { y[0] = x[0] * sigmoid(x[0]) * x[1]; });
 }
 
 // dgate = g ∘ up ∘ silu'(gate) and dup = g ∘ silu(gate).
 KERNEL(swiglu_bwd, (In<T> gate, In<T> up, In<T> g, Out<T> dgate, Out<T> dup, u64 n), (gate, up, g, dgate, dup, n)) {
-    FOR_GRID(i, n) {
-        const float z = load(gate, i);
+    const T* const ins[] = {gate, up, g};
+    T* const outs[] = {dgate, dup};
+    map(ins, outs, n, [](const float(&x)[3], float(&y)[2]) {
+        const float z = x[0];
         const float s = sigmoid(z);
-        const float gradient = load(g, i);
-        store(dgate, i, gradient * load(up, i) * (s * (1.0f + z * (1.0f - s))));
-        store(dup, i, gradient * (z * s));
-    }
+        y[0] = x[2] * x[1] * (s * (1.0f + z * (1.0f - s)));
+        y[1] = x[2] * (z * s);
+    });
 }
 
 constexpr u32 RELU = 0;
@@ -295,16 +352,16 @@ __device__ __forceinline__ float activation_slope(float z, u32 kind) {
 
 // y = f(x).
 KERNEL(activation_fwd, (In<T> x, Out<T> y, u64 n, u32 kind), (x, y, n, kind)) {
-    FOR_GRID(i, n) {
-        store(y, i, activation(load(x, i), kind));
-    }
+    const T* const ins[] = {x};
+    T* const outs[] = {y};
+    map(ins, outs, n, [kind](const float(&x)[1], float(&y)[1]) { y[0] = activation(x[0], kind); });
 }
 
 // dx = g ∘ f'(x).
 KERNEL(activation_bwd, (In<T> x, In<T> g, Out<T> dx, u64 n, u32 kind), (x, g, dx, n, kind)) {
-    FOR_GRID(i, n) {
-        store(dx, i, load(g, i) * activation_slope(load(x, i), kind));
-    }
+    const T* const ins[] = {x, g};
+    T* const outs[] = {dx};
+    map(ins, outs, n, [kind](const float(&x)[2], float(&y)[1]) { y[0] = x[1] * activation_slope(x[0], kind); });
 }
 
 // --- Dropout ---
@@ -569,21 +626,54 @@ KERNEL(cross_entropy,
     }
 }
 
+// A number and its place; the place is NOWHERE if one is not finite.
+struct Best {
+    float value;
+    u32 place;
+};
+
+constexpr u32 NOWHERE = ~0u;
+
+// The greater one, and of equal ones the first.
+struct Better {
+    __device__ Best operator()(Best a, Best b) const {
+        if (a.place == NOWHERE || b.place == NOWHERE) {
+            return {0.0f, NOWHERE};
+        }
+        return b.value > a.value || (b.value == a.value && b.place < a.place) ? b : a;
+    }
+};
+
+// places[row] = where the greatest number of the row of x: [rows, width] is, the first of them, or NOWHERE if one is not
+// finite. One block per row.
+KERNEL(argmax, (In<T> x, Out<u32> places, u32 width), (x, places, width)) {
+    const u64 start = u64(blockIdx.x) * width;
+    Best best = {LOWEST, 0};
+    FOR_BLOCK(i, width) {
+        const float value = load(x, start + i);
+        best = Better()(best, {value, fabsf(value) <= -LOWEST ? i : NOWHERE});
+    }
+    best = block_reduce(best, Better());
+    if (threadIdx.x == 0) {
+        places[blockIdx.x] = best.place;
+    }
+}
+
 // --- Sums and copies ---
 
 // y += x.
 KERNEL(add_assign, (Out<T> y, In<T> x, u64 n), (y, x, n)) {
-    FOR_GRID(i, n) {
-        store(y, i, load(y, i) + load(x, i));
-    }
+    const T* const ins[] = {y, x};
+    T* const outs[] = {y};
+    map(ins, outs, n, [](const float(&x)[2], float(&y)[1]) { y[0] = x[0] + x[1]; });
 }
 
 // y *= by[0].
 KERNEL(scale, (Out<T> y, In<float> by, u64 n), (y, by, n)) {
+    const T* const ins[] = {y};
+    T* const outs[] = {y};
     const float factor = by[0];
-    FOR_GRID(i, n) {
-        store(y, i, load(y, i) * factor);
-    }
+    map(ins, outs, n, [factor](const float(&x)[1], float(&y)[1]) { y[0] = x[0] * factor; });
 }
 
 // dst[index[r]] = src[r] for the rows of src: [rows, width]; no index occurs twice.

@@ -10,6 +10,11 @@ use crate::error::{Error, Result};
 use crate::tensor::host::last_dim;
 use crate::tensor::mask::AttentionMask;
 
+/// Blocks for a kernel whose threads take 16 bytes at a time where they may.
+fn packs(count: usize, dtype: DType) -> usize {
+    blocks((count * dtype.size_in_bytes()).div_ceil(16))
+}
+
 fn rows_of(x: &Tensor) -> usize {
     x.elem_count() / last_dim(x).max(1)
 }
@@ -111,7 +116,7 @@ pub(in crate::tensor) fn rotate(
 pub(in crate::tensor) fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     let t = gate.dtype();
     let (y, count) = (fresh(gate, gate.shape(), t)?, gate.elem_count());
-    launch(gate, "swiglu_fwd", blocks(count), &[at(gate, t)?, at(up, t)?, at(&y, t)?, Arg::U64(count as u64)])?;
+    launch(gate, "swiglu_fwd", packs(count, t), &[at(gate, t)?, at(up, t)?, at(&y, t)?, Arg::U64(count as u64)])?;
     Ok(y)
 }
 
@@ -120,7 +125,7 @@ pub(in crate::tensor) fn swiglu_backward(gate: &Tensor, up: &Tensor, g: &Tensor)
     let like = || fresh(gate, gate.shape(), t);
     let (dgate, dup, count) = (like()?, like()?, gate.elem_count());
     let arguments = [at(gate, t)?, at(up, t)?, at(g, t)?, at(&dgate, t)?, at(&dup, t)?, Arg::U64(count as u64)];
-    launch(gate, "swiglu_bwd", blocks(count), &arguments)?;
+    launch(gate, "swiglu_bwd", packs(count, t), &arguments)?;
     Ok((dgate, dup))
 }
 
@@ -136,7 +141,7 @@ fn kind(activation: Activation) -> Arg {
 pub(in crate::tensor) fn activation(activation: Activation, x: &Tensor) -> Result<Tensor> {
     let t = x.dtype();
     let (y, count) = (fresh(x, x.shape(), t)?, x.elem_count());
-    launch(x, "activation_fwd", blocks(count), &[at(x, t)?, at(&y, t)?, Arg::U64(count as u64), kind(activation)])?;
+    launch(x, "activation_fwd", packs(count, t), &[at(x, t)?, at(&y, t)?, Arg::U64(count as u64), kind(activation)])?;
     Ok(y)
 }
 
@@ -144,7 +149,7 @@ pub(in crate::tensor) fn activation_backward(activation: Activation, x: &Tensor,
     let t = x.dtype();
     let (dx, count) = (fresh(x, x.shape(), t)?, x.elem_count());
     let arguments = [at(x, t)?, at(g, t)?, at(&dx, t)?, Arg::U64(count as u64), kind(activation)];
-    launch(x, "activation_bwd", blocks(count), &arguments)?;
+    launch(x, "activation_bwd", packs(count, t), &arguments)?;
     Ok(dx)
 }
 
@@ -174,13 +179,13 @@ pub(in crate::tensor) fn scatter_rows(g: &Tensor, index: &Tensor, shape: &[usize
 pub(in crate::tensor) fn add_assign(a: &Tensor, b: &Tensor) -> Result<()> {
     let t = a.dtype();
     let (b, count) = (b.contiguous()?, a.elem_count());
-    launch(a, "add_assign", blocks(count), &[at(a, t)?, at(&b, t)?, Arg::U64(count as u64)])
+    launch(a, "add_assign", packs(count, t), &[at(a, t)?, at(&b, t)?, Arg::U64(count as u64)])
 }
 
 /// `y *= by`, for `by` of one element.
 pub(in crate::tensor) fn scale(y: &Tensor, by: &Tensor) -> Result<()> {
     let (by, count) = (by.to_dtype(F32)?, y.elem_count());
-    launch(y, "scale", blocks(count), &[at(y, y.dtype())?, at(&by, F32)?, Arg::U64(count as u64)])
+    launch(y, "scale", packs(count, y.dtype()), &[at(y, y.dtype())?, at(&by, F32)?, Arg::U64(count as u64)])
 }
 
 /// All numbers of a quantized matrix, in the type `dtype`.
@@ -238,6 +243,14 @@ pub(in crate::tensor) fn cross_entropy(
         Arg::U32(u32::from(differentiate)),
     ];
     launch(logits, "cross_entropy", rows, &arguments)
+}
+
+/// Where the greatest number of each row is, or `u32::MAX` if one is not finite: `[rows]`.
+pub(in crate::tensor) fn argmax(x: &Tensor) -> Result<Tensor> {
+    let (t, (rows, width), x) = (x.dtype(), x.dims2()?, x.contiguous()?);
+    let places = fresh(&x, rows, U32)?;
+    launch(&x, "argmax", rows, &[at(&x, t)?, at(&places, U32)?, Arg::U32(width as u32)])?;
+    Ok(places)
 }
 
 /// The mean of all elements.
