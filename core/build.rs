@@ -7,7 +7,8 @@ use std::process::{Command, exit};
 use std::{fs, io};
 
 const KERNELS: &str = "src/tensor/cuda";
-/// The widths of tiles that the attention kernels are compiled for, each on its own: a driver compiles what a model needs.
+/// The widths of tiles that the attention kernels are compiled for, each on its own: a driver compiles what a model
+/// needs.
 const WIDTHS: [u32; 6] = [32, 64, 80, 96, 128, 256];
 /// What a core is made of: its own sources and those of its CPU kernels.
 const SOURCES: [&str; 2] = ["src", "kernels/src"];

@@ -1,5 +1,5 @@
-//! Attention on the device in f32 and in bf16, against attention on the host in f64, whose gradients the tests of the core
-//! hold to finite differences: the result, and the gradients of queries, keys and values.
+//! Attention on the device in f32 and in bf16, and its gradients, against attention on the host in f64, which the tests of
+//! the core hold to a composed form and to finite differences.
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
