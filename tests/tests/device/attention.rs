@@ -116,7 +116,7 @@ fn groups() -> Result<()> {
 #[test]
 #[ignore = "needs a device: see .ci/device"]
 fn lengths() -> Result<()> {
-    for length in [1, 2, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 129] {
+    for length in [1, 2, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 129, 300] {
         training(heads(2, 2, 8), &[length, length.div_ceil(2)]).check()?;
     }
     Ok(())
