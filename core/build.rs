@@ -7,7 +7,8 @@ use std::process::{Command, exit};
 use std::{fs, io};
 
 const KERNELS: &str = "src/tensor/cuda";
-/// The widths of tiles that the attention kernels are compiled for, each on its own: a driver compiles what a model needs.
+/// The widths of tiles that the attention kernels are compiled for, each on its own: a driver compiles what a model
+/// needs.
 const WIDTHS: [u32; 6] = [32, 64, 80, 96, 128, 256];
 /// What a core is made of: its own sources and those of its CPU kernels.
 const SOURCES: [&str; 2] = ["src", "kernels/src"];
@@ -75,6 +76,10 @@ fn sources() -> io::Result<String> {
     for folder in SOURCES {
         list(Path::new(folder), &mut files)?;
     }
+    hash(files)
+}
+
+fn hash(mut files: Vec<PathBuf>) -> io::Result<String> {
     files.sort();
     let mut hasher = DefaultHasher::new();
     for file in files {
@@ -91,16 +96,25 @@ fn list(folder: &Path, files: &mut Vec<PathBuf>) -> io::Result<()> {
     Ok(())
 }
 
-/// Compiles them to PTX, all at once.
+/// Compiles them to PTX, all at once. That takes longer than the crate itself, so it is done only if they changed.
 fn compile_kernels() {
     let setting =
         |name: &str, default: &str| Some(variable(name)).filter(|set| !set.is_empty()).unwrap_or(default.into());
     let compiler = setting("NVCC", "nvcc");
     let architecture = format!("-arch=compute_{}", setting("CUDA_COMPUTE_CAP", "80"));
+    let folder = PathBuf::from(variable("OUT_DIR"));
+    let made_by = folder.join("kernels.made-by");
+    let wanted = kernel_sources().unwrap_or_else(|error| fail(&format!("cannot read {KERNELS}: {error}")));
+    let wanted = format!("{wanted} {compiler} {architecture}");
+    if fs::read_to_string(&made_by).is_ok_and(|made_by| made_by == wanted) {
+        return;
+    }
+    // What a failure leaves belongs to nobody.
+    fs::write(&made_by, "").unwrap_or_else(|error| fail(&format!("cannot write {}: {error}", made_by.display())));
     let start = |source: &str, name: &str, width: u32| {
         let mut command = Command::new(&compiler);
         command.args(["--ptx", "-O3", "-std=c++17", &architecture, &format!("-DWIDTH={width}"), "-o"]);
-        command.arg(Path::new(&variable("OUT_DIR")).join(name)).arg(Path::new(KERNELS).join(source));
+        command.arg(folder.join(name)).arg(Path::new(KERNELS).join(source));
         match command.spawn() {
             Ok(child) => (source.to_owned(), child),
             Err(error) => {
@@ -117,6 +131,17 @@ fn compile_kernels() {
             Err(error) => fail(&format!("{compiler} on {source}: {error}")),
         }
     }
+    fs::write(&made_by, wanted).unwrap_or_else(|error| fail(&format!("cannot write {}: {error}", made_by.display())));
+}
+
+/// A hash of what the kernels are made of: CUDA, and this file.
+fn kernel_sources() -> io::Result<String> {
+    let mut files = vec![PathBuf::from("build.rs")];
+    list(Path::new(KERNELS), &mut files)?;
+    files.retain(|file| {
+        !file.starts_with(KERNELS) || file.extension().is_some_and(|kind| kind == "cu" || kind == "cuh")
+    });
+    hash(files)
 }
 
 /// An environment variable; empty if it is not set.

@@ -1,5 +1,5 @@
-//! Attention on the device in f32 and in bf16, against attention on the host in f64, whose gradients the tests of the core
-//! hold to finite differences: the result, and the gradients of queries, keys and values.
+//! Attention on the device in f32 and in bf16, and its gradients, against attention on the host in f64, which the tests of
+//! the core hold to a composed form and to finite differences.
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
@@ -116,7 +116,7 @@ fn groups() -> Result<()> {
 #[test]
 #[ignore = "needs a device: see .ci/device"]
 fn lengths() -> Result<()> {
-    for length in [1, 2, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 129] {
+    for length in [1, 2, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 129, 300] {
         training(heads(2, 2, 8), &[length, length.div_ceil(2)]).check()?;
     }
     Ok(())

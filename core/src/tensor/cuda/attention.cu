@@ -1,17 +1,17 @@
 // Causal attention without the matrix of scores, for f32 and bf16 tensors: forward and backward (Dao 2023,
-// FlashAttention-2, algorithms 1 and 2), and over a long cache, whose slots several blocks share ("flash decoding", Dao et
-// al. 2023).
+// FlashAttention-2, algorithms 1 and 2), and over a long cache, whose slots several blocks share ("flash decoding",
+// Dao et al. 2023).
 //
-// A block works on one pair of a batch row and a key/value head, and owns a tile of the pair's rows or of its slots; tiles
-// of the other side stream by. A row is a query of one of the `group` query heads that share the keys: row r is query
-// r / group of head r % group. So keys are read once for a whole group, and their gradients are sums over rows. Each warp
-// owns 16 rows (or slots) of the block's tile.
+// A block works on one pair of a batch row and a key/value head. It owns a tile of the pair's rows or of its slots, and
+// tiles of the other side stream by. A row is a query of one of the `group` query heads that share the keys: row r is
+// query r / group of head r % group. So keys are read once for a whole group, and their gradients are sums over rows.
+// Each warp owns 16 rows (or slots) of the block's tile.
 //
-// Products are taken on tensor cores for bf16, and by plain arithmetic for f32. Scores, sums and results are floats. Every
-// sum is taken in an order that depends on sizes alone, so that results repeat to the last bit.
+// Products are taken on tensor cores for bf16, and by plain arithmetic for f32. Scores, sums and results are floats.
+// Every sum is taken in an order that depends on sizes alone, so that results repeat to the last bit.
 //
-// This file is compiled once for each WIDTH of a tile (see build.rs). Heads of `width` elements, at most as many, lie in
-// tiles filled up with zeros.
+// This file is compiled once for each WIDTH of a tile (see build.rs). Heads have `width` elements, at most as many; the
+// rest of a tile is zero.
 
 #include "numbers.cuh"
 
@@ -43,18 +43,18 @@ constexpr u32 W = WIDTH;
 constexpr u32 LANES = 32;
 constexpr u32 STRIP = 16; // rows that a warp owns
 
-// The most warps of a block, and the slots (or rows) that stream by at a time while rows (or slots) are owned. All tiles
-// must fit into 99 KiB of shared memory, the limit of compute capability 8.6.
+// The most warps of a block, and the rows or slots that stream by at a time, forward and backward. All tiles must fit
+// into 99 KiB of shared memory, the limit of compute capability 8.6.
 template <typename T> struct Sizes;
 template <> struct Sizes<bf16> {
     static constexpr u32 WARPS = 4;
-    static constexpr u32 SLOTS = W > 128 ? 32 : 64;
-    static constexpr u32 ROWS = W > 128 ? 16 : 32;
+    static constexpr u32 FORWARD = W > 128 ? 32 : 64;
+    static constexpr u32 BACKWARD = W > 128 ? 16 : 32;
 };
 template <> struct Sizes<float> {
     static constexpr u32 WARPS = 2;
-    static constexpr u32 SLOTS = 16;
-    static constexpr u32 ROWS = 16;
+    static constexpr u32 FORWARD = 16;
+    static constexpr u32 BACKWARD = W > 128 ? 8 : 16;
 };
 
 // Elements from one row of a tile to the next: 16 bytes more than the row, so that 8 rows lie in different banks.
@@ -283,7 +283,7 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool insi
                  : "memory");
 }
 
-// Starts to copy the vectors first..first + count to a tile; `at` says where one begins, and from `end` on they are zero.
+// Starts to copy the vectors first..first + count to a tile; `at` says where one begins. From `end` on they are zero.
 template <typename T, typename At>
 __device__ __forceinline__ void copy_tile(T* tile, In<T> x, u32 width, u32 first, u32 count, u32 end, At at) {
     constexpr u32 PIECE = 16 / sizeof(T);
@@ -317,9 +317,12 @@ __device__ __forceinline__ void copy_slots(T* tile, In<T> x, const Pair& pair, u
     copy_tile<T>(tile, x, pair.p.width, first, count, end, [&](u32 slot) { return pair.slot_at(slot); });
 }
 
-// Waits until all but the last `LEFT` tiles are there, for all threads.
-template <u32 LEFT> __device__ __forceinline__ void wait_for_tiles() {
+// Waits until all but the last `LEFT` tiles are there: what the thread copies, or what all threads do.
+template <u32 LEFT> __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+}
+template <u32 LEFT> __device__ __forceinline__ void wait_for_tiles() {
+    wait_for_copies<LEFT>();
     __syncthreads();
 }
 
@@ -354,16 +357,17 @@ constexpr float NEVER = -__builtin_huge_valf(); // the score of a slot that is n
 
 // y = softmax(scale · q kᵀ) v over the slots that a row sees, and sums = log Σ exp of the scaled scores of each row.
 //
-// If `parts` is given, the slots are divided into chunks: block after block sees one of them and writes to
-// parts: [chunks, batch, queries, heads · width] and sums: [chunks, batch, heads, queries], and −∞ as the sum of a chunk
-// without a visible slot, whose part stays unwritten. Else there is one chunk.
+// If `parts` is given, slots are divided into chunks, and a block sees one of them. It writes to
+// parts: [chunks, batch, queries, heads · width] and sums: [chunks, batch, heads, queries]. A row that sees no slot of
+// the chunk has the sum −∞, and its part stays unwritten. Without `parts` there is one chunk.
 //
-// A block owns a strip of rows for each of its warps: as few as the rows need, at most WARPS. The grid is [chunks, tiles of rows, pairs], the last ones the quickest.
+// A block owns as many strips of rows as it has warps, WARPS or fewer. The grid is [chunks, tiles of rows, pairs], and
+// pairs change from one block to the next.
 template <typename T>
 __device__ __forceinline__ void forward(const Problem& p, In<u32> mask, In<T> q, In<T> k, In<T> v, Out<float> sums,
                                         Out<T> y, Out<float> parts, u32 chunk) {
     const u32 ROWS = blockDim.x / LANES * STRIP;
-    constexpr u32 SLOTS = Sizes<T>::SLOTS;
+    constexpr u32 SLOTS = Sizes<T>::FORWARD;
     T* const q_tile = reinterpret_cast<T*>(tiles);
     T* const k_tile = q_tile + ROWS * STRIDE<T>;
     T* const v_tile = k_tile + SLOTS * STRIDE<T>;
@@ -427,7 +431,7 @@ __device__ __forceinline__ void forward(const Problem& p, In<u32> mask, In<T> q,
         }
         multiply_columns(result, scores, v_tile);
     }
-    wait_for_tiles<0>(); // no copy may outlive the block
+    wait_for_copies<0>(); // none may outlive the block
 
     sums += part * p.vectors();
 #pragma unroll
@@ -506,6 +510,13 @@ struct Row {
     __device__ __forceinline__ float probability(float score, float scale, u32 slot) const {
         return seen.has(slot) ? exp2f(score * scale - sum) : 0.0f;
     }
+
+    // The row of another lane.
+    __device__ __forceinline__ Row of_lane(u32 from) const {
+        return {{__shfl_sync(~0u, seen.begin, from), __shfl_sync(~0u, seen.end, from)},
+                __shfl_sync(~0u, sum, from),
+                __shfl_sync(~0u, dot, from)};
+    }
 };
 
 __device__ __forceinline__ Row row_of(const Pair& pair, u32 row, In<float> sums, In<float> dots) {
@@ -516,42 +527,52 @@ __device__ __forceinline__ Row row_of(const Pair& pair, u32 row, In<float> sums,
     return {pair.visible(row), sums[at] * LOG2_E, dots[at]};
 }
 
+// The tiles of a block of the backward pass. It owns two; of those that stream by, two are in use while the next two
+// are on their way.
+template <typename T> struct Tiles {
+    static constexpr u32 OWN = Sizes<T>::WARPS * STRIP;
+    static constexpr u32 COUNT = Sizes<T>::BACKWARD;
+
+    __device__ __forceinline__ static T* own(u32 tile) {
+        return reinterpret_cast<T*>(tiles) + tile * OWN * STRIDE<T>;
+    }
+    __device__ __forceinline__ static T* streamed(u32 turn, u32 tile) {
+        return own(2) + (turn % 2 * 2 + tile) * COUNT * STRIDE<T>;
+    }
+};
+
 // dq. A block owns a tile of rows, and slots stream by; the grid is [tiles, pairs].
 template <typename T>
-__device__ __forceinline__ void queries_backward(const Problem& p, In<u32> mask, In<T> q, In<T> k, In<T> v, In<T> g, In<float> sums,
-                                                 In<float> dots, Out<T> dq) {
-    constexpr u32 ROWS = Sizes<T>::WARPS * STRIP;
-    constexpr u32 SLOTS = Sizes<T>::SLOTS;
-    T* const q_tile = reinterpret_cast<T*>(tiles);
-    T* const g_tile = q_tile + ROWS * STRIDE<T>;
-    T* const k_tile = g_tile + ROWS * STRIDE<T>;
-    T* const v_tile = k_tile + SLOTS * STRIDE<T>;
-
+__device__ __forceinline__ void queries_backward(const Problem& p, In<u32> mask, In<T> q, In<T> k, In<T> v, In<T> g,
+                                                 In<float> sums, In<float> dots, Out<T> dq) {
+    using At = Tiles<T>;
     const Pair pair(p, mask);
-    const u32 count = (pair.rows() + ROWS - 1) / ROWS;
-    const u32 first = (count - 1 - blockIdx.x / p.pairs()) * ROWS; // the longest first
+    const u32 count = (pair.rows() + At::OWN - 1) / At::OWN;
+    const u32 first = (count - 1 - blockIdx.x / p.pairs()) * At::OWN; // the longest first
     const u32 strip = threadIdx.x / LANES * STRIP;
     const u32 own = first + strip + first_row();
 
     const Row rows[2] = {row_of(pair, own, sums, dots), row_of(pair, own + 8, sums, dots)};
-    const Visible seen = pair.visible_to(first, ROWS);
+    const Visible seen = pair.visible_to(first, At::OWN);
     const float scale = p.scale * LOG2_E;
+    const auto copy = [&](u32 slot, u32 turn) {
+        copy_slots<T>(At::streamed(turn, 0), k, pair, slot, At::COUNT, seen.end);
+        copy_slots<T>(At::streamed(turn, 1), v, pair, slot, At::COUNT, seen.end);
+    };
 
     Strip<W> result;
-    copy_rows<T>(q_tile, q, pair, first, ROWS);
-    copy_rows<T>(g_tile, g, pair, first, ROWS);
-    for (u32 slot = seen.begin; slot < seen.end; slot += SLOTS) {
-        __syncthreads(); // the last tiles are no longer needed
-        copy_slots<T>(k_tile, k, pair, slot, SLOTS, seen.end);
-        copy_slots<T>(v_tile, v, pair, slot, SLOTS, seen.end);
-        wait_for_tiles<1>();
-        Strip<SLOTS> scores;
-        multiply_rows(scores, q_tile + strip * STRIDE<T>, k_tile);
-        wait_for_tiles<0>();
-        Strip<SLOTS> slopes;
-        multiply_rows(slopes, g_tile + strip * STRIDE<T>, v_tile);
+    copy_rows<T>(At::own(0), q, pair, first, At::OWN);
+    copy_rows<T>(At::own(1), g, pair, first, At::OWN);
+    copy(seen.begin, 0);
+    for (u32 slot = seen.begin, turn = 0; slot < seen.end; slot += At::COUNT, turn++) {
+        wait_for_tiles<0>(); // these are there, and the last ones no longer needed
+        copy(slot + At::COUNT, turn + 1);
+        Strip<At::COUNT> scores;
+        Strip<At::COUNT> slopes;
+        multiply_rows(scores, At::own(0) + strip * STRIDE<T>, At::streamed(turn, 0));
+        multiply_rows(slopes, At::own(1) + strip * STRIDE<T>, At::streamed(turn, 1));
 #pragma unroll
-        for (u32 n = 0; n < SLOTS / 8; n++) {
+        for (u32 n = 0; n < At::COUNT / 8; n++) {
 #pragma unroll
             for (u32 e = 0; e < 4; e++) {
                 const Row& row = rows[e / 2];
@@ -559,8 +580,9 @@ __device__ __forceinline__ void queries_backward(const Problem& p, In<u32> mask,
                     row.probability(scores.at[n][e], scale, slot + column_of(n, e)) * (slopes.at[n][e] - row.dot);
             }
         }
-        multiply_columns(result, slopes, k_tile);
+        multiply_columns(result, slopes, At::streamed(turn, 0));
     }
+    wait_for_copies<0>(); // none may outlive the block
 #pragma unroll
     for (u32 half = 0; half < 2; half++) {
         if (own + 8 * half < pair.rows()) {
@@ -572,59 +594,65 @@ __device__ __forceinline__ void queries_backward(const Problem& p, In<u32> mask,
 // dk and dv. A block owns a tile of slots, and rows stream by; the grid is [parts of W, tiles, pairs]. Scores are
 // transposed, so that they lie in registers as the products with them need them.
 template <typename T>
-__device__ __forceinline__ void keys_backward(const Problem& p, In<u32> mask, In<T> q, In<T> k, In<T> v, In<T> g, In<float> sums,
-                                              In<float> dots, Out<T> dk, Out<T> dv) {
-    constexpr u32 SLOTS = Sizes<T>::WARPS * STRIP;
-    constexpr u32 ROWS = Sizes<T>::ROWS;
-    constexpr u32 N = PART;
-    T* const k_tile = reinterpret_cast<T*>(tiles);
-    T* const v_tile = k_tile + SLOTS * STRIDE<T>;
-    T* const q_tile = v_tile + SLOTS * STRIDE<T>;
-    T* const g_tile = q_tile + ROWS * STRIDE<T>;
-    __shared__ Row rows[ROWS];
-
+__device__ __forceinline__ void keys_backward(const Problem& p, In<u32> mask, In<T> q, In<T> k, In<T> v, In<T> g,
+                                              In<float> sums, In<float> dots, Out<T> dk, Out<T> dv) {
+    using At = Tiles<T>;
     const Pair pair(p, mask);
-    const u32 count = (p.slots + SLOTS - 1) / SLOTS;
-    const u32 first = blockIdx.x / p.pairs() % count * SLOTS;
-    const u32 part = blockIdx.x / p.pairs() / count * N; // the first column
+    const u32 count = (p.slots + At::OWN - 1) / At::OWN;
+    const u32 first = blockIdx.x / p.pairs() % count * At::OWN;
+    const u32 part = blockIdx.x / p.pairs() / count * PART; // the first column
     const u32 strip = threadIdx.x / LANES * STRIP;
     const u32 own = first + strip + first_row();
     const float scale = p.scale * LOG2_E;
+    // The next tile of rows that see any of the block's slots, from this one on.
+    const auto next = [&](u32 row) {
+        while (row < pair.rows()) {
+            const Visible seen = pair.visible_to(row, At::COUNT);
+            if (seen.end > first && seen.begin < first + At::OWN) {
+                break;
+            }
+            row += At::COUNT;
+        }
+        return row;
+    };
+    const auto copy = [&](u32 row, u32 turn) {
+        copy_rows<T>(At::streamed(turn, 0), q, pair, row, At::COUNT);
+        copy_rows<T>(At::streamed(turn, 1), g, pair, row, At::COUNT);
+    };
 
-    Strip<N> keys;
-    Strip<N> values;
-    copy_slots<T>(k_tile, k, pair, first, SLOTS, pair.filled);
-    copy_slots<T>(v_tile, v, pair, first, SLOTS, pair.filled);
-    for (u32 row = 0; row < pair.rows(); row += ROWS) {
-        const Visible seen = pair.visible_to(row, ROWS);
-        if (seen.end <= first || seen.begin >= first + SLOTS) {
-            continue;
-        }
-        __syncthreads(); // the last tiles are no longer needed
-        copy_rows<T>(q_tile, q, pair, row, ROWS);
-        copy_rows<T>(g_tile, g, pair, row, ROWS);
-        if (threadIdx.x < ROWS) {
-            rows[threadIdx.x] = row_of(pair, row + threadIdx.x, sums, dots);
-        }
-        wait_for_tiles<1>();
-        Strip<ROWS> scores;
-        multiply_rows(scores, k_tile + strip * STRIDE<T>, q_tile);
-        wait_for_tiles<0>();
-        Strip<ROWS> slopes;
-        multiply_rows(slopes, v_tile + strip * STRIDE<T>, g_tile);
+    Strip<PART> keys;
+    Strip<PART> values;
+    u32 row = next(0);
+    copy_slots<T>(At::own(0), k, pair, first, At::OWN, pair.filled);
+    copy_slots<T>(At::own(1), v, pair, first, At::OWN, pair.filled);
+    copy(row, 0);
+    for (u32 turn = 0; row < pair.rows(); turn++) {
+        const Row mine = row_of(pair, row + lane() % At::COUNT, sums, dots);
+        row = next(row + At::COUNT);
+        wait_for_tiles<0>(); // these are there, and the last ones no longer needed
+        copy(row, turn + 1);
+        Strip<At::COUNT> scores;
+        Strip<At::COUNT> slopes;
+        multiply_rows(scores, At::own(0) + strip * STRIDE<T>, At::streamed(turn, 0));
+        multiply_rows(slopes, At::own(1) + strip * STRIDE<T>, At::streamed(turn, 1));
 #pragma unroll
-        for (u32 n = 0; n < ROWS / 8; n++) {
+        for (u32 n = 0; n < At::COUNT / 8; n++) {
 #pragma unroll
-            for (u32 e = 0; e < 4; e++) {
-                const Row& of = rows[column_of(n, e)];
-                scores.at[n][e] = of.probability(scores.at[n][e], scale, own + e / 2 * 8);
-                slopes.at[n][e] = scores.at[n][e] * (slopes.at[n][e] - of.dot);
+            for (u32 e = 0; e < 2; e++) {
+                const Row its = mine.of_lane(column_of(n, e));
+#pragma unroll
+                for (u32 half = 0; half < 2; half++) {
+                    float& score = scores.at[n][2 * half + e];
+                    float& slope = slopes.at[n][2 * half + e];
+                    score = its.probability(score, scale, own + 8 * half);
+                    slope = score * (slope - its.dot);
+                }
             }
         }
-        multiply_columns(values, scores, g_tile + part);
-        multiply_columns(keys, slopes, q_tile + part);
+        multiply_columns(values, scores, At::streamed(turn, 1) + part);
+        multiply_columns(keys, slopes, At::streamed(turn, 0) + part);
     }
-    wait_for_tiles<0>(); // no copy may outlive the block
+    wait_for_copies<0>(); // none may outlive the block
 #pragma unroll
     for (u32 half = 0; half < 2; half++) {
         const u32 slot = own + 8 * half;

@@ -33,9 +33,9 @@ const CHUNK: usize = 256;
 #[derive(Clone, Copy)]
 struct Sizes {
     warps: usize,
-    /// What streams by while rows are owned, and while slots are.
-    slots: usize,
-    rows: usize,
+    /// What streams by at a time.
+    forward: usize,
+    backward: usize,
 }
 
 struct Heads<'a> {
@@ -60,9 +60,10 @@ impl<'a> Heads<'a> {
             return Err(Error::device(what).help("use --device cpu"));
         };
         let sizes = match (dtype, tile) {
-            (F32, _) => Sizes { warps: 2, slots: 16, rows: 16 },
-            (_, 256) => Sizes { warps: 4, slots: 32, rows: 16 },
-            _ => Sizes { warps: 4, slots: 64, rows: 32 },
+            (F32, 256) => Sizes { warps: 2, forward: 16, backward: 8 },
+            (F32, _) => Sizes { warps: 2, forward: 16, backward: 16 },
+            (_, 256) => Sizes { warps: 4, forward: 32, backward: 16 },
+            _ => Sizes { warps: 4, forward: 64, backward: 32 },
         };
         Ok(Self { mask, kernels, tile: *tile, sizes, shape, batch, queries, slots, dtype })
     }
@@ -95,8 +96,8 @@ impl<'a> Heads<'a> {
     }
 }
 
-/// The result, and `max + ln Σ exp` of each row of scores: `[batch, heads, queries]`, f32; over a long cache, which has no
-/// gradient, by chunks of slots.
+/// The result, and `max + ln Σ exp` of each row of scores: `[chunks, batch, heads, queries]`, f32. Only a long cache,
+/// which has no gradient, is divided into chunks of slots.
 ///
 /// # Errors
 /// Heads of more than 256 elements, or a tensor operation failed.
@@ -112,7 +113,7 @@ pub(in crate::tensor) fn attention(
     // A few queries over many slots would leave most of the device idle.
     let longest = heads.mask.host.ends.iter().max().copied().unwrap_or(0);
     let chunks = if tiles == 1 { longest.div_ceil(CHUNK).max(1) } else { 1 };
-    let grid = heads.grid(tiles * chunks, warps, warps * STRIP + 2 * heads.sizes.slots);
+    let grid = heads.grid(tiles * chunks, warps, warps * STRIP + 2 * heads.sizes.forward);
     let y = fresh(q, q.shape(), t)?;
     let sums = fresh(q, (chunks, heads.batch, shape.query, heads.queries), F32)?;
     let inputs = [at(&mask.table, U32)?, at(q, t)?, at(k, t)?, at(v, t)?];
@@ -140,7 +141,7 @@ pub(in crate::tensor) fn attention_backward(
     mask: &AttentionMask,
 ) -> Result<[Tensor; 3]> {
     let heads = Heads::new(shape, q, k, mask)?;
-    let (t, Sizes { warps, slots, rows }) = (heads.dtype, heads.sizes);
+    let (t, Sizes { warps, backward, .. }) = (heads.dtype, heads.sizes);
     let owned = warps * STRIP;
     let g = g.contiguous()?;
     let dots = fresh(q, (heads.batch, shape.query, heads.queries), F32)?;
@@ -151,10 +152,10 @@ pub(in crate::tensor) fn attention_backward(
         Ok(inputs.into_iter().chain([at(&dots, F32)?]))
     };
     let [dq, dk, dv] = [fresh(q, q.shape(), t)?, fresh(k, k.shape(), t)?, fresh(v, v.shape(), t)?];
-    let grid = heads.grid(heads.rows().div_ceil(owned), warps, 2 * (owned + slots));
-    heads.launch(q, "dq", grid, inputs()?.chain([at(&dq, t)?]))?;
+    let grid = |blocks| heads.grid(blocks, warps, 2 * owned + 4 * backward);
+    heads.launch(q, "dq", grid(heads.rows().div_ceil(owned)), inputs()?.chain([at(&dq, t)?]))?;
     // Of the widest heads a block has registers for half the columns.
-    let grid = heads.grid(heads.slots.div_ceil(owned) * heads.tile.div_ceil(128), warps, 2 * (owned + rows));
-    heads.launch(q, "dkdv", grid, inputs()?.chain([at(&dk, t)?, at(&dv, t)?]))?;
+    let tiles = heads.slots.div_ceil(owned) * heads.tile.div_ceil(128);
+    heads.launch(q, "dkdv", grid(tiles), inputs()?.chain([at(&dk, t)?, at(&dv, t)?]))?;
     Ok([dq, dk, dv])
 }
