@@ -151,6 +151,8 @@ pub struct Device {
     lock: Option<File>,
     pool: Vec<Registers>,
     planted: bool,
+    /// Whether work is only counted from now on.
+    pub skipping: bool,
 }
 
 static DEVICE: OnceLock<Mutex<Device>> = OnceLock::new();
@@ -200,6 +202,7 @@ impl Device {
             lock: None,
             pool: Vec::new(),
             planted: false,
+            skipping: false,
             settings,
         };
         for wrong in device.settings.wrong.clone() {
@@ -385,8 +388,9 @@ impl Device {
                 }
                 Err(fault) => self.fault(code::ILLEGAL_ADDRESS, &format!("memset: {fault}")),
             },
-            Op::Launch(_) | Op::Products(_) if self.settings.dry => {}
-            Op::Launch(kernel) => self.launch(&kernel),
+            Op::Launch(kernel) if !self.skips(kernel.grid != [1; 3]) => self.launch(&kernel),
+            Op::Launch(_) => {}
+            Op::Products(_) if self.skips(true) => {}
             Op::Products(products) => {
                 let result = products.run(&mut self.memory);
                 match result {
@@ -403,8 +407,15 @@ impl Device {
         }
     }
 
+    /// Whether nothing is computed. A program first tries a device with single blocks, which are; with the first work of some
+    /// size it ends.
+    fn skips(&mut self, large: bool) -> bool {
+        self.skipping |= self.settings.dry && large;
+        self.skipping
+    }
+
     pub fn check_written(&mut self, written: bool, what: &str) {
-        if !written && !self.settings.dry {
+        if !written && !self.skipping {
             self.finding(what);
         }
     }

@@ -819,7 +819,7 @@ unsafe fn to_host(device: &mut Device, to: *mut u8, from: u64, len: usize) -> c_
             return device.sticky;
         }
     };
-    if device.settings.dry {
+    if device.skipping {
         let one = if len == 8 { 1f64.to_le_bytes().to_vec() } else { 1f32.to_le_bytes().to_vec() };
         bytes.iter_mut().zip(one.iter().cycle()).for_each(|(byte, one)| *byte = *one);
     }
