@@ -1,8 +1,9 @@
 //! Matrices in low precision: half precision, or quantized in blocks of small integers with a common scale. The formats
 //! of quantized blocks are those of the GGML library.
 //!
-//! Numbers are decoded right before they are multiplied, a few rows at a time, so that they pass through memory as they
-//! are stored.
+//! Numbers are decoded right before they are multiplied, a few rows at a time or in the registers that multiply them, so
+//! that they pass through memory as they are stored. The plain code here says what they are; where the processor has
+//! instructions for it, `widen` makes the same numbers.
 
 use std::fmt::Debug;
 
@@ -119,7 +120,9 @@ impl<'a> EncodedMatrix<'a> {
     /// Whether this processor can multiply rows without decoding them to memory.
     pub(crate) fn has_dots(&self) -> bool {
         #[cfg(target_arch = "x86_64")]
-        return widen::suits(self.columns);
+        {
+            widen::suits(self.columns)
+        }
         #[cfg(not(target_arch = "x86_64"))]
         false
     }
@@ -131,7 +134,9 @@ impl<'a> EncodedMatrix<'a> {
     #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables, reason = "other processors do not widen so"))]
     pub(crate) fn dots<const N: usize>(&self, rows: [usize; N], x: &[f32]) -> [[f32; LANES]; N] {
         #[cfg(target_arch = "x86_64")]
-        return widen::dots(self.encoding, rows.map(|row| self.row(row)), x);
+        {
+            widen::dots(self.encoding, rows.map(|row| self.row(row)), x)
+        }
         #[cfg(not(target_arch = "x86_64"))]
         unreachable!("asked for before")
     }

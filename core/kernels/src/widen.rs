@@ -74,6 +74,7 @@ fn with_unit<U: Unit, W: Work>(unit: U, encoding: Encoding, work: W) -> W::Outpu
     }
 }
 
+/// Puts the numbers of one row into memory.
 struct Decode<'a> {
     bytes: &'a [u8],
     out: &'a mut [f32],
@@ -99,6 +100,7 @@ impl Work for Decode<'_> {
     }
 }
 
+/// Multiplies some rows with `x`: see [`dots`].
 struct LaneSums<'a, const ROWS: usize> {
     rows: [&'a [u8]; ROWS],
     x: &'a [f32],
