@@ -1,5 +1,7 @@
-//! How fast a step or an answer is, on random weights of a named shape.
+//! How fast a step or an answer is, on random weights of a named shape or on those of a model's folder.
 
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::{DType, Device};
@@ -14,7 +16,7 @@ use titer_core::optim::{AdamW, AdamWConfig};
 use titer_core::rng::{Seed, randn};
 use titer_core::tensor::ops::Gemm;
 use titer_core::weights::{LoraConfig, Role};
-use titer_core::{DefenseEntry, Error, Model, ModelEntry, Result, Settings, Weights, registry};
+use titer_core::{CausalLm, DefenseEntry, Error, Model, ModelEntry, Result, Settings, Weights, registry};
 
 use crate::memory::process_peak;
 
@@ -102,7 +104,7 @@ pub fn shapes() -> String {
 /// What to measure on.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Setup {
-    /// The shape's name.
+    /// The shape's name, or the folder.
     pub model: String,
     /// Rows per batch.
     pub batch: usize,
@@ -137,6 +139,8 @@ pub struct Measurement {
     pub seconds_min: f64,
     /// Tokens trained on or generated, per second.
     pub tokens_per_second: f64,
+    /// The parts of an answer; absent for a step.
+    pub parts: Option<AnswerParts>,
     /// The most memory the process held, which did nothing else; on a GPU, what tensors took there.
     pub peak_bytes: Option<u64>,
     /// Arithmetic that the method asks for (no recomputation, no padding), per second.
@@ -145,6 +149,32 @@ pub struct Measurement {
     pub matmul_flops_per_second: f64,
     /// The former over the latter.
     pub share_of_peak: f64,
+}
+
+/// The two parts of answering.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct AnswerParts {
+    /// Reading the prompts, with the first token of each answer.
+    pub prefill: Speed,
+    /// The later tokens of the answers; absent if there are none.
+    pub decode: Option<Speed>,
+}
+
+/// How fast tokens are read or written.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Speed {
+    /// Per second of the fastest repetition.
+    pub tokens_per_second: f64,
+    /// Per second that all processors together spent on this process, on average. Other work on the machine disturbs it
+    /// less. Absent where the system does not tell.
+    pub tokens_per_processor_second: Option<f64>,
+}
+
+impl Speed {
+    fn new(tokens: usize, seconds: f64, processor: Option<f64>) -> Self {
+        let per = |seconds: f64| tokens as f64 / seconds.max(f64::MIN_POSITIVE);
+        Self { tokens_per_second: per(seconds), tokens_per_processor_second: processor.map(per) }
+    }
 }
 
 /// Measures training steps of a defense: forward, backward, clipping, AdamW on a LoRA adapter of rank 8 on all linear
@@ -160,7 +190,7 @@ pub fn step(
     checkpointing: bool,
     device: &Device,
 ) -> Result<Measurement> {
-    let (model, mut weights) = random_model(setup, device)?;
+    let (model, mut weights) = model(setup, device)?;
     let entry = registry::find::<DefenseEntry>(method)?;
     let mut defense = (entry.build)(settings)?;
     let lora = LoraConfig { dropout, ..LoraConfig::default() };
@@ -185,34 +215,62 @@ pub fn step(
     measurement(setup, method, &seconds, tokens, flops, model.as_ref(), device)
 }
 
-/// Measures greedy answers of `new_tokens` each to `batch` prompts, all rows going to the end.
+/// Measures greedy answers of `new_tokens` each to `prompts` prompts, all rows going to the end; and answers of one token,
+/// whose time is that of reading the prompts.
 ///
 /// # Errors
 /// As [`step`].
 pub fn generate(setup: &Setup, prompts: usize, new_tokens: usize, device: &Device) -> Result<Measurement> {
-    let (model, weights) = random_model(setup, device)?;
+    let (model, weights) = model(setup, device)?;
     let vocabulary = model.spec().vocab_size as u32;
     let mut generator = Seed::new(3).generator();
     let mut prompt = || (0..setup.length).map(|_| generator.random_range(0..vocabulary)).collect::<Vec<u32>>();
     let prompts: Vec<Vec<u32>> = (0..prompts).map(|_| prompt()).collect();
-    let decoding = Decoding { max_new_tokens: new_tokens, batch_size: setup.batch, ends: Vec::new(), pad: 0 };
-    let seconds =
-        measure(setup, device, || greedy(model.as_ref(), &weights, &prompts, &decoding, |_| Ok(())).map(|_| ()))?;
+    let answer = |max_new_tokens| -> Result<(Vec<f64>, Option<f64>)> {
+        let decoding = Decoding { max_new_tokens, batch_size: setup.batch, ends: Vec::new(), pad: 0 };
+        let begun = processor_seconds();
+        let work = || greedy(model.as_ref(), &weights, &prompts, &decoding, |_| Ok(())).map(|_| ());
+        let seconds = measure(setup, device, work)?;
+        let runs = (setup.warmup + seconds.len()) as f64;
+        Ok((seconds, begun.zip(processor_seconds()).map(|(begun, ended)| (ended - begun) / runs)))
+    };
+    let ((prefill, prefill_processor), (seconds, processor)) = (answer(1)?, answer(new_tokens)?);
     let linear: usize = linear_elements(model.as_ref());
     let tokens = prompts.len() * new_tokens;
     let flops = 2. * (prompts.len() * (setup.length + new_tokens)) as f64 * linear as f64
         + 2. * (tokens * model.spec().vocab_size * model.spec().hidden_size) as f64;
-    measurement(setup, "generate", &seconds, tokens, flops, model.as_ref(), device)
+    let later = prompts.len() * new_tokens.saturating_sub(1);
+    let decode = || {
+        let processor = processor.zip(prefill_processor).map(|(all, prefill)| all - prefill);
+        Speed::new(later, seconds[0] - prefill[0], processor)
+    };
+    let parts = AnswerParts {
+        prefill: Speed::new(prompts.len() * setup.length, prefill[0], prefill_processor),
+        decode: (later > 0).then(decode),
+    };
+    let measured = measurement(setup, "generate", &seconds, tokens, flops, model.as_ref(), device)?;
+    Ok(Measurement { parts: Some(parts), ..measured })
 }
 
-fn random_model(setup: &Setup, device: &Device) -> Result<(Box<dyn Model>, Weights)> {
-    let shape = SHAPES.iter().find(|shape| shape.name == setup.model).ok_or_else(|| {
-        let message = format!("unknown shape `{}`", setup.model);
-        Error::config(message).key("model").help(format!("use {}", shapes()))
-    })?;
-    let model = shape.model(setup.layers)?;
-    let weights = Weights::random(model.params(), Seed::new(0), parse_dtype(&setup.dtype, device)?, device)?;
-    Ok((model, weights))
+/// The model that is measured: of a named shape with random weights, or of a folder with its own.
+fn model(setup: &Setup, device: &Device) -> Result<(Arc<dyn Model>, Weights)> {
+    let precision = parse_dtype(&setup.dtype, device)?;
+    if let Some(shape) = SHAPES.iter().find(|shape| shape.name == setup.model) {
+        let model = shape.model(setup.layers)?;
+        let weights = Weights::random(model.params(), Seed::new(0), precision, device)?;
+        return Ok((Arc::from(model), weights));
+    }
+    let folder = Path::new(&setup.model);
+    if !folder.is_dir() {
+        let message = format!("`{}` is neither a known shape nor a folder", setup.model);
+        return Err(Error::config(message).key("model").help(format!("use a model's folder, or {}", shapes())));
+    }
+    if setup.layers.is_some() {
+        let error = Error::config("a model of a folder has the blocks that its weights are for").key("layers");
+        return Err(error.help("leave `--layers` out, or use a shape"));
+    }
+    let lm = CausalLm::open(folder, precision, device)?;
+    Ok((lm.model, lm.weights))
 }
 
 fn random_batch(model: &dyn Model, setup: &Setup, device: &Device) -> Result<Batch> {
@@ -241,6 +299,15 @@ fn measure(setup: &Setup, device: &Device, mut work: impl FnMut() -> Result<()>)
     }
     seconds.sort_by(f64::total_cmp);
     Ok(seconds)
+}
+
+/// Seconds that all processors together spent on this process; `None` where the system does not tell.
+fn processor_seconds() -> Option<f64> {
+    // Behind the name in brackets, fields 12 and 13 are the time in the program and in the system, in hundredths of a second.
+    let text = std::fs::read_to_string("/proc/self/stat").ok()?;
+    let fields = text.rsplit_once(')')?.1.split_whitespace().skip(11).take(2);
+    let ticks: Vec<f64> = fields.map_while(|field| field.parse().ok()).collect();
+    (ticks.len() == 2).then(|| ticks.iter().sum::<f64>() / 100.)
 }
 
 /// Elements of all linear layers but the head.
@@ -294,6 +361,7 @@ fn measurement(
         seconds_per_step: median,
         seconds_min: seconds[0],
         tokens_per_second: tokens as f64 / median,
+        parts: None,
         peak_bytes,
         flops_per_second: flops / median,
         matmul_flops_per_second: peak,
@@ -326,10 +394,10 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_shape_names_the_known_ones() {
+    fn what_is_no_shape_and_no_folder_names_the_known_shapes() {
         let setup =
             Setup { model: "14m".into(), batch: 1, length: 8, layers: None, dtype: "f32".into(), repeat: 1, warmup: 0 };
-        let error = random_model(&setup, &Device::Cpu).expect_err("no such shape");
+        let error = model(&setup, &Device::Cpu).expect_err("no such shape");
         assert!(error.to_string().contains("15m"), "{error}");
     }
 }

@@ -17,6 +17,7 @@ const FLOORS: &[(&str, &[&str])] = &[
         "core/kernels",
         &[
             "arithmetic",
+            "encoding",
             "kernel",
             "matrix",
             "real",
@@ -24,6 +25,7 @@ const FLOORS: &[(&str, &[&str])] = &[
             "reduce",
             "parallel",
             "portable",
+            "widen",
             "low_precision",
             "skinny",
             "amx",

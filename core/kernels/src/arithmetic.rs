@@ -16,6 +16,9 @@ use serde::{Deserialize, Serialize};
 /// The version of the arithmetic. Raise it with any change that changes a bit of any result.
 pub const VERSION: u32 = 2;
 
+/// Partial sums of one element that run beside each other where a sum runs along the vectors. Another number gives other bits.
+pub(crate) const LANES: usize = 16;
+
 /// How numbers are rounded on the CPU.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]

@@ -11,7 +11,7 @@
 //!
 //! All products go through [`gemm`], which chooses among four kernels: `skinny` (one small dimension), `portable` (the
 //! same bits everywhere), `amx` (the tile unit) and the `gemm` crate. `simd` chooses the width of vectors and `parallel`
-//! splits work over threads.
+//! splits work over threads. `encoding` says how numbers lie in low precision, and `widen` takes them into registers.
 //!
 //! All `unsafe` code of the CPU is in this crate.
 
@@ -27,6 +27,7 @@ pub mod attention;
 pub mod cross_entropy;
 pub mod dropout;
 pub mod elementwise;
+mod encoding;
 pub mod gemm;
 pub mod kernel;
 pub mod low_precision;
@@ -39,3 +40,5 @@ pub mod reduce;
 pub mod rope;
 mod simd;
 mod skinny;
+#[cfg(target_arch = "x86_64")]
+mod widen;

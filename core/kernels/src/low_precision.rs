@@ -1,45 +1,19 @@
 //! Matrices in low precision: half precision, or quantized in blocks of small integers with a common scale. The formats
 //! of quantized blocks are those of the GGML library.
 //!
-//! Numbers are decoded right before they are multiplied, a few rows at a time, so that they pass through memory as they
-//! are stored.
+//! Numbers are decoded right before they are multiplied, a few rows at a time or in the registers that multiply them, so
+//! that they pass through memory as they are stored. The plain code here says what they are; where the processor has
+//! instructions for it, `widen` makes the same numbers.
 
 use std::fmt::Debug;
 
+use crate::arithmetic::LANES;
+pub use crate::encoding::Encoding;
+use crate::encoding::{half, half_at, scale_and_minimum, upper_half};
 use crate::parallel::rows;
-
-/// How the numbers of a row are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Encoding {
-    /// IEEE half precision.
-    F16,
-    /// The upper half of an f32.
-    Bf16,
-    /// Blocks of 32: a scale (f16), and bytes.
-    Q8_0,
-    /// Blocks of 32: a scale (f16), and 4 bits each, less 8.
-    Q4_0,
-    /// Blocks of 32: a scale and a minimum (f16), and 4 bits each.
-    Q4_1,
-    /// Blocks of 256 in 16 parts with a scale each, 6 bits a number.
-    Q6K,
-    /// Blocks of 256 in 8 parts with a scale and a minimum each, 4 bits a number.
-    Q4K,
-}
-
-impl Encoding {
-    /// How many numbers a block holds, and how many bytes it takes.
-    pub const fn block(self) -> (usize, usize) {
-        match self {
-            Self::F16 | Self::Bf16 => (1, 2),
-            Self::Q8_0 => (32, 34),
-            Self::Q4_0 => (32, 18),
-            Self::Q4_1 => (32, 20),
-            Self::Q6K => (256, 210),
-            Self::Q4K => (256, 144),
-        }
-    }
-}
+use crate::simd::simd;
+#[cfg(target_arch = "x86_64")]
+use crate::widen;
 
 /// Decodes a row block by block. It is a macro, since a function that takes `decode` as an argument would call it, and what is
 /// called is compiled without the vectors of the caller.
@@ -109,22 +83,29 @@ impl<'a> EncodedMatrix<'a> {
     /// `out` is no whole number of rows, or there are not so many.
     pub fn decode(&self, first: usize, out: &mut [f32]) {
         assert!(out.len().is_multiple_of(self.columns), "a part of a row");
-        rows(
-            out,
-            self.columns,
+        rows(out, self.columns, |at, part| {
+            for (index, out) in part.chunks_exact_mut(self.columns).enumerate() {
+                self.decode_row(first + at + index, out);
+            }
+        });
+    }
+
+    /// Decodes one row.
+    pub(crate) fn decode_row(&self, row: usize, out: &mut [f32]) {
+        let bytes = self.row(row);
+        #[cfg(target_arch = "x86_64")]
+        if self.has_dots() {
+            return widen::decode(self.encoding, bytes, out);
+        }
+        simd(
             #[inline(always)]
-            |at, part| {
-                for (index, out) in part.chunks_exact_mut(self.columns).enumerate() {
-                    self.decode_row(first + at + index, out);
-                }
-            },
+            || self.decode_bytes(bytes, out),
         );
     }
 
-    /// Decodes one row. Runs as fast as the vectors of the caller's instruction set allow.
+    /// As [`Self::decode_row`], given its bytes, by plain code.
     #[inline(always)]
-    pub(crate) fn decode_row(&self, row: usize, out: &mut [f32]) {
-        let bytes = self.row(row);
+    pub(crate) fn decode_bytes(&self, bytes: &[u8], out: &mut [f32]) {
         match self.encoding {
             Encoding::F16 => decode_bits!(bytes, out, half),
             Encoding::Bf16 => decode_bits!(bytes, out, upper_half),
@@ -134,6 +115,30 @@ impl<'a> EncodedMatrix<'a> {
             Encoding::Q6K => each_block!(bytes, out, decode_q6k),
             Encoding::Q4K => each_block!(bytes, out, decode_q4k),
         }
+    }
+
+    /// Whether this processor can multiply rows without decoding them to memory.
+    pub(crate) fn has_dots(&self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        {
+            widen::suits(self.columns)
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
+    /// The products of some rows with `x`, as partial sums in lanes.
+    ///
+    /// # Panics
+    /// The processor cannot: see [`Self::has_dots`].
+    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables, reason = "other processors do not widen so"))]
+    pub(crate) fn dots<const N: usize>(&self, rows: [usize; N], x: &[f32]) -> [[f32; LANES]; N] {
+        #[cfg(target_arch = "x86_64")]
+        {
+            widen::dots(self.encoding, rows.map(|row| self.row(row)), x)
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        unreachable!("asked for before")
     }
 
     /// The bytes of a row.
@@ -149,29 +154,6 @@ impl<'a> EncodedMatrix<'a> {
 #[inline(always)]
 fn apart<T: ?Sized>(place: &T) -> &T {
     std::hint::black_box(place)
-}
-
-/// The value of the half-precision number with these bits, without a branch.
-#[inline(always)]
-fn half(bits: u16) -> f32 {
-    let (magnitude, sign) = (u32::from(bits & 0x7fff), u32::from(bits & 0x8000) << 16);
-    let shifted = magnitude << 13;
-    // 2⁻²⁴ is the unit of subnormal numbers.
-    let subnormal = (magnitude as f32 * f32::from_bits(103 << 23)).to_bits();
-    let exponent = if magnitude >= 0x7c00 { 224 << 23 } else { 112 << 23 };
-    f32::from_bits(sign | if magnitude < 0x0400 { subnormal } else { shifted + exponent })
-}
-
-/// The f32 with these bits in its upper half.
-#[inline(always)]
-fn upper_half(bits: u16) -> f32 {
-    f32::from_bits(u32::from(bits) << 16)
-}
-
-/// The half-precision number that lies at `at`.
-#[inline(always)]
-fn half_at(block: &[u8], at: usize) -> f32 {
-    half(u16::from_le_bytes([block[at], block[at + 1]]))
 }
 
 /// Fills sixteen numbers from `at` on by their index. They are put into an array of their own first, which nothing else
@@ -246,48 +228,13 @@ fn sixteen(block: &[u8], at: usize) -> &[u8; 16] {
     apart(block[at..].first_chunk().expect("the block has them"))
 }
 
-/// Scale and minimum of part `index`, 6 bits each, of which the upper ones of the last four parts are in the first.
-#[inline(always)]
-fn scale_and_minimum(scales: &[u8], index: usize) -> [u8; 2] {
-    if index < 4 {
-        return [scales[index] & 63, scales[index + 4] & 63];
-    }
-    let low = scales[index + 4];
-    [(low & 15) | (scales[index - 4] >> 6) << 4, (low >> 4) | (scales[index] >> 6) << 4]
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Every number of 16 bits, against its definition.
-    #[test]
-    fn halves_have_their_values() {
-        for bits in 0..=u16::MAX {
-            let (exponent, fraction) = (i32::from(bits >> 10 & 31), f64::from(bits & 0x3ff));
-            let magnitude = match exponent {
-                0 => fraction / f64::from(1 << 24),
-                31 if fraction == 0. => f64::INFINITY,
-                31 => f64::NAN,
-                _ => (1. + fraction / 1024.) * f64::from(exponent - 15).exp2(),
-            };
-            let expected = (if bits & 0x8000 == 0 { magnitude } else { -magnitude }) as f32;
-            let found = half(bits);
-            assert!(found.to_bits() == expected.to_bits() || found.is_nan() && expected.is_nan(), "{bits:#x}: {found}");
-        }
-    }
-
     #[test]
     fn a_block_has_the_size_that_is_declared() {
-        for encoding in [
-            Encoding::F16,
-            Encoding::Bf16,
-            Encoding::Q8_0,
-            Encoding::Q4_0,
-            Encoding::Q4_1,
-            Encoding::Q6K,
-            Encoding::Q4K,
-        ] {
+        for encoding in Encoding::ALL {
             let (numbers, bytes) = encoding.block();
             let stored = vec![0; 6 * bytes];
             let matrix = EncodedMatrix::new(encoding, &stored, [3, 2 * numbers]);

@@ -36,3 +36,16 @@ pub(crate) fn dispatch<Op: WithSimd>(op: Op) -> Op::Output {
         _ => pulp::Arch::new().dispatch(op),
     }
 }
+
+/// Asks for the line of memory at `address`, which need not be valid.
+#[inline(always)]
+pub(crate) fn prefetch<T>(address: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch of any address is harmless.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(address.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
+}

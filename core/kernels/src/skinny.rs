@@ -7,10 +7,11 @@
 
 use pulp::{Simd, WithSimd};
 
+use crate::arithmetic::LANES;
 use crate::low_precision::EncodedMatrix;
 use crate::matrix::RawMatrix;
 use crate::parallel::{Shared, tasks};
-use crate::simd::{dispatch, simd};
+use crate::simd::{dispatch, prefetch};
 
 /// A dimension up to this size is small.
 pub(crate) const SMALL: usize = 16;
@@ -19,10 +20,11 @@ pub(crate) const LARGE: usize = 64;
 /// Rows of either operand whose products are summed at a time. The small operand is read again for each block of the
 /// large one, the large one only once.
 const BLOCK: usize = 4;
-/// Partial sums of one element that run beside each other. Part of the arithmetic: another number gives other bits.
-const LANES: usize = 16;
 /// Large rows that one task takes.
 const SHARE: usize = 64;
+/// Runs of large rows that are read beside each other for a single small row. Processors foresee a few long runs, but not
+/// short ones in turn; and a single one would wait for its sums.
+const STREAMS: usize = 2;
 /// Vectors of a row of `C` that stay in registers while it is combined.
 const VECTORS: usize = 4;
 /// Rows and vectors of a block of gathered rows.
@@ -147,7 +149,17 @@ impl Copied {
 /// As [`multiply`].
 unsafe fn dots(c: Target, a: LeftRows, b: LeftRows) {
     tasks(a.count.div_ceil(SHARE), a.count * b.count * a.width / 8, |task| {
-        for row in (task * SHARE..a.count.min((task + 1) * SHARE)).step_by(BLOCK) {
+        let share = task * SHARE..a.count.min((task + 1) * SHARE);
+        if b.count == 1 {
+            // SAFETY: whole rows; every task writes its own rows of `C`.
+            return unsafe {
+                products_with_one(c, share, |rows| {
+                    let a = rows.map(|row| a.part(row, 0, a.width));
+                    dispatch(Dots { a, b: [b.part(0, 0, b.width)], next: [] }).map(|[sum]| sum)
+                });
+            };
+        }
+        for row in share.step_by(BLOCK) {
             // SAFETY: whole rows; every task writes its own rows of `C`.
             unsafe {
                 // Of the rows that come next: when this block is done, all of them are on their way.
@@ -160,30 +172,65 @@ unsafe fn dots(c: Target, a: LeftRows, b: LeftRows) {
 
 /// `C = A Bᵀ` for a large `A` in low precision and a small `B`, row-major. The sums are those of [`multiply`] with the
 /// decoded numbers, to the last bit.
-pub(crate) fn encoded_dots(c: &mut [f32], a: EncodedMatrix, b: &[f32]) {
+pub(crate) fn encoded_dots(c: &mut [f32], a: EncodedMatrix, xs: &[f32]) {
     let [count, width] = a.size();
-    let rows = b.len() / width;
-    debug_assert_eq!((b.len(), c.len()), (rows * width, rows * count));
+    let rows = xs.len() / width;
+    debug_assert_eq!((xs.len(), c.len()), (rows * width, rows * count));
     let target =
         Target { data: Shared::new(c.as_mut_ptr()), columns: rows, strides: [1, count], accumulate: false, alpha: 1. };
-    let b = LeftRows { data: Shared::new(b.as_ptr().cast_mut()), count: rows, width, stride: width };
+    let b = LeftRows { data: Shared::new(xs.as_ptr().cast_mut()), count: rows, width, stride: width };
     tasks(count.div_ceil(SHARE), count * width, |task| {
-        let mut decoded = vec![0.; BLOCK * width];
-        for row in (task * SHARE..count.min((task + 1) * SHARE)).step_by(BLOCK) {
-            let rows = row..count.min(row + BLOCK);
-            simd(
-                #[inline(always)]
-                || {
-                    for (row, out) in rows.clone().zip(decoded.chunks_exact_mut(width)) {
-                        a.decode_row(row, out);
-                    }
-                },
-            );
-            let part = std::array::from_fn(|at| &decoded[at * width..][..width]);
+        let share = task * SHARE..count.min((task + 1) * SHARE);
+        if rows == 1 && a.has_dots() {
             // SAFETY: every task writes its own rows of `C`, which has as many as `A`.
+            return unsafe { products_with_one(target, share, |rows| a.dots(rows, xs).map(total)) };
+        }
+        let mut decoded = vec![0.; BLOCK * width];
+        for row in share.step_by(BLOCK) {
+            let rows = row..count.min(row + BLOCK);
+            for (row, out) in rows.clone().zip(decoded.chunks_exact_mut(width)) {
+                a.decode_row(row, out);
+            }
+            let part = std::array::from_fn(|at| &decoded[at * width..][..width]);
+            // SAFETY: as above.
             unsafe { block_dots(target, rows, part, b, |_| decoded.as_ptr()) };
         }
     });
+}
+
+/// The products of some large rows with the only small one, given those of one row of each stream.
+///
+/// # Safety
+/// The rows exist, and nobody else accesses these rows of `C`.
+unsafe fn products_with_one(
+    c: Target,
+    rows: std::ops::Range<usize>,
+    products: impl Fn([usize; STREAMS]) -> [f32; STREAMS],
+) {
+    let each = rows.len().div_ceil(STREAMS);
+    for row in rows.start..rows.start + each {
+        // Of the last stream, some rows may be missing: another one is read again.
+        let beside = std::array::from_fn(|stream| (row + stream * each).min(rows.end - 1));
+        for (stream, sum) in products(beside).into_iter().enumerate() {
+            if row + stream * each < rows.end {
+                // SAFETY: the caller's.
+                unsafe { c.put(row + stream * each, 0, sum) };
+            }
+        }
+    }
+}
+
+/// The sum of all lanes: of both halves until one is left.
+#[inline(always)]
+fn total(mut lanes: [f32; LANES]) -> f32 {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for lane in 0..half {
+            lanes[lane] += lanes[lane + half];
+        }
+        half /= 2;
+    }
+    lanes[0]
 }
 
 /// The products of some rows of a large operand with all rows of a small one. `next(i)` is where memory is asked for
@@ -204,9 +251,9 @@ unsafe fn block_dots(
         unsafe {
             let next = next(column / BLOCK);
             column += match b.count - column {
-                1 => put_dots(c, rows.clone(), Dots { a, b: block::<1>(&b, column), next }, column),
-                2 => put_dots(c, rows.clone(), Dots { a, b: block::<2>(&b, column), next }, column),
-                _ => put_dots(c, rows.clone(), Dots { a, b: block::<BLOCK>(&b, column), next }, column),
+                1 => put_dots(c, rows.clone(), Dots { a, b: block::<1>(&b, column), next: [next] }, column),
+                2 => put_dots(c, rows.clone(), Dots { a, b: block::<2>(&b, column), next: [next] }, column),
+                _ => put_dots(c, rows.clone(), Dots { a, b: block::<BLOCK>(&b, column), next: [next] }, column),
             };
         }
     }
@@ -216,7 +263,12 @@ unsafe fn block_dots(
 ///
 /// # Safety
 /// As [`block_dots`].
-unsafe fn put_dots<const N: usize>(c: Target, rows: std::ops::Range<usize>, dots: Dots<N>, column: usize) -> usize {
+unsafe fn put_dots<const N: usize>(
+    c: Target,
+    rows: std::ops::Range<usize>,
+    dots: Dots<BLOCK, N, 1>,
+    column: usize,
+) -> usize {
     let sums = dispatch(dots);
     for (sums, row) in sums.iter().zip(rows) {
         for (j, &sum) in sums.iter().enumerate().take(c.columns - column) {
@@ -237,26 +289,29 @@ unsafe fn block<const N: usize>(rows: &LeftRows, first: usize) -> [&[f32]; N] {
 }
 
 /// The sums of products of all pairs of rows.
-struct Dots<'a, const N: usize> {
-    a: [&'a [f32]; BLOCK],
+struct Dots<'a, const M: usize, const N: usize, const P: usize> {
+    a: [&'a [f32]; M],
     b: [&'a [f32]; N],
-    /// A row that will be read soon: it comes from memory while these are computed with. It need not exist.
-    next: *const f32,
+    /// What will be read soon and would not be foreseen: it comes from memory while these are computed with. It need not
+    /// exist.
+    next: [*const f32; P],
 }
 
-impl<const N: usize> WithSimd for Dots<'_, N> {
-    type Output = [[f32; N]; BLOCK];
+impl<const M: usize, const N: usize, const P: usize> WithSimd for Dots<'_, M, N, P> {
+    type Output = [[f32; N]; M];
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> Self::Output {
         let width = self.a[0].len();
         let whole = width - width % LANES;
-        let mut lanes = [[[0.; LANES]; N]; BLOCK];
+        let mut lanes = [[[0.; LANES]; N]; M];
         // As many lanes at once as a vector has; all blocks of rows fit into the registers.
         for part in (0..LANES).step_by(S::F32_LANES) {
-            let mut sums = [[simd.splat_f32s(0.); N]; BLOCK];
+            let mut sums = [[simd.splat_f32s(0.); N]; M];
             for at in (part..whole).step_by(LANES) {
-                prefetch(self.next.wrapping_add(at));
+                for next in self.next {
+                    prefetch(next.wrapping_add(at));
+                }
                 let mut b = [simd.splat_f32s(0.); N];
                 for (vector, row) in b.iter_mut().zip(self.b) {
                     *vector = S::as_simd_f32s(&row[at..at + S::F32_LANES]).0[0];
@@ -268,44 +323,24 @@ impl<const N: usize> WithSimd for Dots<'_, N> {
                     }
                 }
             }
-            for i in 0..BLOCK {
+            for i in 0..M {
                 for j in 0..N {
                     S::as_mut_simd_f32s(&mut lanes[i][j][part..part + S::F32_LANES]).0[0] = sums[i][j];
                 }
             }
         }
-        let mut result = [[0.; N]; BLOCK];
-        for i in 0..BLOCK {
+        let mut result = [[0.; N]; M];
+        for i in 0..M {
             for j in 0..N {
                 let lanes = &mut lanes[i][j];
                 for (lane, at) in (whole..width).enumerate() {
                     lanes[lane] = self.a[i][at].mul_add(self.b[j][at], lanes[lane]);
                 }
-                let mut half = LANES / 2;
-                while half > 0 {
-                    for lane in 0..half {
-                        lanes[lane] += lanes[lane + half];
-                    }
-                    half /= 2;
-                }
-                result[i][j] = lanes[0];
+                result[i][j] = total(*lanes);
             }
         }
         result
     }
-}
-
-/// Asks for the line of memory at `address`, which need not be valid.
-#[inline(always)]
-fn prefetch(address: *const f32) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch of any address is harmless.
-    unsafe {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        _mm_prefetch::<_MM_HINT_T0>(address.cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = address;
 }
 
 /// `C (+)= alpha A B` for a small inner dimension: each row of `C` is a combination of the rows of `B`.

@@ -8,7 +8,7 @@ use titer_core::{Error, Settings};
 
 use super::Done;
 use crate::bench;
-use crate::bench::{Measurement, Setup};
+use crate::bench::{AnswerParts, Measurement, Setup};
 use crate::diagnostics::Problems;
 use crate::environment;
 
@@ -58,8 +58,8 @@ pub enum What {
 /// What both kinds share.
 #[derive(Debug, Clone, clap::Args)]
 pub struct On {
-    /// The shape of the model.
-    #[arg(long, default_value = "15m", help = format!("The shape of the model: {}", bench::shapes()))]
+    /// A shape, with random weights, or a model's folder.
+    #[arg(long, default_value = "15m", help = format!("A model's folder, or a shape with random weights: {}", bench::shapes()))]
     pub model: String,
     /// Rows per batch [default: 5 for a step, 16 for answers].
     #[arg(long)]
@@ -126,7 +126,7 @@ impl On {
 /// Measures.
 ///
 /// # Errors
-/// An unknown shape, method, setting or device.
+/// An unknown shape, method, setting or device, or a folder that holds no model.
 pub fn run(args: &Args) -> Result<Done, Problems> {
     let (What::Step { on, .. } | What::Generate { on, .. }) = &args.what;
     on.check()?;
@@ -171,12 +171,16 @@ fn as_json(measured: &Measurement) -> Result<String, Error> {
 
 fn as_text(measured: &Measurement) -> String {
     let Measurement { what, setup, device, threads, .. } = measured;
+    let parts = measured.parts.map_or_else(String::new, |AnswerParts { prefill, decode }| {
+        let decode = decode.map_or_else(String::new, |speed| format!(", {:.0} of answers", speed.tokens_per_second));
+        format!("tokens/s apart, at best: {:.0} of prompts{decode}\n", prefill.tokens_per_second)
+    });
     let mebibytes = |bytes: u64| format!("{:.0} MiB peak", bytes as f64 / f64::from(1 << 20));
     let peak = measured.peak_bytes.map_or_else(|| "peak memory not measured".to_owned(), mebibytes);
     format!(
         "{what}, {} ({:.1} M parameters), {} x {} tokens, {} on {device}, {threads} threads\n\
          {:.4} s median of {}, {:.4} s best, {:.0} tokens/s\n\
-         {peak}, {:.1} GFLOP/s, {:.0} % of this machine's {:.1} GFLOP/s in a large matrix product\n",
+         {parts}{peak}, {:.1} GFLOP/s, {:.0} % of this machine's {:.1} GFLOP/s in a large matrix product\n",
         setup.model,
         measured.parameters as f64 / 1e6,
         setup.batch,
