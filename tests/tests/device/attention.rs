@@ -128,7 +128,7 @@ fn windows() -> Result<()> {
     // Of one slot alone the gradients of queries and keys are zero, which floats do not show: see `caches`.
     for window in [2, 17, 64, 100, 150, 1000] {
         let shape = Attention { window: Some(window), ..heads(3, 1, 16) };
-        training(shape, &[150, 1, 90]).check()?;
+        training(shape, &[150, 0, 90]).check()?;
     }
     Ok(())
 }
