@@ -6,6 +6,9 @@
 use crate::parallel::rows;
 use crate::real::Real;
 
+/// How many words of 32 bits there are.
+const WORDS: f64 = 4_294_967_296.;
+
 /// The dropout mask `m` of one layer's input: 0 with probability `p`, else `1 / (1 - p)`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Dropout {
@@ -20,7 +23,7 @@ pub struct Dropout {
 impl Dropout {
     /// A number is zeroed if its 32 random bits are less than this.
     pub fn threshold(self) -> u32 {
-        (f64::from(self.p) * 2f64.powi(32)).round() as u32
+        (f64::from(self.p) * WORDS).round() as u32
     }
 
     /// What the numbers that are kept are multiplied with.
