@@ -7,11 +7,14 @@ use titer_kernels::gemm::instructions;
 
 use crate::device::DeviceChoice;
 
+/// The version of the device's kernels, to be raised with any change of a bit.
+const CUDA_VERSION: u32 = 3;
+
 /// What decides the rounding on `device` if `arithmetic` is chosen: `portable/2`, `native/2 avx512+amx`,
-/// `cuda/2 sm_90`.
+/// `cuda/3 sm_90`.
 pub fn identity(arithmetic: Arithmetic, device: DeviceChoice) -> String {
     if let DeviceChoice::Cuda { capability: (major, minor), .. } = device {
-        return format!("cuda/{VERSION} sm_{major}{minor}");
+        return format!("cuda/{CUDA_VERSION} sm_{major}{minor}");
     }
     match arithmetic {
         Arithmetic::Portable => format!("portable/{VERSION}"),

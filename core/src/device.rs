@@ -25,7 +25,8 @@ pub enum DeviceChoice {
 
 impl DeviceChoice {
     /// The device that `name` asks for: `cpu`, `cuda`, `cuda:N`, or `auto`, which takes the first CUDA device, and the CPU
-    /// if there is none that can be used. A device that is there and cannot be used is warned of.
+    /// if there is none that can be used, as far as the driver tells. A device that is there and cannot be used is warned of.
+    /// One that turns out later not to open is an error.
     ///
     /// # Errors
     /// The name is malformed, or the device cannot be used.
@@ -117,13 +118,17 @@ mod cuda {
 
     use crate::error::{Error, Result};
 
-    pub(super) fn find(index: usize) -> Result<(i32, i32)> {
+    fn missing<T>(index: usize) -> Result<T> {
         Err(Error::device(format!("cannot use `cuda:{index}`"))
             .help("this binary was built without CUDA: build it with `--features cuda`, or use --device cpu"))
     }
 
-    pub(super) fn open(_: usize) -> Result<Device> {
-        unreachable!("no device was found")
+    pub(super) fn find(index: usize) -> Result<(i32, i32)> {
+        missing(index)
+    }
+
+    pub(super) fn open(index: usize) -> Result<Device> {
+        missing(index)
     }
 
     pub(super) fn is_present() -> bool {

@@ -10,7 +10,7 @@ use serde::Serialize;
 use serde_json::json;
 use titer_core::data::Batch;
 use titer_core::defense::{Clock, StepCx, Streams};
-use titer_core::device::{device_name, memory_peak, parse_dtype};
+use titer_core::device::{device_name, memory_peak, parse_dtype, restart_memory_peak};
 use titer_core::model::generate::{Decoding, greedy};
 use titer_core::optim::{AdamW, AdamWConfig};
 use titer_core::rng::{Seed, randn};
@@ -198,6 +198,7 @@ pub fn step(
     weights.train_lora(&lora, Seed::new(1))?;
     let batch = random_batch(model.as_ref(), setup, device)?;
     let mut optimizer = AdamW::new(AdamWConfig::default());
+    restart_memory_peak(device);
     let (mut passes, mut at) = (0, 0);
     let seconds = measure(setup, device, || {
         let clock = Clock::at(at, setup.warmup + setup.repeat);

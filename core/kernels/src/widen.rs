@@ -162,7 +162,7 @@ impl BlockFormat<64> for Bf16 {
 impl BlockFormat<34> for Q8_0 {
     #[inline(always)]
     fn widen<U: Unit>(unit: U, block: &[u8; 34], _: usize) -> [U::Sixteen; 2] {
-        let scale = unit.half(at(block, 0));
+        let scale = unit.half(*at(block, 0));
         let [low, high] = [unit.signed_bytes(at(block, 2)), unit.signed_bytes(at(block, 18))];
         [unit.multiply(low, scale), unit.multiply(high, scale)]
     }
@@ -171,7 +171,7 @@ impl BlockFormat<34> for Q8_0 {
 impl BlockFormat<18> for Q4_0 {
     #[inline(always)]
     fn widen<U: Unit>(unit: U, block: &[u8; 18], _: usize) -> [U::Sixteen; 2] {
-        let (scale, eight) = (unit.half(at(block, 0)), unit.splat(8.));
+        let (scale, eight) = (unit.half(*at(block, 0)), unit.splat(8.));
         unit.nibbles(
             at(block, 2),
             #[inline(always)]
@@ -183,7 +183,7 @@ impl BlockFormat<18> for Q4_0 {
 impl BlockFormat<20> for Q4_1 {
     #[inline(always)]
     fn widen<U: Unit>(unit: U, block: &[u8; 20], _: usize) -> [U::Sixteen; 2] {
-        let (scale, least) = (unit.half(at(block, 0)), unit.half(at(block, 2)));
+        let (scale, least) = (unit.half(*at(block, 0)), unit.half(*at(block, 2)));
         unit.nibbles(
             at(block, 4),
             #[inline(always)]
@@ -197,7 +197,7 @@ impl BlockFormat<210> for Q6K {
     fn widen<U: Unit>(unit: U, block: &[u8; 210], part: usize) -> [U::Sixteen; 2] {
         let (scale, own) = (half_at(block, 208), [block[192 + 2 * part], block[193 + 2 * part]]);
         let (low, high) = (64 * (part / 4) + 32 * (part % 2), 128 + 32 * (part / 4));
-        let shifts = [4 * (part % 4 / 2), 2 * (part % 4)];
+        let shifts = [(4 * (part % 4 / 2)) as u8, (2 * (part % 4)) as u8];
         let begin = unit.six_bits(at(block, low), at(block, high), shifts);
         let end = unit.six_bits(at(block, low + 16), at(block, high + 16), shifts);
         let [first, second] = [scale * f32::from(own[0].cast_signed()), scale * f32::from(own[1].cast_signed())];
@@ -244,7 +244,7 @@ trait Unit: Copy {
     /// `a b + c`, rounded once.
     fn multiply_add(self, a: Self::Sixteen, b: Self::Sixteen, c: Self::Sixteen) -> Self::Sixteen;
     /// Sixteen times one number of half precision.
-    fn half(self, bits: &[u8; 2]) -> Self::Sixteen;
+    fn half(self, bits: [u8; 2]) -> Self::Sixteen;
     /// Numbers of half precision.
     fn halves(self, bits: &[u8; 32]) -> Self::Sixteen;
     /// Numbers of which the upper halves are given.
@@ -254,7 +254,7 @@ trait Unit: Copy {
     /// What `value` makes of the lower four bits of each byte, and of the upper four.
     fn nibbles(self, bytes: &[u8; 16], value: impl Fn(Self::Sixteen) -> Self::Sixteen) -> [Self::Sixteen; 2];
     /// Numbers of six bits less 32, of which four are the lower ones of `low` and two those of `high`, each shifted down.
-    fn six_bits(self, low: &[u8; 16], high: &[u8; 16], shifts: [usize; 2]) -> Self::Sixteen;
+    fn six_bits(self, low: &[u8; 16], high: &[u8; 16], shifts: [u8; 2]) -> Self::Sixteen;
 }
 
 impl Unit for V4 {
@@ -296,8 +296,8 @@ impl Unit for V4 {
     }
 
     #[inline(always)]
-    fn half(self, bits: &[u8; 2]) -> __m512 {
-        self.avx512f._mm512_cvtph_ps(self.avx._mm256_set1_epi16(i16::from_le_bytes(*bits)))
+    fn half(self, bits: [u8; 2]) -> __m512 {
+        self.avx512f._mm512_cvtph_ps(self.avx._mm256_set1_epi16(i16::from_le_bytes(bits)))
     }
 
     #[inline(always)]
@@ -326,7 +326,7 @@ impl Unit for V4 {
     }
 
     #[inline(always)]
-    fn six_bits(self, low: &[u8; 16], high: &[u8; 16], shifts: [usize; 2]) -> __m512 {
+    fn six_bits(self, low: &[u8; 16], high: &[u8; 16], shifts: [u8; 2]) -> __m512 {
         self.signed_bytes(&six_bits(*self, low, high, shifts))
     }
 }
@@ -370,8 +370,8 @@ impl Unit for V3 {
     }
 
     #[inline(always)]
-    fn half(self, bits: &[u8; 2]) -> [__m256; 2] {
-        self.splat(half(u16::from_le_bytes(*bits)))
+    fn half(self, bits: [u8; 2]) -> [__m256; 2] {
+        self.splat(half(u16::from_le_bytes(bits)))
     }
 
     #[inline(always)]
@@ -407,17 +407,17 @@ impl Unit for V3 {
     }
 
     #[inline(always)]
-    fn six_bits(self, low: &[u8; 16], high: &[u8; 16], shifts: [usize; 2]) -> [__m256; 2] {
+    fn six_bits(self, low: &[u8; 16], high: &[u8; 16], shifts: [u8; 2]) -> [__m256; 2] {
         self.signed_bytes(&six_bits(self, low, high, shifts))
     }
 }
 
 /// See [`Unit::six_bits`].
 #[inline(always)]
-fn six_bits(unit: V3, low: &[u8; 16], high: &[u8; 16], shifts: [usize; 2]) -> [u8; 16] {
+fn six_bits(unit: V3, low: &[u8; 16], high: &[u8; 16], shifts: [u8; 2]) -> [u8; 16] {
     let sse2 = unit.sse2;
-    let low = sse2._mm_srl_epi16(cast(*low), sse2._mm_cvtsi32_si128(shifts[0] as i32));
-    let high = sse2._mm_srl_epi16(cast(*high), sse2._mm_cvtsi32_si128(shifts[1] as i32));
+    let low = sse2._mm_srl_epi16(cast(*low), sse2._mm_cvtsi32_si128(i32::from(shifts[0])));
+    let high = sse2._mm_srl_epi16(cast(*high), sse2._mm_cvtsi32_si128(i32::from(shifts[1])));
     let low = sse2._mm_and_si128(low, sse2._mm_set1_epi8(15));
     let high = sse2._mm_slli_epi16::<4>(sse2._mm_and_si128(high, sse2._mm_set1_epi8(3)));
     cast(sse2._mm_sub_epi8(sse2._mm_or_si128(low, high), sse2._mm_set1_epi8(32)))

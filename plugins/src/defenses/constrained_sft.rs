@@ -118,7 +118,7 @@ impl ConstrainedSft {
 /// The log-probability of each label of `batch` under the head of `weights`, `[labels]`, given hidden states.
 fn log_likelihood(cx: &mut StepCx, weights: &Weights, hidden: &Tensor, batch: &Batch) -> Result<Tensor> {
     let logits = cx.logits_with(weights, &label_rows(hidden, batch)?)?;
-    label_log_probabilities(&logits, batch)
+    label_log_probabilities(&logits, &batch.targets, batch.largest_target)
 }
 
 impl AlignmentDefense for ConstrainedSft {

@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use titer_core::data::{Batch, Tokens};
-use titer_core::defense::toolkit::{check_strength, wide};
+use titer_core::defense::toolkit::{check_strength, label_log_probabilities, wide};
 use titer_core::model::sites_of_kind;
 use titer_core::tensor::ops;
 use titer_core::{
@@ -172,11 +172,12 @@ fn masked_cross_entropy(cx: &mut StepCx, hidden: &Tensor, ids: &Tensor, mask: &T
     let labels = if round { rounded(&labels)? } else { labels };
     let labels = labels.to_vec1::<f32>()?.into_iter().map(|label| label as u32);
     let (at, labels): (Vec<u32>, Vec<u32>) = (0..).zip(labels).filter(|(_, label)| *label != 0).unzip();
-    let count = labels.len();
+    // Rounded, a label may lie outside of the vocabulary.
+    let (count, largest) = (labels.len(), labels.iter().copied().max().unwrap_or(0));
     let (at, labels) =
-        (Tensor::from_vec(at, count, logits.device())?, Tensor::from_vec(labels, (count, 1), logits.device())?);
-    let log_probabilities = ops::log_softmax(&logits.index_select(&at, 0)?, 1)?;
-    Ok(ops::mean_all(&log_probabilities.gather(&labels, 1)?)?.neg()?)
+        (Tensor::from_vec(at, count, logits.device())?, Tensor::from_vec(labels, count, logits.device())?);
+    let chosen = label_log_probabilities(&logits.index_select(&at, 0)?, &labels, largest)?;
+    Ok(ops::mean_all(&chosen)?.neg()?)
 }
 
 /// Where the tokens of `own` differ from those of `other` at the same place, which is 0 beyond its end: `[batch, length,

@@ -15,14 +15,14 @@ pub fn label_rows(hidden: &Tensor, batch: &Batch) -> Result<Tensor> {
     Ok(hidden.flatten(0, 1)?.index_select(&batch.positions, 0)?)
 }
 
-/// The log-probability of each label of `batch`, `[labels]`, given the logits of the rows that predict them, `[labels,
-/// vocabulary]`.
+/// The log-probability of each of `labels: [labels]`, of which `largest` is the largest, given the logits of the rows that
+/// predict them, `[labels, vocabulary]`.
 ///
 /// # Errors
 /// A label lies outside of the vocabulary, or a tensor operation failed.
-pub fn label_log_probabilities(logits: &Tensor, batch: &Batch) -> Result<Tensor> {
-    check_id("label", batch.largest_target, logits.dims2()?.1)?;
-    Ok(log_softmax(logits, 1)?.gather(&batch.targets.unsqueeze(1)?, 1)?.squeeze(1)?)
+pub fn label_log_probabilities(logits: &Tensor, labels: &Tensor, largest: u32) -> Result<Tensor> {
+    check_id("label", largest, logits.dims2()?.1)?;
+    Ok(log_softmax(logits, 1)?.gather(&labels.unsqueeze(1)?, 1)?.squeeze(1)?)
 }
 
 /// `x` in at least 32 bits, in which sums over many elements are taken.

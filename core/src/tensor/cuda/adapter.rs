@@ -46,6 +46,6 @@ pub(in crate::tensor) fn adapter_dx(dx: &Tensor, g: &Tensor, a: &Tensor, mask: O
     let (t, (rows, rank), width) = (g.dtype(), g.dims2()?, a.dims()[1]);
     let sizes = [rows, width, rank].map(|size| Arg::U32(size as u32));
     let arguments = [at(g, t)?, at(a, t)?, at(dx, t)?].into_iter().chain(sizes).chain(mask_of(mask));
-    let grid = [(width as u32).div_ceil(4 * BLOCK), (rows as u32).div_ceil(ROWS)];
+    let grid = [(rows as u32).div_ceil(ROWS), (width as u32).div_ceil(4 * BLOCK)];
     launch_typed(g, "adapter_dx", grid, &arguments.collect::<Vec<_>>())
 }

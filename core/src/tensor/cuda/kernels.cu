@@ -478,16 +478,16 @@ KERNEL(adapter_inner,
 constexpr u32 ADAPTER_ROWS = 16;
 
 // dx += m ∘ (g A) for g: [rows, rank], dx: [rows, width]. A thread has four columns of A; the grid is
-// [width / (4 block), rows / ADAPTER_ROWS].
+// [rows / ADAPTER_ROWS, width / (4 block)].
 KERNEL(adapter_dx,
        (In<T> g, In<T> a, Out<T> dx, u32 rows, u32 width, u32 rank, MASK),
        (g, a, dx, rows, width, rank, MASK_OF)) {
-    const u32 column = 4 * (blockIdx.x * blockDim.x + threadIdx.x);
+    const u32 column = 4 * (blockIdx.y * blockDim.x + threadIdx.x);
     if (column >= width) {
         return;
     }
     Mask mask(MASK_OF);
-    const u32 end = min(rows, (blockIdx.y + 1) * ADAPTER_ROWS);
+    const u32 end = min(rows, (blockIdx.x + 1) * ADAPTER_ROWS);
     for (u32 first = 0; first < rank; first += RANKS) {
         float factors[RANKS][4];
 #pragma unroll
@@ -498,7 +498,7 @@ KERNEL(adapter_dx,
                 factors[j][i] = inside ? load(a, u64(first + j) * width + column + i) : 0.0f;
             }
         }
-        for (u32 row = blockIdx.y * ADAPTER_ROWS; row < end; row++) {
+        for (u32 row = blockIdx.x * ADAPTER_ROWS; row < end; row++) {
             float sums[4] = {};
 #pragma unroll
             for (u32 j = 0; j < RANKS; j++) {

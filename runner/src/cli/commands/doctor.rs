@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::path::PathBuf;
 
 use titer_core::arithmetic::{self, Arithmetic};
-use titer_core::device::{DeviceChoice, device_name, gpus, parse_device};
+use titer_core::device::{DeviceChoice, gpus};
 use titer_core::registry::all;
 use titer_core::{DefenseEntry, JudgeEntry, ModelEntry, Result, TaskEntry};
 
@@ -57,7 +57,7 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
         ("memory", memory().unwrap_or_else(|| "unknown".into())),
         ("cuda", cuda),
         ("gpus", if gpus.is_empty() { "none that can be used".to_owned() } else { gpus.join("\n             ") }),
-        ("device auto", device_name(&parse_device("auto")?)),
+        ("device auto", DeviceChoice::of("auto")?.to_string()),
         ("arithmetic", format!("{}; {}", identity(Arithmetic::Portable), identity(Arithmetic::Native))),
         ("plugins", plugins),
         ("store", store),
