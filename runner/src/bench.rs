@@ -155,8 +155,8 @@ pub struct Measurement {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct AnswerParts {
     /// Reading the prompts, with the first token of each answer.
-    pub prefill: Speed,
-    /// The later tokens of the answers; absent if there are none.
+    pub prefill: Option<Speed>,
+    /// The later tokens of the answers; absent if there are none, or too few to tell their time from that of the prompts.
     pub decode: Option<Speed>,
 }
 
@@ -171,9 +171,10 @@ pub struct Speed {
 }
 
 impl Speed {
-    fn new(tokens: usize, seconds: f64, processor: Option<f64>) -> Self {
-        let per = |seconds: f64| tokens as f64 / seconds.max(f64::MIN_POSITIVE);
-        Self { tokens_per_second: per(seconds), tokens_per_processor_second: processor.map(per) }
+    /// Nothing if the clock tells no time between beginning and end.
+    fn new(tokens: usize, seconds: f64, processor: Option<f64>) -> Option<Self> {
+        let per = |seconds: f64| Some(tokens as f64 / seconds).filter(|_| seconds > 0.);
+        Some(Self { tokens_per_second: per(seconds)?, tokens_per_processor_second: processor.and_then(per) })
     }
 }
 
@@ -190,6 +191,9 @@ pub fn step(
     checkpointing: bool,
     device: &Device,
 ) -> Result<Measurement> {
+    if setup.length < 2 {
+        return Err(Error::config("a row of one token has no label").key("length").help("give 2 or more"));
+    }
     let (model, mut weights) = model(setup, device)?;
     let entry = registry::find::<DefenseEntry>(method)?;
     let mut defense = (entry.build)(settings)?;
@@ -223,6 +227,11 @@ pub fn step(
 /// As [`step`].
 pub fn generate(setup: &Setup, prompts: usize, new_tokens: usize, device: &Device) -> Result<Measurement> {
     let (model, weights) = model(setup, device)?;
+    let (longest, positions) = (setup.length + new_tokens - 1, model.spec().max_positions);
+    if longest > positions {
+        let message = format!("prompts and answers of {longest} tokens exceed the model's {positions} positions");
+        return Err(Error::config(message).key("length").help("lower --length or --new"));
+    }
     let vocabulary = model.spec().vocab_size as u32;
     let mut generator = Seed::new(3).generator();
     let mut prompt = || (0..setup.length).map(|_| generator.random_range(0..vocabulary)).collect::<Vec<u32>>();
@@ -247,7 +256,7 @@ pub fn generate(setup: &Setup, prompts: usize, new_tokens: usize, device: &Devic
     };
     let parts = AnswerParts {
         prefill: Speed::new(prompts.len() * setup.length, prefill[0], prefill_processor),
-        decode: (later > 0).then(decode),
+        decode: if later > 0 { decode() } else { None },
     };
     let measured = measurement(setup, "generate", &seconds, tokens, flops, model.as_ref(), device)?;
     Ok(Measurement { parts: Some(parts), ..measured })

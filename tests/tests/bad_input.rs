@@ -427,7 +427,7 @@ fn folders_that_hold_no_run() {
 #[test]
 fn arguments_out_of_range() {
     let mut checks = Checks::default();
-    let cases: [(&[&str], &[&str]); 12] = [
+    let cases: [(&[&str], &[&str]); 16] = [
         (&["generate", "--model", "m", "--prompt", "a", "--temperature", "nan"], &["--temperature", "[0, 1e6]"]),
         (&["generate", "--model", "m", "--prompt", "a", "--top-p", "2"], &["--top-p", "(0, 1]"]),
         (&["generate", "--model", "m", "--prompt", "a", "--max-new-tokens", "9999999999"], &["at most 1048576"]),
@@ -438,6 +438,10 @@ fn arguments_out_of_range() {
         (&["bench", "step", "--layers", "999999"], &["--layers", "at most 4096"]),
         (&["bench", "step", "--threads", "999999"], &["--threads", "at most 1024"]),
         (&["bench", "generate", "--new", "999999999999"], &["--new", "at most 1048576"]),
+        (&["bench", "generate", "--new", "0"], &["--new", "1 or more"]),
+        (&["bench", "step", "--batch", "0"], &["--batch", "1 or more"]),
+        (&["bench", "step", "--model", "quickstart", "--length", "1"], &["no label", "2 or more"]),
+        (&["bench", "generate", "--model", "quickstart", "--length", "4096", "--new", "2"], &["4097", "lower --length"]),
         (&["bench", "step", "--set", "x"], &["KEY=VALUE"]),
         (&["report", "x", "--format", "xls"], &["xls", "latex"]),
     ];

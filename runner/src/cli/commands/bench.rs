@@ -8,7 +8,7 @@ use titer_core::{Error, Settings};
 
 use super::Done;
 use crate::bench;
-use crate::bench::{AnswerParts, Measurement, Setup};
+use crate::bench::{AnswerParts, Measurement, Setup, Speed};
 use crate::diagnostics::Problems;
 use crate::environment;
 
@@ -100,8 +100,12 @@ fn parse_arithmetic(name: &str) -> Result<Arithmetic, String> {
 }
 
 impl On {
-    /// Fails on sizes that no machine has room for.
+    /// Fails on sizes that measure nothing, or that no machine has room for.
     fn check(&self) -> Result<(), Error> {
+        at_least_one("--batch", self.batch)?;
+        at_least_one("--length", self.length)?;
+        at_least_one("--threads", self.threads)?;
+        at_least_one("--repeat", Some(self.repeat))?;
         at_most("--batch", self.batch.unwrap_or(1), bounds::BATCH)?;
         at_most("--length", self.length.unwrap_or(1), bounds::TOKENS)?;
         at_most("--layers", self.layers.unwrap_or(1), bounds::LAYERS)?;
@@ -113,14 +117,22 @@ impl On {
     fn setup(&self, batch: usize, length: usize) -> Setup {
         Setup {
             model: self.model.clone(),
-            batch: self.batch.unwrap_or(batch).max(1),
-            length: self.length.unwrap_or(length).max(2),
+            batch: self.batch.unwrap_or(batch),
+            length: self.length.unwrap_or(length),
             layers: self.layers,
             dtype: self.dtype.clone(),
-            repeat: self.repeat.max(1),
+            repeat: self.repeat,
             warmup: self.warmup,
         }
     }
+}
+
+/// Fails if nothing is asked for.
+fn at_least_one(key: &str, value: Option<usize>) -> Result<(), Error> {
+    if value != Some(0) {
+        return Ok(());
+    }
+    Err(Error::config("nothing would be measured").key(key).help("give 1 or more"))
 }
 
 /// Measures.
@@ -131,6 +143,8 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
     let (What::Step { on, .. } | What::Generate { on, .. }) = &args.what;
     on.check()?;
     if let What::Generate { new, prompts, .. } = &args.what {
+        at_least_one("--new", Some(*new))?;
+        at_least_one("--prompts", *prompts)?;
         at_most("--new", *new, bounds::TOKENS)?;
         at_most("--prompts", prompts.unwrap_or(1), bounds::ROWS)?;
     }
@@ -172,8 +186,10 @@ fn as_json(measured: &Measurement) -> Result<String, Error> {
 fn as_text(measured: &Measurement) -> String {
     let Measurement { what, setup, device, threads, .. } = measured;
     let parts = measured.parts.map_or_else(String::new, |AnswerParts { prefill, decode }| {
-        let decode = decode.map_or_else(String::new, |speed| format!(", {:.0} of answers", speed.tokens_per_second));
-        format!("tokens/s apart, at best: {:.0} of prompts{decode}\n", prefill.tokens_per_second)
+        let told = |speed: Option<Speed>| {
+            speed.map_or_else(|| "too few".to_owned(), |speed| format!("{:.0}", speed.tokens_per_second))
+        };
+        format!("tokens/s apart, at best: {} of prompts, {} of answers after the first\n", told(prefill), told(decode))
     });
     let mebibytes = |bytes: u64| format!("{:.0} MiB peak", bytes as f64 / f64::from(1 << 20));
     let peak = measured.peak_bytes.map_or_else(|| "peak memory not measured".to_owned(), mebibytes);
