@@ -441,7 +441,10 @@ fn arguments_out_of_range() {
         (&["bench", "generate", "--new", "0"], &["--new", "1 or more"]),
         (&["bench", "step", "--batch", "0"], &["--batch", "1 or more"]),
         (&["bench", "step", "--model", "quickstart", "--length", "1"], &["no label", "2 or more"]),
-        (&["bench", "generate", "--model", "quickstart", "--length", "4096", "--new", "2"], &["4097", "lower --length"]),
+        (
+            &["bench", "generate", "--model", "quickstart", "--length", "4096", "--new", "2"],
+            &["4097", "lower --length"],
+        ),
         (&["bench", "step", "--set", "x"], &["KEY=VALUE"]),
         (&["report", "x", "--format", "xls"], &["xls", "latex"]),
     ];
