@@ -171,9 +171,9 @@ pub struct Speed {
 }
 
 impl Speed {
-    /// Nothing if the clock tells no time between beginning and end.
+    /// Nothing if there are no tokens, or the clock tells no time between beginning and end.
     fn new(tokens: usize, seconds: f64, processor: Option<f64>) -> Option<Self> {
-        let per = |seconds: f64| Some(tokens as f64 / seconds).filter(|_| seconds > 0.);
+        let per = |seconds: f64| Some(tokens as f64 / seconds).filter(|_| tokens > 0 && seconds > 0.);
         Some(Self { tokens_per_second: per(seconds)?, tokens_per_processor_second: processor.and_then(per) })
     }
 }
@@ -198,7 +198,6 @@ pub fn step(
     let entry = registry::find::<DefenseEntry>(method)?;
     let mut defense = (entry.build)(settings)?;
     let lora = LoraConfig { dropout, ..LoraConfig::default() };
-    lora.check()?;
     weights.train_lora(&lora, Seed::new(1))?;
     let batch = random_batch(model.as_ref(), setup, device)?;
     let mut optimizer = AdamW::new(AdamWConfig::default());
@@ -250,13 +249,10 @@ pub fn generate(setup: &Setup, prompts: usize, new_tokens: usize, device: &Devic
     let flops = 2. * (prompts.len() * (setup.length + new_tokens)) as f64 * linear as f64
         + 2. * (tokens * model.spec().vocab_size * model.spec().hidden_size) as f64;
     let later = prompts.len() * new_tokens.saturating_sub(1);
-    let decode = || {
-        let processor = processor.zip(prefill_processor).map(|(all, prefill)| all - prefill);
-        Speed::new(later, seconds[0] - prefill[0], processor)
-    };
+    let later_processor = processor.zip(prefill_processor).map(|(all, prefill)| all - prefill);
     let parts = AnswerParts {
         prefill: Speed::new(prompts.len() * setup.length, prefill[0], prefill_processor),
-        decode: if later > 0 { decode() } else { None },
+        decode: Speed::new(later, seconds[0] - prefill[0], later_processor),
     };
     let measured = measurement(setup, "generate", &seconds, tokens, flops, model.as_ref(), device)?;
     Ok(Measurement { parts: Some(parts), ..measured })
