@@ -8,7 +8,7 @@ use titer_kernels::gemm::instructions;
 use crate::device::DeviceChoice;
 
 /// The version of the device's kernels, to be raised with any change of a bit.
-const CUDA_VERSION: u32 = 3;
+const CUDA_VERSION: u32 = 4;
 
 /// What decides the rounding on `device` if `arithmetic` is chosen: `portable/2`, `native/2 avx512+amx`,
 /// `cuda/3 sm_90`.

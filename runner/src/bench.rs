@@ -143,7 +143,7 @@ pub struct Measurement {
     pub parts: Option<AnswerParts>,
     /// The most memory the process held, which did nothing else; on a GPU, what tensors took there.
     pub peak_bytes: Option<u64>,
-    /// Arithmetic that the method asks for (no recomputation, no padding), per second.
+    /// Arithmetic that the method asks for (no recomputation), per second.
     pub flops_per_second: f64,
     /// The machine's own best on a large matrix product of this type, measured in the same run.
     pub matmul_flops_per_second: f64,
@@ -236,7 +236,7 @@ pub fn generate(setup: &Setup, prompts: usize, new_tokens: usize, device: &Devic
     let mut prompt = || (0..setup.length).map(|_| generator.random_range(0..vocabulary)).collect::<Vec<u32>>();
     let prompts: Vec<Vec<u32>> = (0..prompts).map(|_| prompt()).collect();
     let answer = |max_new_tokens| -> Result<(Vec<f64>, Option<f64>)> {
-        let decoding = Decoding { max_new_tokens, batch_size: setup.batch, ends: Vec::new(), pad: 0 };
+        let decoding = Decoding { max_new_tokens, batch_size: setup.batch, ends: Vec::new() };
         let begun = processor_seconds();
         let work = || greedy(model.as_ref(), &weights, &prompts, &decoding, |_| Ok(())).map(|_| ());
         let seconds = measure(setup, device, work)?;

@@ -104,7 +104,7 @@ fn answers(device: &Device) -> Result<Vec<Vec<u32>>> {
     let model = model()?;
     let weights = weights(model.as_ref(), DType::F32, device)?.merged()?;
     let prompts: Vec<Vec<u32>> = examples().into_iter().map(|example| example.tokens).collect();
-    let decoding = Decoding { max_new_tokens: 24, batch_size: 2, ends: Vec::new(), pad: 0 };
+    let decoding = Decoding { max_new_tokens: 24, batch_size: 2, ends: Vec::new() };
     let answers = greedy(model.as_ref(), &weights, &prompts, &decoding, |_| Ok(()))?;
     Ok(answers.into_iter().map(|answer| answer.tokens).collect())
 }

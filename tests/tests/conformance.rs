@@ -87,8 +87,8 @@ enum Fault {
     MorePasses,
     /// It is not neutral when it should be.
     NeverNeutral,
-    /// It looks at padding.
-    SeesPadding,
+    /// It looks at how long the longest row is.
+    SeesLength,
     /// It fails on a single row.
     NeedsRows,
     /// It weighs a batch of a stream by the labels of the stage's own batch.
@@ -127,7 +127,7 @@ impl Faulty {
             _ if self.strength == 1. => 1.,
             Fault::WrongSign => -self.strength,
             Fault::Forgets => self.strength * (1. + self.steps as f64),
-            Fault::SeesPadding => self.strength * batch.tokens.dims().1 as f64,
+            Fault::SeesLength => self.strength * batch.tokens.lengths.iter().copied().max().unwrap_or(0) as f64,
             _ => self.strength,
         }
     }
@@ -234,7 +234,7 @@ fn each_fault_is_found_by_its_own_check() -> Result<()> {
         (faulty!(WrongSign), &["gradient"]),
         (faulty!(MorePasses), &["passes"]),
         (faulty!(NeverNeutral), &["neutral"]),
-        (faulty!(SeesPadding), &["accumulation", "padding"]),
+        (faulty!(SeesLength), &["accumulation"]),
         (faulty!(NeedsRows), &["one row"]),
         (faulty!(Unweighed), &["accumulation"]),
         (faulty!(Observes), &["checkpointing"]),

@@ -381,7 +381,7 @@ impl<'a> Replay<'a> {
     fn update(&mut self, name: &Value, record: &Value, clock: Clock) -> Result<(Update, Vec<f64>)> {
         let name = name.as_str().context("a batch has no name")?;
         let batch = read_batch(&mut self.batches, name)?;
-        let noise = self.noise(clock, record)?;
+        let noise = self.noise(clock, record, &batch)?;
         let mut cx = StepCx::new(self.model.as_ref(), &self.weights, &mut self.streams, Seed::new(0), clock);
         cx = cx.with_noise(noise);
         let update = self.defense.step(&mut cx, &batch)?;
@@ -390,7 +390,7 @@ impl<'a> Replay<'a> {
     }
 
     /// The noise that the reference drew in this step. A recorded choice of layers becomes noise that makes it.
-    fn noise(&mut self, clock: Clock, record: &Value) -> Result<Vec<Tensor>> {
+    fn noise(&mut self, clock: Clock, record: &Value, batch: &Batch) -> Result<Vec<Tensor>> {
         if let Some(active) = record["extra"]["active_layers"].as_array() {
             let layers = self.model.spec().layers;
             let far = |layer: usize| !active.contains(&json!(layer));
@@ -404,7 +404,13 @@ impl<'a> Replay<'a> {
             let names = (0..).map_while(|index| recorded(&prefix, index).filter(|name| self.trace.has(name)));
             let names: Vec<String> = names.collect();
             if !names.is_empty() {
-                return names.iter().map(|name| Ok(self.trace.read(name, &Device::Cpu)?)).collect();
+                // RepNoise draws noise for padding, too.
+                let padded = self.info["method"].as_str().is_some_and(|method| method.starts_with("repnoise"));
+                let read = |name: &String| {
+                    let noise = self.trace.read(name, &Device::Cpu)?;
+                    if padded { Ok(noise) } else { real_rows(&noise, batch) }
+                };
+                return names.iter().map(read).collect();
             }
         }
         Ok(Vec::new())
@@ -447,13 +453,18 @@ impl<'a> Replay<'a> {
         for (kind, name) in [("dangerous_attn_grad", harmful.first()), ("attn_grad", Some(&name.to_owned()))] {
             let theirs = self.read_layers(&format!("step{step}.{kind}."))?;
             let Some(name) = name.filter(|_| !theirs.is_empty()) else { continue };
+            let batch = read_batch(&mut self.batches, name)?;
+            let real = |theirs: Grads| -> Result<Grads> {
+                theirs.iter().map(|(site, tensor)| Ok((site.to_owned(), real_rows(tensor, &batch)?))).collect()
+            };
+            let theirs = real(theirs)?;
             let ours = self.pass(name, true)?.site_grads.restrict(|site| theirs.get(site).is_some());
             compare(worst, "site grad", &ours, &theirs, TOLERANCE, &format!("step {step} {kind}"))?;
             let perturbation = self.read_layers(&format!("step{step}.perturb."))?;
             if kind == "attn_grad" && !perturbation.is_empty() {
                 let rho = self.info["hyper"]["rho"].as_f64().context("the trace has no rho")?;
-                let ours = Vaccine { rho, ..Vaccine::default() }.perturbation(&ours)?;
-                compare(worst, "perturb", &ours, &perturbation, TOLERANCE, &format!("step {step}"))?;
+                let ours = Vaccine { rho, ..Vaccine::default() }.perturbation(&ours, &batch.tokens)?;
+                compare(worst, "perturb", &ours, &real(perturbation)?, TOLERANCE, &format!("step {step}"))?;
             }
         }
         Ok(())
@@ -542,11 +553,9 @@ fn check_pruning(
     }
     let batch = read_batch(&mut recorded, "user.0")?;
     let hidden = model.hidden(&batch.tokens, &mut Forward::new(&weights, &mut Sites::none()))?;
-    let rows = hidden.reshape(((), model.spec().hidden_size))?;
-    let logits = model.logits(&rows, &mut Forward::new(&weights, &mut Sites::none()))?.tensor().clone();
+    let ours = model.logits(&hidden, &mut Forward::new(&weights, &mut Sites::none()))?;
     let theirs = real_rows(&trace.read("logits_after.user.0", &Device::Cpu)?, &batch)?;
-    let ours = real_rows(&logits.reshape((batch.tokens.dims().0, batch.tokens.dims().1, ()))?, &batch)?;
-    worst.note("logits", relative(&ours, &theirs)?, TOLERANCE, "user.0")?;
+    worst.note("logits", relative(ours.tensor(), &theirs)?, TOLERANCE, "user.0")?;
     Ok(worst.show())
 }
 
@@ -613,14 +622,16 @@ fn compare(
 fn read_batch(batches: &mut Checkpoint, name: &str) -> Result<Batch> {
     let mut read = |key: &str| read_ids(batches, &format!("{name}.{key}"));
     let (ids, labels, mask) = (read("input_ids")?, read("labels")?, read("attention_mask")?);
-    let rows: Vec<Vec<u32>> = ids.iter().map(|row| row.iter().map(|&id| id as u32).collect()).collect();
+    let real: Vec<usize> = mask.iter().map(|row| row.iter().sum::<i64>() as usize).collect();
+    // Padded again, a batch has to be as long as the reference's.
+    ensure!(real.iter().max() == ids.iter().map(Vec::len).max().as_ref(), "{name} is padded beyond its longest row");
+    let rows = ids.iter().zip(&real).map(|(row, &real)| row[..real].iter().map(|&id| id as u32).collect());
+    let rows: Vec<Vec<u32>> = rows.collect();
     let labels = labels.iter().enumerate().flat_map(|(row, labels)| {
         let labels = labels.iter().enumerate().skip(1).filter(|&(_, &label)| label >= 0);
         labels.map(move |(at, &label)| (row, at - 1, label as u32))
     });
-    let mut batch = Batch::with_labels(&rows, labels, 1, &Device::Cpu)?;
-    batch.tokens.lengths = mask.iter().map(|row| row.iter().sum::<i64>() as usize).collect();
-    Ok(batch)
+    Ok(Batch::with_labels(&rows, labels, 1, &Device::Cpu)?)
 }
 
 fn read_ids(file: &mut Checkpoint, name: &str) -> Result<Vec<Vec<i64>>> {
@@ -669,22 +680,14 @@ fn check_variant(
     let loss = label_loss(model, weights, batch)?;
     let theirs = read(golden, "loss.safe0")?.to_vec1::<f32>()?[0];
     worst.note("loss", (loss - f64::from(theirs)).abs() / f64::from(theirs), TOLERANCE, variant)?;
-    let rows = hidden.reshape(((), model.spec().hidden_size))?;
-    let logits = model.logits(&rows, &mut Forward::new(weights, &mut Sites::none()))?.tensor().clone();
-    let (rows, length) = batch.tokens.dims();
+    let logits = model.logits(&hidden, &mut Forward::new(weights, &mut Sites::none()))?;
     let real = |tensor: &Tensor| real_rows(tensor, batch);
-    let logits = real(&logits.reshape((rows, length, ()))?)?;
-    worst.note("logits", relative(&logits, &real(&read(golden, "logits.safe0")?)?)?, TOLERANCE, variant)?;
+    worst.note("logits", relative(logits.tensor(), &real(&read(golden, "logits.safe0")?)?)?, TOLERANCE, variant)?;
     if variant == "lora" {
         for layer in 0..=layers {
             let ours = if layer == layers { &hidden } else { &sites.observed()[&stream(layer)] };
             let theirs = read(golden, &format!("hidden.{layer}.safe0"))?;
-            worst.note(
-                "hidden",
-                relative(&real(ours.tensor())?, &real(&theirs)?)?,
-                TOLERANCE,
-                &format!("layer {layer}"),
-            )?;
+            worst.note("hidden", relative(ours.tensor(), &real(&theirs)?)?, TOLERANCE, &format!("layer {layer}"))?;
         }
     }
     check_generation(model, weights, variant, golden)
@@ -704,7 +707,7 @@ fn check_generation(model: &dyn Model, weights: &Weights, variant: &str, golden:
         let prompts: Vec<Vec<u32>> =
             prompts.iter().map(|row| row.iter().skip_while(|&&id| id == 1).map(|&id| id as u32).collect()).collect();
         for batch_size in [1, 2, prompts.len()] {
-            let decoding = Decoding { max_new_tokens: 16, batch_size, ends: vec![eos], pad: 1 };
+            let decoding = Decoding { max_new_tokens: 16, batch_size, ends: vec![eos] };
             let ours = greedy(model, weights, &prompts, &decoding, |_| Ok(()))?;
             for (ours, theirs) in ours.iter().zip(&theirs) {
                 let theirs = theirs[width..].iter().map(|&id| id as u32).take_while(|&id| id != eos);

@@ -223,7 +223,7 @@ fn logits_equal_those_of_candle_transformers() -> Result<()> {
         let (model, weights) = random(&config, DType::F32)?;
         let Some(mut reference) = reference(&config, &weights)? else { continue };
         compared.insert(config["model_type"].clone().to_string());
-        let ours = logits(model.as_ref(), &weights, &[&IDS])?.get(0)?;
+        let ours = logits(model.as_ref(), &weights, &[&IDS])?.remove(0);
         for end in 1..=IDS.len() {
             let theirs = reference(&Tensor::new(&IDS[..end], &Device::Cpu)?.reshape((1, end))?)?;
             let gap = difference(&ours.narrow(0, end - 1, 1)?, &theirs)?;
@@ -237,14 +237,14 @@ fn logits_equal_those_of_candle_transformers() -> Result<()> {
 
 const IDS: [u32; 9] = [3, 1, 4, 1, 5, 9, 2, 6, 5];
 
-/// Logits `[rows, longest, vocabulary]`.
-fn logits(model: &dyn Model, weights: &Weights, rows: &[&[u32]]) -> Result<Tensor> {
-    let tokens = Tokens::pad(rows, 0, &Device::Cpu)?;
-    let (batch, length) = tokens.dims();
+/// Logits `[length, vocabulary]` of each row.
+fn logits(model: &dyn Model, weights: &Weights, rows: &[&[u32]]) -> Result<Vec<Tensor>> {
+    let tokens = Tokens::new(rows, &Device::Cpu)?;
     let mut sites = Sites::none();
     let mut pass = Forward::new(weights, &mut sites);
-    let hidden = model.hidden(&tokens, &mut pass)?.reshape((batch * length, ()))?;
-    Ok(model.logits(&hidden, &mut pass)?.tensor().reshape((batch, length, ()))?)
+    let hidden = model.hidden(&tokens, &mut pass)?;
+    let logits = model.logits(&hidden, &mut pass)?.tensor().clone();
+    Ok(tokens.ranges().map(|row| logits.narrow(0, row.start, row.len())).collect::<candle_core::Result<_>>()?)
 }
 
 /// OPT written down once more from its paper's code: candle's tensor operations, one row, whole matrices of scores.
@@ -260,7 +260,7 @@ fn logits_of_opt_equal_the_composed_form() -> Result<()> {
         }
         let ours = logits(model.as_ref(), &weights, &[&IDS, &IDS[2..6]])?;
         for (row, ids) in [&IDS[..], &IDS[2..6]].into_iter().enumerate() {
-            let gap = difference(&ours.get(row)?.narrow(0, 0, ids.len())?, &composed_opt(&config, &weights, ids)?)?;
+            let gap = difference(&ours[row], &composed_opt(&config, &weights, ids)?)?;
             assert!(gap < 1e-9, "{name}, row {row}: logits differ by {gap:.1e}");
         }
     }
@@ -318,14 +318,13 @@ fn composed_opt(config: &Value, weights: &Weights, ids: &[u32]) -> Result<Tensor
     Ok(x.matmul(&head.t()?)?)
 }
 
-/// Padding gets no position of its own, so a batch may be padded as far as the model goes, and one token more is an
-/// error that says so.
+/// A sequence may be as long as the model has positions, and one token more is an error that says so.
 #[test]
 fn a_sequence_beyond_the_positions_is_an_error() -> Result<()> {
     for (name, config) in variants() {
         let (model, weights) = random(&config, DType::F32)?;
         let row = vec![1; model.spec().max_positions + 1];
-        assert!(logits(model.as_ref(), &weights, &[&row[1..], &[1]])?.sum_all()?.to_scalar::<f32>()?.is_finite());
+        assert!(logits(model.as_ref(), &weights, &[&row[1..], &[1]])?[0].sum_all()?.to_scalar::<f32>()?.is_finite());
         let error = logits(model.as_ref(), &weights, &[&row]).expect_err(name).to_string();
         assert!(error.contains("exceeds the model's 32 positions"), "{name}: {error}");
     }
@@ -375,7 +374,7 @@ fn decoding_depends_on_neither_cache_nor_batch() -> Result<()> {
         let until = |answer: &Vec<u32>| answer.iter().copied().take_while(|&token| token != eos).collect::<Vec<_>>();
         let plain: Vec<Vec<u32>> = whole.iter().map(until).collect();
         for batch_size in 1..=prompts.len() {
-            let decoding = Decoding { max_new_tokens: 12, batch_size, ends: vec![eos], pad: 0 };
+            let decoding = Decoding { max_new_tokens: 12, batch_size, ends: vec![eos] };
             let batched = greedy(model.as_ref(), &weights, &prompts, &decoding, |_| Ok(()))?;
             assert_eq!(tokens_of(batched), plain, "{name}, batches of {batch_size}");
         }
@@ -383,10 +382,33 @@ fn decoding_depends_on_neither_cache_nor_batch() -> Result<()> {
             model.as_ref(),
             &weights.merged()?,
             &prompts,
-            &Decoding { max_new_tokens: 12, batch_size: 4, ends: vec![eos], pad: 0 },
+            &Decoding { max_new_tokens: 12, batch_size: 4, ends: vec![eos] },
             |_| Ok(()),
         )?;
         assert_eq!(tokens_of(merged), plain, "{name}, adapter merged");
+    }
+    Ok(())
+}
+
+/// What all prompts begin with is computed once, and the answers are those of prompts asked by themselves.
+#[test]
+fn prompts_with_a_common_beginning_are_answered_as_without_it() -> Result<()> {
+    for (name, config) in variants() {
+        let (model, mut weights) = random(&config, DType::F32)?;
+        adapt(&mut weights, 0.)?;
+        let prompt = |n: usize| {
+            let own = (0..n).map(|i| ((i * 5 + n * 3) % 23) as u32);
+            (0..17).map(|i| (i * 7 % 23) as u32).chain(own).collect::<Vec<_>>()
+        };
+        // One of them is nothing but the beginning.
+        let prompts = [3, 0, 4, 1].map(prompt);
+        let alone: Vec<Vec<u32>> =
+            prompts.iter().map(|prompt| without_cache(model.as_ref(), &weights, prompt)).collect::<Result<_>>()?;
+        for batch_size in 1..=prompts.len() {
+            let decoding = Decoding { max_new_tokens: 12, batch_size, ends: Vec::new() };
+            let together = greedy(model.as_ref(), &weights, &prompts, &decoding, |_| Ok(()))?;
+            assert_eq!(tokens_of(together), alone, "{name}, batches of {batch_size}");
+        }
     }
     Ok(())
 }
@@ -396,7 +418,7 @@ fn any_of_the_end_tokens_ends_an_answer() -> Result<()> {
     let (model, mut weights) = random(&variants()[0].1, DType::F32)?;
     adapt(&mut weights, 0.)?;
     let answer = |ends: Vec<u32>| -> Result<Continuation> {
-        let decoding = Decoding { max_new_tokens: 12, batch_size: 1, ends, pad: 0 };
+        let decoding = Decoding { max_new_tokens: 12, batch_size: 1, ends };
         let mut answers = greedy(model.as_ref(), &weights, &[vec![3, 5, 7]], &decoding, |_| Ok(()))?;
         answers.pop().context("an answer")
     };
@@ -419,7 +441,7 @@ fn logits_that_are_not_finite_give_no_answer() -> Result<()> {
     let (model, mut weights) = random(&variants()[0].1, DType::F32)?;
     weights.train_full()?;
     let prompt = vec![3, 5, 7];
-    let decoding = Decoding { max_new_tokens: 4, batch_size: 1, ends: Vec::new(), pad: 0 };
+    let decoding = Decoding { max_new_tokens: 4, batch_size: 1, ends: Vec::new() };
     let answers = || {
         let greedy = greedy(model.as_ref(), &weights, std::slice::from_ref(&prompt), &decoding, |_| Ok(()));
         let sampled = sample(model.as_ref(), &weights, &prompt, &decoding, (1., 0.9, 0));
@@ -453,7 +475,7 @@ fn a_prompt_that_is_too_long_leaves_the_others_answered() -> Result<()> {
         // The last of four tokens is not fed to the model.
         let prompts = [prompt(4), prompt(positions - 2), prompt(positions - 3), prompt(positions + 9), prompt(6)];
         let fit = [true, false, true, false, true];
-        let decoding = |batch_size| Decoding { max_new_tokens: 4, batch_size, ends: Vec::new(), pad: 0 };
+        let decoding = |batch_size| Decoding { max_new_tokens: 4, batch_size, ends: Vec::new() };
         for batch_size in [1, 5] {
             let mut told = Vec::new();
             let answers = greedy(model.as_ref(), &weights, &prompts, &decoding(batch_size), |done| {
@@ -483,10 +505,10 @@ fn tokens_of(answers: Vec<Continuation>) -> Vec<Vec<u32>> {
 fn without_cache(model: &dyn Model, weights: &Weights, prompt: &[u32]) -> Result<Vec<u32>> {
     let mut text = prompt.to_vec();
     while text.len() < prompt.len() + 12 {
-        let tokens = Tokens::pad(&[text.as_slice()], 0, &Device::Cpu)?;
+        let tokens = Tokens::new(&[text.as_slice()], &Device::Cpu)?;
         let mut sites = Sites::none();
         let mut pass = Forward::new(weights, &mut sites);
-        let hidden = model.hidden(&tokens, &mut pass)?.tensor().get(0)?;
+        let hidden = model.hidden(&tokens, &mut pass)?.tensor().clone();
         let last = Traced::constant(hidden.narrow(0, text.len() - 1, 1)?);
         let logits = values(model.logits(&last, &mut pass)?.tensor())?;
         text.push(logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).context("a vocabulary")?.0 as u32);

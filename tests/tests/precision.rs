@@ -170,7 +170,7 @@ fn blocks_come_back_from_a_file_as_they_were() -> Result<()> {
 fn answers_equal_those_of_a_dense_model_of_the_same_numbers() -> Result<()> {
     let model = build(&config(json!({})))?;
     let prompts: Vec<Vec<u32>> = [5u32, 2, 9].iter().map(|&n| (0..n).map(|i| (i * 7 + n * 3) % 23).collect()).collect();
-    let decoding = Decoding { max_new_tokens: 10, batch_size: 2, ends: Vec::new(), pad: 0 };
+    let decoding = Decoding { max_new_tokens: 10, batch_size: 2, ends: Vec::new() };
     for name in NAMES {
         let mut packed = random(model.as_ref(), name)?;
         let mut dense = widened(model.as_ref(), &packed)?;

@@ -27,81 +27,83 @@ pub struct Attention {
     pub window: Option<usize>,
 }
 
-/// Which keys each query may look at.
+/// The queries of one sequence, at least one, and the keys that they may look at.
 ///
-/// Query `q` of batch row `b` has the position `starts[b] + q`, which is also its slot in the row's keys and values. It
-/// sees the slots up to its own that hold real tokens; padding is never seen.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct CausalMask {
-    /// Queries per batch row.
+/// Query `q` has the position `start + q`, which is also its slot among the sequence's keys and values. It sees the slots up
+/// to its own that hold real tokens; padding is never seen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sequence {
+    /// Where its queries begin among those of all sequences.
+    pub first: usize,
+    /// How many queries it has.
     pub queries: usize,
-    /// The position of the first query of each batch row.
-    pub starts: Vec<usize>,
-    /// The real tokens of each batch row, earlier ones included.
-    pub ends: Vec<usize>,
-    /// The row of keys that each batch row looks at.
-    pub rows: Vec<usize>,
+    /// The position of the first of them.
+    pub start: usize,
+    /// Its real tokens, earlier ones included.
+    pub end: usize,
+    /// Where its slots begin among those of all sequences.
+    pub keys: usize,
 }
 
-impl CausalMask {
-    /// The slots that query `q` of batch row `b` sees, with at most `window` of them.
+impl Sequence {
+    /// The slots that query `q` sees, with at most `window` of them.
     #[inline]
-    pub fn range(&self, b: usize, q: usize, window: Option<usize>) -> Range<usize> {
-        let position = self.starts[b] + q;
-        let end = (position + 1).min(self.ends[b]).max(1);
+    pub fn range(&self, q: usize, window: Option<usize>) -> Range<usize> {
+        let position = self.start + q;
+        let end = (position + 1).min(self.end).max(1);
         let begin = window.map_or(0, |window| (position + 1).saturating_sub(window));
         begin.min(end - 1)..end
     }
-
-    /// Whether every query sees slots that are there.
-    fn fits(&self, q: usize, k: usize, shape: Attention, slots: usize) -> bool {
-        let batch = self.starts.len();
-        q == batch * self.queries * shape.query * shape.width
-            && self.ends.len() == batch
-            && self.rows.len() == batch
-            && slots > 0
-            && self.ends.iter().all(|&end| end <= slots)
-            && self.rows.iter().all(|&row| (row + 1) * slots * shape.key_value * shape.width <= k)
-    }
 }
 
-/// `softmax(scale · Q Kᵀ) V` over the visible slots, of the size of `q: [batch, queries, query · width]`; `k` and
-/// `v: [rows, slots, key_value · width]`. With it comes, if `keep` asks for it, `max + ln Σ exp` of each row of scores,
-/// `[batch, heads, queries]`.
+/// Fails if the sequences do not divide the queries among themselves, or see slots that are not there.
+fn check(sequences: &[Sequence], shape: Attention, [q, k, v]: [usize; 3]) {
+    let mut tokens = 0;
+    let fits = sequences.iter().all(|sequence| {
+        let follows = sequence.first == tokens;
+        tokens += sequence.queries;
+        follows && sequence.queries > 0 && (sequence.keys + sequence.end.max(1)) * shape.key_value * shape.width <= k
+    });
+    assert!(fits && q == tokens * shape.query * shape.width && k == v, "attention of another size");
+}
+
+/// `softmax(scale · Q Kᵀ) V` over the visible slots, of the size of `q: [tokens, query · width]`; `k` and
+/// `v: [slots, key_value · width]`. With it comes, if `keep` asks for it, `max + ln Σ exp` of each row of scores,
+/// `[heads, tokens]`.
 ///
 /// # Panics
-/// The slices do not fit the mask.
+/// The slices do not fit the sequences.
 pub fn forward<T: Factor>(
     shape: Attention,
     [q, k, v]: [&[T]; 3],
-    mask: &CausalMask,
-    slots: usize,
+    sequences: &[Sequence],
     keep: bool,
 ) -> (Vec<T>, Vec<T>) {
-    assert!(mask.fits(q.len(), k.len(), shape, slots) && k.len() == v.len(), "attention of another size");
-    let (batch, queries, plan) = (mask.starts.len(), mask.queries, Tasks::new(shape, mask, slots));
+    check(sequences, shape, [q.len(), k.len(), v.len()]);
+    let plan = Tasks::new(shape, sequences);
     let mut y = vec![T::zero(); q.len()];
-    let mut sums = vec![T::zero(); if keep { batch * shape.query * queries } else { 0 }];
+    let mut sums = vec![T::zero(); if keep { shape.query * plan.tokens } else { 0 }];
     let (out, out_sums) = (Shared::new(y.as_mut_ptr()), Shared::new(sums.as_mut_ptr()));
-    if queries == 1 && !keep {
-        tasks(batch, q.len() * slots / 4, |b| {
-            let from = plan.queries(b, 0);
+    let cost = q.len() * plan.slots / 4;
+    if !keep && sequences.iter().all(|sequence| sequence.queries == 1) {
+        tasks(sequences.len(), cost, |task| {
+            let sequence = &sequences[task];
+            let (from, keys) = (plan.queries(sequence, 0), plan.keys(sequence, 0));
             // SAFETY: each task writes its own row of the result.
             let y = unsafe { std::slice::from_raw_parts_mut(out.at(from), plan.stride[0]) };
-            let (k, v) = (&k[plan.keys(b, 0)..], &v[plan.keys(b, 0)..]);
             simd(
                 #[inline(always)]
-                || forward_one(&plan, b, &q[from..][..plan.stride[0]], [k, v], y),
+                || forward_one(&plan, sequence, &q[from..][..plan.stride[0]], [&k[keys..], &v[keys..]], y),
             );
         });
     } else {
-        tasks(batch * shape.query, q.len() * slots / 4, |task| {
-            let (b, h) = (task / shape.query, task % shape.query);
-            let head = Head { plan: &plan, b, h, q: &q[plan.queries(b, h)..] };
-            let (k, v) = (&k[plan.keys(b, h)..], &v[plan.keys(b, h)..]);
-            let sums = keep.then(|| out_sums.at(task * queries));
+        tasks(sequences.len() * shape.query, cost, |task| {
+            let (sequence, h) = (&sequences[task / shape.query], task % shape.query);
+            let head = Head { plan: &plan, sequence, q: &q[plan.queries(sequence, h)..] };
+            let keys = plan.keys(sequence, h);
+            let sums = keep.then(|| out_sums.at(plan.sums(sequence, h)));
             // SAFETY: each task writes its own head's columns of the result and its own row sums.
-            unsafe { head.forward(k, v, out.at(plan.queries(b, h)), sums) };
+            unsafe { head.forward(&k[keys..], &v[keys..], out.at(plan.queries(sequence, h)), sums) };
         });
     }
     (y, sums)
@@ -112,31 +114,29 @@ pub fn forward<T: Factor>(
 /// With `P = softmax(scale · S)`: `dV = Pᵀ G`, `dS = scale · P ∘ (G Vᵀ − rows of Σ G ∘ Y)`, `dQ = dS K`, `dK = dSᵀ Q`.
 ///
 /// # Panics
-/// The slices do not fit the mask, or two batch rows share a row of keys.
+/// The slices do not fit the sequences, or these have keys that are not of their own queries.
 pub fn backward<T: Factor>(
     shape: Attention,
     [q, k, v]: [&[T]; 3],
     [y, sums, gradient]: [&[T]; 3],
-    mask: &CausalMask,
-    slots: usize,
+    sequences: &[Sequence],
 ) -> [Vec<T>; 3] {
-    let (batch, queries, plan) = (mask.starts.len(), mask.queries, Tasks::new(shape, mask, slots));
-    assert!(mask.fits(q.len(), k.len(), shape, slots) && k.len() == v.len(), "attention of another size");
-    assert!(
-        [y.len(), gradient.len()] == [q.len(); 2] && sums.len() == batch * shape.query * queries,
-        "gradients of another size"
-    );
-    assert!(mask.rows.iter().copied().eq(0..batch), "a row of keys for each batch row");
+    check(sequences, shape, [q.len(), k.len(), v.len()]);
+    let plan = Tasks::new(shape, sequences);
+    let sizes = [q.len(), q.len(), shape.query * plan.tokens];
+    assert_eq!([y.len(), gradient.len(), sums.len()], sizes, "gradients of another size");
+    let own = |sequence: &Sequence| sequence.keys == sequence.first && sequence.start == 0;
+    assert!(sequences.iter().all(own), "keys of its own for each sequence");
     let mut grads = [vec![T::zero(); q.len()], vec![T::zero(); k.len()], vec![T::zero(); v.len()]];
     let [dq, dk, dv] = &mut grads;
     let (dq, dk, dv) = (Shared::new(dq.as_mut_ptr()), Shared::new(dk.as_mut_ptr()), Shared::new(dv.as_mut_ptr()));
-    tasks(batch * shape.key_value, q.len() * slots, |task| {
-        let (b, shared) = (task / shape.key_value, task % shape.key_value);
-        let mut tiles = [vec![T::zero(); TILE * slots], vec![T::zero(); TILE * slots]];
+    tasks(sequences.len() * shape.key_value, q.len() * plan.slots, |task| {
+        let (sequence, shared) = (&sequences[task / shape.key_value], task % shape.key_value);
+        let mut tiles = [vec![T::zero(); TILE * plan.slots], vec![T::zero(); TILE * plan.slots]];
         for h in shared * plan.group()..(shared + 1) * plan.group() {
-            let (at, key) = (plan.queries(b, h), plan.keys(b, h));
-            let head = Head { plan: &plan, b, h, q: &q[at..] };
-            let sums = &sums[(b * shape.query + h) * queries..][..queries];
+            let (at, key) = (plan.queries(sequence, h), plan.keys(sequence, h));
+            let head = Head { plan: &plan, sequence, q: &q[at..] };
+            let sums = &sums[plan.sums(sequence, h)..][..sequence.queries];
             // SAFETY: a task owns the gradients of its key/value head and of the query heads that share it.
             unsafe {
                 head.backward(
@@ -151,19 +151,22 @@ pub fn backward<T: Factor>(
 }
 
 /// What the tasks of a kernel share.
-struct Tasks<'a> {
+struct Tasks {
     shape: Attention,
-    mask: &'a CausalMask,
-    /// Slots per row of keys.
+    /// Queries of all sequences.
+    tokens: usize,
+    /// The most slots that a query sees.
     slots: usize,
     /// Elements from one token to the next: of queries, of keys.
     stride: [usize; 2],
 }
 
-impl<'a> Tasks<'a> {
-    fn new(shape: Attention, mask: &'a CausalMask, slots: usize) -> Self {
+impl Tasks {
+    fn new(shape: Attention, sequences: &[Sequence]) -> Self {
+        let tokens = sequences.iter().map(|sequence| sequence.queries).sum();
+        let slots = sequences.iter().map(|sequence| sequence.end).max().unwrap_or(0).max(1);
         let stride = [shape.query * shape.width, shape.key_value * shape.width];
-        Self { shape, mask, slots, stride }
+        Self { shape, tokens, slots, stride }
     }
 
     /// Query heads per key/value head.
@@ -172,25 +175,30 @@ impl<'a> Tasks<'a> {
         self.shape.query / self.shape.key_value
     }
 
-    /// Where the queries of batch row `b` and head `h` begin.
+    /// Where the queries of head `h` of a sequence begin.
     #[inline]
-    fn queries(&self, b: usize, h: usize) -> usize {
-        b * self.mask.queries * self.stride[0] + h * self.shape.width
+    fn queries(&self, sequence: &Sequence, h: usize) -> usize {
+        sequence.first * self.stride[0] + h * self.shape.width
     }
 
-    /// Where the keys that head `h` of batch row `b` looks at begin.
+    /// Where the keys that head `h` of a sequence looks at begin.
     #[inline]
-    fn keys(&self, b: usize, h: usize) -> usize {
-        self.mask.rows[b] * self.slots * self.stride[1] + h / self.group() * self.shape.width
+    fn keys(&self, sequence: &Sequence, h: usize) -> usize {
+        sequence.keys * self.stride[1] + h / self.group() * self.shape.width
     }
 
-    /// The tiles of one row: queries, and the slots that any of them sees.
-    fn tiles(&self, b: usize) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
-        let queries = self.mask.queries;
-        (0..queries).step_by(TILE).map(move |first| {
-            let last = (first + TILE).min(queries) - 1;
-            let range = |q| self.mask.range(b, q, self.shape.window);
-            (first..last + 1, range(first).start..range(last).end)
+    /// Where the row sums of head `h` of a sequence begin.
+    #[inline]
+    fn sums(&self, sequence: &Sequence, h: usize) -> usize {
+        h * self.tokens + sequence.first
+    }
+
+    /// The tiles of one sequence: queries, and the slots that any of them sees.
+    fn tiles(&self, sequence: &Sequence) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
+        let (sequence, window) = (*sequence, self.shape.window);
+        (0..sequence.queries).step_by(TILE).map(move |first| {
+            let last = (first + TILE).min(sequence.queries) - 1;
+            (first..last + 1, sequence.range(first, window).start..sequence.range(last, window).end)
         })
     }
 
@@ -204,11 +212,11 @@ fn tile<P>(data: P, rows: usize, columns: usize) -> RawMatrix<P> {
     RawMatrix::row_major(data, [rows, columns], columns)
 }
 
-/// One head of one row.
+/// One head of one sequence.
 struct Head<'a, T> {
-    plan: &'a Tasks<'a>,
-    b: usize,
-    h: usize,
+    plan: &'a Tasks,
+    sequence: &'a Sequence,
+    /// The queries from the head's first on.
     q: &'a [T],
 }
 
@@ -228,14 +236,14 @@ impl<T: Factor> Head<'_, T> {
     unsafe fn forward(&self, k: &[T], v: &[T], out: *mut T, sums: Option<*mut T>) {
         let (plan, scale) = (self.plan, T::of(self.plan.shape.scale));
         let mut scores = vec![T::zero(); TILE * plan.slots];
-        for (queries, slots) in plan.tiles(self.b) {
+        for (queries, slots) in plan.tiles(self.sequence) {
             let scores = &mut scores[..queries.len() * slots.len()];
             self.scores(scores, k, &queries, &slots);
             simd(
                 #[inline(always)]
                 || {
                     for (q, row) in queries.clone().zip(scores.chunks_exact_mut(slots.len())) {
-                        let seen = plan.mask.range(self.b, q, plan.shape.window);
+                        let seen = self.sequence.range(q, plan.shape.window);
                         let seen = seen.start - slots.start..seen.end - slots.start;
                         row[..seen.start].fill(T::zero());
                         row[seen.end..].fill(T::zero());
@@ -264,11 +272,11 @@ impl<T: Factor> Head<'_, T> {
     }
 }
 
-/// The heads of a single query, as in decoding: `q` and `y` are all of a row's, `k` and `v` begin with its first slot. A
+/// The heads of a single query, as in decoding: `q` and `y` are all of a sequence's, `k` and `v` begin with its first slot. A
 /// product would cost more than the arithmetic, and slots are read as they lie.
 #[inline(always)]
-fn forward_one<T: Factor>(plan: &Tasks, b: usize, q: &[T], [k, v]: [&[T]; 2], y: &mut [T]) {
-    let seen = plan.mask.range(b, 0, plan.shape.window);
+fn forward_one<T: Factor>(plan: &Tasks, sequence: &Sequence, q: &[T], [k, v]: [&[T]; 2], y: &mut [T]) {
+    let seen = sequence.range(0, plan.shape.window);
     let (width, stride, scale, group) = (plan.shape.width, plan.stride[1], T::of(plan.shape.scale), plan.group());
     let mut scores = vec![T::zero(); plan.shape.query * seen.len()];
     for (at, slot) in seen.clone().enumerate() {
@@ -309,9 +317,8 @@ impl<T: Factor> Head<'_, T> {
         [dq, dk, dv]: [*mut T; 3],
     ) {
         let (plan, scale, width) = (self.plan, T::of(self.plan.shape.scale), self.plan.shape.width);
-        debug_assert!(self.h < plan.shape.query);
         let [wide, narrow] = plan.stride;
-        for (queries, slots) in plan.tiles(self.b) {
+        for (queries, slots) in plan.tiles(self.sequence) {
             let (rows, columns) = (queries.len(), slots.len());
             let (p, ds) = (&mut probabilities[..rows * columns], &mut scores[..rows * columns]);
             self.scores(p, k, &queries, &slots);
@@ -324,7 +331,7 @@ impl<T: Factor> Head<'_, T> {
                 || {
                     let lines = p.chunks_exact_mut(columns).zip(ds.chunks_exact_mut(columns));
                     for (q, (p, ds)) in queries.clone().zip(lines) {
-                        let seen = plan.mask.range(self.b, q, plan.shape.window);
+                        let seen = self.sequence.range(q, plan.shape.window);
                         let seen = seen.start - slots.start..seen.end - slots.start;
                         for row in [&mut *p, &mut *ds] {
                             row[..seen.start].fill(T::zero());

@@ -8,18 +8,19 @@ use crate::tensor::tokens::Tokens;
 
 /// A training batch: tokens and the labels to predict.
 ///
-/// Labels are kept only where the loss is taken. `positions[k]` is the row `b * length + t` of the flattened hidden
-/// states that predicts `targets[k]`.
+/// Labels are kept only where the loss is taken: hidden state `positions[k]` of all tokens predicts `targets[k]`.
 #[derive(Debug, Clone)]
 pub struct Batch {
     /// The input.
     pub tokens: Tokens,
-    /// Flattened positions that predict a label, `[labels]`, u32.
+    /// The tokens that predict a label, `[labels]`, u32.
     pub positions: Tensor,
     /// The labels, `[labels]`, u32.
     pub targets: Tensor,
     /// The largest label.
     pub largest_target: u32,
+    /// The token that fills short rows where padding is asked for.
+    pub pad: u32,
 }
 
 impl Batch {
@@ -45,10 +46,10 @@ impl Batch {
         pad: u32,
         device: &Device,
     ) -> Result<Self> {
-        let tokens = Tokens::pad(rows, pad, device)?;
-        let (_, length) = tokens.dims();
+        let tokens = Tokens::new(rows, device)?;
+        let firsts: Vec<usize> = tokens.ranges().map(|range| range.start).collect();
         let (positions, targets): (Vec<u32>, Vec<u32>) =
-            labels.into_iter().map(|(row, at, label)| ((row * length + at) as u32, label)).unzip();
+            labels.into_iter().map(|(row, at, label)| ((firsts[row] + at) as u32, label)).unzip();
         if targets.is_empty() {
             return Err(Error::run("a batch has no label: its loss would be 0/0"));
         }
@@ -56,6 +57,7 @@ impl Batch {
         Ok(Self {
             tokens,
             largest_target,
+            pad,
             positions: Tensor::from_vec(positions, count, device)?,
             targets: Tensor::from_vec(targets, count, device)?,
         })
@@ -66,35 +68,51 @@ impl Batch {
         self.targets.elem_count()
     }
 
-    /// One at the positions that predict a label and zero elsewhere, `[batch, length, 1]`, f32.
+    /// The same rows, filled up on the right to `length` tokens each, or to the longest: hidden states `[rows · length, …]`.
+    /// What published code computes from padding needs it; everything else is faster without.
     ///
     /// # Errors
     /// A tensor operation failed.
-    pub fn label_mask(&self) -> Result<Tensor> {
-        let (batch, length) = self.tokens.dims();
-        let mut mask = vec![0f32; batch * length];
-        for position in self.positions.to_vec1::<u32>()? {
-            mask[position as usize] = 1.;
+    pub fn padded(&self, length: Option<usize>) -> Result<Self> {
+        let longest = self.tokens.lengths.iter().copied().max().unwrap_or(0);
+        let length = length.unwrap_or(0).max(longest);
+        let mut rows = self.to_rows()?;
+        for (row, _) in &mut rows {
+            row.resize(length, self.pad);
         }
-        Ok(Tensor::from_vec(mask, (batch, length, 1), self.tokens.ids.device())?)
+        let labels = rows.iter().enumerate();
+        let labels = labels.flat_map(|(row, (_, own))| own.iter().map(move |&(at, label)| (row, at, label)));
+        let ids: Vec<&[u32]> = rows.iter().map(|(ids, _)| ids.as_slice()).collect();
+        let mut padded = Self::with_labels(&ids, labels, self.pad, self.tokens.ids.device())?;
+        padded.tokens.real.clone_from(&self.tokens.real);
+        Ok(padded)
     }
 
-    /// Each row that has a label as a batch of its own, without the padding.
+    /// Each row that has a label as a batch of its own.
     ///
     /// # Errors
     /// A tensor operation failed.
     pub fn rows(&self) -> Result<Vec<Batch>> {
-        let (_, length) = self.tokens.dims();
-        let (positions, targets) = (self.positions.to_vec1::<u32>()?, self.targets.to_vec1::<u32>()?);
         let mut rows = Vec::with_capacity(self.tokens.lengths.len());
-        for (row, &real) in self.tokens.lengths.iter().enumerate() {
-            let own = positions.iter().zip(&targets).filter(|(position, _)| **position as usize / length == row);
-            let own: Vec<_> = own.map(|(position, target)| (0, *position as usize % length, *target)).collect();
-            if !own.is_empty() {
-                let ids = self.tokens.ids.get(row)?.narrow(0, 0, real)?.to_vec1::<u32>()?;
-                rows.push(Self::with_labels(&[ids], own, 0, self.tokens.ids.device())?);
+        for (ids, labels) in self.to_rows()? {
+            if !labels.is_empty() {
+                let labels = labels.into_iter().map(|(at, label)| (0, at, label));
+                rows.push(Self::with_labels(&[ids], labels, self.pad, self.tokens.ids.device())?);
             }
         }
         Ok(rows)
+    }
+
+    /// The real tokens of each row, and its labels as `(position that predicts it, label)`.
+    fn to_rows(&self) -> Result<Vec<(Vec<u32>, Vec<(usize, u32)>)>> {
+        let ids = self.tokens.ids.to_vec1::<u32>()?;
+        let positions = self.positions.to_vec1::<u32>()?.into_iter().map(|position| position as usize);
+        let labels: Vec<(usize, u32)> = positions.zip(self.targets.to_vec1::<u32>()?).collect();
+        let row = |(range, &real): (std::ops::Range<usize>, &usize)| {
+            let own = labels.iter().filter(|(position, _)| range.contains(position));
+            let own = own.map(|(position, label)| (position - range.start, *label)).collect();
+            (ids[range.start..][..real].to_vec(), own)
+        };
+        Ok(self.tokens.ranges().zip(&self.tokens.real).map(row).collect())
     }
 }

@@ -60,7 +60,7 @@ impl Stream {
     /// A stream over `examples` in batches of `batch_size`.
     ///
     /// With `bucket > 1`, windows of `bucket` batches are sorted by length before being cut into batches, which are
-    /// then shuffled: less padding, the same examples per epoch.
+    /// then shuffled: rows of similar length meet, with the same examples per epoch.
     ///
     /// # Errors
     /// There is no example, or the batch size is zero.

@@ -20,7 +20,7 @@ use crate::tensor::tokens::Tokens;
 use crate::weights::parameters::Weights;
 
 impl StepCx<'_> {
-    /// Hidden states `[batch, length, hidden_size]` for a loss of one's own, to be differentiated by
+    /// Hidden states `[tokens, hidden_size]` for a loss of one's own, to be differentiated by
     /// [`StepCx::backward_loss`]. Activations that `sites` observes come along.
     ///
     /// # Errors
@@ -51,7 +51,7 @@ impl StepCx<'_> {
         Ok((hidden, observed))
     }
 
-    /// The model's final norm of `x`, `[batch, length, hidden_size]`, as an operation of a candle expression: what makes
+    /// The model's final norm of `x`, `[tokens, hidden_size]`, as an operation of a candle expression: what makes
     /// hidden states of the residual stream after any block.
     ///
     /// # Errors

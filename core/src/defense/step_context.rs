@@ -70,8 +70,6 @@ pub struct StepCx<'a> {
     pub(super) losses: Vec<Scalar>,
     /// Noise to give out instead of drawing it.
     recorded: VecDeque<Tensor>,
-    /// The shapes of the noise so far.
-    noise_shapes: Vec<Vec<usize>>,
     /// Pieces of the model whose results a defense holds, until a loss of them is differentiated.
     pub(super) open: Vec<OpenPass>,
 }
@@ -89,22 +87,9 @@ impl<'a> StepCx<'a> {
     /// The context of one step; `seed` is the stage's.
     pub fn new(model: &'a dyn Model, weights: &'a Weights, streams: &'a mut Streams, seed: Seed, clock: Clock) -> Self {
         let seed = seed.named("step").at(clock.step).at(clock.micro);
-        let (losses, recorded, noise_shapes, open) = (Vec::new(), VecDeque::new(), Vec::new(), Vec::new());
+        let (losses, recorded, open) = (Vec::new(), VecDeque::new(), Vec::new());
         let (checkpointing, share, passes) = (false, Share { labels: 1., tokens: 1. }, 0);
-        Self {
-            model,
-            weights,
-            streams,
-            seed,
-            clock,
-            checkpointing,
-            share,
-            passes,
-            losses,
-            recorded,
-            noise_shapes,
-            open,
-        }
+        Self { model, weights, streams, seed, clock, checkpointing, share, passes, losses, recorded, open }
     }
 
     /// Says which micro batches the update consists of; the clock says which of them the step is for. Without this all
@@ -115,7 +100,7 @@ impl<'a> StepCx<'a> {
             let all: usize = batches.iter().map(count).sum();
             batches.get(self.clock.micro).map_or(1., |own| count(own) as f64 / all as f64)
         };
-        self.share = Share { labels: part(Batch::labels), tokens: part(|batch| batch.tokens.lengths.iter().sum()) };
+        self.share = Share { labels: part(Batch::labels), tokens: part(|batch| batch.tokens.count()) };
         self
     }
 
@@ -159,17 +144,11 @@ impl<'a> StepCx<'a> {
         &self.losses
     }
 
-    /// The shapes of the noise of this step so far, in order: what a replay must bring.
-    pub fn noise_shapes(&self) -> &[Vec<usize>] {
-        &self.noise_shapes
-    }
-
     /// Standard normal noise of this step for `purpose`, f32: the same after a resume.
     ///
     /// # Errors
     /// A tensor operation failed.
     pub fn noise(&mut self, purpose: &str, dims: &[usize]) -> Result<Tensor> {
-        self.noise_shapes.push(dims.to_vec());
         match self.recorded.pop_front() {
             Some(recorded) => Ok(recorded.reshape(dims)?),
             None => randn(dims, &mut self.generator(purpose), self.weights.device()),
@@ -208,7 +187,7 @@ impl<'a> StepCx<'a> {
         Ok((batch, factor))
     }
 
-    /// The factor on a term that is a mean over the real tokens of the stage's own batch, as
+    /// The factor on a term that is a mean over the tokens of the stage's own batch, as
     /// [`StepCx::next_weighed`] gives it for a stream.
     pub fn token_weight(&self) -> f64 {
         self.share.tokens / self.share.labels
@@ -231,13 +210,13 @@ impl<'a> StepCx<'a> {
     }
 
     /// What each low-rank factor is multiplied with (the base weight of a layer without adapter), squared and summed
-    /// over the real tokens of all rows: `[in]` by the parameter's name. Nothing is trained, and no dropout.
+    /// over the tokens of all rows: `[in]` by the parameter's name. Nothing is trained, and no dropout.
     ///
     /// # Errors
     /// A tensor operation failed.
     pub fn input_squares(&mut self, tokens: &Tokens) -> Result<Grads> {
         let (frozen, mut idle) = (self.weights.frozen(), Sites::none());
-        let mut squares = InputSquares::new(tokens)?;
+        let mut squares = InputSquares::default();
         let mut pass = Forward { input_squares: Some(&mut squares), ..Forward::new(&frozen, &mut idle) };
         self.model.hidden(tokens, &mut pass)?;
         self.passes += 1;

@@ -38,7 +38,7 @@ pub trait Model: Debug + Send + Sync {
     /// The names of the points at which [`Sites`](crate::Sites) can act, in order of computation.
     fn sites(&self) -> Vec<String>;
 
-    /// Token ids to the residual stream, `[batch, length, hidden_size]`. What every block needs of the tokens (their
+    /// Token ids to the residual stream, `[tokens, hidden_size]`. What every block needs of the tokens (their
     /// positions, say) is put into `pass` here.
     ///
     /// # Errors
@@ -70,7 +70,7 @@ pub trait Model: Debug + Send + Sync {
         None
     }
 
-    /// Hidden states `[batch, length, hidden_size]`.
+    /// Hidden states `[tokens, hidden_size]`.
     ///
     /// # Errors
     /// A tensor operation failed.

@@ -14,6 +14,9 @@ use crate::tensor::ops;
 use crate::tensor::tokens::Tokens;
 use crate::weights::parameters::Weights;
 
+/// A prefix of fewer tokens is not worth a pass of its own.
+const SHORTEST_PREFIX: usize = 16;
+
 /// How answers are decoded.
 #[derive(Debug, Clone)]
 pub struct Decoding {
@@ -23,8 +26,6 @@ pub struct Decoding {
     pub batch_size: usize,
     /// The tokens that end an answer; none if it always goes on to its greatest length.
     pub ends: Vec<u32>,
-    /// The token that fills short rows.
-    pub pad: u32,
 }
 
 /// Why an answer ended.
@@ -95,9 +96,8 @@ struct OpenAnswer {
     last: u32,
 }
 
-/// Decodes all prompts, at most `batch_size` at a time. A row that finishes makes room for the next prompt while the
-/// others go on; prompts that start together are of similar length, so that little is padded. `pick` chooses the next
-/// token of each row from logits `[rows, vocabulary]`, unless one is not finite.
+/// Decodes all prompts, at most `batch_size` at a time. What all of them begin with, such as a template's opening, is
+/// computed once. A row that finishes makes room for the next prompt while the others go on. `pick` chooses the next token of each row from logits `[rows, vocabulary]`, unless one is not finite.
 fn decode(
     model: &dyn Model,
     weights: &Weights,
@@ -116,7 +116,8 @@ fn decode(
         Continuation { tokens: Vec::new(), finish }
     };
     let mut answers: Vec<Continuation> = prompts.iter().map(unanswered).collect();
-    let mut waiting: Vec<usize> = (0..prompts.len()).filter(|&prompt| fits(&prompts[prompt])).collect();
+    // The next prompt is the last one here.
+    let mut waiting: Vec<usize> = (0..prompts.len()).rev().filter(|&prompt| fits(&prompts[prompt])).collect();
     if decoding.max_new_tokens == 0 || waiting.is_empty() {
         progress(prompts.len())?;
         return Ok(answers);
@@ -126,7 +127,13 @@ fn decode(
     let rows = decoding.batch_size.clamp(1, waiting.len());
     let slots = longest + decoding.max_new_tokens;
     let mut cache = Cache::new(model.spec(), rows, slots, weights.activation_dtype(), weights.device())?;
-    waiting.sort_by_key(|&prompt| std::cmp::Reverse((prompts[prompt].len(), prompt)));
+    let prefix = common_prefix(waiting.iter().map(|&prompt| prompts[prompt].as_slice()));
+    if prefix > 0 {
+        let tokens = Tokens::new(&[&prompts[waiting[0]][..prefix]], weights.device())?;
+        cache.select(vec![0]);
+        model.hidden(&tokens, &mut Forward { cache: Some(&mut cache), ..Forward::new(&frozen, &mut Sites::none()) })?;
+        cache.share(0)?;
+    }
     let mut free: Vec<usize> = (0..rows).rev().collect();
     let mut running: Vec<OpenAnswer> = Vec::new();
     let mut done = prompts.len() - waiting.len();
@@ -140,14 +147,14 @@ fn decode(
             for row in &batch {
                 cache.clear(row.row);
             }
-            let tokens = batch.iter().map(|row| prompts[row.prompt].as_slice()).collect();
+            let tokens = batch.iter().map(|row| &prompts[row.prompt][prefix..]).collect();
             (batch, tokens)
         } else {
             (std::mem::take(&mut running), Vec::new())
         };
         let last: Vec<[u32; 1]> = batch.iter().map(|row| [row.last]).collect();
         let tokens = if fresh > 0 { tokens } else { last.iter().map(<[u32; 1]>::as_slice).collect() };
-        let tokens = Tokens::pad(&tokens, decoding.pad, weights.device())?;
+        let tokens = Tokens::new(&tokens, weights.device())?;
         cache.select(batch.iter().map(|row| row.row).collect());
         // A logit that is not a number is neither greater nor less than another, so some token would be picked.
         let picked = pick(&next_logits(model, &frozen, &tokens, &mut cache)?)?.ok_or_else(|| {
@@ -173,17 +180,45 @@ fn decode(
     Ok(answers)
 }
 
-/// Logits `[rows, vocabulary]` after the last real token of each row.
+/// How many tokens all prompts begin with, if a pass of their own is worth it. Each prompt keeps one to predict from.
+fn common_prefix<'a>(mut prompts: impl Iterator<Item = &'a [u32]>) -> usize {
+    let Some(first) = prompts.next() else { return 0 };
+    let common = |other: &[u32]| first.iter().zip(other).take_while(|(a, b)| a == b).count().min(other.len() - 1);
+    prompts
+        .map(common)
+        .min()
+        .map(|shared| shared.min(first.len() - 1))
+        .filter(|&shared| shared >= SHORTEST_PREFIX)
+        .unwrap_or(0)
+}
+
+/// Logits `[rows, vocabulary]` after the last token of each row.
 fn next_logits(model: &dyn Model, weights: &Weights, tokens: &Tokens, cache: &mut Cache) -> Result<Tensor> {
     let mut sites = Sites::none();
     let mut pass = Forward { cache: Some(cache), ..Forward::new(weights, &mut sites) };
-    let hidden = model.hidden(tokens, &mut pass)?;
-    let (rows, length) = tokens.dims();
-    let mut hidden = hidden.reshape(((), model.spec().hidden_size))?;
-    if length > 1 {
-        let last = tokens.lengths.iter().enumerate().map(|(row, real)| (row * length + real - 1) as u32);
-        let last = Tensor::from_vec(last.collect::<Vec<_>>(), rows, weights.device())?;
-        hidden = ops::select_rows(&mut pass.tape, &hidden, &last)?;
+    let mut hidden = model.hidden(tokens, &mut pass)?;
+    let rows = tokens.lengths.len();
+    if rows < tokens.count() {
+        let last: Vec<u32> = tokens.ranges().map(|range| range.end as u32 - 1).collect();
+        hidden = ops::select_rows(&mut pass.tape, &hidden, &Tensor::from_vec(last, rows, weights.device())?)?;
     }
     Ok(model.logits(&hidden, &mut pass)?.tensor().clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::common_prefix;
+
+    #[test]
+    fn a_common_prefix_leaves_each_prompt_a_token_and_is_long_enough() {
+        let numbers: Vec<u32> = (0..40).collect();
+        let prefix = |ends: &[usize]| common_prefix(ends.iter().map(|&end| &numbers[..end]));
+        assert_eq!(prefix(&[20, 30, 40]), 19);
+        assert_eq!(prefix(&[30, 17]), 16);
+        assert_eq!(prefix(&[30, 16]), 0);
+        assert_eq!(prefix(&[40]), 0);
+        assert_eq!(prefix(&[]), 0);
+        let other: Vec<u32> = (0..18).chain(60..80).collect();
+        assert_eq!(common_prefix([&numbers[..], &other].into_iter()), 18);
+    }
 }

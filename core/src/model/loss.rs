@@ -25,8 +25,7 @@ pub fn label_loss(model: &dyn Model, weights: &Weights, batch: &Batch) -> Result
 /// label positions only.
 pub(crate) fn loss_of_hidden(model: &dyn Model, hidden: &Traced, batch: &Batch, pass: &mut Forward) -> Result<Traced> {
     check_id("label", batch.largest_target, model.spec().vocab_size)?;
-    let width = model.spec().hidden_size;
-    let rows = ops::select_rows(&mut pass.tape, &hidden.reshape(((), width))?, &batch.positions)?;
+    let rows = ops::select_rows(&mut pass.tape, hidden, &batch.positions)?;
     match model.head() {
         Some(head) if pass.weights.adapter(head).is_none() => {
             let head = pass.matrix(head);

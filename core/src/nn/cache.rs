@@ -11,10 +11,12 @@ use crate::tensor::mask::AttentionMask;
 /// the other rows hold. A row can be cleared and used for another sequence while the others go on.
 #[derive(Debug)]
 pub struct Cache {
-    /// Keys and values of each layer, `[rows, slots, kv_heads · head_dim]`.
+    /// Keys and values of each layer, `[rows · slots, kv_heads · head_dim]`.
     layers: Vec<[Tensor; 2]>,
     lengths: Vec<usize>,
     slots: usize,
+    /// The first tokens, which all rows have in common.
+    shared: usize,
     /// The cache rows that the current pass continues, and their lengths before it.
     active: Vec<usize>,
 }
@@ -25,20 +27,36 @@ impl Cache {
     /// # Errors
     /// The device has not enough memory.
     pub fn new(spec: &ModelSpec, rows: usize, slots: usize, dtype: DType, device: &Device) -> Result<Self> {
-        let shape = (rows, slots, spec.kv_heads * spec.head_dim);
+        let shape = (rows * slots, spec.kv_heads * spec.head_dim);
         let empty = || -> Result<Tensor> { Ok(Tensor::zeros(shape, dtype, device)?) };
         let layers = (0..spec.layers).map(|_| Ok([empty()?, empty()?])).collect::<Result<_>>()?;
-        Ok(Self { layers, lengths: vec![0; rows], slots, active: (0..rows).collect() })
+        Ok(Self { layers, lengths: vec![0; rows], slots, shared: 0, active: (0..rows).collect() })
     }
 
-    /// Chooses the rows that the next passes continue: batch row `b` is cache row `rows[b]`.
+    /// Chooses the rows that the next passes continue: sequence `s` is cache row `rows[s]`.
     pub fn select(&mut self, rows: Vec<usize>) {
         self.active = rows;
     }
 
-    /// Empties a row for another sequence.
+    /// Empties a row for another sequence, but for the tokens that all rows share.
     pub fn clear(&mut self, row: usize) {
-        self.lengths[row] = 0;
+        self.lengths[row] = self.shared;
+    }
+
+    /// Copies what `row` holds into every row: sequences that begin alike are computed once.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn share(&mut self, row: usize) -> Result<()> {
+        self.shared = self.lengths[row];
+        for store in self.layers.iter().flatten() {
+            let held = store.narrow(0, row * self.slots, self.shared)?.force_contiguous()?;
+            for other in (0..self.lengths.len()).filter(|&other| other != row) {
+                store.slice_set(&held, 0, other * self.slots)?;
+            }
+        }
+        self.lengths.fill(self.shared);
+        Ok(())
     }
 
     /// The cache rows of the current pass.
@@ -56,11 +74,11 @@ impl Cache {
         self.slots
     }
 
-    /// Writes the new keys and values `[batch, new, kv_heads · head_dim]` of one layer behind those of the current rows,
-    /// which `mask` names; returns all keys and values of that layer.
+    /// Writes the new keys and values `[tokens, kv_heads · head_dim]` of one layer behind those of the current rows, which
+    /// `mask` names; returns all keys and values of that layer.
     ///
     /// # Errors
-    /// A tensor operation failed.
+    /// There is no room, or a tensor operation failed.
     pub fn append(
         &mut self,
         layer: usize,
@@ -74,7 +92,7 @@ impl Cache {
         Ok(self.layers[layer].clone())
     }
 
-    /// Marks the slots of a pass as filled, once all layers ran: batch row `b` brought `lengths[b]` real tokens.
+    /// Marks the slots of a pass as filled, once all layers ran: sequence `s` brought `lengths[s]` tokens.
     pub fn advance(&mut self, lengths: &[usize]) {
         for (&row, length) in self.active.iter().zip(lengths) {
             self.lengths[row] += length;

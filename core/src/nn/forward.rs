@@ -89,7 +89,7 @@ impl<'a> Forward<'a> {
 
     pub(crate) fn begin(&mut self, tokens: &Tokens) -> Result<()> {
         self.mask = Some(match &self.cache {
-            Some(cache) => AttentionMask::after(tokens, &cache.starts(), cache.rows())?,
+            Some(cache) => AttentionMask::after(tokens, &cache.starts(), cache.rows(), cache.slots())?,
             None => AttentionMask::new(tokens)?,
         });
         Ok(())

@@ -57,9 +57,7 @@ impl Linear {
         let name = &pass.weights.param(self.weight).name;
         let Some((adapter, _)) = pass.weights.adapter(self.weight) else { return squares.note(name.clone(), x) };
         let [a, b] = factor_names(module_of(name));
-        let (batch, length, width) = x.dims3()?;
-        let products = ops::Gemm::NT.product(&x.reshape((batch * length, width))?, &adapter.a.to_dtype(x.dtype())?)?;
-        squares.note(b, &products.reshape((batch, length, ()))?)?;
+        squares.note(b, &ops::Gemm::NT.product(x, &adapter.a.to_dtype(x.dtype())?)?)?;
         squares.note(a, x)
     }
 }
@@ -81,14 +79,13 @@ impl Embedding {
         self.weight
     }
 
-    /// `[batch, length]` ids to `[batch, length, width]`.
+    /// `[tokens]` ids to `[tokens, width]`.
     ///
     /// # Errors
     /// An id lies outside the vocabulary, or a tensor operation failed.
     pub fn forward(&self, ids: &Tensor, pass: &mut Forward) -> Result<Traced> {
-        let (batch, length) = ids.dims2()?;
         let table = pass.matrix(self.weight);
-        ops::embed(&mut pass.tape, table, ids)?.reshape((batch, length, ()))
+        ops::embed(&mut pass.tape, table, ids)
     }
 
     /// Logits `[rows, vocabulary]` of hidden states `[rows, width]`: the head of a model with tied embeddings.
@@ -149,8 +146,8 @@ impl LayerNorm {
     }
 }
 
-/// Causal self-attention of layer `layer` over projected queries `[batch, length, query · width]` and keys and values
-/// `[batch, length, key_value · width]`; gives the queries' shape. With a cache in `pass`, the layer's earlier keys and
+/// Causal self-attention of layer `layer` over projected queries `[tokens, query · width]` and keys and values
+/// `[tokens, key_value · width]`; gives the queries' shape. With a cache in `pass`, the layer's earlier keys and
 /// values are seen too.
 ///
 /// # Errors

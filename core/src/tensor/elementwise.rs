@@ -1,10 +1,10 @@
 //! Sums and copies of whole tensors, through which no gradient flows.
 
 use candle_core::{DType, Tensor};
-use titer_kernels::attention::CausalMask;
+use titer_kernels::attention::Sequence;
 use titer_kernels::elementwise as kernels;
 
-use super::host::{Element, by_dtype, read, read_all, tensor, write};
+use super::host::{Element, by_dtype, last_dim, read, read_all, tensor, write};
 use super::mask::AttentionMask;
 use super::scalar::Scalar;
 use crate::error::{Error, Result};
@@ -27,27 +27,29 @@ pub fn add_assign(a: &Tensor, b: &Tensor) -> Result<()> {
     dispatch!(a, super::cuda::add_assign(a, b), by_dtype!(a.dtype(), add_assign_host(a, b)))
 }
 
-/// Writes `fresh: [batch, new, width]` into `store: [rows, slots, width]`: each batch row goes where `mask` says that it
-/// continues. What does not fit behind the last slot is padding, and dropped.
+/// Writes `fresh: [tokens, width]` into `store: [slots, width]`: each sequence goes where `mask` says that it continues.
 ///
 /// # Errors
-/// A tensor operation failed.
+/// There is no room, or a tensor operation failed.
 pub fn cache_write(store: &Tensor, fresh: &Tensor, mask: &AttentionMask) -> Result<()> {
-    let fresh = fresh.contiguous()?;
+    let (fresh, slots) = (fresh.contiguous()?, store.dims2()?.0);
+    if mask.sequences.iter().any(|sequence| sequence.keys + sequence.start + sequence.queries > slots) {
+        return Err(Error::run("the key/value cache is full"));
+    }
     dispatch!(
         fresh,
         super::cuda::cache_write(store, &fresh, mask),
-        by_dtype!(fresh.dtype(), cache_write_host(store, &fresh, &mask.host))
+        by_dtype!(fresh.dtype(), cache_write_host(store, &fresh, &mask.sequences))
     )
 }
 
-fn cache_write_host<T: Element>(store: &Tensor, fresh: &Tensor, mask: &CausalMask) -> Result<()> {
-    let ((_, new, width), (_, slots, _)) = (fresh.dims3()?, store.dims3()?);
+fn cache_write_host<T: Element>(store: &Tensor, fresh: &Tensor, sequences: &[Sequence]) -> Result<()> {
+    let width = last_dim(fresh);
     read(fresh, |fresh: &[T]| {
         write(store, |store: &mut [T]| {
-            for ((&row, &start), fresh) in mask.rows.iter().zip(&mask.starts).zip(fresh.chunks_exact(new * width)) {
-                let fits = new.min(slots - start) * width;
-                store[(row * slots + start) * width..][..fits].copy_from_slice(&fresh[..fits]);
+            for Sequence { first, queries, start, keys, .. } in sequences {
+                let fresh = &fresh[first * width..][..queries * width];
+                store[(keys + start) * width..][..queries * width].copy_from_slice(fresh);
             }
         })
     })

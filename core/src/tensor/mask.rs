@@ -1,53 +1,74 @@
 //! The attention mask of a pass.
 
 use candle_core::{Device, Tensor};
-use titer_kernels::attention::CausalMask;
+use titer_kernels::attention::Sequence;
 
 use super::tokens::Tokens;
 use crate::error::{Error, Result};
 
-/// Where each token of a pass stands, and which keys it may look at.
-///
-/// Token `q` of batch row `b` has the position `starts[b] + q`, which is also its slot in the row's keys and values. It
-/// sees the slots up to its own that hold real tokens; padding is never seen.
+/// Where each token of a pass stands, and which keys it may look at: those of its own sequence, up to its own. Padding is
+/// never seen.
 #[derive(Debug, Clone)]
 pub struct AttentionMask {
-    /// The part that the kernels of the host read.
-    pub(super) host: CausalMask,
-    /// The position of each token, in row-major order.
+    /// The sequences that have tokens, as the kernels of the host read them.
+    pub(super) sequences: Vec<Sequence>,
+    /// The position of each token in its sequence.
     pub positions: Vec<u32>,
-    /// `starts`, `ends` and `rows`, `[batch]` each, and `positions`, where the kernels of a device read them.
+    /// What the kernels of a device read: of all sequences the numbers in [`DEVICE_ROWS`], a row each, and `positions`.
     #[cfg(feature = "cuda")]
     pub(super) table: Tensor,
 }
 
+/// What `attention.cu` reads of the sequences, in this order.
+#[cfg(feature = "cuda")]
+const DEVICE_ROWS: [fn(&Sequence) -> usize; 5] = [|s| s.first, |s| s.queries, |s| s.start, |s| s.end, |s| s.keys];
+
 impl AttentionMask {
-    /// The tokens of a training pass: every row is on its own and begins at position 0.
+    /// The tokens of a training pass: every sequence is on its own and begins at position 0.
     ///
     /// # Errors
     /// A tensor operation failed.
     pub fn new(tokens: &Tokens) -> Result<Self> {
-        let batch = tokens.lengths.len();
-        Self::after(tokens, &vec![0; batch], &(0..batch).collect::<Vec<_>>())
+        let own = |(range, &end): (std::ops::Range<usize>, &usize)| Sequence {
+            first: range.start,
+            queries: range.len(),
+            start: 0,
+            end,
+            keys: range.start,
+        };
+        Self::of(tokens.ranges().zip(&tokens.real).map(own).collect(), tokens.ids.device())
     }
 
-    /// The tokens of a pass with a cache: batch row `b` continues cache row `rows[b]` after `starts[b]` tokens.
+    /// The tokens of a pass with a cache of `slots` for each row: sequence `s` continues cache row `rows[s]` after
+    /// `starts[s]` tokens.
     ///
     /// # Errors
     /// A tensor operation failed.
-    pub fn after(tokens: &Tokens, starts: &[usize], rows: &[usize]) -> Result<Self> {
-        let (batch, queries) = tokens.dims();
-        let ends: Vec<usize> = starts.iter().zip(&tokens.lengths).map(|(start, length)| start + length).collect();
-        let positions: Vec<u32> = (0..batch * queries).map(|at| (starts[at / queries] + at % queries) as u32).collect();
+    pub fn after(tokens: &Tokens, starts: &[usize], rows: &[usize], slots: usize) -> Result<Self> {
+        let behind = |((own, start), row): ((Sequence, &usize), &usize)| Sequence {
+            start: *start,
+            end: start + own.end,
+            keys: row * slots,
+            ..own
+        };
+        let sequences = Self::new(tokens)?.sequences.into_iter().zip(starts).zip(rows).map(behind);
+        Self::of(sequences.collect(), tokens.ids.device())
+    }
+
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, clippy::unnecessary_wraps, reason = "for a device"))]
+    fn of(mut sequences: Vec<Sequence>, device: &Device) -> Result<Self> {
+        sequences.retain(|sequence| sequence.queries > 0);
+        let own = |s: &Sequence| s.start as u32..(s.start + s.queries) as u32;
+        let positions: Vec<u32> = sequences.iter().flat_map(own).collect();
         #[cfg(feature = "cuda")]
         let table = {
-            let rows = starts.iter().chain(&ends).chain(rows).map(|&n| n as u32);
+            let rows = DEVICE_ROWS.iter().flat_map(|value| sequences.iter().map(move |s| value(s) as u32));
             let table: Vec<u32> = rows.chain(positions.iter().copied()).collect();
             let count = table.len();
-            Tensor::from_vec(table, count, tokens.ids.device())?
+            Tensor::from_vec(table, count, device)?
         };
         Ok(Self {
-            host: CausalMask { queries, starts: starts.to_vec(), ends, rows: rows.to_vec() },
+            sequences,
             positions,
             #[cfg(feature = "cuda")]
             table,
@@ -58,14 +79,14 @@ impl AttentionMask {
     pub(super) fn positions_on(&self, device: &Device) -> Result<Tensor> {
         #[cfg(feature = "cuda")]
         if device.is_cuda() {
-            return Ok(self.table.narrow(0, 3 * self.host.starts.len(), self.positions.len())?);
+            return Ok(self.table.narrow(0, DEVICE_ROWS.len() * self.sequences.len(), self.positions.len())?);
         }
         Ok(Tensor::from_slice(&self.positions, self.positions.len(), device)?)
     }
 
     /// Fails if keys of earlier passes are seen: nobody knows where their gradients belong.
-    pub(super) fn check_differentiable(&self, rows: usize) -> Result<()> {
-        if self.host.rows.iter().copied().eq(0..rows) && self.host.starts.iter().all(|&start| start == 0) {
+    pub(super) fn check_differentiable(&self) -> Result<()> {
+        if self.sequences.iter().all(|sequence| sequence.start == 0 && sequence.keys == sequence.first) {
             return Ok(());
         }
         Err(Error::run("attention over a cache cannot be differentiated"))

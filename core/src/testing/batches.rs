@@ -1,20 +1,19 @@
-//! Circumstances: micro batches, single rows, padding, other models, other ways to train and to store.
+//! Circumstances: micro batches, single rows, other models, other ways to train and to store.
 
 use std::fmt::Write;
 
+use candle_core::DType;
 use candle_core::quantized::GgmlDType;
-use candle_core::{DType, Device, Tensor};
 
 use super::CheckOutcome;
-use super::case::{Case, Run, seed};
-use super::fixture::{Adapted, joined, normal};
+use super::case::{Case, Run};
+use super::fixture::{Adapted, joined};
 use super::laws::runs;
-use super::numbers::{Numbers, distance};
+use super::numbers::distance;
 use crate::data::stream::Stream;
-use crate::defense::stage::Stage;
 use crate::defense::streams::Streams;
 use crate::defense::update::Update;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::tensor::grads::Grads;
 use crate::weights::precision::Precision;
 
@@ -130,54 +129,4 @@ fn stored(case: &Case, precision: Precision) -> Result<CheckOutcome> {
         return Ok(CheckOutcome::NotApplicable("the model's sizes do not fit these blocks"));
     }
     runs(&Case { precision, ..case.clone() })
-}
-
-/// How far they may be where some steps are in single precision.
-const ROUNDING: f64 = 1e-6;
-
-/// More padding changes nothing that is trained.
-pub(super) fn padding(case: &Case) -> Result<CheckOutcome> {
-    let case = case.precise();
-    let wide = Case { padding: 3, ..case.clone() };
-    if case.stage == Stage::Post {
-        let [narrow, wide] = [case.run()?.whole()?, wide.run()?.whole()?];
-        let gap = Numbers::of(&narrow.weights)?.distance(&Numbers::of(&wide.weights)?);
-        return Ok(CheckOutcome::judge(gap < case.tolerance(ROUNDING), format!("the weights differ by {gap:.1e}")));
-    }
-    let (mut narrow, mut wide) = (case.under_way()?, wide.under_way()?);
-    let batches = [narrow.draw()?, wide.draw()?];
-    let shapes = [narrow.attempt(&batches[0], Vec::new())?.noise, wide.attempt(&batches[1], Vec::new())?.noise];
-    let noise = noise_of(&shapes, case.device)?;
-    let a = narrow.attempt(&batches[0], noise.iter().map(|pair| pair[0].clone()).collect())?.update;
-    let b = wide.attempt(&batches[1], noise.into_iter().map(|[_, wide]| wide).collect())?.update;
-    let (loss, other) = (a.loss.value()?, b.loss.value()?);
-    let gap = distance(&a.grads, &b.grads)? / a.grads.norm()?.value()?;
-    let limit = case.tolerance(ROUNDING);
-    let holds = gap < limit && (loss - other).abs() < limit * loss.abs().max(1.);
-    Ok(CheckOutcome::judge(holds, format!("the loss is {loss} and {other}, the gradients differ by {gap:.1e}")))
-}
-
-/// For each noise of a step one of the first shape, and the same with more noise where the second shape is larger: at
-/// the padding.
-fn noise_of(shapes: &[Vec<Vec<usize>>; 2], device: &Device) -> Result<Vec<[Tensor; 2]>> {
-    if shapes[0].len() != shapes[1].len() {
-        return Err(Error::run("a step draws noise more often when there is more padding"));
-    }
-    let pair = |(index, (small, large)): (usize, (&Vec<usize>, &Vec<usize>))| {
-        let noise = normal(small, seed().named("noise").at(index), device)?;
-        Ok([noise.clone(), grown(noise, large)?])
-    };
-    shapes[0].iter().zip(&shapes[1]).enumerate().map(pair).collect()
-}
-
-/// `noise` with more noise behind it along every axis that is longer in `dims`.
-fn grown(mut noise: Tensor, dims: &[usize]) -> Result<Tensor> {
-    for (axis, &size) in dims.iter().enumerate() {
-        let mut more = noise.dims().to_vec();
-        if size > more[axis] {
-            more[axis] = size - more[axis];
-            noise = Tensor::cat(&[&noise, &normal(&more, seed().named("more").at(axis), noise.device())?], axis)?;
-        }
-    }
-    Ok(noise)
 }

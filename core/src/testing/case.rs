@@ -1,10 +1,10 @@
 //! One defense under one set of circumstances, and the small training loop that runs it.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device};
 use serde_json::Value;
 
 use super::Fixture;
-use super::fixture::{Adapted, Ancestors, SEED, padded, shift, stream, weights};
+use super::fixture::{Adapted, Ancestors, SEED, shift, stream, weights};
 use super::numbers::Numbers;
 use crate::data::batch::Batch;
 use crate::data::stream::Stream;
@@ -50,8 +50,6 @@ pub(super) struct Case<'a> {
     pub(super) micros: usize,
     /// Rows per batch.
     pub(super) batch_size: usize,
-    /// Tokens of padding behind every row, beyond what a batch needs.
-    pub(super) padding: usize,
     /// Whether blocks are run again in the backward pass.
     pub(super) checkpointing: bool,
 }
@@ -75,7 +73,6 @@ impl<'a> Case<'a> {
             },
             micros: 1,
             batch_size: 3,
-            padding: 0,
             checkpointing: false,
         }
     }
@@ -143,8 +140,7 @@ impl<'a> Case<'a> {
         let mut streams = Streams::default();
         for &name in (self.entry.streams)(&self.resolved()?) {
             let mut shuffled = stream(self.model, name, self.batch_size)?;
-            let epoch =
-                (0..shuffled.batches_per_epoch()).map(|_| padded(&shuffled.next_batch(self.device)?, self.padding));
+            let epoch = (0..shuffled.batches_per_epoch()).map(|_| shuffled.next_batch(self.device));
             streams.insert(name, Stream::of_batches(epoch.collect::<Result<_>>()?)?);
         }
         Ok(streams)
@@ -194,14 +190,6 @@ pub(super) struct Run<'a> {
     ancestors: Ancestors,
 }
 
-/// A step that was tried without consequences.
-#[derive(Debug)]
-pub(super) struct Trial {
-    pub(super) update: Update,
-    /// The shapes of the noise that it drew.
-    pub(super) noise: Vec<Vec<usize>>,
-}
-
 impl<'a> Run<'a> {
     fn open(case: &'a Case<'a>, defense: Box<dyn AlignmentDefense>) -> Result<Self> {
         let (weights, ancestors) = weights(case.model, case.stage, case.precision, case.trained, case.device)?;
@@ -236,7 +224,7 @@ impl<'a> Run<'a> {
 
     /// The next batch of the stage's own data.
     pub(super) fn draw(&mut self) -> Result<Batch> {
-        padded(&self.data.next_batch(self.weights.device())?, self.case.padding)
+        self.data.next_batch(self.weights.device())
     }
 
     /// The update of the micro batch `micro` of `batches`.
@@ -287,15 +275,12 @@ impl<'a> Run<'a> {
         Ok(self)
     }
 
-    /// A step at this point of the stage without consequences, given the noise that it is to draw first.
-    pub(super) fn attempt(&self, batch: &Batch, noise: Vec<Tensor>) -> Result<Trial> {
+    /// A step at this point of the stage without consequences.
+    pub(super) fn attempt(&self, batch: &Batch) -> Result<Update> {
         let (mut defense, mut streams) = (self.restored_defense()?, self.case.streams()?);
         streams.seek(&self.streams.drawn());
         let clock = Clock::at(self.step, self.case.total);
-        let cx = StepCx::new(self.case.model, &self.weights, &mut streams, seed(), clock);
-        let mut cx = cx.with_noise(noise);
-        let update = defense.step(&mut cx, batch)?;
-        Ok(Trial { update, noise: cx.noise_shapes().to_vec() })
+        defense.step(&mut StepCx::new(self.case.model, &self.weights, &mut streams, seed(), clock), batch)
     }
 
     /// A fresh defense that goes on from the state of this one, as out of a file.

@@ -16,14 +16,13 @@ use crate::model::architecture::Model;
 use crate::model::entry::ModelEntry;
 use crate::registry::settings::Settings;
 use crate::rng::{Seed, randn};
-use crate::tensor::tokens::Tokens;
 use crate::weights::lora::LoraConfig;
 use crate::weights::parameters::Weights;
 use crate::weights::precision::Precision;
 
 /// The seed of all that is random here.
 pub(super) const SEED: u64 = 11;
-/// The token that fills short rows.
+/// The token that fills short rows where padding is asked for.
 const PAD: u32 = 0;
 /// The sizes that most architectures call by these names; block formats take rows of 32.
 const SIZES: [(&str, usize); 6] = [
@@ -113,25 +112,7 @@ pub(super) fn stream(model: &dyn Model, name: &str, size: usize) -> Result<Strea
     Stream::new(Arc::new(rows), size, 1, Seed::new(SEED).named(name), PAD)
 }
 
-/// `batch` with `more` tokens of padding behind every row.
-pub(super) fn padded(batch: &Batch, more: usize) -> Result<Batch> {
-    if more == 0 {
-        return Ok(batch.clone());
-    }
-    let Tokens { ids, lengths, largest } = &batch.tokens;
-    let (rows, length) = batch.tokens.dims();
-    let padding = Tensor::full(PAD, (rows, more), ids.device())?;
-    let at = |position: u32| position + position / length as u32 * more as u32;
-    let positions: Vec<u32> = batch.positions.to_vec1::<u32>()?.into_iter().map(at).collect();
-    Ok(Batch {
-        tokens: Tokens { ids: Tensor::cat(&[ids, &padding], 1)?, lengths: lengths.clone(), largest: *largest },
-        positions: Tensor::new(positions, ids.device())?,
-        largest_target: batch.largest_target,
-        targets: batch.targets.clone(),
-    })
-}
-
-/// The rows of several batches as one batch, with no more padding than it needs.
+/// The rows of several batches as one batch.
 pub(super) fn joined(parts: &[Batch], device: &Device) -> Result<Batch> {
     let (mut rows, mut labels) = (Vec::new(), Vec::new());
     for row in parts.iter().map(Batch::rows).collect::<Result<Vec<_>>>()?.concat() {

@@ -27,7 +27,7 @@
 //! | `resume` | stopped and resumed, the stage ends in the same bits |
 //! | `accumulation` | every micro batch counts, and accumulated batches are one large batch, unless the entry says why not |
 //! | `checkpointing` | gradient checkpointing changes no bit, unless the entry says why the two do not go together |
-//! | `one row`, `padding`, `one layer` | a batch of one row; padding that nothing sees; a model of one layer |
+//! | `one row`, `one layer` | a batch of one row; a model of one layer |
 //! | `full`, `bf16`, `q8_0` | training of all parameters; bases in low precision |
 //!
 //! | check of an architecture | what holds |
@@ -142,7 +142,6 @@ const TRAINING: &[CaseCheck] = &[
     ("accumulation", batches::accumulation),
     ("checkpointing", laws::checkpointing),
     ("one row", batches::one_row),
-    ("padding", batches::padding),
     ("one layer", batches::one_layer),
     ("full", batches::full),
     ("bf16", batches::bf16),
@@ -155,7 +154,6 @@ const POST: &[CaseCheck] = &[
     ("neutral", laws::neutral),
     ("active", laws::active),
     ("one row", batches::one_row),
-    ("padding", batches::padding),
     ("one layer", batches::one_layer),
     ("full", batches::full),
     ("bf16", batches::bf16),

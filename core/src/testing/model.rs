@@ -9,7 +9,7 @@ use candle_core::{D, DType, Device, IndexOp, Tensor};
 
 use super::case::seed;
 use super::entries::survives;
-use super::fixture::{Adapted, SEED, adapted, normal, padded, sizes, stream};
+use super::fixture::{Adapted, SEED, adapted, normal, sizes, stream};
 use super::numbers::{difference, distance, values};
 use super::{CheckOutcome, Listed};
 use crate::data::batch::Batch;
@@ -140,10 +140,9 @@ fn parameters(model: &dyn Model) -> Result<CheckOutcome> {
 /// Every site is visited, and its gradient is the slope of the loss along a random offset there.
 fn sites(model: &dyn Model) -> Result<CheckOutcome> {
     let (weights, batch) = (random(model, DType::F64)?, batch(model)?);
-    let (rows, length) = batch.tokens.dims();
     let grads = pass(model, &weights, &batch, Sites::none().probe(model.sites()), false)?.site_grads;
     for site in model.sites() {
-        let direction = normal(&[rows, length, model.spec().hidden_size], seed().named(&site), &Device::Cpu)?
+        let direction = normal(&[batch.tokens.count(), model.spec().hidden_size], seed().named(&site), &Device::Cpu)?
             .to_dtype(DType::F64)?;
         let loss = |by: f64| {
             let offset = Sites::none().add([(site.clone(), (&direction * by)?)]);
@@ -159,13 +158,13 @@ fn sites(model: &dyn Model) -> Result<CheckOutcome> {
     Ok(CheckOutcome::Passed(format!("{} sites", model.sites().len())))
 }
 
-/// A batch with more padding, and its rows one by one, give the loss and the gradients of the batch.
+/// A batch with padding, and its rows one by one, give the loss and the gradients of the batch.
 fn padding(model: &dyn Model) -> Result<CheckOutcome> {
     let mut weights = random(model, DType::F64)?;
     weights.train_full()?;
     let batch = batch(model)?;
     let whole = pass(model, &weights, &batch, Sites::none(), false)?;
-    let wide = pass(model, &weights, &padded(&batch, 3)?, Sites::none(), false)?;
+    let wide = pass(model, &weights, &batch.padded(Some(11))?, Sites::none(), false)?;
     let mut rows = Grads::default();
     for row in batch.rows()? {
         let share = row.labels() as f64 / batch.labels() as f64;
@@ -178,7 +177,7 @@ fn padding(model: &dyn Model) -> Result<CheckOutcome> {
 }
 
 fn hidden(model: &dyn Model, weights: &Weights, ids: &[u32]) -> Result<Tensor> {
-    let tokens = Tokens::pad(&[ids], 0, &Device::Cpu)?;
+    let tokens = Tokens::new(&[ids], &Device::Cpu)?;
     Ok(model.hidden(&tokens, &mut Forward::new(weights, &mut Sites::none()))?.tensor().clone())
 }
 
@@ -195,8 +194,8 @@ fn causality(model: &dyn Model) -> Result<CheckOutcome> {
     let last = ids.len() - 1;
     other[last] = (other[last] + 1) % model.spec().vocab_size as u32;
     let [a, b] = [hidden(model, &weights, &ids)?, hidden(model, &weights, &other)?];
-    let before = difference(&a.i((.., ..last))?, &b.i((.., ..last))?)?;
-    let own = difference(&a.i((.., last))?, &b.i((.., last))?)?;
+    let before = difference(&a.i(..last)?, &b.i(..last)?)?;
+    let own = difference(&a.i(last)?, &b.i(last)?)?;
     Ok(CheckOutcome::judge(
         before == 0. && own > 0.,
         format!("its own state moves by {own:.1e}, earlier ones by {before:.1e}"),
@@ -211,7 +210,7 @@ fn decoding(model: &dyn Model) -> Result<CheckOutcome> {
     let (prompt, rest) = ids.split_at(4);
     let mut parts = Vec::new();
     for part in std::iter::once(prompt).chain(rest.chunks(1)) {
-        let (tokens, mut idle) = (Tokens::pad(&[part], 0, &Device::Cpu)?, Sites::none());
+        let (tokens, mut idle) = (Tokens::new(&[part], &Device::Cpu)?, Sites::none());
         let mut pass = Forward { cache: Some(&mut cache), ..Forward::new(&weights, &mut idle) };
         parts.push(model.hidden(&tokens, &mut pass)?.tensor().clone());
     }

@@ -22,14 +22,14 @@ pub(super) fn gradient(case: &Case) -> Result<CheckOutcome> {
     let case = case.precise();
     let mut run = case.under_way()?;
     let batch = run.draw()?;
-    let (here, grads) = (run.weights.snapshot()?, run.attempt(&batch, Vec::new())?.update.grads);
+    let (here, grads) = (run.weights.snapshot()?, run.attempt(&batch)?.grads);
     let norm = grads.norm()?.value()?;
     let mut worst = Vec::new();
     for index in 0..3 {
         let direction = noise_like(&run.weights, seed().named("direction").at(index))?;
         let loss = |by: f64| {
             run.weights.set(&here.clone().add_scaled(by, &direction)?)?;
-            run.attempt(&batch, Vec::new())?.update.loss.value()
+            run.attempt(&batch)?.loss.value()
         };
         let slope = (loss(REACH)? - loss(-REACH)?) / (2. * REACH);
         worst.push((dot(&grads, &direction)? - slope).abs() / norm);

@@ -19,13 +19,12 @@ pub struct Tokenizer {
     pub eos: u32,
     /// Each of these ends an answer that is being generated; `eos` is among them.
     pub ends: Vec<u32>,
-    /// Fills short rows of a batch; never attended to and never a label.
+    /// Fills short rows where a method asks for padding; never attended to and never a label.
     pub pad: u32,
 }
 
 impl Tokenizer {
-    /// Wraps a tokenizer whose end-of-text token is `eos`. Padding uses `pad` (its loss and attention are masked, so
-    /// any id will do).
+    /// Wraps a tokenizer whose end-of-text token is `eos`. Padding, where a method asks for it, is `pad`; any id will do.
     pub fn new(inner: tokenizers::Tokenizer, eos: u32, pad: u32) -> Self {
         Self { inner, eos, ends: vec![eos], pad }
     }

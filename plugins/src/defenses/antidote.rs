@@ -132,13 +132,16 @@ impl Antidote {
     pub fn input_means(&self, cx: &mut StepCx, stream: &str, batches: usize) -> Result<Grads> {
         let (mut sums, mut rows) = (Grads::default(), 0);
         for _ in 0..batches {
-            let Tokens { ids, lengths, largest } = cx.next(stream)?.tokens;
-            let lengths = match self.padding {
-                Padding::Skipped => lengths,
-                Padding::Counted => vec![ids.dim(1)?; lengths.len()],
+            let batch = cx.next(stream)?;
+            let tokens = match self.padding {
+                Padding::Skipped => batch.tokens,
+                Padding::Counted => {
+                    let tokens = batch.padded(None)?.tokens;
+                    Tokens { real: tokens.lengths.clone(), ..tokens }
+                }
             };
-            rows += lengths.len();
-            sums = sums.add_scaled(1., &cx.input_squares(&Tokens { ids, lengths, largest })?)?;
+            rows += tokens.lengths.len();
+            sums = sums.add_scaled(1., &cx.input_squares(&tokens)?)?;
         }
         sums.scale((rows as f64).recip())
     }

@@ -86,10 +86,9 @@ impl ConstrainedSft {
 
     /// `β_t` of each label of `batch`, `[labels]`.
     fn betas(&self, batch: &Batch) -> Result<Tensor> {
-        let (_, length) = batch.tokens.dims();
         let (mut row, mut at) = (None, 0);
         let betas = batch.positions.to_vec1::<u32>()?.into_iter().map(|position| {
-            let own = Some(position as usize / length);
+            let own = batch.tokens.ranges().position(|row| row.contains(&(position as usize)));
             at = if own == row { at + 1 } else { 1 };
             row = own;
             self.beta * self.factor(at)

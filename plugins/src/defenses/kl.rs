@@ -84,14 +84,15 @@ impl Default for Kl {
 }
 
 impl Kl {
-    /// Log-probabilities of hidden states `[batch, length, width]` under the head of `weights`: `[labels, vocabulary]`,
-    /// or `[batch, length, vocabulary]`, normalised over dimension 1.
+    /// Log-probabilities of hidden states `[tokens, width]` under the head of `weights`: `[labels, vocabulary]`,
+    /// or `[rows, length, vocabulary]`, normalised over dimension 1.
     fn log_probabilities(&self, cx: &mut StepCx, weights: &Weights, hidden: &Tensor, batch: &Batch) -> Result<Tensor> {
         let logits = match self.axis {
             DistributionAxis::Vocabulary => cx.logits_with(weights, &label_rows(hidden, batch)?)?,
             DistributionAxis::Sequence => {
-                let (rows, length) = batch.tokens.dims();
-                cx.logits_with(weights, &hidden.flatten(0, 1)?)?.reshape((rows, length, ()))?
+                let logits = cx.logits_with(weights, hidden)?;
+                let (rows, (tokens, vocabulary)) = (batch.tokens.lengths.len(), logits.dims2()?);
+                logits.reshape((rows, tokens / rows, vocabulary))?
             }
         };
         log_softmax(&logits, 1)
@@ -116,6 +117,8 @@ impl AlignmentDefense for Kl {
         if self.lambda == 0. {
             return Ok(cx.backward(batch, Sites::none())?.into());
         }
+        let padded = if self.axis == DistributionAxis::Sequence { Some(batch.padded(None)?) } else { None };
+        let batch = padded.as_ref().unwrap_or(batch);
         let (student, teacher) = (cx.weights(), cx.weights().at(self.kept.get("teacher")?));
         let (hidden, _) = cx.hidden_with(&teacher, &batch.tokens, Sites::none())?;
         let taught = self.log_probabilities(cx, &teacher, &hidden, batch)?;
@@ -162,12 +165,13 @@ mod tests {
         for axis in ["vocabulary", "sequence"] {
             weights.set(&teacher)?;
             let (user, mut streams) = data()?;
+            let seen = if axis == "vocabulary" { user.clone() } else { user.padded(None)? };
             let mut kl = defense("kl", json!({ "axis": axis, "lambda": 0.7 }))?;
             begin(kl.as_mut(), model.as_ref(), &mut weights, &mut streams)?;
-            let taught = logits(model.as_ref(), &weights, &user.tokens)?;
+            let taught = logits(model.as_ref(), &weights, &seen.tokens)?;
             moved(&weights)?;
-            let learnt = logits(model.as_ref(), &weights, &user.tokens)?;
-            let (rows, length) = user.tokens.dims();
+            let learnt = logits(model.as_ref(), &weights, &seen.tokens)?;
+            let (rows, length) = (seen.tokens.lengths.len(), seen.tokens.lengths[0]);
             // The distributions as lists of logits: over words at each label, or over positions for each word of each row.
             let groups = |logits: &[Vec<f64>]| -> Result<Vec<Vec<f64>>> {
                 if axis == "vocabulary" {

@@ -151,7 +151,7 @@ impl Default for Ldifs {
     }
 }
 
-/// Activations `[batch, length, width]` by site.
+/// Activations `[tokens, width]` by site.
 type Features = BTreeMap<String, Tensor>;
 
 impl Ldifs {
@@ -189,16 +189,9 @@ impl Ldifs {
 
     /// The term of one block.
     fn term(&self, before: &Tensor, now: &Tensor, tokens: &Tokens) -> Result<Tensor> {
-        let (rows, length) = tokens.dims();
         let moved = (wide(now)? - wide(before)?)?;
-        let (moved, count) = match self.positions {
-            Positions::Real => {
-                let mask = tokens.mask()?.to_dtype(moved.dtype())?;
-                (moved.broadcast_mul(&mask)?, tokens.lengths.iter().sum())
-            }
-            Positions::All => (moved, rows * length),
-        };
-        let term = (ops::sum_all(&moved.sqr()?)? * (0.5 * self.rho * self.reduction.share(count)))?;
+        let factor = 0.5 * self.rho * self.reduction.share(tokens.count());
+        let term = (ops::sum_all(&moved.sqr()?)? * factor)?;
         match self.gate {
             None => Ok(term),
             // A selection, not a product: it also drops a term that is not a number.
@@ -235,6 +228,8 @@ impl AlignmentDefense for Ldifs {
         if self.rho == 0. || sites.is_empty() {
             return self.clipped(cx.backward(batch, Sites::none())?.into(), cx.clock());
         }
+        let padded = if self.positions == Positions::All { Some(batch.padded(None)?) } else { None };
+        let batch = padded.as_ref().unwrap_or(batch);
         let reference = cx.weights().at(self.kept.get("reference")?);
         let observed = || Sites::none().observe(sites.iter().cloned());
         let (_, before) = cx.hidden_with(&reference, &batch.tokens, observed())?;
@@ -284,22 +279,23 @@ mod tests {
         for (model, mut weights) in all_tiny(DType::F64, 0.)? {
             let start = weights.snapshot()?;
             let (user, _) = data()?;
+            let padded = user.padded(None)?;
             let features = |weights: &Weights| -> Result<BTreeMap<String, Tensor>> {
                 let sites = Sites::none().observe(sites_of_kind(model.as_ref(), "mlp_out")?);
-                Ok(context(model.as_ref(), weights, &mut Streams::default()).hidden(&user.tokens, sites)?.1)
+                Ok(context(model.as_ref(), weights, &mut Streams::default()).hidden(&padded.tokens, sites)?.1)
             };
             let before = features(&weights)?;
             moved(&weights)?;
             let now = features(&weights)?;
             assert_eq!(before.len(), 2);
-            let (_, length) = user.tokens.dims();
-            let real: Vec<bool> = user.tokens.lengths.iter().flat_map(|&n| (0..length).map(move |at| at < n)).collect();
+            let rows = padded.tokens.lengths.iter().zip(&padded.tokens.real);
+            let real: Vec<bool> = rows.flat_map(|(&length, &real)| (0..length).map(move |at| at < real)).collect();
             // ½ ‖now − before‖² of each block, over real positions or all.
             let terms = |all: bool| -> Result<Vec<f64>> {
                 before
                     .iter()
                     .map(|(site, before)| {
-                        let moved = (&now[site] - before)?.sqr()?.sum(2)?;
+                        let moved = (&now[site] - before)?.sqr()?.sum(1)?;
                         let each = values(&moved)?.into_iter().zip(&real);
                         Ok(each.filter(|(_, real)| all || **real).map(|(square, _)| 0.5 * square).sum())
                     })

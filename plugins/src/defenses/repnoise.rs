@@ -116,8 +116,8 @@ impl Default for RepNoise {
 }
 
 impl RepNoise {
-    /// The cross-entropy of `hidden`, the hidden states of `batch`, over the tokens that count. `mask` `[batch, length,
-    /// 1]` marks them in the published form.
+    /// The cross-entropy of `hidden`, the hidden states of `batch`, over the tokens that count. In the published form `mask`
+    /// `[tokens, 1]` marks them, and rows are padded.
     fn loss(
         &self,
         cx: &mut StepCx,
@@ -128,7 +128,7 @@ impl RepNoise {
     ) -> Result<Tensor> {
         match mask {
             None => cx.cross_entropy(hidden, batch),
-            Some(mask) => masked_cross_entropy(cx, hidden, &batch.tokens.ids, mask, round && self.half_precision),
+            Some(mask) => masked_cross_entropy(cx, hidden, &batch.tokens, mask, round && self.half_precision),
         }
     }
 
@@ -163,12 +163,20 @@ fn finish_in_half(cx: &mut StepCx, stream: &Tensor) -> Result<Tensor> {
 
 /// The published cross-entropy over next tokens: logits are zeroed where the predicting token is masked, labels where
 /// the predicted one is, and a label of 0 does not count.
-fn masked_cross_entropy(cx: &mut StepCx, hidden: &Tensor, ids: &Tensor, mask: &Tensor, round: bool) -> Result<Tensor> {
-    let (rows, length, width) = hidden.dims3()?;
-    let before = hidden.narrow(1, 0, length - 1)?.contiguous()?.reshape((rows * (length - 1), width))?;
-    let mask_before = mask.narrow(1, 0, length - 1)?.contiguous()?.reshape((rows * (length - 1), 1))?;
-    let logits = cx.logits(&before)?.broadcast_mul(&mask_before)?;
-    let labels = ids.to_dtype(DType::F32)?.mul(&mask.squeeze(2)?)?.narrow(1, 1, length - 1)?.flatten_all()?;
+fn masked_cross_entropy(
+    cx: &mut StepCx,
+    hidden: &Tensor,
+    tokens: &Tokens,
+    mask: &Tensor,
+    round: bool,
+) -> Result<Tensor> {
+    let (rows, length) = (tokens.lengths.len(), tokens.lengths[0]);
+    let all_but_last = |x: &Tensor| -> Result<Tensor> {
+        Ok(x.reshape((rows, length, ()))?.narrow(1, 0, length - 1)?.contiguous()?.flatten(0, 1)?)
+    };
+    let logits = cx.logits(&all_but_last(hidden)?)?.broadcast_mul(&all_but_last(mask)?)?;
+    let labels = tokens.ids.to_dtype(DType::F32)?.mul(&mask.squeeze(1)?)?.reshape((rows, length))?;
+    let labels = labels.narrow(1, 1, length - 1)?.flatten_all()?;
     let labels = if round { rounded(&labels)? } else { labels };
     let labels = labels.to_vec1::<f32>()?.into_iter().map(|label| label as u32);
     let (at, labels): (Vec<u32>, Vec<u32>) = (0..).zip(labels).filter(|(_, label)| *label != 0).unzip();
@@ -180,13 +188,40 @@ fn masked_cross_entropy(cx: &mut StepCx, hidden: &Tensor, ids: &Tensor, mask: &T
     Ok(ops::mean_all(&chosen)?.neg()?)
 }
 
-/// Where the tokens of `own` differ from those of `other` at the same place, which is 0 beyond its end: `[batch, length,
-/// 1]`, f32.
-fn differing(own: &Tokens, other: &Tokens) -> Result<Tensor> {
-    let ((rows, length), (ours, theirs)) = (own.dims(), (own.ids.to_vec2::<u32>()?, other.ids.to_vec2::<u32>()?));
-    let id = |row: usize, at: usize| theirs.get(row).and_then(|row| row.get(at)).copied().unwrap_or(0);
-    let differs = |at: usize| f32::from(u8::from(ours[at / length][at % length] != id(at / length, at % length)));
-    Ok(Tensor::from_iter((0..rows * length).map(differs), own.ids.device())?.reshape((rows, length, 1))?)
+/// Which tokens of `own`, padding included, differ from that of `other` at the same place, which is 0 beyond its end.
+fn differing(own: &Tokens, other: &Tokens) -> Result<Vec<bool>> {
+    let (ours, theirs) = (own.ids.to_vec1::<u32>()?, other.ids.to_vec1::<u32>()?);
+    let others: Vec<&[u32]> = other.ranges().map(|row| &theirs[row]).collect();
+    let id = |row: usize, at: usize| others.get(row).and_then(|row| row.get(at)).copied().unwrap_or(0);
+    let rows = own.ranges().enumerate();
+    Ok(rows
+        .flat_map(|(row, range)| ours[range].iter().enumerate().map(move |(at, own)| (row, at, *own)))
+        .map(|(row, at, own)| own != id(row, at))
+        .collect())
+}
+
+/// Which tokens predict a label.
+fn predicts_label(batch: &Batch) -> Result<Vec<bool>> {
+    let mut counts = vec![false; batch.tokens.count()];
+    for position in batch.positions.to_vec1::<u32>()? {
+        counts[position as usize] = true;
+    }
+    Ok(counts)
+}
+
+/// The states `x` `[tokens, width]` of the tokens that count, row by row: `[rows, longest · width]`, zero at all others.
+fn by_rows(x: &Tensor, tokens: &Tokens, counts: &[bool]) -> Result<Tensor> {
+    let (longest, zero) = (tokens.lengths.iter().copied().max().unwrap_or(0), tokens.count());
+    let index: Vec<u32> = tokens
+        .ranges()
+        .flat_map(|row| {
+            (row.start..row.start + longest)
+                .map(move |at| if row.contains(&at) && counts[at] { at } else { zero } as u32)
+        })
+        .collect();
+    let zeros = Tensor::zeros((1, x.dim(1)?), x.dtype(), x.device())?;
+    let index = Tensor::from_vec(index, tokens.lengths.len() * longest, x.device())?;
+    Ok(Tensor::cat(&[x, &zeros], 0)?.index_select(&index, 0)?.reshape((tokens.lengths.len(), ()))?)
 }
 
 /// The maximum mean discrepancy of two samples `[n, d]` under the sum of five Gaussian kernels, whose widths are 1/4 to 4
@@ -211,16 +246,18 @@ impl AlignmentDefense for RepNoise {
     fn step(&mut self, cx: &mut StepCx, batch: &Batch) -> Result<Update> {
         let (harmful, weight) = cx.next_weighed("harmful")?;
         let published = self.mask == Mask::DifferingTokens;
-        let masks = published.then(|| {
-            Ok::<_, titer_core::Error>((
-                differing(&batch.tokens, &harmful.tokens)?,
-                differing(&harmful.tokens, &batch.tokens)?,
-            ))
-        });
-        let (safe_mask, mask) = masks.transpose()?.unzip();
+        let [batch, harmful] =
+            if published { [batch.padded(None)?, harmful.padded(None)?] } else { [batch.clone(), harmful] };
+        let counts = if published { differing(&harmful.tokens, &batch.tokens)? } else { predicts_label(&harmful)? };
+        let column = |counts: &[bool]| -> Result<Tensor> {
+            let ones = counts.iter().map(|&counts| f32::from(u8::from(counts)));
+            Ok(Tensor::from_iter(ones, batch.tokens.ids.device())?.unsqueeze(1)?)
+        };
+        let mask = if published { Some(column(&counts)?) } else { None };
+        let safe_mask = if published { Some(column(&differing(&batch.tokens, &harmful.tokens)?)?) } else { None };
 
         let (hidden, _) = cx.hidden(&batch.tokens, Sites::none())?;
-        let safe = self.loss(cx, &hidden, batch, safe_mask.as_ref(), false)?;
+        let safe = self.loss(cx, &hidden, &batch, safe_mask.as_ref(), false)?;
 
         let (mlps, mut streams) = (sites_of_kind(cx.model(), "mlp_out")?, sites_of_kind(cx.model(), "block_out")?);
         streams.pop();
@@ -231,16 +268,12 @@ impl AlignmentDefense for RepNoise {
         states.push(hidden);
         let ascent = self.harmful(cx, &states, &harmful, mask.as_ref())?;
 
-        let answers = match mask {
-            Some(mask) => mask,
-            None => harmful.label_mask()?,
-        };
         let mut noise = None;
         for site in &mlps {
             let x = wide(&observed[site])?;
-            let (z, answers) = (cx.noise(site, x.dims())?.to_dtype(x.dtype())?, answers.to_dtype(x.dtype())?);
-            let of_answers = |x: &Tensor| x.broadcast_mul(&answers)?.flatten_from(1);
-            let distance = discrepancy(&of_answers(&x)?, &of_answers(&z)?)?;
+            let z = cx.noise(site, x.dims())?.to_dtype(x.dtype())?;
+            let [x, z] = [by_rows(&x, &harmful.tokens, &counts)?, by_rows(&z, &harmful.tokens, &counts)?];
+            let distance = discrepancy(&x, &z)?;
             noise = Some(match noise {
                 Some(sum) => (sum + distance)?,
                 None => distance,

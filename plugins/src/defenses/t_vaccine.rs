@@ -61,7 +61,7 @@ fn limits(settings: &Value) -> Limits {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct TVaccineSettings {
-    /// ρ: the L2 norm of the perturbation over the drawn layers and all positions.
+    /// ρ: the L2 norm of the perturbation over the drawn layers and all tokens.
     pub rho: f64,
     /// S: how many layers are drawn; all of them, if the model has fewer.
     pub layers: usize,

@@ -180,14 +180,12 @@ impl Tar {
         let start = cx.weights().at(self.kept.get("start")?);
         let (_, before) = cx.hidden_with(&start, &batch.tokens, before)?;
         let (hidden, now) = cx.hidden(&batch.tokens, now)?;
-        let (mask, tokens) = (batch.tokens.mask()?, batch.tokens.lengths.iter().sum::<usize>() as f64);
         let mut drift = Vec::with_capacity(now.len());
         for (site, state) in &now {
             let gap = wide(&(state - before[site].detach())?)?;
             // Not at zero, where the norm has no gradient.
             let norms = (ops::sum_last(&gap.sqr()?)? + 1e-12)?.sqrt()?;
-            let real = norms.broadcast_mul(&mask.to_dtype(norms.dtype())?)?;
-            drift.push((ops::sum_all(&real)? / tokens)?);
+            drift.push(ops::mean_all(&norms)?);
         }
         let drift = ops::mean_all(&Tensor::stack(&drift, 0)?)?;
         let retain = self.settings.retain * cx.token_weight();

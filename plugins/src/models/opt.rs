@@ -232,15 +232,15 @@ impl Opt {
         Ok(Self { original: Some(original.clone()), ..model })
     }
 
-    /// The row of the position table for each token, `[batch, length]`.
+    /// The row of the position table for each token, `[tokens]`.
     fn position_rows(&self, tokens: &Tokens, pass: &Forward) -> Result<Tensor> {
-        let (batch, length) = tokens.dims();
         let positions = &pass.mask()?.positions;
         check_positions(positions, self.spec.max_positions)?;
-        let real = |at: usize| at % length < tokens.lengths[at / length];
-        let row = |(at, &position): (usize, &u32)| if real(at) { position + OFFSET as u32 } else { PADDING };
-        let rows: Vec<u32> = positions.iter().enumerate().map(row).collect();
-        Ok(Tensor::from_vec(rows, (batch, length), tokens.ids.device())?)
+        let mut rows: Vec<u32> = positions.iter().map(|position| position + OFFSET as u32).collect();
+        for (range, real) in tokens.ranges().zip(&tokens.real) {
+            rows[range][*real..].fill(PADDING);
+        }
+        Ok(Tensor::from_vec(rows, tokens.count(), tokens.ids.device())?)
     }
 }
 

@@ -15,6 +15,5 @@ pub use lineage::{
 };
 pub use models::{adapt, all_tiny, build, small, tiny, variants};
 pub use steps::{
-    batch, begin, context, data, defense, gap, is_zero_at_padding, log_softmax, logits, moved, plain, same, step,
-    three_rows, update,
+    batch, begin, context, data, defense, gap, log_softmax, logits, moved, plain, same, step, three_rows, update,
 };

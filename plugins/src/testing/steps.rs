@@ -43,12 +43,12 @@ pub fn context<'a>(model: &'a dyn Model, weights: &'a Weights, streams: &'a mut 
     StepCx::new(model, weights, streams, Seed::new(SEED), Clock::at(0, 10))
 }
 
-/// Logits of every position, `[rows · length][vocabulary]`.
+/// Logits of every token, `[tokens][vocabulary]`.
 pub fn logits(model: &dyn Model, weights: &Weights, tokens: &Tokens) -> Result<Vec<Vec<f64>>> {
     let mut streams = Streams::default();
     let mut cx = context(model, weights, &mut streams);
     let (hidden, _) = cx.hidden(tokens, Sites::none())?;
-    Ok(cx.logits(&hidden.flatten(0, 1)?)?.detach().to_vec2()?)
+    Ok(cx.logits(&hidden)?.detach().to_vec2()?)
 }
 
 /// The logarithms of the softmax, in plain arithmetic.
@@ -133,17 +133,4 @@ pub fn gap(a: &Grads, b: &Grads) -> Result<f64> {
 /// Whether two updates have the same gradients and the same loss.
 pub fn same(a: &Update, b: &Update) -> Result<bool> {
     Ok(a.grads.len() == b.grads.len() && gap(&a.grads, &b.grads)? == 0. && a.loss.value()? == b.loss.value()?)
-}
-
-/// Whether tensors `[batch, length, width]` are zero wherever `tokens` are padding.
-pub fn is_zero_at_padding(grads: &Grads, tokens: &Tokens) -> Result<bool> {
-    for (_, tensor) in grads.iter() {
-        for (row, &length) in tokens.lengths.iter().enumerate() {
-            let padding = tensor.get(row)?.narrow(0, length, tensor.dim(1)? - length)?;
-            if values(&padding)?.iter().any(|&value| value != 0.) {
-                return Ok(false);
-            }
-        }
-    }
-    Ok(true)
 }

@@ -385,7 +385,7 @@ pub struct TrainConfig {
     #[serde(default = "one")]
     pub accumulate: usize,
     /// So many batches at a time are drawn and sorted by length before they are cut into batches, so that rows of similar
-    /// length meet and little is padded; 1 for no sorting.
+    /// length meet, as with `group_by_length` of transformers; 1 for no sorting.
     #[serde(default = "one")]
     pub bucket: usize,
     /// Peak learning rate.

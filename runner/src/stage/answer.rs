@@ -33,7 +33,6 @@ pub(super) fn run(stages: &Stages, spec: &AnswerSpec, io: &mut StageIo) -> Resul
         max_new_tokens: spec.max_new_tokens,
         batch_size: spec.batch_size,
         ends: encoder.tokenizer.ends.clone(),
-        pad: encoder.tokenizer.pad,
     };
     io.watch.started(prompts.len(), 0);
     let watch = &mut *io.watch;

@@ -43,7 +43,6 @@ pub fn generate(request: &Generation, device: &Device) -> Result<Vec<String>> {
         max_new_tokens: request.max_new_tokens,
         batch_size: prompts.len(),
         ends: encoder.tokenizer.ends.clone(),
-        pad: encoder.tokenizer.pad,
     };
     let (model, weights) = (base.model.as_ref(), &base.weights);
     let answers = if request.temperature == 0. {

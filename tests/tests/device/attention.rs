@@ -11,12 +11,14 @@ use titer_core::testing::values;
 use crate::operators::{Input, Layout, TYPES, close, normal, results};
 use crate::standin::device;
 
-/// A pass: its heads, and the tokens of each row of the batch.
+/// A pass: its heads, and the tokens of each sequence.
 #[derive(Debug, Clone)]
 struct Pass<'a> {
     shape: Attention,
     lengths: &'a [usize],
-    /// The tokens before, and the row of the cache, of each row of the batch; and the cache's slots.
+    /// Tokens of padding behind each sequence.
+    padding: usize,
+    /// The tokens before, and the row of the cache, of each sequence; and the slots of a row.
     cache: Option<([&'a [usize]; 2], usize)>,
 }
 
@@ -30,35 +32,37 @@ fn heads(query: usize, key_value: usize, width: usize) -> Attention {
     Attention { query, key_value, width, scale: 1. / (width as f64).sqrt(), window: None }
 }
 
-/// Training on rows of these lengths.
+/// Training on sequences of these lengths.
 fn training(shape: Attention, lengths: &[usize]) -> Pass<'_> {
-    Pass { shape, lengths, cache: None }
+    Pass { shape, lengths, padding: 0, cache: None }
 }
 
 impl Pass<'_> {
     fn mask(&self, device: &Device) -> Result<AttentionMask> {
-        let rows: Vec<Vec<u32>> = self.lengths.iter().map(|&length| vec![1; length]).collect();
-        let tokens = Tokens::pad(&rows, 0, device)?;
+        let rows: Vec<Vec<u32>> = self.lengths.iter().map(|&length| vec![1; length + self.padding]).collect();
+        let tokens = Tokens { real: self.lengths.to_vec(), ..Tokens::new(&rows, device)? };
         Ok(match self.cache {
-            Some(([starts, rows], _)) => AttentionMask::after(&tokens, starts, rows)?,
+            Some(([starts, rows], slots)) => AttentionMask::after(&tokens, starts, rows, slots)?,
             None => AttentionMask::new(&tokens)?,
         })
     }
 
     /// Queries, keys and values that `dtype` can hold, f64 on the host. Slots without a token hold no number.
     fn inputs(&self, dtype: DType) -> Result<[Tensor; 3]> {
-        let queries = self.lengths.iter().copied().max().context("a row")?;
-        let slots = self.cache.map_or(queries, |(_, slots)| slots);
-        let (batch, Attention { query, key_value, width, .. }) = (self.lengths.len(), self.shape);
-        let q = normal(&[batch, queries, query * width], dtype, 1)?;
+        let tokens: usize = self.lengths.iter().map(|length| length + self.padding).sum();
+        let Attention { query, key_value, width, .. } = self.shape;
+        let q = normal(&[tokens, query * width], dtype, 1)?;
         let store = |seed| -> Result<Tensor> {
-            let tokens = normal(&[batch, slots, key_value * width], dtype, seed)?;
-            let Some(([starts, rows], _)) = self.cache else { return Ok(tokens) };
-            let mut filled = vec![f64::NAN; batch * slots];
+            let Some(([starts, rows], slots)) = self.cache else {
+                return normal(&[tokens, key_value * width], dtype, seed);
+            };
+            let all = self.lengths.len() * slots;
+            let mut filled = vec![f64::NAN; all];
             for ((start, row), length) in starts.iter().zip(rows).zip(self.lengths) {
                 filled[row * slots..][..start + length].fill(1.);
             }
-            Ok(tokens.broadcast_mul(&Tensor::from_vec(filled, (batch, slots, 1), &Device::Cpu)?)?)
+            let stored = normal(&[all, key_value * width], dtype, seed)?;
+            Ok(stored.broadcast_mul(&Tensor::from_vec(filled, (all, 1), &Device::Cpu)?)?)
         };
         Ok([q, store(2)?, store(3)?])
     }
@@ -133,7 +137,17 @@ fn windows() -> Result<()> {
     Ok(())
 }
 
-/// Rows of a batch that look at other rows of a cache, after as many tokens as they have: a few, or a chunk's and more.
+/// Padding sees its sequence, which does not see it; where there is no sequence, it sees one slot.
+#[test]
+#[ignore = "needs a device: see .ci/device"]
+fn padding() -> Result<()> {
+    for (padding, window) in [(1, None), (30, None), (70, Some(20))] {
+        Pass { padding, ..training(Attention { window, ..heads(4, 2, 16) }, &[50, 0, 90]) }.check()?;
+    }
+    Ok(())
+}
+
+/// Sequences that look at other rows of a cache, after as many tokens as they have: a few, or a chunk's and more.
 #[test]
 #[ignore = "needs a device: see .ci/device"]
 fn caches() -> Result<()> {
@@ -150,7 +164,7 @@ fn caches() -> Result<()> {
         for (starts, slots) in [([0, 5, 2], 100), ([0, 255, 600], 701)] {
             for window in [None, Some(1), Some(30)] {
                 let shape = Attention { window, ..shape };
-                Pass { shape, lengths, cache: Some(([&starts, &[2, 0, 1]], slots)) }.check()?;
+                Pass { cache: Some(([&starts, &[2, 0, 1]], slots)), ..training(shape, lengths) }.check()?;
             }
         }
     }
@@ -166,7 +180,7 @@ fn large_scores() -> Result<()> {
     let [q, k, v] = pass.inputs(DType::BF16)?;
     // Every key is the first one but for a sign, so that rows see ties, and no softmax depends on rounding.
     let signs: Vec<f64> = (0..70).map(|at| if at % 3 == 0 { 1. } else { -1. }).collect();
-    let k = k.narrow(1, 0, 1)?.broadcast_mul(&Tensor::from_vec(signs, (1, 70, 1), &Device::Cpu)?)?;
+    let k = k.narrow(0, 0, 1)?.broadcast_mul(&Tensor::from_vec(signs, (70, 1), &Device::Cpu)?)?;
     let expected = pass.run(&[q.clone(), k.clone(), v.clone()])?;
     for (dtype, tolerance) in TYPES {
         let found = pass.run(&placed(&[q.clone(), k.clone(), v.clone()], dtype)?)?;
@@ -186,7 +200,7 @@ fn large_scores() -> Result<()> {
 fn numbers_that_are_none_stay_so() -> Result<()> {
     for (dtype, _) in TYPES {
         for cache in [None, Some(([&[299][..], &[0]], 300))] {
-            let pass = Pass { shape: heads(1, 1, 16), lengths: &[1], cache };
+            let pass = Pass { cache, ..training(heads(1, 1, 16), &[1]) };
             let [q, k, v] = pass.inputs(dtype)?;
             let inputs = placed(&[(q * f64::NAN)?, k, v], dtype)?;
             let y = pass.run(&inputs)?[0].1.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
@@ -201,7 +215,7 @@ fn numbers_that_are_none_stay_so() -> Result<()> {
 #[ignore = "needs a device: see .ci/device"]
 fn results_repeat() -> Result<()> {
     let cache = Some(([&[300, 700][..], &[1, 0]], 801));
-    let passes = [training(heads(6, 2, 64), &[150, 90]), Pass { shape: heads(6, 2, 64), lengths: &[1, 1], cache }];
+    let passes = [training(heads(6, 2, 64), &[150, 90]), Pass { cache, ..training(heads(6, 2, 64), &[1, 1]) }];
     for (pass, (dtype, _)) in passes.iter().flat_map(|pass| TYPES.map(|of| (pass, of))) {
         let inputs = placed(&pass.inputs(dtype)?, dtype)?;
         for ((what, one), (_, other)) in pass.run(&inputs)?.iter().zip(&pass.run(&inputs)?) {

@@ -76,7 +76,7 @@ fn steps_of_vaccine() -> Result<()> {
 #[ignore = "needs a device: see .ci/device"]
 fn tokens() -> Result<()> {
     let (model, weights) = model()?;
-    let decoding = Decoding { max_new_tokens: 8 + repeat(), batch_size: 2, ends: Vec::new(), pad: 0 };
+    let decoding = Decoding { max_new_tokens: 8 + repeat(), batch_size: 2, ends: Vec::new() };
     let answers = greedy(model.as_ref(), &weights, &rows(), &decoding, |_| Ok(()))?;
     ensure!(answers.iter().all(|answer| answer.tokens.len() == decoding.max_new_tokens));
     Ok(())

@@ -98,7 +98,7 @@ impl Case<'_> {
             optimizer.step(&weights, &update.grads, &factor, LEARNING_RATE)?;
         }
         let prompts: Vec<Vec<u32>> = examples.iter().map(|example| example.tokens[..4].to_vec()).collect();
-        let decoding = Decoding { max_new_tokens: 5, batch_size: 2, ends: Vec::new(), pad: 0 };
+        let decoding = Decoding { max_new_tokens: 5, batch_size: 2, ends: Vec::new() };
         let answers = greedy(model.as_ref(), &weights, &prompts, &decoding, |_| Ok(()))?;
         let zero = model.without_gradient();
         let moved = weights.snapshot()?.add_scaled(-1., &before)?;

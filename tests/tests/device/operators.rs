@@ -179,9 +179,9 @@ fn layer_norms() -> Result<()> {
     Ok(())
 }
 
-/// Batch rows of `length` tokens that continue these rows after so many tokens.
+/// Sequences of `length` tokens that continue these rows of a cache of 16 slots each after so many tokens.
 fn mask(length: usize, starts: &[usize], rows: &[usize], device: &Device) -> titer_core::Result<AttentionMask> {
-    AttentionMask::after(&Tokens::pad(&vec![vec![0; length]; starts.len()], 0, device)?, starts, rows)
+    AttentionMask::after(&Tokens::new(&vec![vec![0; length]; starts.len()], device)?, starts, rows, 16)
 }
 
 #[test]
@@ -416,19 +416,20 @@ fn greatest_numbers() -> Result<()> {
     Ok(())
 }
 
-/// Rows of a batch go to rows of a cache in another order, and what does not fit is dropped.
+/// Sequences go to rows of a cache in another order, and what does not fit is refused.
 #[test]
 #[ignore = "needs a device: see .ci/device"]
 fn caches() -> Result<()> {
     let device = device()?;
     for (dtype, _) in TYPES {
-        let (store, fresh) = (normal(&[3, 5, 7], dtype, 1)?, normal(&[2, 3, 7], dtype, 2)?);
+        let (store, fresh) = (normal(&[48, 7], dtype, 1)?, normal(&[6, 7], dtype, 2)?);
         let ours = store.to_dtype(dtype)?.to_device(&device)?;
         for layout in [Layout::Whole, Layout::Offset] {
             let fresh_there = X(fresh.dims()).laid_out(&fresh, layout, dtype, &device)?;
             cache_write(&ours, &fresh_there, &mask(3, &[1, 4], &[2, 0], &device)?)?;
             cache_write(&store, &fresh, &mask(3, &[1, 4], &[2, 0], &Device::Cpu)?)?;
             close(&format!("{dtype:?} {layout:?}"), &ours, &store, 0.)?;
+            ensure!(cache_write(&ours, &fresh_there, &mask(3, &[14, 4], &[2, 0], &device)?).is_err(), "a full cache");
         }
     }
     Ok(())
@@ -476,8 +477,8 @@ fn mixed_types_are_refused() -> Result<()> {
         let gated = swiglu(&mut tape, &probed, &x)?;
         tape.backward(vec![(gated, y.tensor().clone())]).map(drop)
     };
-    let store = of(&[3, 4, 8], DType::F32)?;
-    let fresh = of(&[3, 1, 8], DType::BF16)?;
+    let store = of(&[48, 8], DType::F32)?;
+    let fresh = of(&[3, 8], DType::BF16)?;
     let results = [
         ("swiglu", swiglu(tape, &x, &y).map(drop)),
         ("rms_norm", rms_norm(tape, &x, &w, 1e-5).map(drop)),

@@ -7,12 +7,12 @@ use crate::error::Result;
 use crate::model::architecture::check_id;
 use crate::tensor::ops;
 
-/// The hidden states that predict a label, `[labels, width]`, out of `[batch, length, width]`.
+/// The hidden states that predict a label, `[labels, width]`, out of `[tokens, width]`.
 ///
 /// # Errors
 /// A tensor operation failed.
 pub fn label_rows(hidden: &Tensor, batch: &Batch) -> Result<Tensor> {
-    Ok(hidden.flatten(0, 1)?.index_select(&batch.positions, 0)?)
+    Ok(hidden.index_select(&batch.positions, 0)?)
 }
 
 /// The log-probability of each of `labels: [labels]`, of which `largest` is the largest, given the logits of the rows that

@@ -2,7 +2,7 @@
 // FlashAttention-2, algorithms 1 and 2), and over a long cache, whose slots several blocks share ("flash decoding",
 // Dao et al. 2023).
 //
-// A block works on one pair of a batch row and a key/value head. It owns a tile of the pair's rows or of its slots, and
+// A block works on one pair of a sequence and a key/value head. It owns a tile of the pair's rows or of its slots, and
 // tiles of the other side stream by. A row is a query of one of the `group` query heads that share the keys: row r is
 // query r / group of head r % group. So keys are read once for a whole group, and their gradients are sums over rows.
 // Each warp owns 16 rows (or slots) of the block's tile.
@@ -17,9 +17,9 @@
 
 // What all kernels need to know.
 struct Problem {
-    u32 batch;
-    u32 queries;
-    u32 slots;
+    u32 sequences;
+    u32 tokens;    // queries of all sequences
+    u32 longest;   // queries of the longest one
     u32 key_value; // heads of keys and values
     u32 group;     // query heads that share one of them
     u32 width;
@@ -27,13 +27,16 @@ struct Problem {
     float scale;
 
     __device__ __forceinline__ u32 heads() const { return key_value * group; }
-    __device__ __forceinline__ u32 pairs() const { return batch * key_value; }
-    __device__ __forceinline__ u64 vectors() const { return u64(batch) * queries * heads(); }
+    __device__ __forceinline__ u32 pairs() const { return sequences * key_value; }
+    __device__ __forceinline__ u64 vectors() const { return u64(tokens) * heads(); }
 
-    // From a vector of [batch, queries, heads] to its number in [batch, heads, queries].
+    // How many tiles of so many rows, or of so many slots, the longest sequence has.
+    __device__ __forceinline__ u32 row_tiles(u32 size) const { return (longest * group + size - 1) / size; }
+    __device__ __forceinline__ u32 slot_tiles(u32 size) const { return (longest + size - 1) / size; }
+
+    // From a vector of [tokens, heads] to its number in [heads, tokens].
     __device__ __forceinline__ u64 number_of(u64 vector) const {
-        const u64 query = vector / heads();
-        return (query / queries * heads() + vector % heads()) * queries + query % queries;
+        return vector % heads() * tokens + vector / heads();
     }
 };
 
@@ -209,7 +212,7 @@ __device__ __forceinline__ float row_max(float x) {
     return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-// --- One pair of a batch row and a key/value head ---
+// --- One pair of a sequence and a key/value head ---
 
 // The slots that a row sees.
 struct Visible {
@@ -222,23 +225,26 @@ struct Visible {
 
 struct Pair {
     const Problem& p;
-    u32 batch;
     u32 head;
-    u32 start;
+    u32 first; // of all queries, the sequence's first
+    u32 queries;
+    u32 start;  // the position of the first query
     u32 filled; // slots that hold a token, or 1
-    u32 keys;   // the row of keys
+    u32 keys;   // of all slots, the sequence's first
 
-    // The block's pair; mask: [3, batch] are the starts, the lengths, and the rows of keys.
+    // The block's pair; mask: [5, sequences].
     __device__ __forceinline__ Pair(const Problem& p, In<u32> mask) : p(p) {
         const u32 pair = blockIdx.x % p.pairs();
-        batch = pair / p.key_value;
+        const u32 sequence = pair / p.key_value;
         head = pair % p.key_value;
-        start = mask[batch];
-        filled = max(mask[p.batch + batch], 1u);
-        keys = mask[2 * p.batch + batch];
+        first = mask[sequence];
+        queries = mask[p.sequences + sequence];
+        start = mask[2 * p.sequences + sequence];
+        filled = max(mask[3 * p.sequences + sequence], 1u);
+        keys = mask[4 * p.sequences + sequence];
     }
 
-    __device__ __forceinline__ u32 rows() const { return p.queries * p.group; }
+    __device__ __forceinline__ u32 rows() const { return queries * p.group; }
 
     // A query at position start + q sees the slots up to its own that hold a token, and of these only the last `window`
     // positions unless window is 0. It always sees one slot, so that the row of a padding query is finite. Rows that
@@ -258,18 +264,17 @@ struct Pair {
         return {visible(first).begin, visible(min(first + count, rows()) - 1).end};
     }
 
-    // Where the row's elements begin in [batch, queries, heads · width], and its number in [batch, heads, queries].
+    // Where the row's elements begin in [tokens, heads · width], and its number in [heads, tokens].
     __device__ __forceinline__ u64 row_at(u32 row) const {
-        const u64 query = u64(batch) * p.queries + row / p.group;
-        return ((query * p.key_value + head) * p.group + row % p.group) * p.width;
+        return ((u64(first + row / p.group) * p.key_value + head) * p.group + row % p.group) * p.width;
     }
     __device__ __forceinline__ u64 number_at(u32 row) const {
-        return ((u64(batch) * p.key_value + head) * p.group + row % p.group) * p.queries + row / p.group;
+        return u64(head * p.group + row % p.group) * p.tokens + first + row / p.group;
     }
 
-    // Where a slot's elements begin in [rows of keys, slots, key/value heads · width].
+    // Where a slot's elements begin in [slots, key/value heads · width].
     __device__ __forceinline__ u64 slot_at(u32 slot) const {
-        return ((u64(keys) * p.slots + slot) * p.key_value + head) * p.width;
+        return ((u64(keys) + slot) * p.key_value + head) * p.width;
     }
 };
 
@@ -373,10 +378,13 @@ __device__ __forceinline__ void forward(const Problem& p, In<u32> mask, In<T> q,
     T* const v_tile = k_tile + SLOTS * STRIDE<T>;
 
     const Pair pair(p, mask);
-    const u32 count = (pair.rows() + ROWS - 1) / ROWS;
+    const u32 count = p.row_tiles(ROWS);
     const u32 tile = count - 1 - blockIdx.x / p.pairs() % count; // the longest first
     const u32 part = blockIdx.x / p.pairs() / count;
     const u32 first = tile * ROWS;
+    if (first >= pair.rows()) {
+        return; // the sequence is shorter than the longest
+    }
     const u32 own = first + threadIdx.x / LANES * STRIP + first_row(); // the lane's first row, and 8 on its second
 
     const Visible seen = pair.visible_to(first, ROWS);
@@ -480,7 +488,7 @@ __device__ __forceinline__ void combine(const Problem& p, In<float> parts, In<fl
 // With P = exp(scale · S − sums) and D = rows of Σ g ∘ y: dV = Pᵀ g, dS = P ∘ (g Vᵀ − D), dQ = scale · dS K,
 // dK = scale · dSᵀ Q.
 
-// dots = Σ g y of each vector of y and g: [batch, queries, heads · width], in [batch, heads, queries]. A warp for each;
+// dots = Σ g y of each vector of y and g: [tokens, heads · width], in [heads, tokens]. A warp for each;
 // the grid may have any size.
 template <typename T>
 __device__ __forceinline__ void row_dots(const Problem& p, In<T> y, In<T> g, Out<float> dots) {
@@ -547,8 +555,10 @@ __device__ __forceinline__ void queries_backward(const Problem& p, In<u32> mask,
                                                  In<float> sums, In<float> dots, Out<T> dq) {
     using At = Tiles<T>;
     const Pair pair(p, mask);
-    const u32 count = (pair.rows() + At::OWN - 1) / At::OWN;
-    const u32 first = (count - 1 - blockIdx.x / p.pairs()) * At::OWN; // the longest first
+    const u32 first = (p.row_tiles(At::OWN) - 1 - blockIdx.x / p.pairs()) * At::OWN; // the longest first
+    if (first >= pair.rows()) {
+        return; // the sequence is shorter than the longest
+    }
     const u32 strip = threadIdx.x / LANES * STRIP;
     const u32 own = first + strip + first_row();
 
@@ -598,9 +608,12 @@ __device__ __forceinline__ void keys_backward(const Problem& p, In<u32> mask, In
                                               In<float> sums, In<float> dots, Out<T> dk, Out<T> dv) {
     using At = Tiles<T>;
     const Pair pair(p, mask);
-    const u32 count = (p.slots + At::OWN - 1) / At::OWN;
+    const u32 count = p.slot_tiles(At::OWN);
     const u32 first = blockIdx.x / p.pairs() % count * At::OWN;
     const u32 part = blockIdx.x / p.pairs() / count * PART; // the first column
+    if (first >= pair.queries) {
+        return; // the sequence is shorter than the longest
+    }
     const u32 strip = threadIdx.x / LANES * STRIP;
     const u32 own = first + strip + first_row();
     const float scale = p.scale * LOG2_E;
@@ -656,7 +669,7 @@ __device__ __forceinline__ void keys_backward(const Problem& p, In<u32> mask, In
 #pragma unroll
     for (u32 half = 0; half < 2; half++) {
         const u32 slot = own + 8 * half;
-        if (slot < p.slots && part < p.width) {
+        if (slot < pair.queries && part < p.width) {
             store_row(dk, pair.slot_at(slot) + part, keys, half, p.scale, p.width - part);
             store_row(dv, pair.slot_at(slot) + part, values, half, 1.0f, p.width - part);
         }

@@ -2,7 +2,7 @@
 
 use candle_core::DType::{self, F32, U32};
 use candle_core::Tensor;
-use titer_kernels::attention::Attention;
+use titer_kernels::attention::{Attention, Sequence};
 
 use super::launch::{Arg, Grid, Kernels, at, blocks, fresh, launch_from, per_type};
 use crate::error::{Error, Result};
@@ -45,15 +45,13 @@ struct Heads<'a> {
     tile: usize,
     sizes: Sizes,
     shape: Attention,
-    batch: usize,
-    queries: usize,
-    slots: usize,
+    /// The most queries and the most real tokens that a sequence has.
+    longest: [usize; 2],
     dtype: DType,
 }
 
 impl<'a> Heads<'a> {
-    fn new(shape: Attention, q: &Tensor, k: &Tensor, mask: &'a AttentionMask) -> Result<Self> {
-        let ((batch, queries, _), (_, slots, _), dtype) = (q.dims3()?, k.dims3()?, q.dtype());
+    fn new(shape: Attention, dtype: DType, mask: &'a AttentionMask) -> Result<Self> {
         let Some((tile, kernels)) = KERNELS.iter().find(|(tile, _)| shape.width <= *tile) else {
             let widest = KERNELS.map(|(tile, _)| tile)[KERNELS.len() - 1];
             let what = format!("attention with heads of {} elements, and a device takes {widest} at most", shape.width);
@@ -65,7 +63,9 @@ impl<'a> Heads<'a> {
             (_, 256) => Sizes { warps: 4, forward: 32, backward: 16 },
             _ => Sizes { warps: 4, forward: 64, backward: 32 },
         };
-        Ok(Self { mask, kernels, tile: *tile, sizes, shape, batch, queries, slots, dtype })
+        let most = |of: fn(&Sequence) -> usize| mask.sequences.iter().map(of).max().unwrap_or(0);
+        let longest = [most(|sequence| sequence.queries), most(|sequence| sequence.end)];
+        Ok(Self { mask, kernels, tile: *tile, sizes, shape, longest, dtype })
     }
 
     /// Query heads that share a key/value head.
@@ -73,17 +73,27 @@ impl<'a> Heads<'a> {
         self.shape.query / self.shape.key_value
     }
 
-    /// Rows of a pair of a batch row and a key/value head.
+    /// Rows of a pair of the longest sequence and a key/value head.
     fn rows(&self) -> usize {
-        self.queries * self.group()
+        self.longest[0] * self.group()
+    }
+
+    fn sequences(&self) -> usize {
+        self.mask.sequences.len()
+    }
+
+    fn tokens(&self) -> usize {
+        self.mask.positions.len()
     }
 
     /// Queues a kernel with what all of them need to know before its own arguments.
     fn launch(&self, on: &Tensor, name: &str, grid: Grid, arguments: impl IntoIterator<Item = Arg>) -> Result<()> {
         let Attention { key_value, width, window, scale, .. } = self.shape;
-        let sizes = [self.batch, self.queries, self.slots, key_value, self.group(), width, window.unwrap_or(0)];
-        let [batch, queries, slots, key_value, group, width, window] = sizes.map(|size| size as u32);
-        let problem = [batch, queries, slots, key_value, group, width, window, (scale as f32).to_bits()];
+        let counts = [self.sequences(), self.tokens(), self.longest[0]];
+        let sizes = [key_value, self.group(), width, window.unwrap_or(0)];
+        let ([sequences, tokens, longest], [key_value, group, width, window]) =
+            (counts.map(|count| count as u32), sizes.map(|size| size as u32));
+        let problem = [sequences, tokens, longest, key_value, group, width, window, (scale as f32).to_bits()];
         let arguments: Vec<Arg> = std::iter::once(Arg::Problem(problem)).chain(arguments).collect();
         launch_from(self.kernels, on, &per_type(&format!("attention_{name}"), self.dtype)?, grid, &arguments)
     }
@@ -92,11 +102,15 @@ impl<'a> Heads<'a> {
     fn grid(&self, blocks: usize, warps: usize, vectors: usize) -> Grid {
         // A vector is followed by 16 bytes that nobody uses.
         let shared = vectors * (self.tile * self.dtype.size_in_bytes() + 16);
-        Grid { blocks: [(self.batch * self.shape.key_value * blocks) as u32, 1], threads: 32 * warps as u32, shared }
+        Grid {
+            blocks: [(self.sequences() * self.shape.key_value * blocks) as u32, 1],
+            threads: 32 * warps as u32,
+            shared,
+        }
     }
 }
 
-/// The result, and `max + ln Σ exp` of each row of scores: `[chunks, batch, heads, queries]`, f32. Only a long cache,
+/// The result, and `max + ln Σ exp` of each row of scores: `[chunks, heads, tokens]`, f32. Only a long cache,
 /// which has no gradient, is divided into chunks of slots.
 ///
 /// # Errors
@@ -106,19 +120,18 @@ pub(in crate::tensor) fn attention(
     [q, k, v]: [&Tensor; 3],
     mask: &AttentionMask,
 ) -> Result<(Tensor, Tensor)> {
-    let heads = Heads::new(shape, q, k, mask)?;
+    let heads = Heads::new(shape, q.dtype(), mask)?;
     let t = heads.dtype;
     let warps = heads.rows().div_ceil(STRIP).min(heads.sizes.warps);
     let tiles = heads.rows().div_ceil(warps * STRIP);
     // A few queries over many slots would leave most of the device idle.
-    let longest = heads.mask.host.ends.iter().max().copied().unwrap_or(0);
-    let chunks = if tiles == 1 { longest.div_ceil(CHUNK).max(1) } else { 1 };
+    let chunks = if tiles == 1 { heads.longest[1].div_ceil(CHUNK).max(1) } else { 1 };
     let grid = heads.grid(tiles * chunks, warps, warps * STRIP + 2 * heads.sizes.forward);
     let y = fresh(q, q.shape(), t)?;
-    let sums = fresh(q, (chunks, heads.batch, shape.query, heads.queries), F32)?;
+    let sums = fresh(q, (chunks, shape.query, heads.tokens()), F32)?;
     let inputs = [at(&mask.table, U32)?, at(q, t)?, at(k, t)?, at(v, t)?];
     if chunks == 1 {
-        let outputs = [at(&sums, F32)?, at(&y, t)?, Arg::U64(0), Arg::U32(heads.slots as u32)];
+        let outputs = [at(&sums, F32)?, at(&y, t)?, Arg::U64(0), Arg::U32(u32::MAX)];
         heads.launch(q, "fwd", grid, inputs.into_iter().chain(outputs))?;
     } else {
         let parts = fresh(q, (chunks, q.elem_count()), F32)?;
@@ -140,11 +153,11 @@ pub(in crate::tensor) fn attention_backward(
     [y, sums, g]: [&Tensor; 3],
     mask: &AttentionMask,
 ) -> Result<[Tensor; 3]> {
-    let heads = Heads::new(shape, q, k, mask)?;
+    let heads = Heads::new(shape, q.dtype(), mask)?;
     let (t, Sizes { warps, backward, .. }) = (heads.dtype, heads.sizes);
     let owned = warps * STRIP;
     let g = g.contiguous()?;
-    let dots = fresh(q, (heads.batch, shape.query, heads.queries), F32)?;
+    let dots = fresh(q, (shape.query, heads.tokens()), F32)?;
     let one_each = Grid::of(blocks(32 * dots.elem_count()));
     heads.launch(q, "dots", one_each, [at(y, t)?, at(&g, t)?, at(&dots, F32)?])?;
     let inputs = || -> Result<_> {
@@ -155,7 +168,7 @@ pub(in crate::tensor) fn attention_backward(
     let grid = |blocks| heads.grid(blocks, warps, 2 * owned + 4 * backward);
     heads.launch(q, "dq", grid(heads.rows().div_ceil(owned)), inputs()?.chain([at(&dq, t)?]))?;
     // Of the widest heads a block has registers for half the columns.
-    let tiles = heads.slots.div_ceil(owned) * heads.tile.div_ceil(128);
+    let tiles = heads.longest[0].div_ceil(owned) * heads.tile.div_ceil(128);
     heads.launch(q, "dkdv", grid(tiles), inputs()?.chain([at(&dk, t)?, at(&dv, t)?]))?;
     Ok([dq, dk, dv])
 }

@@ -703,18 +703,18 @@ KERNEL(sum_rows, (In<T> x, Out<float> out, u64 rows, u32 width), (x, out, rows, 
     }
 }
 
-// cache[cache_rows[b], starts[b] + q] = fresh[b, q] for fresh: [batch, queries, width] and cache: [rows, capacity,
-// width]; what lies past the capacity is dropped. One block per row of fresh.
+// Puts the rows of fresh: [tokens, width] behind those of their sequences in cache: [slots, width], where the mask of
+// attention.cu says. A block for each query that a sequence may have.
 KERNEL(cache_write,
-       (Out<T> cache, In<T> fresh, In<u32> cache_rows, In<u32> starts, u32 queries, u32 capacity, u64 width),
-       (cache, fresh, cache_rows, starts, queries, capacity, width)) {
-    const u32 batch = blockIdx.x / queries;
-    const u64 slot = u64(starts[batch]) + blockIdx.x % queries;
-    if (slot >= capacity) {
+       (Out<T> cache, In<T> fresh, In<u32> mask, u32 sequences, u32 longest, u64 width),
+       (cache, fresh, mask, sequences, longest, width)) {
+    const u32 sequence = blockIdx.x / longest;
+    const u32 query = blockIdx.x % longest;
+    if (query >= mask[sequences + sequence]) {
         return;
     }
-    const u64 from = blockIdx.x * width;
-    const u64 to = (u64(cache_rows[batch]) * capacity + slot) * width;
+    const u64 from = (u64(mask[sequence]) + query) * width;
+    const u64 to = (u64(mask[4 * sequences + sequence]) + mask[2 * sequences + sequence] + query) * width;
     FOR_BLOCK(i, width) {
         cache[to + i] = fresh[from + i];
     }

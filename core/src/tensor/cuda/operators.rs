@@ -206,22 +206,17 @@ pub(in crate::tensor) fn decode(quantized: &QTensor, dtype: DType) -> Result<Ten
 
 pub(in crate::tensor) fn cache_write(store: &Tensor, fresh: &Tensor, mask: &AttentionMask) -> Result<()> {
     let t = fresh.dtype();
-    let ((batch, new, width), slots) = (fresh.dims3()?, store.dims()[1]);
+    let (sequences, width) = (mask.sequences.len(), fresh.dims2()?.1);
+    let longest = mask.sequences.iter().map(|sequence| sequence.queries).max().unwrap_or(0);
     let arguments = [
         at(store, t)?,
         at(fresh, t)?,
-        Arg::U64(mask_row(mask, 2)?),
-        Arg::U64(mask_row(mask, 0)?),
-        Arg::U32(new as u32),
-        Arg::U32(slots as u32),
+        at(&mask.table, U32)?,
+        Arg::U32(sequences as u32),
+        Arg::U32(longest as u32),
         Arg::U64(width as u64),
     ];
-    launch(fresh, "cache_write", batch * new, &arguments)
-}
-
-/// Where the starts (0), ends (1), rows (2) or positions (3) of a mask lie.
-fn mask_row(mask: &AttentionMask, row: usize) -> Result<u64> {
-    Ok(address(&mask.table, U32)? + (row * mask.host.starts.len() * size_of::<u32>()) as u64)
+    launch(fresh, "cache_write", sequences * longest, &arguments)
 }
 
 /// The loss of each row of logits to `losses`; the logits become their gradient, times `scale`, if `differentiate`.

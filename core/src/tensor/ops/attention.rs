@@ -10,8 +10,8 @@ use crate::tensor::tape::{Tape, Traced};
 
 /// `softmax(scale · Q Kᵀ) V` over the visible slots.
 ///
-/// `q: [batch, length, query · width]`; `k` and `v: [rows, slots, key_value · width]`, where `mask` says which row
-/// belongs to which batch row. Gives the shape of `q`.
+/// `q: [tokens, query · width]`; `k` and `v: [slots, key_value · width]`, where `mask` says which slots belong to which
+/// sequence. Gives the shape of `q`.
 ///
 /// # Errors
 /// Shapes that do not fit, or a tensor operation failed.
@@ -26,7 +26,7 @@ pub fn attention(tape: &mut Tape, shape: Attention, [q, k, v]: [&Traced; 3], mas
     )?;
     let (result, mask) = (y.clone(), mask.clone());
     Ok(tape.record(y, &[q, k, v], move |gradient, into| {
-        mask.check_differentiable(ks.dims()[0])?;
+        mask.check_differentiable()?;
         let gradients = dispatch!(
             qs,
             crate::tensor::cuda::attention_backward(shape, [&qs, &ks, &vs], [&result, &sums, &gradient], &mask),
@@ -37,30 +37,27 @@ pub fn attention(tape: &mut Tape, shape: Attention, [q, k, v]: [&Traced; 3], mas
 }
 
 fn check(shape: Attention, [q, k, v]: [&Tensor; 3], mask: &AttentionMask) -> Result<()> {
-    let ((batch, queries, width), (_, slots, narrow)) = (q.dims3()?, k.dims3()?);
-    let rows = &mask.host;
+    let ((tokens, width), (slots, narrow)) = (q.dims2()?, k.dims2()?);
     let fits = width == shape.query * shape.width
         && narrow == shape.key_value * shape.width
         && k.dims() == v.dims()
-        && (batch, queries) == (rows.starts.len(), rows.queries)
-        && rows.ends.iter().all(|&end| end <= slots)
-        && rows.rows.iter().all(|&row| row < k.dims()[0]);
+        && tokens == mask.positions.len()
+        && mask.sequences.iter().all(|sequence| sequence.keys + sequence.end.max(sequence.queries) <= slots);
     if fits {
         return Ok(());
     }
     Err(Error::run(format!("attention: queries {:?} do not fit keys {:?} and {shape:?}", q.dims(), k.dims())))
 }
 
-/// The result and, if `keep`, `max + ln Σ exp` of each row of scores, `[batch, heads, length]`.
+/// The result and, if `keep`, `max + ln Σ exp` of each row of scores, `[heads, tokens]`.
 fn forward<T: Element>(
     shape: Attention,
     [q, k, v]: [&Tensor; 3],
     mask: &AttentionMask,
     keep: bool,
 ) -> Result<(Tensor, Tensor)> {
-    let slots = k.dims()[1];
     read_all([q, k, v], |inputs: [&[T]; 3]| {
-        let (y, sums) = kernels::forward(shape, inputs, &mask.host, slots, keep);
+        let (y, sums) = kernels::forward(shape, inputs, &mask.sequences, keep);
         let count = sums.len();
         Ok((tensor(y, q.dims())?, tensor(sums, &[count])?))
     })
@@ -72,9 +69,8 @@ fn backward<T: Element>(
     [y, sums, gradient]: [&Tensor; 3],
     mask: &AttentionMask,
 ) -> Result<[Tensor; 3]> {
-    let slots = k.dims()[1];
     read_all([q, k, v, y, sums, gradient], |[qs, ks, vs, y, sums, g]: [&[T]; 6]| {
-        let [dq, dk, dv] = kernels::backward(shape, [qs, ks, vs], [y, sums, g], &mask.host, slots);
+        let [dq, dk, dv] = kernels::backward(shape, [qs, ks, vs], [y, sums, g], &mask.sequences);
         Ok([tensor(dq, q.dims())?, tensor(dk, k.dims())?, tensor(dv, v.dims())?])
     })
 }
@@ -89,35 +85,37 @@ mod tests {
 
     const SHAPE: Attention = Attention { query: 4, key_value: 2, width: 3, scale: 0.5, window: None };
 
-    /// Two rows of `length` and `length − 2` tokens.
+    /// Two sequences of `length` and `length − 2` tokens.
     fn attention_mask(length: usize) -> Result<AttentionMask> {
-        let rows = [vec![1u32; length], vec![1; length - 2]];
-        AttentionMask::new(&Tokens::pad(&rows, 0, &Device::Cpu)?)
+        AttentionMask::new(&Tokens::new(&[vec![1u32; length], vec![1; length - 2]], &Device::Cpu)?)
     }
 
     /// The same from candle's tensor operations, with the whole matrix of scores.
     fn composed(shape: Attention, [q, k, v]: [&Tensor; 3], attention_mask: &AttentionMask) -> Result<Tensor> {
-        let (batch, queries, _) = q.dims3()?;
-        let slots = k.dims()[1];
+        let (tokens, slots) = (q.dims()[0], k.dims()[0]);
         let heads = |x: &Tensor, count: usize| -> Result<Tensor> {
-            let x = x.reshape((batch, x.dims()[1], count, shape.width))?.transpose(1, 2)?;
+            let x = x.reshape((x.dims()[0], count, shape.width))?.transpose(0, 1)?;
             let repeat = Tensor::arange(0u32, shape.query as u32, &Device::Cpu)?;
             let index = repeat.to_vec1::<u32>()?.iter().map(|h| h / (shape.query / count) as u32).collect::<Vec<_>>();
-            Ok(x.contiguous()?.index_select(&Tensor::new(index, &Device::Cpu)?, 1)?)
+            Ok(x.contiguous()?.index_select(&Tensor::new(index, &Device::Cpu)?, 0)?)
         };
         let (q, k, v) = (heads(q, shape.query)?, heads(k, shape.key_value)?, heads(v, shape.key_value)?);
-        let mut mask = vec![f64::NEG_INFINITY; batch * queries * slots];
-        for (at, row) in mask.chunks_exact_mut(slots).enumerate() {
-            row[attention_mask.host.range(at / queries, at % queries, shape.window)].fill(0.);
+        let mut mask = vec![f64::NEG_INFINITY; tokens * slots];
+        for sequence in &attention_mask.sequences {
+            for query in 0..sequence.queries {
+                let seen = sequence.range(query, shape.window);
+                mask[(sequence.first + query) * slots + sequence.keys..][seen].fill(0.);
+            }
         }
-        let mask = Tensor::from_vec(mask, (batch, 1, queries, slots), &Device::Cpu)?;
+        let mask = Tensor::from_vec(mask, (1, tokens, slots), &Device::Cpu)?;
         let scores = (q.matmul(&k.t()?)? * shape.scale)?.broadcast_add(&mask)?;
         let mixed = candle_nn::ops::softmax(&scores, D::Minus1)?.matmul(&v)?;
-        Ok(mixed.transpose(1, 2)?.reshape((batch, queries, shape.query * shape.width))?)
+        Ok(mixed.transpose(0, 1)?.reshape((tokens, shape.query * shape.width))?)
     }
 
     fn inputs(length: usize) -> Result<Vec<candle_core::Var>> {
-        [12, 6, 6].iter().enumerate().map(|(seed, &width)| normal(&[2, length, width], seed as u64)).collect()
+        let tokens = 2 * length - 2;
+        [12, 6, 6].iter().enumerate().map(|(seed, &width)| normal(&[tokens, width], seed as u64)).collect()
     }
 
     #[test]
@@ -158,22 +156,22 @@ mod tests {
         let values: Vec<Traced> = vars.iter().map(|var| Traced::constant(var.as_detached_tensor())).collect();
         let tape = &mut Tape::default();
         let full = attention(tape, SHAPE, [&values[0], &values[1], &values[2]], &attention_mask(5)?)?;
-        let one = Tokens::pad(&[[1u32], [1]], 0, &Device::Cpu)?;
-        // The rows swapped, each after its own number of earlier tokens.
-        let attention_mask = AttentionMask::after(&one, &[2, 4], &[1, 0])?;
-        let query = |row: usize, at: usize| vars[0].narrow(0, row, 1)?.narrow(1, at, 1)?.contiguous();
-        let q = Traced::constant(Tensor::cat(&[query(1, 2)?, query(0, 4)?], 0)?.detach());
-        let last = attention(tape, SHAPE, [&q, &values[1], &values[2]], &attention_mask)?;
-        close(&last.tensor().get(0)?.get(0)?, &full.tensor().get(1)?.get(2)?, 1e-12)?;
-        close(&last.tensor().get(1)?.get(0)?, &full.tensor().get(0)?.get(4)?, 1e-12)
+        let one = Tokens::new(&[[1u32], [1]], &Device::Cpu)?;
+        // The sequences swapped, each after its own number of earlier tokens.
+        let attention_mask = AttentionMask::after(&one, &[2, 4], &[1, 0], 5)?;
+        let q = Tensor::cat(&[vars[0].narrow(0, 7, 1)?, vars[0].narrow(0, 4, 1)?], 0)?;
+        let last = attention(tape, SHAPE, [&Traced::constant(q.detach()), &values[1], &values[2]], &attention_mask)?;
+        close(&last.tensor().get(0)?, &full.tensor().get(7)?, 1e-12)?;
+        close(&last.tensor().get(1)?, &full.tensor().get(4)?, 1e-12)
     }
 
     #[test]
     fn no_future_no_padding_and_nothing_before_the_window_is_seen() -> Result<()> {
-        let attention_mask = attention_mask(5)?;
-        assert_eq!(attention_mask.host.range(0, 2, None), 0..3);
-        assert_eq!(attention_mask.host.range(0, 4, Some(2)), 3..5);
-        assert_eq!(attention_mask.host.range(1, 4, None), 0..3);
+        let padded = Tokens { real: vec![5, 3], ..Tokens::new(&[[1u32; 5], [1; 5]], &Device::Cpu)? };
+        let sequences = AttentionMask::new(&padded)?.sequences;
+        assert_eq!(sequences[0].range(2, None), 0..3);
+        assert_eq!(sequences[0].range(4, Some(2)), 3..5);
+        assert_eq!(sequences[1].range(4, None), 0..3);
         Ok(())
     }
 }

@@ -125,9 +125,9 @@ mod tests {
     use crate::tensor::check::{close, gradients, normal};
     use crate::tensor::tokens::Tokens;
 
-    /// Two rows of three tokens, which begin at positions 0 and 1.
+    /// Two sequences of three tokens, which begin at positions 0 and 1.
     fn mask() -> Result<AttentionMask> {
-        AttentionMask::after(&Tokens::pad(&[[0; 3]; 2], 0, &Device::Cpu)?, &[0, 1], &[0, 1])
+        AttentionMask::after(&Tokens::new(&[[0; 3]; 2], &Device::Cpu)?, &[0, 1], &[0, 1], 4)
     }
 
     #[test]
