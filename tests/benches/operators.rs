@@ -68,7 +68,12 @@ fn operators(criterion: &mut Criterion) {
         });
         let rotation = Rope::new(&Rope::frequencies(head, 1e4), LENGTH).at(&mask, &x).expect("angles");
         group.bench_function("rope", |bencher| {
-            bencher.iter(|| both(std::slice::from_ref(&x), |tape, x| ops::rotate(tape, &x[0], &rotation)));
+            bencher.iter(|| {
+                both(&[x.clone(), k.clone()], |tape, x| {
+                    let [q, k] = ops::rotate(tape, [&x[0], &x[1]], &rotation)?;
+                    ops::add(tape, &q, &k)
+                });
+            });
         });
         let scale = Traced::constant(Tensor::ones(width, DType::F32, &Device::Cpu).expect("a tensor"));
         group.bench_function("rms norm", |bencher| {

@@ -2,10 +2,10 @@
 
 use candle_core::Tensor;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::nn::forward::Forward;
 use crate::tensor::ops;
-use crate::tensor::ops::{Activation, Attention};
+use crate::tensor::ops::{Activation, Attention, LinearLayer};
 use crate::tensor::tape::Traced;
 use crate::weights::schema::{Init, ParamId, ParamList, factor_names, module_of};
 
@@ -44,11 +44,26 @@ impl Linear {
     /// # Errors
     /// A tensor operation failed.
     pub fn forward(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
+        let [y] = Self::forward_all([self], x, pass)?;
+        Ok(y)
+    }
+
+    /// Several layers of one input, such as queries, keys and values, which is faster on a device than each by itself.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn forward_all<const N: usize>(layers: [&Self; N], x: &Traced, pass: &mut Forward) -> Result<[Traced; N]> {
+        let layers: Vec<_> = layers.iter().map(|layer| layer.with_weights(x.tensor(), pass)).collect::<Result<_>>()?;
+        let layers = layers.try_into().map_err(|_| Error::run("a linear layer was lost"))?;
+        ops::linears(&mut pass.tape, x, layers)
+    }
+
+    /// The layer as the operator takes it.
+    fn with_weights(&self, x: &Tensor, pass: &mut Forward) -> Result<LinearLayer> {
+        self.note_inputs(x, pass)?;
         let bias = self.bias.map(|bias| pass.parameter(bias)).transpose()?;
-        let weight = pass.matrix(self.weight);
-        let low_rank = pass.low_rank(self.weight, x.tensor().dtype())?;
-        self.note_inputs(x.tensor(), pass)?;
-        ops::linear(&mut pass.tape, x, weight, bias.as_ref(), low_rank)
+        let low_rank = pass.low_rank(self.weight, x.dtype())?;
+        Ok(LinearLayer { weight: pass.matrix(self.weight), bias, low_rank })
     }
 
     /// Notes what the layer's factors (or its weight, if it has none) are multiplied with, if this pass asks for it.
@@ -119,6 +134,15 @@ impl RmsNorm {
         let weight = pass.parameter(self.weight)?;
         ops::rms_norm(&mut pass.tape, x, &weight, self.eps)
     }
+
+    /// The residual connection `x + branch`, and its normalised form.
+    ///
+    /// # Errors
+    /// The shapes differ, or a tensor operation failed.
+    pub fn after_residual(&self, x: &Traced, branch: &Traced, pass: &mut Forward) -> Result<[Traced; 2]> {
+        let weight = pass.parameter(self.weight)?;
+        ops::add_rms_norm(&mut pass.tape, [x, branch], &weight, self.eps)
+    }
 }
 
 /// Layer normalisation with a learnt scale and shift (Ba et al. 2016).
@@ -143,6 +167,15 @@ impl LayerNorm {
     pub fn forward(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
         let (weight, bias) = (pass.parameter(self.weight)?, pass.parameter(self.bias)?);
         ops::layer_norm(&mut pass.tape, x, &weight, &bias, self.eps)
+    }
+
+    /// The residual connection `x + branch`, and its normalised form.
+    ///
+    /// # Errors
+    /// The shapes differ, or a tensor operation failed.
+    pub fn after_residual(&self, x: &Traced, branch: &Traced, pass: &mut Forward) -> Result<[Traced; 2]> {
+        let (weight, bias) = (pass.parameter(self.weight)?, pass.parameter(self.bias)?);
+        ops::add_layer_norm(&mut pass.tape, [x, branch], [&weight, &bias], self.eps)
     }
 }
 
@@ -192,7 +225,7 @@ impl GatedMlp {
     /// # Errors
     /// A tensor operation failed.
     pub fn forward(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
-        let (gate, up) = (self.gate.forward(x, pass)?, self.up.forward(x, pass)?);
+        let [gate, up] = Linear::forward_all([&self.gate, &self.up], x, pass)?;
         let y = ops::swiglu(&mut pass.tape, &gate, &up)?;
         self.down.forward(&y, pass)
     }

@@ -5,6 +5,8 @@ use rand::RngExt;
 use titer_kernels::dropout as kernels;
 pub use titer_kernels::dropout::Dropout;
 
+#[cfg(feature = "cuda")]
+use super::elementwise::add_assign;
 use super::host::{Element, by_dtype, read, tensor, write};
 use crate::error::Result;
 use crate::rng::Seed;
@@ -37,9 +39,9 @@ pub fn dropout(x: &Tensor, mask: Dropout) -> Result<Tensor> {
     dispatch!(x, super::cuda::dropout(x, mask), by_dtype!(x.dtype(), dropout_host(x, mask)))
 }
 
-/// `y += m ∘ x`, in place, on the host, for contiguous tensors of one shape and type in memory of their own.
+/// `y += m ∘ x`, in place, for contiguous tensors of one shape and type in memory of their own.
 pub(super) fn add_dropout(y: &Tensor, x: &Tensor, mask: Dropout) -> Result<()> {
-    by_dtype!(x.dtype(), add_dropout_host(y, x, mask))
+    dispatch!(x, add_assign(y, &dropout(x, mask)?), by_dtype!(x.dtype(), add_dropout_host(y, x, mask)))
 }
 
 fn dropout_host<T: Element>(x: &Tensor, mask: Dropout) -> Result<Tensor> {

@@ -116,7 +116,7 @@ pub fn clip_factor<'a>(tensors: impl IntoIterator<Item = &'a Tensor>, max_norm: 
     norm(tensors)?.affine(1., 1e-6)?.recip()?.affine(max_norm, 0.)?.at_most(1.)
 }
 
-fn same_shape(a: &Tensor, b: &Tensor) -> Result<()> {
+pub(super) fn same_shape(a: &Tensor, b: &Tensor) -> Result<()> {
     if a.dims() == b.dims() && a.dtype() == b.dtype() {
         return Ok(());
     }

@@ -96,6 +96,15 @@ impl Inputs<'_> {
         self.accumulate(index, Slot { tensor: gradient.clone(), owned: false })
     }
 
+    /// Takes out the gradient of input `index` so far, for an operator that adds to it while it computes its own.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn take(&mut self, index: usize, shape: &Shape) -> Result<Option<Tensor>> {
+        let before = self.nodes[index].and_then(|node| self.slots[node].take());
+        before.map(|slot| Ok(slot.tensor.contiguous()?.reshape(shape)?)).transpose()
+    }
+
     /// The gradient of input `index` so far, if it may be added to in place.
     pub fn owned(&self, index: usize) -> Option<&Tensor> {
         self.slots[self.nodes[index]?].as_ref().filter(|slot| slot.owned).map(|slot| &slot.tensor)
@@ -121,15 +130,18 @@ impl Inputs<'_> {
     }
 }
 
-/// The backward pass of one operator: takes the gradient of its result and leaves those of its inputs.
-type Backward = Box<dyn FnOnce(Tensor, &mut Inputs) -> Result<()> + Send>;
+/// The backward pass of one operator: takes the gradients of its results and leaves those of its inputs.
+type Backward = Box<dyn FnOnce(Vec<Tensor>, &mut Inputs) -> Result<()> + Send>;
 
 enum NodeKind {
     /// A parameter.
     Leaf(TensorId),
     /// A point whose gradient is asked for.
     Probe(String),
+    /// An operator, at its first result.
     Operator(Backward),
+    /// One more result of the operator before it.
+    Result,
     /// A block of the model that kept nothing but its input: its backward pass runs it again.
     Block(Box<Replay>),
 }
@@ -234,12 +246,31 @@ impl Tape {
         inputs: &[&Traced],
         backward: impl FnOnce(Tensor, &mut Inputs) -> Result<()> + Send + 'static,
     ) -> Traced {
+        let [traced] = self.record_all([result], inputs, |[gradient], into| backward(gradient, into));
+        traced
+    }
+
+    /// The results of an operator that has several. Its backward pass runs if the loss reaches one of them; those that it
+    /// does not reach have gradients of zeros.
+    pub fn record_all<const N: usize>(
+        &mut self,
+        results: [Tensor; N],
+        inputs: &[&Traced],
+        backward: impl FnOnce([Tensor; N], &mut Inputs) -> Result<()> + Send + 'static,
+    ) -> [Traced; N] {
         if inputs.iter().all(|input| !input.tracked()) {
-            return Traced::constant(result);
+            return results.map(Traced::constant);
         }
-        let inputs = inputs.iter().map(|input| input.node).collect();
-        let node = self.push(inputs, &result, NodeKind::Operator(Box::new(backward)));
-        Traced { tensor: result, node: Some(node) }
+        let backward = |gradients: Vec<Tensor>, into: &mut Inputs| {
+            let gradients = gradients.try_into().map_err(|_| Error::run("an operator lost one of its results"))?;
+            backward(gradients, into)
+        };
+        let mut next = (inputs.iter().map(|input| input.node).collect(), NodeKind::Operator(Box::new(backward)));
+        results.map(|tensor| {
+            let (inputs, kind) = std::mem::replace(&mut next, (Vec::new(), NodeKind::Result));
+            let node = self.push(inputs, &tensor, kind);
+            Traced { tensor, node: Some(node) }
+        })
     }
 
     /// The result of a block that will be run again in the backward pass.
@@ -285,23 +316,32 @@ impl Tape {
             Inputs { nodes: &[value.node], slots: &mut slots }.add_shared(0, &gradient)?;
         }
         let mut found = TapeGradients::default();
+        // The results of the operator that comes next, from its last one on.
+        let mut results = Vec::new();
         while let Some(Node { inputs, shape, kind }) = self.nodes.pop() {
-            let Some(Slot { tensor, .. }) = slots.pop().expect("one slot per node") else { continue };
-            let tensor = tensor.contiguous()?.reshape(shape)?;
+            let gradient = slots.pop().expect("one slot per node");
+            let gradient = gradient.map(|slot| slot.tensor.contiguous()?.reshape(&shape)).transpose()?;
             let mut into = Inputs { nodes: &inputs, slots: &mut slots };
-            match kind {
-                NodeKind::Leaf(id) => found.add(id, tensor)?,
-                NodeKind::Probe(name) => {
+            match (kind, gradient) {
+                (NodeKind::Result, gradient) => results.push((gradient, shape)),
+                (NodeKind::Operator(backward), gradient) => {
+                    results.push((gradient, shape));
+                    if let Some(gradients) = all_gradients(results.drain(..).rev().collect())? {
+                        backward(gradients, &mut into)?;
+                    }
+                }
+                (_, None) => {}
+                (NodeKind::Leaf(id), Some(tensor)) => found.add(id, tensor)?,
+                (NodeKind::Probe(name), Some(tensor)) => {
                     into.add_shared(0, &tensor)?;
                     found.probes.insert(name, tensor);
                 }
-                NodeKind::Block(block) => {
+                (NodeKind::Block(block), Some(tensor)) => {
                     let mut inner = replay(&block, tensor)?;
                     inner.take(&block.input).map_or(Ok(()), |gradient| into.add(0, gradient))?;
                     found.probes.append(&mut inner.probes);
                     inner.leaves.into_iter().try_for_each(|(id, gradient)| found.add(id, gradient))?;
                 }
-                NodeKind::Operator(backward) => backward(tensor, &mut into)?,
             }
         }
         Ok(found)
@@ -311,4 +351,13 @@ impl Tape {
         self.nodes.push(Node { inputs, shape: value.shape().clone(), kind });
         self.nodes.len() - 1
     }
+}
+/// The gradients of an operator's results, unless the loss reaches none of them; zeros for those that it does not reach.
+fn all_gradients(results: Vec<(Option<Tensor>, Shape)>) -> Result<Option<Vec<Tensor>>> {
+    let Some(like) = results.iter().find_map(|(gradient, _)| gradient.clone()) else { return Ok(None) };
+    let filled = |(gradient, shape): (Option<Tensor>, Shape)| match gradient {
+        Some(gradient) => Ok(gradient),
+        None => Ok(Tensor::zeros(shape, like.dtype(), like.device())?),
+    };
+    results.into_iter().map(filled).collect::<Result<_>>().map(Some)
 }

@@ -252,18 +252,17 @@ impl DecoderBlock {
     fn forward(&self, index: usize, x: &Traced, pass: &mut Forward) -> Result<Traced> {
         let [attn_out, mlp_out, block_out] = &self.sites;
         let y = self.input_norm.forward(x, pass)?;
-        let [q, k, v] = [self.q.forward(&y, pass)?, self.k.forward(&y, pass)?, self.v.forward(&y, pass)?];
+        let [q, k, v] = Linear::forward_all([&self.q, &self.k, &self.v], &y, pass)?;
         let [q, k] = match &self.head_norms {
             Some([q_norm, k_norm]) => [q_norm.forward(&q, pass)?, k_norm.forward(&k, pass)?],
             None => [q, k],
         };
         let rotation = pass.rotation.clone().ok_or_else(|| Error::run("the positions of the pass are not set"))?;
-        let [q, k] = [ops::rotate(&mut pass.tape, &q, &rotation)?, ops::rotate(&mut pass.tape, &k, &rotation)?];
+        let [q, k] = ops::rotate(&mut pass.tape, [&q, &k], &rotation)?;
         let y = attention(self.attention, [&q, &k, &v], index, pass)?;
         let y = self.o.forward(&y, pass)?;
         let y = pass.sites.visit(attn_out, y, &mut pass.tape)?;
-        let x = ops::add(&mut pass.tape, x, &y)?;
-        let y = self.mlp_norm.forward(&x, pass)?;
+        let [x, y] = self.mlp_norm.after_residual(x, &y, pass)?;
         let y = self.mlp.forward(&y, pass)?;
         let y = pass.sites.visit(mlp_out, y, &mut pass.tape)?;
         let x = ops::add(&mut pass.tape, &x, &y)?;

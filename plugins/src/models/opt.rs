@@ -133,17 +133,22 @@ impl OptBlock {
     fn forward(&self, index: usize, x: &Traced, heads: Attention, pass: &mut Forward) -> Result<Traced> {
         let [attn_out, mlp_out, block_out] = &self.sites;
         let y = norm_if(self.norm_before, &self.attention_norm, x, pass)?;
-        let [q, k, v] = [self.q.forward(&y, pass)?, self.k.forward(&y, pass)?, self.v.forward(&y, pass)?];
+        let [q, k, v] = Linear::forward_all([&self.q, &self.k, &self.v], &y, pass)?;
         let y = attention(heads, [&q, &k, &v], index, pass)?;
         let y = self.out.forward(&y, pass)?;
         let y = pass.sites.visit(attn_out, y, &mut pass.tape)?;
-        let x = ops::add(&mut pass.tape, x, &y)?;
-        let x = norm_if(!self.norm_before, &self.attention_norm, &x, pass)?;
-        let y = norm_if(self.norm_before, &self.mlp_norm, &x, pass)?;
-        let y = self.mlp.forward(&y, pass)?;
+        // What goes on as it is, and what the MLP takes: with norms behind the branches, these are the same.
+        let norm = if self.norm_before { &self.mlp_norm } else { &self.attention_norm };
+        let [sum, normed] = norm.after_residual(x, &y, pass)?;
+        let x = if self.norm_before { sum } else { normed.clone() };
+        let y = self.mlp.forward(&normed, pass)?;
         let y = pass.sites.visit(mlp_out, y, &mut pass.tape)?;
-        let x = ops::add(&mut pass.tape, &x, &y)?;
-        let x = norm_if(!self.norm_before, &self.mlp_norm, &x, pass)?;
+        let x = if self.norm_before {
+            ops::add(&mut pass.tape, &x, &y)?
+        } else {
+            let [_, normed] = self.mlp_norm.after_residual(&x, &y, pass)?;
+            normed
+        };
         pass.sites.visit(block_out, x, &mut pass.tape)
     }
 }

@@ -7,8 +7,9 @@ use titer_core::rng::{Seed, randn};
 use titer_core::tensor::dropout::{Dropout, dropout};
 use titer_core::tensor::elementwise::{add_assign, argmax, cache_write, norm, sum};
 use titer_core::tensor::ops::{
-    Activation, LowRank, Rope, activate, add, cross_entropy, embed, exp, head_cross_entropy, layer_norm, linear, ln,
-    log_softmax, matmul, mean_all, rms_norm, rotate, select_rows, sum_all, sum_last, swiglu,
+    Activation, LinearLayer, LowRank, Rope, activate, add, add_layer_norm, add_rms_norm, cross_entropy, embed, exp,
+    head_cross_entropy, layer_norm, linear, linears, ln, log_softmax, matmul, mean_all, rms_norm, rotate, select_rows,
+    sum_all, sum_last, swiglu,
 };
 use titer_core::tensor::{AttentionMask, Gemm, Scalar, Tape, Tokens, Traced};
 use titer_core::testing::values;
@@ -162,6 +163,11 @@ fn rms_norms() -> Result<()> {
             let weight = Traced::constant(x[0].tensor().ones_like()?.flatten_all()?.narrow(0, 0, width[0])?);
             rms_norm(tape, &x[0], &weight, 1e-5)
         })?;
+        // What is normalised goes on beside it, so that two gradients meet in it.
+        check(&[X(shape), X(shape), W(width)], |tape, x| {
+            let [sum, y] = add_rms_norm(tape, [&x[0], &x[1]], &x[2], 1e-5)?;
+            swiglu(tape, &sum, &y)
+        })?;
     }
     Ok(())
 }
@@ -174,6 +180,10 @@ fn layer_norms() -> Result<()> {
         // Of one column nothing is left but the bias, and of the gradient nothing at all.
         if width[0] > 1 {
             check(&[X(shape), W(width), W(width)], |tape, x| layer_norm(tape, &x[0], &x[1], &x[2], 1e-5))?;
+            check(&[X(shape), X(shape), W(width), W(width)], |tape, x| {
+                let [sum, y] = add_layer_norm(tape, [&x[0], &x[1]], [&x[2], &x[3]], 1e-5)?;
+                swiglu(tape, &sum, &y)
+            })?;
         }
     }
     Ok(())
@@ -190,10 +200,14 @@ fn rotations() -> Result<()> {
     for (rows, length, heads, width) in [(2, 3, 2, 4), (1, 1, 1, 2), (3, 7, 3, 18)] {
         let rope = Rope::new(&Rope::frequencies(width, 1e4), 16);
         let starts: Vec<usize> = (0..rows).collect();
-        check(&[X(&[rows, length, heads * width])], |tape, x| {
-            let mask = mask(length, &starts, &starts, x[0].tensor().device())?;
-            rotate(tape, &x[0], &rope.at(&mask, x[0].tensor())?)
-        })?;
+        // Queries and keys have heads of their own; each is looked at by itself.
+        for which in [0, 1] {
+            check(&[X(&[rows, length, heads * width]), X(&[rows, length, width])], |tape, x| {
+                let mask = mask(length, &starts, &starts, x[0].tensor().device())?;
+                let [q, k] = rotate(tape, [&x[0], &x[1]], &rope.at(&mask, x[0].tensor())?)?;
+                Ok(if which == 0 { q } else { k })
+            })?;
+        }
     }
     Ok(())
 }
@@ -234,8 +248,9 @@ fn linear_layers() -> Result<()> {
 #[test]
 #[ignore = "needs a device: see .ci/device"]
 fn adapters() -> Result<()> {
-    // Of 16 rows of `A` a kernel works on at a time, and of 16 rows of `x`.
-    for [rows, inner, outer, rank] in [[6, 37, 19, 3], [1, 64, 48, 8], [5, 1, 3, 1], [3, 7, 1, 16], [35, 130, 5, 20]] {
+    // A kernel works on 16 ranks at a time, on 8 or 64 rows of `x` and on 1024 columns; large ranks have no kernel.
+    let small = [[6, 37, 19, 3], [1, 64, 48, 8], [5, 1, 3, 1], [3, 7, 1, 16]];
+    for [rows, inner, outer, rank] in small.into_iter().chain([[130, 36, 1032, 20], [9, 1030, 5, 2], [7, 12, 10, 33]]) {
         let inputs = [X(&[rows, inner]), W(&[outer, inner]), W(&[rank, inner]), W(&[outer, rank])];
         for mask in [None, Some(MASK)] {
             check(&inputs, |tape, x| {
@@ -243,6 +258,27 @@ fn adapters() -> Result<()> {
                 linear(tape, &x[0], &x[1], None, Some(low_rank))
             })?;
         }
+    }
+    Ok(())
+}
+
+/// Layers of one input, each with a width, a rank and a mask of its own, or without an adapter.
+#[test]
+#[ignore = "needs a device: see .ci/device"]
+fn adapters_of_several_layers() -> Result<()> {
+    let factors = [W(&[3, 24]), W(&[20, 3]), W(&[8, 24]), W(&[20, 8])];
+    let inputs = [&[X(&[70, 24]), W(&[20, 24]), W(&[20, 24]), W(&[7, 24])][..], &factors].concat();
+    for which in 0..=3 {
+        check(&inputs, |tape, x| {
+            let own = |a: usize, layer| {
+                let mask = Some(Dropout { layer, ..MASK });
+                Some(LowRank { a: x[a].clone(), b: x[a + 1].clone(), scale: 0.5, mask })
+            };
+            let layer = |weight: usize, low_rank| LinearLayer { weight: (&x[weight]).into(), bias: None, low_rank };
+            let ys = linears(tape, &x[0], [layer(1, own(4, 3)), layer(2, own(6, 4)), layer(3, None)])?;
+            // One by one, where the others have no gradient, and two together.
+            if which < ys.len() { Ok(ys[which].clone()) } else { swiglu(tape, &ys[0], &ys[1]) }
+        })?;
     }
     Ok(())
 }

@@ -1,51 +1,174 @@
-//! Dropout, and the products of low-rank adapters with their `A`, which read the mask where they read their input.
+//! Dropout, and the products of low-rank adapters, which read the mask where they read their input. Those of all layers that
+//! share an input are computed by one kernel.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use titer_kernels::dropout::Dropout;
 
-use super::launch::{Arg, BLOCK, at, blocks, fresh, launch, launch_typed};
+use super::launch::{Arg, BLOCK, TABLE, address, at, blocks, fresh, launch, launch_typed};
+use super::operators::sum_rows;
 use crate::error::Result;
+use crate::tensor::host::last_dim;
+use crate::tensor::ops::Adapter;
 
-/// Threads of a warp.
-const WARP: u32 = 32;
+/// The largest rank that is computed here: beyond it the matrix unit is faster.
+const LARGEST_RANK: usize = 32;
 
-/// Rows that a thread of `adapter_dx` goes through.
-const ROWS: u32 = 16;
+/// Rows that a thread of `adapter_widen` goes through, and one of `adapter_outer`.
+const WIDEN_ROWS: usize = 8;
+const OUTER_ROWS: usize = 64;
+
+/// Words of `Member` in `kernels.cu`.
+const WORDS: usize = 11;
 
 pub(in crate::tensor) fn dropout(x: &Tensor, mask: Dropout) -> Result<Tensor> {
     let (t, count, x) = (x.dtype(), x.elem_count(), x.contiguous()?);
     let y = fresh(&x, x.shape(), t)?;
-    let arguments = [at(&x, t)?, at(&y, t)?, Arg::U64(count as u64)].into_iter().chain(mask_of(Some(mask)));
-    launch(&x, "dropout", blocks(count.div_ceil(4)), &arguments.collect::<Vec<_>>())?;
+    let mut arguments = vec![at(&x, t)?, at(&y, t)?, Arg::U64(count as u64)];
+    arguments.extend([mask.key[0], mask.key[1], mask.layer, mask.threshold()].map(Arg::U32));
+    arguments.push(Arg::F32(mask.factor() as f32));
+    launch(&x, "dropout", blocks(count.div_ceil(4)), &arguments)?;
     Ok(y)
 }
 
-/// A mask as kernels are given it; without one, all numbers are kept as they are.
-fn mask_of(mask: Option<Dropout>) -> [Arg; 5] {
-    let Dropout { key, layer, .. } = mask.unwrap_or(Dropout { key: [0, 0], layer: 0, p: 0. });
-    let (threshold, factor) = mask.map_or((0, 1.), |mask| (mask.threshold(), mask.factor()));
-    [Arg::U32(key[0]), Arg::U32(key[1]), Arg::U32(layer), Arg::U32(threshold), Arg::F32(factor as f32)]
+/// Whether the products of these adapters are computed here.
+pub(in crate::tensor) fn fuses_adapters(adapters: &[Adapter]) -> bool {
+    let own = |adapter: &Adapter| adapter.a.device().is_cuda() && adapter.a.dims()[0] <= LARGEST_RANK;
+    (1..=TABLE / WORDS / 2).contains(&adapters.len()) && adapters.iter().all(own)
 }
 
-/// `s (m ∘ x) Aᵀ` for `x: [rows, width]` and `a: [rank, width]`.
-pub(in crate::tensor) fn adapter_inner(x: &Tensor, a: &Tensor, scale: f64, mask: Option<Dropout>) -> Result<Tensor> {
-    let (t, (rows, width), rank) = (x.dtype(), x.dims2()?, a.dims()[0]);
-    let y = fresh(x, (rows, rank), t)?;
-    let sizes = [rows, width, rank].map(|size| Arg::U32(size as u32));
-    let arguments = [at(x, t)?, at(a, t)?, at(&y, t)?]
-        .into_iter()
-        .chain(sizes)
-        .chain([Arg::F32(scale as f32)])
-        .chain(mask_of(mask));
-    launch(x, "adapter_inner", rows.div_ceil((BLOCK / WARP) as usize), &arguments.collect::<Vec<_>>())?;
-    Ok(y)
+/// One row of the table.
+struct Member<'a> {
+    /// `[rows, width]`.
+    x: &'a Tensor,
+    /// `[rows, rank]`.
+    narrow: &'a Tensor,
+    /// Where the factor or its gradient lies.
+    factor: u64,
+    /// Whether it is `B: [width, rank]` instead of `A: [rank, width]`.
+    by_column: bool,
+    scale: f64,
+    mask: Option<Dropout>,
+    /// What the kernel says about it.
+    more: usize,
 }
 
-/// `dx += m ∘ (g A)` for `g: [rows, rank]` and `a: [rank, width]`.
-pub(in crate::tensor) fn adapter_dx(dx: &Tensor, g: &Tensor, a: &Tensor, mask: Option<Dropout>) -> Result<()> {
-    let (t, (rows, rank), width) = (g.dtype(), g.dims2()?, a.dims()[1]);
-    let sizes = [rows, width, rank].map(|size| Arg::U32(size as u32));
-    let arguments = [at(g, t)?, at(a, t)?, at(dx, t)?].into_iter().chain(sizes).chain(mask_of(mask));
-    let grid = [(rows as u32).div_ceil(ROWS), (width as u32).div_ceil(4 * BLOCK)];
-    launch_typed(g, "adapter_dx", grid, &arguments.collect::<Vec<_>>())
+impl Member<'_> {
+    fn words(&self, columns: usize) -> Result<[u64; WORDS]> {
+        let t = self.x.dtype();
+        let two = |lower: u32, upper: u32| u64::from(lower) | u64::from(upper) << 32;
+        // Without a mask all numbers are kept as they are.
+        let Dropout { key, layer, .. } = self.mask.unwrap_or(Dropout { key: [0, 0], layer: 0, p: 0. });
+        let (threshold, factor) = self.mask.map_or((0, 1.), |mask| (mask.threshold(), mask.factor()));
+        Ok([
+            address(self.x, t)?,
+            address(self.narrow, t)?,
+            self.factor,
+            last_dim(self.x) as u64,
+            last_dim(self.narrow) as u64,
+            u64::from(self.by_column),
+            two(key[0], key[1]),
+            two(layer, threshold),
+            two((factor as f32).to_bits(), (self.scale as f32).to_bits()),
+            columns as u64,
+            self.more as u64,
+        ])
+    }
+}
+
+/// Queues a kernel on these members, `groups` of them with blocks of their own: so many blocks for the rows, times those that
+/// share the columns of a row if a thread has four.
+fn launch_members(name: &str, members: &[Member], groups: usize, along_rows: usize, four_columns: bool) -> Result<()> {
+    let Some(Member { x: on, .. }) = members.first() else { return Ok(()) };
+    let widest = members.iter().map(|member| last_dim(member.x)).max().unwrap_or(0);
+    let columns = if four_columns { widest.div_ceil(4 * BLOCK as usize) } else { 1 };
+    let mut table = Box::new([0; TABLE]);
+    for (row, member) in table.chunks_exact_mut(WORDS).zip(members) {
+        row.copy_from_slice(&member.words(columns)?);
+    }
+    let grid = [(along_rows * columns) as u32, groups as u32];
+    launch_typed(on, name, grid, &[Arg::Table(table), Arg::U32(on.dims()[0] as u32)])
+}
+
+/// `s (m ∘ x) Aᵀ` of each adapter, `[rows, rank]`.
+pub(in crate::tensor) fn adapters_inner(x: &Tensor, adapters: &[Adapter]) -> Result<Vec<Tensor>> {
+    narrow(adapters, |own| Ok((x, address(&own.a, x.dtype())?, false, own.mask)))
+}
+
+/// `s g B` of each adapter, `[rows, rank]`.
+pub(in crate::tensor) fn adapters_narrow(gs: &[Tensor], adapters: &[Adapter]) -> Result<Vec<Tensor>> {
+    narrow(adapters, |own| Ok((&gs[own.layer], address(&own.b, gs[own.layer].dtype())?, true, None)))
+}
+
+/// `s (m ∘ x) Fᵀ` of each adapter, with the `x`, the place and the layout of the factor `F`, and the mask that `of` gives.
+fn narrow<'a>(
+    adapters: &'a [Adapter],
+    of: impl Fn(&'a Adapter) -> Result<(&'a Tensor, u64, bool, Option<Dropout>)>,
+) -> Result<Vec<Tensor>> {
+    let mut results = Vec::with_capacity(adapters.len());
+    for own in adapters {
+        let x = of(own)?.0;
+        results.push(fresh(x, (x.dims()[0], own.a.dims()[0]), x.dtype())?);
+    }
+    let members = adapters.iter().zip(&results).map(|(own, narrow)| {
+        let (x, factor, by_column, mask) = of(own)?;
+        Ok(Member { x, narrow, factor, by_column, scale: own.scale, mask, more: 0 })
+    });
+    let members: Vec<Member> = members.collect::<Result<_>>()?;
+    launch_members("adapter_narrow", &members, members.len(), results[0].dims()[0], false)?;
+    Ok(results)
+}
+
+/// Adds `inner Bᵀ` to the result of each layer.
+pub(in crate::tensor) fn adapters_up(ys: &[Tensor], adapters: &[Adapter]) -> Result<()> {
+    let members = adapters.iter().map(|own| {
+        let x = &ys[own.layer];
+        let factor = address(&own.b, x.dtype())?;
+        Ok(Member { x, narrow: &own.inner, factor, by_column: true, scale: 1., mask: None, more: 1 })
+    });
+    let members: Vec<Member> = members.collect::<Result<_>>()?;
+    launch_members("adapter_widen", &members, members.len(), ys[0].dims()[0].div_ceil(WIDEN_ROWS), true)
+}
+
+/// Adds the sum of `m ∘ (narrow A)` to `dx`.
+pub(in crate::tensor) fn adapters_dx(dx: &Tensor, narrow: &[Tensor], adapters: &[Adapter]) -> Result<()> {
+    let members = adapters.iter().zip(narrow).map(|(own, narrow)| {
+        let factor = address(&own.a, dx.dtype())?;
+        Ok(Member { x: dx, narrow, factor, by_column: false, scale: 1., mask: own.mask, more: adapters.len() })
+    });
+    let members: Vec<Member> = members.collect::<Result<_>>()?;
+    launch_members("adapter_widen", &members, 1, dx.dims()[0].div_ceil(WIDEN_ROWS), true)
+}
+
+/// The gradients `narrowᵀ (m ∘ x)` of `A` and `gᵀ inner` of `B`, of each adapter, in f32. Segments of the rows are summed
+/// apart and then together, always in the same order.
+pub(in crate::tensor) fn adapters_gradients(
+    x: &Tensor,
+    gs: &[Tensor],
+    narrow: &[Tensor],
+    adapters: &[Adapter],
+) -> Result<Vec<[Tensor; 2]>> {
+    let (rows, segments) = (x.dims()[0], x.dims()[0].div_ceil(OUTER_ROWS));
+    let factors = || adapters.iter().flat_map(|own| [&own.a, &own.b]);
+    let total: usize = factors().map(Tensor::elem_count).sum();
+    let partial = fresh(x, (segments, total), DType::F32)?;
+    let base = address(&partial, DType::F32)?;
+    let mut first = 0;
+    let mut members = Vec::with_capacity(2 * adapters.len());
+    for (own, narrow) in adapters.iter().zip(narrow) {
+        let sides = [(x, narrow, false, own.mask, &own.a), (&gs[own.layer], &own.inner, true, None, &own.b)];
+        for (x, narrow, by_column, mask, factor) in sides {
+            let place = base + (first * DType::F32.size_in_bytes()) as u64;
+            members.push(Member { x, narrow, factor: place, by_column, scale: 1., mask, more: total });
+            first += factor.elem_count();
+        }
+    }
+    launch_members("adapter_outer", &members, members.len(), rows.div_ceil(OUTER_ROWS), true)?;
+    let sums = if segments > 1 { sum_rows(&partial)? } else { partial.flatten_all()? };
+    let mut first = 0;
+    let mut part = |factor: &Tensor| -> Result<Tensor> {
+        let gradient = sums.narrow(0, first, factor.elem_count())?.reshape(factor.shape())?;
+        first += factor.elem_count();
+        Ok(gradient)
+    };
+    adapters.iter().map(|own| Ok([part(&own.a)?, part(&own.b)?])).collect()
 }

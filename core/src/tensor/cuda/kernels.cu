@@ -37,6 +37,13 @@ constexpr float LOWEST = -3.402823466e38f;
 
 __device__ __forceinline__ float sigmoid(float z) { return 1.0f / (1.0f + expf(-z)); }
 
+// Words by value: a row for each tensor of a kernel that works on many.
+constexpr u32 TABLE = 240;
+
+struct Table {
+    u64 words[TABLE];
+};
+
 // --- Element by element ---
 
 // 16 bytes, which a thread reads or writes at once.
@@ -144,9 +151,26 @@ struct LogSum {
 };
 
 // --- Normalisation of rows x: [rows, width] by w, b: [width] ---
+//
+// Forward, x may be a residual connection: with a branch, what is normalised is x + branch, which is stored in sum, and
+// without one branch and sum are null. Backward, the gradient before, if it isn't null, is that of what is normalised so
+// far: dx is added to it.
+
+// The block's row of x, or of x + branch: each thread writes the elements that it reads later on.
+template <typename T>
+__device__ __forceinline__ const T* row_of(const T* x, const T* branch, T* sum, u32 width) {
+    const u64 start = u64(blockIdx.x) * width;
+    if (branch == nullptr) {
+        return x + start;
+    }
+    FOR_BLOCK(i, width) {
+        store(sum, start + i, load(x, start + i) + load(branch, start + i));
+    }
+    return sum + start;
+}
 
 // 1 / √(mean(x²) + ε) of one row.
-template <typename T> __device__ __forceinline__ float inverse_rms(In<T> x, u32 width, float eps) {
+template <typename T> __device__ __forceinline__ float inverse_rms(const T* x, u32 width, float eps) {
     float squares = 0.0f;
     FOR_BLOCK(i, width) {
         const float value = load(x, i);
@@ -156,19 +180,20 @@ template <typename T> __device__ __forceinline__ float inverse_rms(In<T> x, u32 
 }
 
 // y = w ∘ x r with r = 1 / √(mean(x²) + ε). One block per row.
-KERNEL(rms_norm_fwd, (In<T> x, In<T> w, Out<T> y, u32 width, float eps), (x, w, y, width, eps)) {
-    const u64 start = u64(blockIdx.x) * width;
-    const float r = inverse_rms<T>(x + start, width, eps);
+KERNEL(rms_norm_fwd, (const T* x, const T* branch, T* sum, In<T> w, Out<T> y, u32 width, float eps),
+       (x, branch, sum, w, y, width, eps)) {
+    const T* row = row_of(x, branch, sum, width);
+    const float r = inverse_rms(row, width, eps);
     FOR_BLOCK(i, width) {
-        store(y, start + i, load(w, i) * (load(x, start + i) * r));
+        store(y, u64(blockIdx.x) * width + i, load(w, i) * (load(row, i) * r));
     }
 }
 
 // dx = r h − x r³ mean(h ∘ x) with h = g ∘ w; also stores r: [rows]. One block per row.
-KERNEL(rms_norm_bwd, (In<T> x, In<T> w, In<T> g, Out<T> dx, Out<float> r, u32 width, float eps),
-       (x, w, g, dx, r, width, eps)) {
+KERNEL(rms_norm_bwd, (In<T> x, In<T> w, In<T> g, In<T> before, Out<T> dx, Out<float> r, u32 width, float eps),
+       (x, w, g, before, dx, r, width, eps)) {
     const u64 start = u64(blockIdx.x) * width;
-    const float inverse = inverse_rms<T>(x + start, width, eps);
+    const float inverse = inverse_rms(x + start, width, eps);
     float dot = 0.0f;
     FOR_BLOCK(i, width) {
         dot += load(g, start + i) * load(w, i) * load(x, start + i);
@@ -176,7 +201,7 @@ KERNEL(rms_norm_bwd, (In<T> x, In<T> w, In<T> g, Out<T> dx, Out<float> r, u32 wi
     const float slope = inverse * inverse * (block_sum(dot) / width);
     FOR_BLOCK(i, width) {
         const float h = load(g, start + i) * load(w, i);
-        store(dx, start + i, inverse * (h - load(x, start + i) * slope));
+        store(dx, start + i, load_if(before, start + i) + inverse * (h - load(x, start + i) * slope));
     }
     if (threadIdx.x == 0) {
         r[blockIdx.x] = inverse;
@@ -201,7 +226,7 @@ struct Moments {
     float inverse; // 1 / √(variance + ε)
 };
 
-template <typename T> __device__ __forceinline__ Moments moments(In<T> x, u32 width, float eps) {
+template <typename T> __device__ __forceinline__ Moments moments(const T* x, u32 width, float eps) {
     float sum = 0.0f;
     FOR_BLOCK(i, width) {
         sum += load(x, i);
@@ -216,20 +241,22 @@ template <typename T> __device__ __forceinline__ Moments moments(In<T> x, u32 wi
 }
 
 // y = w ∘ n + b with n = (x − mean(x)) r and r = 1 / √(var(x) + ε). One block per row.
-KERNEL(layer_norm_fwd, (In<T> x, In<T> w, In<T> b, Out<T> y, u32 width, float eps), (x, w, b, y, width, eps)) {
-    const u64 start = u64(blockIdx.x) * width;
-    const Moments row = moments<T>(x + start, width, eps);
+KERNEL(layer_norm_fwd,
+       (const T* x, const T* branch, T* sum, In<T> w, In<T> b, Out<T> y, u32 width, float eps),
+       (x, branch, sum, w, b, y, width, eps)) {
+    const T* row = row_of(x, branch, sum, width);
+    const Moments of = moments(row, width, eps);
     FOR_BLOCK(i, width) {
-        store(y, start + i, load(w, i) * ((load(x, start + i) - row.mean) * row.inverse) + load(b, i));
+        store(y, u64(blockIdx.x) * width + i, load(w, i) * ((load(row, i) - of.mean) * of.inverse) + load(b, i));
     }
 }
 
 // dx = r (h − mean(h) − n mean(h ∘ n)) with h = g ∘ w; also stores the mean and r in stats: [rows, 2]. One block per
 // row.
-KERNEL(layer_norm_bwd, (In<T> x, In<T> w, In<T> g, Out<T> dx, Out<float> stats, u32 width, float eps),
-       (x, w, g, dx, stats, width, eps)) {
+KERNEL(layer_norm_bwd, (In<T> x, In<T> w, In<T> g, In<T> before, Out<T> dx, Out<float> stats, u32 width, float eps),
+       (x, w, g, before, dx, stats, width, eps)) {
     const u64 start = u64(blockIdx.x) * width;
-    const Moments row = moments<T>(x + start, width, eps);
+    const Moments row = moments(x + start, width, eps);
     float sum = 0.0f;
     float dot = 0.0f;
     FOR_BLOCK(i, width) {
@@ -242,7 +269,7 @@ KERNEL(layer_norm_bwd, (In<T> x, In<T> w, In<T> g, Out<T> dx, Out<float> stats, 
     FOR_BLOCK(i, width) {
         const float h = load(g, start + i) * load(w, i);
         const float normal = (load(x, start + i) - row.mean) * row.inverse;
-        store(dx, start + i, row.inverse * (h - shift - normal * slope));
+        store(dx, start + i, load_if(before, start + i) + row.inverse * (h - shift - normal * slope));
     }
     if (threadIdx.x == 0) {
         stats[2 * u64(blockIdx.x)] = row.mean;
@@ -270,17 +297,24 @@ KERNEL(layer_norm_dwdb, (In<T> x, In<T> g, In<float> stats, Out<float> dw, Out<f
 
 // --- Rotary positions ---
 
-// Rotates the pairs (i, half + i) of x: [tokens, heads, 2 half] by the angles in the rows of cos, sin: [any, half] that
-// positions: [tokens] name; the direction is 1, or −1 for the inverse (the backward pass).
+// Rotates the pairs (i, half + i) of q and k: [tokens, heads, 2 half], each with heads of its own, by the angles in the
+// rows of cos, sin: [any, half] that positions: [tokens] name; the direction is 1, or −1 for the inverse (the backward
+// pass).
 KERNEL(rope,
-       (In<T> x, Out<T> y, In<float> cos, In<float> sin, In<u32> positions, u64 tokens, u32 heads, u32 half,
-        float direction),
-       (x, y, cos, sin, positions, tokens, heads, half, direction)) {
+       (In<T> q, In<T> k, Out<T> to_q, Out<T> to_k, In<float> cos, In<float> sin, In<u32> positions, u64 tokens,
+        u32 q_heads, u32 k_heads, u32 half, float direction),
+       (q, k, to_q, to_k, cos, sin, positions, tokens, q_heads, k_heads, half, direction)) {
+    const u32 heads = q_heads + k_heads;
     FOR_GRID(pair, tokens * heads * half) {
-        const u64 head = pair / half;
-        const u64 i = pair - head * half;
-        const u64 angle = u64(positions[head / heads]) * half + i;
-        const u64 first = head * half * 2 + i;
+        const u64 all = pair / half;
+        const u64 i = pair - all * half;
+        const u64 token = all / heads;
+        const u32 head = u32(all - token * heads);
+        const bool query = head < q_heads;
+        const T* x = query ? q : k;
+        T* y = query ? to_q : to_k;
+        const u64 angle = u64(positions[token]) * half + i;
+        const u64 first = (query ? token * q_heads + head : token * k_heads + (head - q_heads)) * half * 2 + i;
         const u64 second = first + half;
         const float c = cos[angle];
         const float s = direction * sin[angle];
@@ -428,91 +462,259 @@ KERNEL(dropout, (In<T> x, Out<T> y, u64 n, MASK), (x, y, n, MASK_OF)) {
     }
 }
 
-// --- Low-rank adapters: their two products with A: [rank, width], which read the mask where they read x ---
+// --- Low-rank adapters of several layers, each a member of a launch ---
 
-// Rows of A that a thread works on at a time.
+// Ranks that a thread works on at a time.
 constexpr u32 RANKS = 16;
 
-// y = scale · (m ∘ x) Aᵀ for x: [rows, width], y: [rows, rank]. One warp per row.
-KERNEL(adapter_inner,
-       (In<T> x, In<T> a, Out<T> y, u32 rows, u32 width, u32 rank, float scale, MASK),
-       (x, a, y, rows, width, rank, scale, MASK_OF)) {
-    const u32 lane = threadIdx.x % 32;
-    const u32 row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-    if (row >= rows) {
+// Rows that a thread of `adapter_widen` goes through, and one of `adapter_outer`.
+constexpr u32 WIDEN_ROWS = 8;
+constexpr u32 OUTER_ROWS = 64;
+
+// A row of the table, as adapter.rs writes it. The factor F is A: [rank, width], or B: [width, rank] if `by_column`.
+struct Member {
+    u64 x;          // [rows, width]; what is multiplied with the mask
+    u64 narrow;     // [rows, rank]
+    u64 factor;     // F, which is read or, by its gradient, written
+    u64 width;
+    u64 rank;
+    u64 by_column;
+    u64 key;        // of the mask: two words
+    u64 layer;      // of the mask, and its threshold
+    u64 factors;    // of the mask, and the scale, as bits of floats
+    u64 columns;    // blocks that share the columns of a row
+    u64 more;       // adapter_widen: members that add to the same x; adapter_outer: numbers from one segment to the next
+};
+
+__device__ __forceinline__ u32 lower(u64 words) { return u32(words); }
+__device__ __forceinline__ u32 upper(u64 words) { return u32(words >> 32); }
+
+__device__ __forceinline__ Mask mask_of(const Member& own) {
+    return Mask(lower(own.key), upper(own.key), lower(own.layer), upper(own.layer), __uint_as_float(lower(own.factors)));
+}
+
+template <typename T> struct alignas(4 * sizeof(T)) Four {
+    T of[4];
+};
+
+// Four numbers of a row of `length` from `at` on, and zeros beyond its end. All rows of x have this length.
+template <typename T> __device__ __forceinline__ void load4(const T* x, u64 row, u64 length, u64 at, float (&out)[4]) {
+    const T* from = x + row * length + at;
+    if ((reinterpret_cast<u64>(x) | length * sizeof(T)) % sizeof(Four<T>) == 0) {
+        const Four<T> four = *reinterpret_cast<const Four<T>*>(from);
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) {
+            out[i] = load(four.of, i);
+        }
         return;
     }
-    Mask mask(MASK_OF);
-    const u64 start = u64(row) * width;
-    for (u32 first = 0; first < rank; first += RANKS) {
-        float sums[RANKS] = {};
-        for (u32 column = 4 * lane; column < width; column += 4 * 32) {
 #pragma unroll
-            for (u32 i = column; i < column + 4; i++) {
-                if (i < width) {
-                    const float kept = load(x, start + i) * mask.at(start + i);
+    for (u32 i = 0; i < 4; i++) {
+        out[i] = at + i < length ? load(from, i) : 0.0f;
+    }
+}
+
+// RANKS numbers of row `row` of narrow: [rows, rank], from `first` on, and zeros beyond.
+template <typename T>
+__device__ __forceinline__ void load_ranks(const T* narrow, u64 row, u64 rank, u64 first, float (&out)[RANKS]) {
 #pragma unroll
-                    for (u32 j = 0; j < RANKS; j++) {
-                        if (first + j < rank) {
-                            sums[j] += kept * load(a, u64(first + j) * width + i);
-                        }
-                    }
-                }
-            }
+    for (u32 j = 0; j < RANKS; j += 4) {
+        float four[4] = {};
+        if (first + j < rank) {
+            load4(narrow, row, rank, first + j, four);
         }
 #pragma unroll
-        for (u32 j = 0; j < RANKS; j++) {
-            float sum = sums[j];
+        for (u32 i = 0; i < 4; i++) {
+            out[j + i] = four[i];
+        }
+    }
+}
+
+// Ranks from `first` on of four columns of the factor, and zeros beyond both.
+template <typename T>
+__device__ __forceinline__ void load_factor(const Member& own, u64 first, u64 column, float (&out)[RANKS][4]) {
+    const T* factor = reinterpret_cast<const T*>(own.factor);
+    if (own.by_column) {
 #pragma unroll
-            for (u32 distance = 16; distance > 0; distance /= 2) {
-                sum += __shfl_xor_sync(~0u, sum, distance);
+        for (u32 i = 0; i < 4; i++) {
+            float ranks[RANKS] = {};
+            if (column + i < own.width) {
+                load_ranks(factor, column + i, own.rank, first, ranks);
             }
-            if (lane == 0 && first + j < rank) {
-                store(y, u64(row) * rank + first + j, scale * sum);
+#pragma unroll
+            for (u32 j = 0; j < RANKS; j++) {
+                out[j][i] = ranks[j];
+            }
+        }
+        return;
+    }
+#pragma unroll
+    for (u32 j = 0; j < RANKS; j++) {
+        if (first + j < own.rank) {
+            load4(factor, first + j, own.width, column, out[j]);
+        } else {
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+                out[j][i] = 0.0f;
             }
         }
     }
 }
 
-// Rows that a thread of the next kernel goes through.
-constexpr u32 ADAPTER_ROWS = 16;
+// Defines a device function template of one member, and its kernels NAME_f32 and NAME_bf16 on a grid of
+// [blocks, members]. The function's body follows.
+#define ADAPTER_KERNEL(NAME)                                                                                           \
+    template <typename T> __device__ __forceinline__ void NAME(const Member* members, u32 rows);                       \
+    extern "C" __global__ void __launch_bounds__(MAX_BLOCK)                                                            \
+        NAME##_f32(const __grid_constant__ Table table, u32 rows) {                                                    \
+        NAME<float>(reinterpret_cast<const Member*>(table.words), rows);                                               \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(MAX_BLOCK)                                                            \
+        NAME##_bf16(const __grid_constant__ Table table, u32 rows) {                                                   \
+        NAME<bf16>(reinterpret_cast<const Member*>(table.words), rows);                                                \
+    }                                                                                                                  \
+    template <typename T> __device__ __forceinline__ void NAME(const Member* members, u32 rows)
 
-// dx += m ∘ (g A) for g: [rows, rank], dx: [rows, width]. A thread has four columns of A; the grid is
-// [rows / ADAPTER_ROWS, width / (4 block)].
-KERNEL(adapter_dx,
-       (In<T> g, In<T> a, Out<T> dx, u32 rows, u32 width, u32 rank, MASK),
-       (g, a, dx, rows, width, rank, MASK_OF)) {
-    const u32 column = 4 * (blockIdx.y * blockDim.x + threadIdx.x);
+// narrow = scale · (m ∘ x) Fᵀ. One block per row.
+ADAPTER_KERNEL(adapter_narrow) {
+    constexpr u32 WARPS = MAX_BLOCK / 32;
+    __shared__ float of_warps[WARPS][RANKS];
+    const Member& own = members[blockIdx.y];
+    const T* x = reinterpret_cast<const T*>(own.x);
+    const u64 row = blockIdx.x;
+    const u32 lane = threadIdx.x % 32;
+    const u32 warp = threadIdx.x / 32;
+    Mask mask = mask_of(own);
+    for (u64 first = 0; first < own.rank; first += RANKS) {
+        float sums[RANKS] = {};
+        for (u64 column = 4 * threadIdx.x; column < own.width; column += 4 * blockDim.x) {
+            float kept[4], factor[RANKS][4];
+            load4(x, row, own.width, column, kept);
+            load_factor<T>(own, first, column, factor);
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+                kept[i] *= mask.at(row * own.width + column + i);
+#pragma unroll
+                for (u32 j = 0; j < RANKS; j++) {
+                    sums[j] += kept[i] * factor[j][i];
+                }
+            }
+        }
+#pragma unroll
+        for (u32 j = 0; j < RANKS; j++) {
+#pragma unroll
+            for (u32 distance = 16; distance > 0; distance /= 2) {
+                sums[j] += __shfl_xor_sync(~0u, sums[j], distance);
+            }
+            if (lane == 0) {
+                of_warps[warp][j] = sums[j];
+            }
+        }
+        __syncthreads();
+        const u64 rank = first + threadIdx.x;
+        if (threadIdx.x < RANKS && rank < own.rank) {
+            float sum = 0.0f;
+            for (u32 other = 0; other < blockDim.x / 32; other++) {
+                sum += of_warps[other][threadIdx.x];
+            }
+            const float scale = __uint_as_float(upper(own.factors));
+            store(reinterpret_cast<T*>(own.narrow), row * own.rank + rank, scale * sum);
+        }
+        __syncthreads(); // all have read the sums before the next ones are written
+    }
+}
+
+// x += Σ m ∘ (narrow F) over the members that add to the same x. Blocks are [row chunks · columns, such groups]; a thread
+// has four columns.
+ADAPTER_KERNEL(adapter_widen) {
+    const u64 together = members->more;
+    const Member* group = members + blockIdx.y * together;
+    const u64 width = group->width;
+    const u64 column = 4 * (blockIdx.x % group->columns * blockDim.x + threadIdx.x);
+    const u64 start = blockIdx.x / group->columns * WIDEN_ROWS;
     if (column >= width) {
         return;
     }
-    Mask mask(MASK_OF);
-    const u32 end = min(rows, (blockIdx.x + 1) * ADAPTER_ROWS);
-    for (u32 first = 0; first < rank; first += RANKS) {
-        float factors[RANKS][4];
+    T* x = reinterpret_cast<T*>(group->x);
+    float sums[WIDEN_ROWS][4] = {};
+    for (u64 member = 0; member < together; member++) {
+        const Member& own = group[member];
+        const T* narrow = reinterpret_cast<const T*>(own.narrow);
+        Mask mask = mask_of(own);
+        for (u64 first = 0; first < own.rank; first += RANKS) {
+            float factor[RANKS][4];
+            load_factor<T>(own, first, column, factor);
+#pragma unroll
+            for (u32 at = 0; at < WIDEN_ROWS; at++) {
+                if (start + at >= rows) {
+                    break;
+                }
+                float slopes[RANKS];
+                load_ranks(narrow, start + at, own.rank, first, slopes);
+#pragma unroll
+                for (u32 i = 0; i < 4; i++) {
+                    float sum = 0.0f;
+#pragma unroll
+                    for (u32 j = 0; j < RANKS; j++) {
+                        sum += slopes[j] * factor[j][i];
+                    }
+                    sums[at][i] += mask.at((start + at) * width + column + i) * sum;
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (u32 at = 0; at < WIDEN_ROWS; at++) {
+        if (start + at >= rows) {
+            break;
+        }
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) {
+            if (column + i < width) {
+                const u64 place = (start + at) * width + column + i;
+                store(x, place, load(x, place) + sums[at][i]);
+            }
+        }
+    }
+}
+
+// The gradient of F: narrowᵀ (m ∘ x) over a segment of rows, in float. Blocks are [segments · columns, members]; a thread
+// has four columns.
+ADAPTER_KERNEL(adapter_outer) {
+    const Member& own = members[blockIdx.y];
+    const u64 column = 4 * (blockIdx.x % own.columns * blockDim.x + threadIdx.x);
+    const u64 segment = blockIdx.x / own.columns;
+    if (column >= own.width) {
+        return;
+    }
+    const T* x = reinterpret_cast<const T*>(own.x);
+    const T* narrow = reinterpret_cast<const T*>(own.narrow);
+    float* gradient = reinterpret_cast<float*>(own.factor) + segment * own.more;
+    const u64 end = min(u64(rows), (segment + 1) * OUTER_ROWS);
+    Mask mask = mask_of(own);
+    for (u64 first = 0; first < own.rank; first += RANKS) {
+        float sums[RANKS][4] = {};
+        for (u64 row = segment * OUTER_ROWS; row < end; row++) {
+            float kept[4], slopes[RANKS];
+            load4(x, row, own.width, column, kept);
+            load_ranks(narrow, row, own.rank, first, slopes);
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+                kept[i] *= mask.at(row * own.width + column + i);
+#pragma unroll
+                for (u32 j = 0; j < RANKS; j++) {
+                    sums[j][i] += slopes[j] * kept[i];
+                }
+            }
+        }
 #pragma unroll
         for (u32 j = 0; j < RANKS; j++) {
 #pragma unroll
             for (u32 i = 0; i < 4; i++) {
-                const bool inside = first + j < rank && column + i < width;
-                factors[j][i] = inside ? load(a, u64(first + j) * width + column + i) : 0.0f;
-            }
-        }
-        for (u32 row = blockIdx.x * ADAPTER_ROWS; row < end; row++) {
-            float sums[4] = {};
-#pragma unroll
-            for (u32 j = 0; j < RANKS; j++) {
-                const float slope = first + j < rank ? load(g, u64(row) * rank + first + j) : 0.0f;
-#pragma unroll
-                for (u32 i = 0; i < 4; i++) {
-                    sums[i] += slope * factors[j][i];
-                }
-            }
-#pragma unroll
-            for (u32 i = 0; i < 4; i++) {
-                if (column + i < width) {
-                    const u64 at = u64(row) * width + column + i;
-                    store(dx, at, load(dx, at) + mask.at(at) * sums[i]);
+                if (first + j < own.rank && column + i < own.width) {
+                    const u64 rank = first + j;
+                    const u64 place = own.by_column ? (column + i) * own.rank + rank : rank * own.width + column + i;
+                    gradient[place] = sums[j][i];
                 }
             }
         }
@@ -721,13 +923,6 @@ KERNEL(cache_write,
 }
 
 // --- Many f32 tensors at once: blockIdx.y is the tensor, the grid's x divides its elements ---
-
-// Words by value: a row for each tensor.
-constexpr u32 TABLE = 240;
-
-struct Table {
-    u64 words[TABLE];
-};
 
 // partials[tensor, chunk] = Σ x² over the chunk for a grid of [chunks, tensors]. Rows are address and length.
 extern "C" __global__ void __launch_bounds__(MAX_BLOCK) sum_squares_many(const __grid_constant__ Table table, Out<float> partials) {

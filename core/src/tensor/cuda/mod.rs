@@ -23,7 +23,9 @@ mod operators;
 mod optimizer;
 mod products;
 
-pub(super) use adapter::{adapter_dx, adapter_inner, dropout};
+pub(super) use adapter::{
+    adapters_dx, adapters_gradients, adapters_inner, adapters_narrow, adapters_up, dropout, fuses_adapters,
+};
 pub(super) use attention::{attention, attention_backward};
 pub(super) use launch::fresh;
 pub(crate) use memory::{memory_peak, restart_memory_peak};

@@ -26,5 +26,8 @@ __device__ __forceinline__ bf16 f2b(float value) {
 
 __device__ __forceinline__ float load(const float* x, u64 at) { return x[at]; }
 __device__ __forceinline__ float load(const bf16* x, u64 at) { return b2f(x[at]); }
+// 0 where there is no tensor.
+template <typename T> __device__ __forceinline__ float load_if(const T* x, u64 at) { return x ? load(x, at) : 0.0f; }
+
 __device__ __forceinline__ void store(float* y, u64 at, float value) { y[at] = value; }
 __device__ __forceinline__ void store(bf16* y, u64 at, float value) { y[at] = f2b(value); }

@@ -5,8 +5,9 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Tensor};
 use titer_kernels::activation::Activation;
 
-use super::launch::{Arg, address, at, blocks, fresh, fresh_on, launch};
+use super::launch::{Arg, at, blocks, fresh, fresh_on, launch};
 use crate::error::{Error, Result};
+use crate::tensor::elementwise::same_shape;
 use crate::tensor::host::last_dim;
 use crate::tensor::mask::AttentionMask;
 
@@ -15,23 +16,50 @@ fn packs(count: usize, dtype: DType) -> usize {
     blocks((count * dtype.size_in_bytes()).div_ceil(16))
 }
 
+/// Gradients of weight and bias.
+type WeightAndBias = (Tensor, Tensor);
+
 fn rows_of(x: &Tensor) -> usize {
     x.elem_count() / last_dim(x).max(1)
 }
 
-pub(in crate::tensor) fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
-    let t = x.dtype();
-    let y = fresh(x, x.shape(), t)?;
-    let width = w.elem_count();
-    let arguments = [at(x, t)?, at(w, t)?, at(&y, t)?, Arg::U32(width as u32), Arg::F32(eps as f32)];
-    launch(x, "rms_norm_fwd", x.elem_count() / width, &arguments)?;
-    Ok(y)
+/// A tensor that a kernel may be without.
+fn at_if(tensor: Option<&Tensor>, dtype: DType) -> Result<Arg> {
+    tensor.map_or(Ok(Arg::U64(0)), |tensor| at(tensor, dtype))
 }
 
+/// `x`, plus `branch` if there is one, and the same normalised.
+pub(in crate::tensor) fn rms_norm(x: &Tensor, branch: Option<&Tensor>, w: &Tensor, eps: f64) -> Result<[Tensor; 2]> {
+    let (t, width) = (x.dtype(), w.elem_count());
+    let (sum, y) = (sum_of(x, branch)?, fresh(x, x.shape(), t)?);
+    let arguments = [
+        at(x, t)?,
+        at_if(branch, t)?,
+        at_if(branch.map(|_| &sum), t)?,
+        at(w, t)?,
+        at(&y, t)?,
+        Arg::U32(width as u32),
+        Arg::F32(eps as f32),
+    ];
+    launch(x, "rms_norm_fwd", x.elem_count() / width, &arguments)?;
+    Ok([sum, y])
+}
+
+/// Where a kernel writes the sum of both: a tensor of its own, or `x` if there is nothing to add.
+fn sum_of(x: &Tensor, branch: Option<&Tensor>) -> Result<Tensor> {
+    match branch {
+        Some(branch) => {
+            same_shape(x, branch)?;
+            fresh(x, x.shape(), x.dtype())
+        }
+        None => Ok(x.clone()),
+    }
+}
+
+/// The gradient of `x`, plus that `before`, and that of the weight.
 pub(in crate::tensor) fn rms_norm_backward(
-    x: &Tensor,
-    w: &Tensor,
-    g: &Tensor,
+    [x, w, g]: [&Tensor; 3],
+    before: Option<&Tensor>,
     eps: f64,
     wants_weight: bool,
 ) -> Result<(Tensor, Option<Tensor>)> {
@@ -39,8 +67,16 @@ pub(in crate::tensor) fn rms_norm_backward(
     let width = w.elem_count();
     let rows = x.elem_count() / width;
     let (dx, r) = (fresh(x, x.shape(), t)?, fresh(x, rows, F32)?);
-    let arguments =
-        [at(x, t)?, at(w, t)?, at(g, t)?, at(&dx, t)?, at(&r, F32)?, Arg::U32(width as u32), Arg::F32(eps as f32)];
+    let arguments = [
+        at(x, t)?,
+        at(w, t)?,
+        at(g, t)?,
+        at_if(before, t)?,
+        at(&dx, t)?,
+        at(&r, F32)?,
+        Arg::U32(width as u32),
+        Arg::F32(eps as f32),
+    ];
     launch(x, "rms_norm_bwd", rows, &arguments)?;
     if !wants_weight {
         return Ok((dx, None));
@@ -51,26 +87,49 @@ pub(in crate::tensor) fn rms_norm_backward(
     Ok((dx, Some(dw.to_dtype(w.dtype())?)))
 }
 
-pub(in crate::tensor) fn layer_norm(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor> {
+/// As [`rms_norm`].
+pub(in crate::tensor) fn layer_norm(
+    x: &Tensor,
+    branch: Option<&Tensor>,
+    [w, b]: [&Tensor; 2],
+    eps: f64,
+) -> Result<[Tensor; 2]> {
     let t = x.dtype();
-    let y = fresh(x, x.shape(), t)?;
-    let arguments = [at(x, t)?, at(w, t)?, at(b, t)?, at(&y, t)?, Arg::U32(last_dim(x) as u32), Arg::F32(eps as f32)];
+    let (sum, y) = (sum_of(x, branch)?, fresh(x, x.shape(), t)?);
+    let arguments = [
+        at(x, t)?,
+        at_if(branch, t)?,
+        at_if(branch.map(|_| &sum), t)?,
+        at(w, t)?,
+        at(b, t)?,
+        at(&y, t)?,
+        Arg::U32(last_dim(x) as u32),
+        Arg::F32(eps as f32),
+    ];
     launch(x, "layer_norm_fwd", rows_of(x), &arguments)?;
-    Ok(y)
+    Ok([sum, y])
 }
 
+/// As [`rms_norm_backward`], with that of the bias.
 pub(in crate::tensor) fn layer_norm_backward(
-    x: &Tensor,
-    w: &Tensor,
-    g: &Tensor,
+    [x, w, g]: [&Tensor; 3],
+    before: Option<&Tensor>,
     eps: f64,
     wants_weight: bool,
-) -> Result<(Tensor, Option<(Tensor, Tensor)>)> {
+) -> Result<(Tensor, Option<WeightAndBias>)> {
     let t = x.dtype();
     let (width, rows) = (last_dim(x), rows_of(x));
     let (dx, stats) = (fresh(x, x.shape(), t)?, fresh(x, (rows, 2), F32)?);
-    let arguments =
-        [at(x, t)?, at(w, t)?, at(g, t)?, at(&dx, t)?, at(&stats, F32)?, Arg::U32(width as u32), Arg::F32(eps as f32)];
+    let arguments = [
+        at(x, t)?,
+        at(w, t)?,
+        at(g, t)?,
+        at_if(before, t)?,
+        at(&dx, t)?,
+        at(&stats, F32)?,
+        Arg::U32(width as u32),
+        Arg::F32(eps as f32),
+    ];
     launch(x, "layer_norm_bwd", rows, &arguments)?;
     if !wants_weight {
         return Ok((dx, None));
@@ -90,27 +149,23 @@ pub(in crate::tensor) fn layer_norm_backward(
 }
 
 pub(in crate::tensor) fn rotate(
-    x: &Tensor,
+    both: [&Tensor; 2],
     [cos, sin]: [&Tensor; 2],
     positions: &Tensor,
     direction: f64,
-) -> Result<Tensor> {
-    let t = x.dtype();
+) -> Result<[Tensor; 2]> {
+    let t = both[0].dtype();
     let ((_, half), tokens) = (cos.dims2()?, positions.elem_count());
-    let (y, heads) = (fresh(x, x.shape(), t)?, x.elem_count() / (tokens * 2 * half));
-    let arguments = [
-        at(x, t)?,
-        at(&y, t)?,
-        at(cos, F32)?,
-        at(sin, F32)?,
-        at(positions, U32)?,
-        Arg::U64(tokens as u64),
-        Arg::U32(heads as u32),
-        Arg::U32(half as u32),
-        Arg::F32(direction as f32),
-    ];
-    launch(x, "rope", blocks(x.elem_count() / 2), &arguments)?;
-    Ok(y)
+    let turned = [fresh(both[0], both[0].shape(), t)?, fresh(both[0], both[1].shape(), t)?];
+    let heads = both.map(|x| Arg::U32((x.elem_count() / (tokens * 2 * half)) as u32));
+    let tensors = [both[0], both[1], &turned[0], &turned[1]].map(|tensor| at(tensor, t));
+    let mut arguments = tensors.into_iter().collect::<Result<Vec<_>>>()?;
+    arguments.extend([at(cos, F32)?, at(sin, F32)?, at(positions, U32)?, Arg::U64(tokens as u64)]);
+    arguments.extend(heads);
+    arguments.extend([Arg::U32(half as u32), Arg::F32(direction as f32)]);
+    let pairs = (both[0].elem_count() + both[1].elem_count()) / 2;
+    launch(both[0], "rope", blocks(pairs), &arguments)?;
+    Ok(turned)
 }
 
 pub(in crate::tensor) fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {

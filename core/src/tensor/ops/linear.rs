@@ -6,12 +6,24 @@
 use candle_core::{DType, Tensor};
 use titer_kernels::elementwise as kernels;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::tensor::dropout::{Dropout, add_dropout, dropout};
 use crate::tensor::gemm::Gemm;
 use crate::tensor::host::{Element, by_dtype, last_dim, read, tensor, write};
 use crate::tensor::matrix::Matrix;
 use crate::tensor::tape::{Tape, Traced};
+
+/// `$cuda` for adapters on a device, whose kernels compute those of all layers together, else `$each`. Where ranks are large,
+/// the matrix unit, which these kernels do not use, is faster.
+macro_rules! fused {
+    ($adapters:expr, $cuda:expr, $each:expr) => {{
+        #[cfg(feature = "cuda")]
+        let result = if crate::tensor::cuda::fuses_adapters($adapters) { $cuda } else { $each };
+        #[cfg(not(feature = "cuda"))]
+        let result = $each;
+        result
+    }};
+}
 
 /// The adapter's part in a linear layer.
 #[derive(Debug)]
@@ -26,6 +38,17 @@ pub struct LowRank {
     pub mask: Option<Dropout>,
 }
 
+/// One of several linear layers of the same input.
+#[derive(Debug)]
+pub struct LinearLayer {
+    /// `W: [out, in]`.
+    pub weight: Traced<Matrix>,
+    /// `b: [out]`.
+    pub bias: Option<Traced>,
+    /// The adapter's part.
+    pub low_rank: Option<LowRank>,
+}
+
 /// `x Wᵀ` for `x: [..., in]` and `weight: [out, in]`, plus a `bias: [out]`, plus the adapter's part. Half-precision
 /// products of an f32 adapter are taken in the type of `x`; its gradients are f32.
 ///
@@ -38,54 +61,88 @@ pub fn linear(
     bias: Option<&Traced>,
     low_rank: Option<LowRank>,
 ) -> Result<Traced> {
-    let mut shape = x.tensor().dims().to_vec();
+    let [y] = linears(tape, x, [LinearLayer { weight: weight.into(), bias: bias.cloned(), low_rank }])?;
+    Ok(y)
+}
+
+/// Several [`linear`] layers of one input, such as queries, keys and values. A device computes the parts of their adapters
+/// together.
+///
+/// # Errors
+/// A tensor operation failed.
+pub fn linears<const N: usize>(tape: &mut Tape, x: &Traced, layers: [LinearLayer; N]) -> Result<[Traced; N]> {
+    let shape = x.tensor().dims().to_vec();
     let xs = x.tensor().contiguous()?.reshape(((), last_dim(x.tensor())))?;
-    let weight = weight.into();
-    let w = weight.tensor().clone();
-    let y = w.product_transposed(&xs)?;
-    if let Some(bias) = bias {
-        add_bias(&y, bias.tensor())?;
+    let weights = layers.each_ref().map(|layer| layer.weight.tensor().clone());
+    let mut ys = Vec::with_capacity(N);
+    for (layer, w) in layers.iter().zip(&weights) {
+        let y = w.product_transposed(&xs)?;
+        layer.bias.as_ref().map_or(Ok(()), |bias| add_bias(&y, bias.tensor()))?;
+        ys.push(y);
     }
-    let adapter = low_rank.as_ref().map(|low_rank| AdapterPass::forward(&xs, low_rank, &y)).transpose()?;
-    if let Some(last) = shape.last_mut() {
-        *last = w.dims()[0];
-    }
+    let adapters = Adapters::forward(&xs, &layers, &ys)?;
+    let shaped = |y: &Tensor| Ok(y.reshape([&shape[..shape.len() - 1], &[last_dim(y)]].concat())?);
+    let results: Vec<Tensor> = ys.iter().map(shaped).collect::<Result<_>>()?;
     // Only places count from here on, not the numbers in them.
-    let (weight, absent) = (weight.with_tensor(y.clone()), Traced::constant(y.clone()));
-    let (a, b) = low_rank.as_ref().map_or((&absent, &absent), |low_rank| (&low_rank.a, &low_rank.b));
-    let inputs = [x, &weight, bias.unwrap_or(&absent), a, b];
+    let absent = Traced::constant(xs.clone());
+    let mut inputs = vec![x.clone()];
+    for layer in &layers {
+        let [a, b] = layer.low_rank.as_ref().map_or([&absent; 2], |low_rank| [&low_rank.a, &low_rank.b]);
+        let bias = layer.bias.as_ref().unwrap_or(&absent);
+        inputs.extend([layer.weight.with_tensor(xs.clone()), bias.clone(), a.clone(), b.clone()]);
+    }
     // What no gradient needs is not kept.
-    let kept = (weight.tracked() || a.tracked()).then_some(xs);
-    Ok(tape.record(y.reshape(shape)?, &inputs, move |gradient, into| {
-        let g = gradient.reshape(((), w.dims()[0]))?;
-        let narrow = adapter.as_ref().map(|adapter| adapter.narrow(&g)).transpose()?;
+    let reads_input = |layer: &LinearLayer| {
+        layer.weight.tracked() || layer.low_rank.as_ref().is_some_and(|low_rank| low_rank.a.tracked())
+    };
+    let kept = layers.iter().any(reads_input).then_some(xs);
+    let inputs: Vec<&Traced> = inputs.iter().collect();
+    let results = results.try_into().map_err(|_| Error::run("a linear layer gave no result"))?;
+    Ok(tape.record_all(results, &inputs, move |gradients: [Tensor; N], into| {
+        let gs = gradients.iter().map(|g| Ok(g.reshape(((), last_dim(g)))?)).collect::<Result<Vec<_>>>()?;
+        let narrow = adapters.narrow(&gs)?;
         if into.wants(0) {
-            let (dx, held) = match into.owned(0) {
-                Some(sum) => {
-                    let sum = sum.reshape(((), w.dims()[1]))?;
-                    w.add_product(&sum, &g)?;
-                    (sum, true)
-                }
-                None => (w.product(&g)?, false),
-            };
-            if let (Some(adapter), Some(narrow)) = (&adapter, &narrow) {
-                adapter.add_input_gradient(&dx, narrow)?;
-            }
+            let before = into.owned(0).map(|sum| sum.reshape((gs[0].dims()[0], ()))).transpose()?;
+            let held = before.is_some();
+            let dx = input_gradient(&weights, &gs, before)?;
+            adapters.add_input_gradient(&dx, &narrow)?;
             if !held {
                 into.add(0, dx)?;
             }
         }
-        if let Some(xs) = &kept {
-            if into.wants(1) {
-                into.add(1, Gemm::TN.product(&g, xs)?)?;
+        for (index, g) in gs.iter().enumerate() {
+            let [weight, bias] = [4 * index + 1, 4 * index + 2];
+            if let (true, Some(xs)) = (into.wants(weight), &kept) {
+                into.add(weight, Gemm::TN.product(g, xs)?)?;
             }
-            if let (true, Some(adapter), Some(narrow)) = (into.wants(3), &adapter, &narrow) {
-                into.add(3, Gemm::TN.product_as(narrow, &adapter.masked(xs)?, wide(xs.dtype()))?)?;
-                into.add(4, Gemm::TN.product_as(&g, &adapter.inner, wide(g.dtype()))?)?;
+            if into.wants(bias) {
+                into.add(bias, sum_rows(g)?)?;
             }
         }
-        if into.wants(2) { into.add(2, sum_rows(&g)?) } else { Ok(()) }
+        let trained = adapters.0.iter().any(|adapter| into.wants(4 * adapter.layer + 3));
+        if let (true, Some(xs)) = (trained, &kept) {
+            for (adapter, [da, db]) in adapters.0.iter().zip(adapters.gradients(xs, &gs, &narrow)?) {
+                into.add(4 * adapter.layer + 3, da)?;
+                into.add(4 * adapter.layer + 4, db)?;
+            }
+        }
+        Ok(())
     }))
+}
+
+/// `Σ g W` over the layers, added to what is there `before`.
+fn input_gradient(weights: &[Matrix], gs: &[Tensor], before: Option<Tensor>) -> Result<Tensor> {
+    let mut sum = before;
+    for (w, g) in weights.iter().zip(gs) {
+        sum = Some(match sum {
+            Some(sum) => {
+                w.add_product(&sum, g)?;
+                sum
+            }
+            None => w.product(g)?,
+        });
+    }
+    sum.ok_or_else(|| Error::run("no linear layer has a gradient"))
 }
 
 /// The type in which sums over half-precision values are kept.
@@ -93,50 +150,90 @@ fn wide(dtype: DType) -> DType {
     if matches!(dtype, DType::F16 | DType::BF16) { DType::F32 } else { dtype }
 }
 
-/// What the adapter's part of the backward pass reads again.
-struct AdapterPass {
-    a: Tensor,
-    b: Tensor,
-    scale: f64,
-    mask: Option<Dropout>,
+/// The adapters of the layers.
+struct Adapters(Vec<Adapter>);
+
+/// What an adapter's part of the backward pass reads again.
+pub(in crate::tensor) struct Adapter {
+    /// Which of the layers it belongs to.
+    pub(in crate::tensor) layer: usize,
+    pub(in crate::tensor) a: Tensor,
+    pub(in crate::tensor) b: Tensor,
+    pub(in crate::tensor) scale: f64,
+    pub(in crate::tensor) mask: Option<Dropout>,
     /// `s · (m ∘ x) Aᵀ`, `[rows, r]`.
-    inner: Tensor,
+    pub(in crate::tensor) inner: Tensor,
 }
 
-impl AdapterPass {
-    /// Adds the adapter's part to `y`.
-    fn forward(x: &Tensor, low_rank: &LowRank, y: &Tensor) -> Result<Self> {
-        let cast = |factor: &Traced| factor.tensor().to_dtype(x.dtype());
-        let (a, b, scale) = (cast(&low_rank.a)?, cast(&low_rank.b)?, low_rank.scale);
-        let mut adapted = Self { inner: a.clone(), a, b, scale, mask: low_rank.mask };
-        adapted.inner = dispatch!(
-            x,
-            crate::tensor::cuda::adapter_inner(x, &adapted.a, scale, adapted.mask),
-            Gemm::NT.times(scale).product(&adapted.masked(x)?, &adapted.a)
+impl Adapters {
+    /// Adds the adapters' parts to the layers' results.
+    fn forward(x: &Tensor, layers: &[LinearLayer], ys: &[Tensor]) -> Result<Self> {
+        let mut adapters = Vec::new();
+        for (layer, LinearLayer { low_rank, .. }) in layers.iter().enumerate() {
+            if let Some(LowRank { a, b, scale, mask }) = low_rank {
+                let [a, b] = [a.tensor().to_dtype(x.dtype())?, b.tensor().to_dtype(x.dtype())?];
+                adapters.push(Adapter { layer, inner: a.clone(), a, b, scale: *scale, mask: *mask });
+            }
+        }
+        let inner = fused!(
+            &adapters,
+            crate::tensor::cuda::adapters_inner(x, &adapters),
+            adapters.iter().map(|adapter| adapter.inner(x)).collect::<Result<Vec<_>>>()
         )?;
-        Gemm::NT.add_to(y, &adapted.inner, &adapted.b)?;
-        Ok(adapted)
+        for (adapter, inner) in adapters.iter_mut().zip(inner) {
+            adapter.inner = inner;
+        }
+        fused!(
+            &adapters,
+            crate::tensor::cuda::adapters_up(ys, &adapters),
+            adapters.iter().try_for_each(|adapter| Gemm::NT.add_to(&ys[adapter.layer], &adapter.inner, &adapter.b))
+        )?;
+        Ok(Self(adapters))
     }
 
+    /// `s · g B` of each, `[rows, r]`.
+    fn narrow(&self, gs: &[Tensor]) -> Result<Vec<Tensor>> {
+        fused!(
+            &self.0,
+            crate::tensor::cuda::adapters_narrow(gs, &self.0),
+            self.0.iter().map(|own| Gemm::NN.times(own.scale).product(&gs[own.layer], &own.b)).collect()
+        )
+    }
+
+    /// Adds the sum of `m ∘ (narrow A)` to `dx`.
+    fn add_input_gradient(&self, dx: &Tensor, narrow: &[Tensor]) -> Result<()> {
+        fused!(
+            &self.0,
+            crate::tensor::cuda::adapters_dx(dx, narrow, &self.0),
+            self.0.iter().zip(narrow).try_for_each(|(adapter, narrow)| match adapter.mask {
+                None => Gemm::NN.add_to(dx, narrow, &adapter.a),
+                Some(mask) => add_dropout(dx, &Gemm::NN.product(narrow, &adapter.a)?, mask),
+            })
+        )
+    }
+
+    /// Those of `A` and of `B`, of each.
+    fn gradients(&self, x: &Tensor, gs: &[Tensor], narrow: &[Tensor]) -> Result<Vec<[Tensor; 2]>> {
+        let own = |(adapter, narrow): (&Adapter, &Tensor)| {
+            let da = Gemm::TN.product_as(narrow, &adapter.masked(x)?, wide(x.dtype()))?;
+            Ok([da, Gemm::TN.product_as(&gs[adapter.layer], &adapter.inner, wide(x.dtype()))?])
+        };
+        fused!(
+            &self.0,
+            crate::tensor::cuda::adapters_gradients(x, gs, narrow, &self.0),
+            self.0.iter().zip(narrow).map(own).collect()
+        )
+    }
+}
+
+impl Adapter {
     fn masked(&self, x: &Tensor) -> Result<Tensor> {
         self.mask.map_or_else(|| Ok(x.clone()), |mask| dropout(x, mask))
     }
 
-    /// `s · g B`, `[rows, r]`.
-    fn narrow(&self, g: &Tensor) -> Result<Tensor> {
-        Gemm::NN.times(self.scale).product(g, &self.b)
-    }
-
-    /// Adds `m ∘ (narrow A)` to `dx`.
-    fn add_input_gradient(&self, dx: &Tensor, narrow: &Tensor) -> Result<()> {
-        dispatch!(
-            dx,
-            crate::tensor::cuda::adapter_dx(dx, narrow, &self.a, self.mask),
-            match self.mask {
-                None => Gemm::NN.add_to(dx, narrow, &self.a),
-                Some(mask) => add_dropout(dx, &Gemm::NN.product(narrow, &self.a)?, mask),
-            }
-        )
+    /// `s · (m ∘ x) Aᵀ`.
+    fn inner(&self, x: &Tensor) -> Result<Tensor> {
+        Gemm::NT.times(self.scale).product(&self.masked(x)?, &self.a)
     }
 }
 

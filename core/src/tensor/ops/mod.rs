@@ -22,8 +22,10 @@ pub use activation::{activate, swiglu};
 pub use attention::attention;
 pub use cross_entropy::{cross_entropy, head_cross_entropy};
 pub use expression::{exp, ln, log_softmax, matmul, mean_all, sum_all, sum_last};
-pub use linear::{LowRank, linear};
-pub use norm::{layer_norm, rms_norm};
+#[cfg(feature = "cuda")]
+pub(in crate::tensor) use linear::Adapter;
+pub use linear::{LinearLayer, LowRank, linear, linears};
+pub use norm::{add_layer_norm, add_rms_norm, layer_norm, rms_norm};
 pub use residual::add;
 pub use rope::{Rope, Rotation, check_positions, rotate};
 pub use rows::{embed, select_rows};

@@ -3,7 +3,9 @@
 use candle_core::Tensor;
 use titer_kernels::norm as kernels;
 
+use super::residual::record_sum;
 use crate::error::{Error, Result};
+use crate::tensor::elementwise::{add_assign, sum};
 use crate::tensor::host::{Element, by_dtype, last_dim, read_all, tensor};
 use crate::tensor::tape::{Tape, Traced};
 
@@ -13,22 +15,44 @@ use crate::tensor::tape::{Tape, Traced};
 /// # Errors
 /// The rows are no whole number of pieces, or a tensor operation failed.
 pub fn rms_norm(tape: &mut Tape, x: &Traced, weight: &Traced, eps: f64) -> Result<Traced> {
-    let (xs, w) = (x.tensor().contiguous()?, weight.tensor().clone());
-    if w.elem_count() == 0 || !last_dim(&xs).is_multiple_of(w.elem_count()) {
-        return Err(Error::run(format!("rows {:?} cannot be normalised in pieces of {}", xs.dims(), w.elem_count())));
+    let [_, y] = rms_norm_of(tape, x, None, weight, eps)?;
+    Ok(y)
+}
+
+/// `x + branch`, and the same through [`rms_norm`]: what follows a residual connection.
+///
+/// # Errors
+/// As [`rms_norm`], or the shapes of `x` and `branch` differ.
+pub fn add_rms_norm(tape: &mut Tape, [x, branch]: [&Traced; 2], weight: &Traced, eps: f64) -> Result<[Traced; 2]> {
+    rms_norm_of(tape, x, Some(branch), weight, eps)
+}
+
+/// What is normalised, and the result.
+fn rms_norm_of(tape: &mut Tape, x: &Traced, branch: Option<&Traced>, weight: &Traced, eps: f64) -> Result<[Traced; 2]> {
+    let w = weight.tensor().clone();
+    if w.elem_count() == 0 || !last_dim(x.tensor()).is_multiple_of(w.elem_count()) {
+        let dims = x.tensor().dims();
+        return Err(Error::run(format!("rows {dims:?} cannot be normalised in pieces of {}", w.elem_count())));
     }
-    let y =
-        dispatch!(xs, crate::tensor::cuda::rms_norm(&xs, &w, eps), by_dtype!(xs.dtype(), rms_forward(&xs, &w, eps)))?;
-    Ok(tape.record(y, &[x, weight], move |gradient, into| {
-        let wants_weight = into.wants(1);
+    let added = branch.map(|branch| branch.tensor().contiguous()).transpose()?;
+    let [xs, y] = dispatch!(
+        w,
+        crate::tensor::cuda::rms_norm(&x.tensor().contiguous()?, added.as_ref(), &w, eps),
+        sum_if(x.tensor(), added.as_ref())
+            .and_then(|x| Ok([x.clone(), by_dtype!(x.dtype(), rms_forward(&x, &w, eps))?]))
+    )?;
+    let x = record_sum_if(tape, &xs, x, branch);
+    let y = tape.record(y, &[&x, weight], move |gradient, into| {
+        let (wants_weight, before) = (into.wants(1), into.take(0, xs.shape())?);
         let (dx, dw) = dispatch!(
             xs,
-            crate::tensor::cuda::rms_norm_backward(&xs, &w, &gradient, eps, wants_weight),
-            by_dtype!(xs.dtype(), rms_backward(&xs, &w, &gradient, eps, wants_weight))
+            crate::tensor::cuda::rms_norm_backward([&xs, &w, &gradient], before.as_ref(), eps, wants_weight),
+            by_dtype!(xs.dtype(), rms_backward([&xs, &w, &gradient], before.as_ref(), eps, wants_weight))
         )?;
         into.add(0, dx)?;
         dw.map_or(Ok(()), |dw| into.add(1, dw))
-    }))
+    });
+    Ok([x, y])
 }
 
 /// `y = w ∘ (x − mean) / √(var + ε) + b` for `x: [..., width]`, `weight: [width]` and `bias: [width]`.
@@ -36,24 +60,68 @@ pub fn rms_norm(tape: &mut Tape, x: &Traced, weight: &Traced, eps: f64) -> Resul
 /// # Errors
 /// A tensor operation failed.
 pub fn layer_norm(tape: &mut Tape, x: &Traced, weight: &Traced, bias: &Traced, eps: f64) -> Result<Traced> {
-    let (xs, w, b) = (x.tensor().contiguous()?, weight.tensor().clone(), bias.tensor().clone());
-    let y = dispatch!(
-        xs,
-        crate::tensor::cuda::layer_norm(&xs, &w, &b, eps),
-        by_dtype!(xs.dtype(), layer_forward(&xs, &w, &b, eps))
+    let [_, y] = layer_norm_of(tape, x, None, [weight, bias], eps)?;
+    Ok(y)
+}
+
+/// `x + branch`, and the same through [`layer_norm`]: what follows a residual connection.
+///
+/// # Errors
+/// The shapes of `x` and `branch` differ, or a tensor operation failed.
+pub fn add_layer_norm(
+    tape: &mut Tape,
+    [x, branch]: [&Traced; 2],
+    [weight, bias]: [&Traced; 2],
+    eps: f64,
+) -> Result<[Traced; 2]> {
+    layer_norm_of(tape, x, Some(branch), [weight, bias], eps)
+}
+
+/// What is normalised, and the result.
+fn layer_norm_of(
+    tape: &mut Tape,
+    x: &Traced,
+    branch: Option<&Traced>,
+    [weight, bias]: [&Traced; 2],
+    eps: f64,
+) -> Result<[Traced; 2]> {
+    let (w, b) = (weight.tensor().clone(), bias.tensor().clone());
+    let added = branch.map(|branch| branch.tensor().contiguous()).transpose()?;
+    let [xs, y] = dispatch!(
+        w,
+        crate::tensor::cuda::layer_norm(&x.tensor().contiguous()?, added.as_ref(), [&w, &b], eps),
+        sum_if(x.tensor(), added.as_ref())
+            .and_then(|x| Ok([x.clone(), by_dtype!(x.dtype(), layer_forward(&x, &w, &b, eps))?]))
     )?;
-    Ok(tape.record(y, &[x, weight, bias], move |gradient, into| {
-        let wants_weight = into.wants(1) || into.wants(2);
+    let x = record_sum_if(tape, &xs, x, branch);
+    let y = tape.record(y, &[&x, weight, bias], move |gradient, into| {
+        let (wants_weight, before) = (into.wants(1) || into.wants(2), into.take(0, xs.shape())?);
         let (dx, dw) = dispatch!(
             xs,
-            crate::tensor::cuda::layer_norm_backward(&xs, &w, &gradient, eps, wants_weight),
-            by_dtype!(xs.dtype(), layer_backward(&xs, &w, &gradient, eps, wants_weight))
+            crate::tensor::cuda::layer_norm_backward([&xs, &w, &gradient], before.as_ref(), eps, wants_weight),
+            by_dtype!(xs.dtype(), layer_backward([&xs, &w, &gradient], before.as_ref(), eps, wants_weight))
         )?;
         into.add(0, dx)?;
         let Some((dw, db)) = dw else { return Ok(()) };
         into.add(1, dw)?;
         into.add(2, db)
-    }))
+    });
+    Ok([x, y])
+}
+
+/// The residual connection, where there is one.
+fn sum_if(x: &Tensor, branch: Option<&Tensor>) -> Result<Tensor> {
+    branch.map_or_else(|| Ok(x.contiguous()?), |branch| sum(x, branch))
+}
+
+/// `sum` as the tape knows it: that of `x` and `branch`, or `x` itself.
+fn record_sum_if(tape: &mut Tape, sum: &Tensor, x: &Traced, branch: Option<&Traced>) -> Traced {
+    branch.map_or_else(|| x.with_tensor(sum.clone()), |branch| record_sum(tape, sum.clone(), [x, branch]))
+}
+
+/// Adds `before` to a gradient, where there is one.
+fn add_before(dx: &Tensor, before: Option<&Tensor>) -> Result<()> {
+    before.map_or(Ok(()), |before| add_assign(dx, before))
 }
 
 fn rms_forward<T: Element>(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
@@ -61,14 +129,14 @@ fn rms_forward<T: Element>(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tens
 }
 
 fn rms_backward<T: Element>(
-    x: &Tensor,
-    weight: &Tensor,
-    gradient: &Tensor,
+    [x, weight, gradient]: [&Tensor; 3],
+    before: Option<&Tensor>,
     eps: f64,
     wants_weight: bool,
 ) -> Result<(Tensor, Option<Tensor>)> {
     read_all([x, weight, gradient], |[xs, w, gs]: [&[T]; 3]| {
         let dx = tensor(kernels::rms_backward(xs, w, gs, eps), x.dims())?;
+        add_before(&dx, before)?;
         let dw = wants_weight.then(|| tensor(kernels::rms_weight_gradient(xs, gs, w.len(), eps), &[w.len()]));
         Ok((dx, dw.transpose()?))
     })
@@ -82,14 +150,14 @@ fn layer_forward<T: Element>(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f6
 type WeightAndBias = (Tensor, Tensor);
 
 fn layer_backward<T: Element>(
-    x: &Tensor,
-    weight: &Tensor,
-    gradient: &Tensor,
+    [x, weight, gradient]: [&Tensor; 3],
+    before: Option<&Tensor>,
     eps: f64,
     wants_weight: bool,
 ) -> Result<(Tensor, Option<WeightAndBias>)> {
     read_all([x, weight, gradient], |[xs, w, gs]: [&[T]; 3]| {
         let dx = tensor(kernels::layer_backward(xs, w, gs, eps), x.dims())?;
+        add_before(&dx, before)?;
         if !wants_weight {
             return Ok((dx, None));
         }
@@ -110,6 +178,36 @@ mod tests {
         let (x, w, b) = (normal(&[2, 3, 5], 1)?, normal(&[5], 2)?, normal(&[5], 3)?);
         gradients(&[x.clone(), w.clone()], |tape, inputs| rms_norm(tape, &inputs[0], &inputs[1], 1e-5))?;
         gradients(&[x, w, b], |tape, inputs| layer_norm(tape, &inputs[0], &inputs[1], &inputs[2], 1e-5))
+    }
+
+    /// The sum goes on beside what is normalised, so two gradients meet in it.
+    #[test]
+    fn gradients_after_a_residual_connection_equal_finite_differences() -> Result<()> {
+        let vars = [normal(&[3, 5], 1)?, normal(&[3, 5], 2)?, normal(&[5], 3)?, normal(&[5], 4)?];
+        gradients(&vars[..3], |tape, x| {
+            let [sum, y] = add_rms_norm(tape, [&x[0], &x[1]], &x[2], 1e-5)?;
+            super::super::swiglu(tape, &sum, &y)
+        })?;
+        gradients(&vars, |tape, x| {
+            let [sum, y] = add_layer_norm(tape, [&x[0], &x[1]], [&x[2], &x[3]], 1e-5)?;
+            super::super::swiglu(tape, &y, &sum)
+        })
+    }
+
+    #[test]
+    fn after_a_residual_connection_they_are_those_of_the_sum() -> Result<()> {
+        let inputs = [normal(&[3, 6], 1)?, normal(&[3, 6], 2)?, normal(&[6], 3)?, normal(&[6], 4)?];
+        let [x, branch, w, b] = inputs.map(|var| Traced::constant(var.as_detached_tensor()));
+        let tape = &mut Tape::default();
+        let whole = super::super::add(tape, &x, &branch)?;
+        for ([sum, y], apart) in [
+            (add_rms_norm(tape, [&x, &branch], &w, 1e-5)?, rms_norm(tape, &whole, &w, 1e-5)?),
+            (add_layer_norm(tape, [&x, &branch], [&w, &b], 1e-5)?, layer_norm(tape, &whole, &w, &b, 1e-5)?),
+        ] {
+            close(sum.tensor(), whole.tensor(), 0.)?;
+            close(y.tensor(), apart.tensor(), 0.)?;
+        }
+        Ok(())
     }
 
     /// As for the heads of queries and keys.

@@ -1,5 +1,7 @@
 //! The residual connection.
 
+use candle_core::Tensor;
+
 use crate::error::Result;
 use crate::tensor::elementwise::sum;
 use crate::tensor::tape::{Tape, Traced};
@@ -9,11 +11,15 @@ use crate::tensor::tape::{Tape, Traced};
 /// # Errors
 /// The shapes differ, or a tensor operation failed.
 pub fn add(tape: &mut Tape, a: &Traced, b: &Traced) -> Result<Traced> {
-    let result = sum(a.tensor(), b.tensor())?;
-    Ok(tape.record(result, &[a, b], |gradient, into| {
+    Ok(record_sum(tape, sum(a.tensor(), b.tensor())?, [a, b]))
+}
+
+/// The sum of two values, which somebody computed.
+pub(super) fn record_sum(tape: &mut Tape, sum: Tensor, [a, b]: [&Traced; 2]) -> Traced {
+    tape.record(sum, &[a, b], |gradient, into| {
         into.add_shared(0, &gradient)?;
         into.add_shared(1, &gradient)
-    }))
+    })
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use candle_core::{Device, Tensor};
 use titer_kernels::rope as kernels;
 
 use crate::error::{Error, Result};
-use crate::tensor::host::{Element, by_dtype, read, read_all, tensor};
+use crate::tensor::host::{Element, by_dtype, read_all, tensor};
 use crate::tensor::mask::AttentionMask;
 use crate::tensor::tape::{Tape, Traced};
 
@@ -92,30 +92,38 @@ pub struct Rotation {
     positions: Tensor,
 }
 
-/// Rotates every head of `x: [tokens…, heads · width]`.
+/// Rotates every head of queries and of keys, `[tokens…, heads · width]` each.
 ///
 /// # Errors
 /// A tensor operation failed.
-pub fn rotate(tape: &mut Tape, x: &Traced, rotation: &Rotation) -> Result<Traced> {
-    let y = turn(x.tensor(), rotation, 1.)?;
+pub fn rotate(tape: &mut Tape, [q, k]: [&Traced; 2], rotation: &Rotation) -> Result<[Traced; 2]> {
+    let turned = turn([q.tensor(), k.tensor()], rotation, 1.)?;
     let rotation = rotation.clone();
-    Ok(tape.record(y, &[x], move |gradient, into| into.add(0, turn(&gradient, &rotation, -1.)?)))
+    Ok(tape.record_all(turned, &[q, k], move |[q, k], into| {
+        let [q, k] = turn([&q, &k], &rotation, -1.)?;
+        into.add(0, q)?;
+        into.add(1, k)
+    }))
 }
 
 /// The rotation forward (`direction` 1) or, its transpose, back (−1).
-fn turn(x: &Tensor, rotation: &Rotation, direction: f64) -> Result<Tensor> {
-    let x = x.contiguous()?;
+fn turn([q, k]: [&Tensor; 2], rotation: &Rotation, direction: f64) -> Result<[Tensor; 2]> {
+    let [q, k] = [q.contiguous()?, k.contiguous()?];
     dispatch!(
-        x,
-        crate::tensor::cuda::rotate(&x, [&rotation.cos, &rotation.sin], &rotation.positions, direction),
-        by_dtype!(x.dtype(), turn_host(&x, rotation, direction))
+        q,
+        crate::tensor::cuda::rotate([&q, &k], [&rotation.cos, &rotation.sin], &rotation.positions, direction),
+        by_dtype!(q.dtype(), turn_host([&q, &k], rotation, direction))
     )
 }
 
-fn turn_host<T: Element>(x: &Tensor, rotation: &Rotation, direction: f64) -> Result<Tensor> {
+fn turn_host<T: Element>(both: [&Tensor; 2], rotation: &Rotation, direction: f64) -> Result<[Tensor; 2]> {
     let ((_, half), positions) = (rotation.cos.dims2()?, rotation.positions.to_vec1::<u32>()?);
     read_all([&rotation.cos, &rotation.sin], |angles: [&[f32]; 2]| {
-        read(x, |xs: &[T]| tensor(kernels::rotate(xs, angles, half, &positions, direction), x.dims()))
+        read_all(both, |[q, k]: [&[T]; 2]| {
+            let turned =
+                |x: &[T], like: &Tensor| tensor(kernels::rotate(x, angles, half, &positions, direction), like.dims());
+            Ok([turned(q, both[0])?, turned(k, both[1])?])
+        })
     })
 }
 
@@ -130,25 +138,45 @@ mod tests {
         AttentionMask::after(&Tokens::new(&[[0; 3]; 2], &Device::Cpu)?, &[0, 1], &[0, 1], 4)
     }
 
+    /// Queries of two heads and keys of one.
+    fn inputs() -> Result<[candle_core::Var; 2]> {
+        Ok([normal(&[2, 3, 8], 1)?, normal(&[2, 3, 4], 2)?])
+    }
+
     #[test]
     fn gradients_equal_finite_differences() -> Result<()> {
-        let x = normal(&[2, 3, 8], 1)?;
-        let rotation = Rope::new(&Rope::frequencies(4, 100.), 4).at(&mask()?, &x)?;
-        gradients(&[x], |tape, inputs| rotate(tape, &inputs[0], &rotation))
+        let vars = inputs()?;
+        let rotation = Rope::new(&Rope::frequencies(4, 100.), 4).at(&mask()?, &vars[0])?;
+        for which in [0, 1] {
+            gradients(&vars, |tape, x| {
+                let [q, k] = rotate(tape, [&x[0], &x[1]], &rotation)?;
+                Ok(if which == 0 { q } else { k })
+            })?;
+        }
+        // Both at once.
+        let vars = [normal(&[2, 3, 8], 1)?, normal(&[2, 3, 8], 2)?];
+        gradients(&vars, |tape, x| {
+            let [q, k] = rotate(tape, [&x[0], &x[1]], &rotation)?;
+            super::super::swiglu(tape, &q, &k)
+        })
     }
 
     #[test]
     fn equals_the_composed_form() -> Result<()> {
-        let x = normal(&[2, 3, 8], 1)?.as_detached_tensor();
-        let rotation = Rope::new(&Rope::frequencies(4, 100.), 4).at(&mask()?, &x)?;
-        let fused = rotate(&mut Tape::default(), &Traced::constant(x.clone()), &rotation)?;
+        let [q, k] = inputs()?.map(|var| Traced::constant(var.as_detached_tensor()));
+        let rotation = Rope::new(&Rope::frequencies(4, 100.), 4).at(&mask()?, q.tensor())?;
         let positions = Tensor::new(&[0u32, 1, 2, 1, 2, 3], &Device::Cpu)?;
         let table = |t: &Tensor| t.index_select(&positions, 0)?.to_dtype(candle_core::DType::F64)?.reshape((6, 1, 2));
-        let (cos, sin, heads) = (table(&rotation.cos)?, table(&rotation.sin)?, x.reshape((6, 2, 4))?);
-        let (a, b) = (heads.narrow(2, 0, 2)?, heads.narrow(2, 2, 2)?);
-        let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
-        let second = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
-        close(fused.tensor(), &Tensor::cat(&[first, second], 2)?.reshape((2, 3, 8))?, 1e-12)
+        let (cos, sin) = (table(&rotation.cos)?, table(&rotation.sin)?);
+        let turned = rotate(&mut Tape::default(), [&q, &k], &rotation)?;
+        for (turned, x) in turned.iter().zip([q.tensor(), k.tensor()]) {
+            let heads = x.reshape((6, (), 4))?;
+            let (a, b) = (heads.narrow(2, 0, 2)?, heads.narrow(2, 2, 2)?);
+            let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
+            let second = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
+            close(turned.tensor(), &Tensor::cat(&[first, second], 2)?.reshape(x.shape())?, 1e-12)?;
+        }
+        Ok(())
     }
 
     #[test]
