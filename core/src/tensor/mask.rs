@@ -23,20 +23,24 @@ pub struct AttentionMask {
 #[cfg(feature = "cuda")]
 const DEVICE_ROWS: [fn(&Sequence) -> usize; 5] = [|s| s.first, |s| s.queries, |s| s.start, |s| s.end, |s| s.keys];
 
+/// The sequences of `tokens`, each on its own.
+fn alone(tokens: &Tokens) -> impl Iterator<Item = Sequence> {
+    tokens.ranges().zip(&tokens.real).map(|(range, &end)| Sequence {
+        first: range.start,
+        queries: range.len(),
+        start: 0,
+        end,
+        keys: range.start,
+    })
+}
+
 impl AttentionMask {
     /// The tokens of a training pass: every sequence is on its own and begins at position 0.
     ///
     /// # Errors
     /// A tensor operation failed.
     pub fn new(tokens: &Tokens) -> Result<Self> {
-        let own = |(range, &end): (std::ops::Range<usize>, &usize)| Sequence {
-            first: range.start,
-            queries: range.len(),
-            start: 0,
-            end,
-            keys: range.start,
-        };
-        Self::of(tokens.ranges().zip(&tokens.real).map(own).collect(), tokens.ids.device())
+        Self::of(alone(tokens).collect(), tokens.ids.device())
     }
 
     /// The tokens of a pass with a cache of `slots` for each row: sequence `s` continues cache row `rows[s]` after
@@ -51,7 +55,7 @@ impl AttentionMask {
             keys: row * slots,
             ..own
         };
-        let sequences = Self::new(tokens)?.sequences.into_iter().zip(starts).zip(rows).map(behind);
+        let sequences = alone(tokens).zip(starts).zip(rows).map(behind);
         Self::of(sequences.collect(), tokens.ids.device())
     }
 

@@ -9,13 +9,12 @@ use titer_tests::cli::stderr;
 use crate::standin::alone;
 
 /// What is planted (see `tests/standin`), and the test that must fail.
-const DEFECTS: [(&str, &str); 22] = [
+const DEFECTS: [(&str, &str); 24] = [
     // Arguments in another order.
     ("swap rms_norm_bwd_f32 1 2", "operators::rms_norms"),
-    ("swap rms_norm_bwd_f32 3 4", "operators::rms_norms"),
+    ("swap rms_norm_bwd_f32 4 5", "operators::rms_norms"),
     ("swap swiglu_bwd_bf16 3 4", "operators::gates"),
-    ("swap rope_f32 2 3", "operators::rotations"),
-    ("swap adapter_dx_f32 0 1", "operators::adapters"),
+    ("swap rope_f32 4 5", "operators::rotations"),
     ("swap attention_dq_bf16 6 7", "attention::lengths"),
     // A buffer that is freed before the kernel runs.
     ("free rms_norm_bwd_f32 2", "operators::rms_norms"),
@@ -25,7 +24,9 @@ const DEFECTS: [(&str, &str); 22] = [
     ("add activation_bwd_bf16 3 1", "operators::activations"),
     // Fewer blocks, and larger ones, than the kernel asks for.
     ("grid layer_norm_fwd_f32 -1", "operators::layer_norms"),
-    ("grid adapter_inner_bf16 -1", "operators::adapters"),
+    ("grid adapter_narrow_bf16 -1", "operators::adapters_of_several_layers"),
+    ("grid adapter_widen_f32 -1", "operators::adapters_of_several_layers"),
+    ("grid adapter_outer_f32 -1", "operators::adapters_of_several_layers"),
     ("block rms_norm_fwd_f32 512", "operators::rms_norms"),
     ("grid attention_dkdv_bf16 -1", "attention::lengths"),
     // A buffer that is too small.
@@ -35,6 +36,7 @@ const DEFECTS: [(&str, &str); 22] = [
     ("beta 1", "operators::products"),
     // Threads that do not wait for each other.
     ("barrier rms_norm_fwd_f32", "operators::rms_norms"),
+    ("barrier adapter_narrow_f32", "operators::adapters_of_several_layers"),
     ("barrier cross_entropy_bf16", "operators::losses"),
     ("barrier attention_fwd_bf16", "attention::lengths"),
     ("barrier attention_dq_f32", "attention::lengths"),
