@@ -5,7 +5,7 @@ use crate::kernel::Kernel;
 use crate::low_precision::EncodedMatrix;
 use crate::matrix::{RawMatrix, View, ViewMut};
 use crate::real::Real;
-use crate::{portable, skinny};
+use crate::{int8, portable, skinny};
 
 /// `alpha A B` in fresh memory, row-major; on all threads.
 ///
@@ -45,6 +45,22 @@ pub fn few_rows_by_encoded(y: &mut [f32], x: &[f32], w: EncodedMatrix) -> bool {
     let suits = few <= skinny::SMALL && rows >= skinny::LARGE && columns >= skinny::LARGE;
     if suits {
         skinny::encoded_dots(y, w, x);
+    }
+    suits
+}
+
+/// `Y = X Wᵀ`, row-major, for a quantized `W` in native arithmetic, with the rows of `X` rounded to 8 bits; says whether it
+/// did. The results depend on neither the processor nor the number of threads.
+///
+/// # Panics
+/// The sizes differ.
+pub fn rounded_by_encoded(y: &mut [f32], x: &[f32], w: EncodedMatrix) -> bool {
+    let [rows, columns] = w.size();
+    let count = x.len() / columns;
+    assert_eq!((x.len(), y.len()), (count * columns, count * rows), "a product of another size");
+    let suits = chosen() == Arithmetic::Native && int8::suits(w.encoding());
+    if suits {
+        int8::multiply(y, x, w);
     }
     suits
 }

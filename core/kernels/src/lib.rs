@@ -9,9 +9,11 @@
 //! | [`matrix`] [`low_precision`] [`gemm`] | matrices in memory; in low precision; products of them by the kernel that suits |
 //! | [`attention`] [`norm`] [`rope`] [`activation`] [`cross_entropy`] [`dropout`] [`elementwise`] [`adamw`] | one operator each |
 //!
-//! All products go through [`gemm`], which chooses among four kernels: `skinny` (one small dimension), `portable` (the
-//! same bits everywhere), `amx` (the tile unit) and the `gemm` crate. `simd` chooses the width of vectors and `parallel`
-//! splits work over threads. `encoding` says how numbers lie in low precision, and `widen` takes them into registers.
+//! All products go through [`gemm`], which chooses among five kernels: `skinny` (one small dimension), `portable` (the
+//! same bits everywhere), `amx` (the tile unit), the `gemm` crate, and `int8` (quantized weights and activations that
+//! `rounded` has rounded to 8 bits; `int8_vectors` holds its vector code). `simd` chooses the width of vectors and
+//! `parallel` splits work over threads. `encoding` says how numbers lie in low precision, and `widen` takes them into
+//! registers.
 //!
 //! All `unsafe` code of the CPU is in this crate.
 
@@ -29,6 +31,9 @@ pub mod dropout;
 pub mod elementwise;
 mod encoding;
 pub mod gemm;
+mod int8;
+#[cfg(target_arch = "x86_64")]
+mod int8_vectors;
 pub mod kernel;
 pub mod low_precision;
 pub mod matrix;
@@ -38,6 +43,7 @@ mod portable;
 pub mod real;
 pub mod reduce;
 pub mod rope;
+mod rounded;
 mod simd;
 mod skinny;
 #[cfg(target_arch = "x86_64")]

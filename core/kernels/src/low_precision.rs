@@ -141,8 +141,13 @@ impl<'a> EncodedMatrix<'a> {
         unreachable!("asked for before")
     }
 
+    /// How the numbers are stored.
+    pub(crate) fn encoding(&self) -> Encoding {
+        self.encoding
+    }
+
     /// The bytes of a row.
-    fn row(&self, row: usize) -> &'a [u8] {
+    pub(crate) fn row(&self, row: usize) -> &'a [u8] {
         let (numbers, size) = self.encoding.block();
         let length = self.columns / numbers * size;
         &self.bytes[row * length..][..length]

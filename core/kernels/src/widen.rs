@@ -139,11 +139,11 @@ trait BlockFormat<const SIZE: usize> {
 
 struct F16;
 struct Bf16;
-struct Q8_0;
-struct Q4_0;
-struct Q4_1;
+pub(crate) struct Q8_0;
+pub(crate) struct Q4_0;
+pub(crate) struct Q4_1;
 struct Q6K;
-struct Q4K;
+pub(crate) struct Q4K;
 
 impl BlockFormat<64> for F16 {
     #[inline(always)]
@@ -233,7 +233,7 @@ fn at<const N: usize>(bytes: &[u8], first: usize) -> &[u8; N] {
 }
 
 /// Vectors of sixteen numbers.
-trait Unit: Copy {
+pub(crate) trait Unit: Copy {
     type Sixteen: Copy;
     fn load(self, numbers: &[f32; LANES]) -> Self::Sixteen;
     fn store(self, numbers: Self::Sixteen) -> [f32; LANES];

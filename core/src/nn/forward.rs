@@ -83,6 +83,7 @@ impl<'a> Forward<'a> {
     pub fn matrix(&mut self, id: ParamId) -> Traced<Matrix> {
         match self.weights.get(id) {
             Matrix::Dense(tensor) => (&self.tape.parameter(tensor)).into(),
+            low @ Matrix::LowPrecision(_) if self.cache.is_some() => Traced::constant(low.for_answers()),
             low @ Matrix::LowPrecision(_) => Traced::constant(low.clone()),
         }
     }

@@ -1,15 +1,16 @@
 //! A parameter as it is stored: in full, or frozen in low precision (half precision or quantized).
 //!
-//! A frozen matrix is never computed with as it is stored. Its rows are dequantized a few at a time, or on a device all at
-//! once. What is computed is what a dense matrix of the dequantized numbers would give, to rounding: large products are
-//! cut at other places, and what an adapter merged is multiplied apart where there are few rows.
+//! The rows of a frozen matrix are dequantized a few at a time, or on a device all at once. What is computed is what a
+//! dense matrix of the dequantized numbers would give, to rounding: large products are cut at other places, and what an
+//! adapter merged is multiplied apart where there are few rows. Only answers in native arithmetic are computed with blocks as
+//! they are stored: their activations are rounded to 8 bits instead, and multiplied with the stored integers.
 
 use std::sync::Arc;
 
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{CpuStorage, DType, Device, Tensor};
 use half::slice::HalfFloatSliceExt;
-use titer_kernels::gemm::{few_rows_by_encoded, product, product_into};
+use titer_kernels::gemm::{few_rows_by_encoded, product, product_into, rounded_by_encoded};
 use titer_kernels::low_precision::{EncodedMatrix, Encoding};
 use titer_kernels::matrix::{View, ViewMut};
 
@@ -35,6 +36,8 @@ pub struct LowPrecision {
     low_rank: Option<[Tensor; 2]>,
     /// The type that dequantized numbers are wanted in.
     computed: DType,
+    /// Whether what it is multiplied with may be rounded to 8 bits.
+    rounds: bool,
 }
 
 #[derive(Debug)]
@@ -54,7 +57,7 @@ impl Storage {
 
 impl Matrix {
     fn low(store: Storage, computed: DType) -> Self {
-        Self::LowPrecision(Arc::new(LowPrecision { store: Arc::new(store), low_rank: None, computed }))
+        Self::LowPrecision(Arc::new(LowPrecision { store: Arc::new(store), low_rank: None, computed, rounds: false }))
     }
 
     /// Numbers of 16 bits that are computed with in the type `computed`.
@@ -159,9 +162,17 @@ impl Matrix {
                     None => [b.contiguous()?, a.copy()?],
                     Some([before, earlier]) => [Tensor::cat(&[before, &b], 1)?, Tensor::cat(&[earlier, &a], 0)?],
                 };
-                let (store, computed) = (low.store.clone(), low.computed);
-                Ok(Self::LowPrecision(Arc::new(LowPrecision { store, low_rank: Some(low_rank), computed })))
+                Ok(low.with(Some(low_rank), low.rounds))
             }
+        }
+    }
+
+    /// The same numbers, to be multiplied in answers: in native arithmetic, blocks are multiplied with activations that are
+    /// rounded to 8 bits.
+    pub(crate) fn for_answers(&self) -> Self {
+        match self {
+            Self::Dense(_) => self.clone(),
+            Self::LowPrecision(low) => low.with(low.low_rank.clone(), true),
         }
     }
 
@@ -183,6 +194,12 @@ impl Matrix {
 }
 
 impl LowPrecision {
+    /// The same stored numbers, with these merged.
+    fn with(&self, low_rank: Option<[Tensor; 2]>, rounds: bool) -> Matrix {
+        let (store, computed) = (self.store.clone(), self.computed);
+        Matrix::LowPrecision(Arc::new(Self { store, low_rank, computed, rounds }))
+    }
+
     /// All numbers in f32.
     fn wide(&self) -> Result<Tensor> {
         let rows = self.stored(DType::F32)?;
@@ -218,10 +235,13 @@ impl LowPrecision {
         })
     }
 
-    /// `Y = X Wᵀ` for a few rows `x: [n, columns]`, without a dense matrix; says whether it did. What was merged is
-    /// multiplied apart.
-    pub(super) fn product_of_few(&self, y: &mut [f32], x: &[f32]) -> Result<bool> {
-        let done = self.read_encoded(|matrix| Ok(few_rows_by_encoded(y, x, matrix).then(|| matrix.size())))?;
+    /// `Y = X Wᵀ` for rows `x: [n, columns]` that are few or may be rounded, without a dense matrix; says whether it did.
+    /// What was merged is multiplied apart.
+    pub(super) fn product_as_stored(&self, y: &mut [f32], x: &[f32]) -> Result<bool> {
+        let done = self.read_encoded(|matrix| {
+            let done = self.rounds && rounded_by_encoded(y, x, matrix) || few_rows_by_encoded(y, x, matrix);
+            Ok(done.then(|| matrix.size()))
+        })?;
         let Some([rows, columns]) = done else { return Ok(false) };
         if let Some(factors) = &self.low_rank {
             let (n, rank) = (x.len() / columns, factors[1].dims()[0]);

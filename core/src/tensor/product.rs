@@ -24,7 +24,7 @@ impl Matrix {
                 self.check_inner(x, 1)?;
                 let mut y = vec![0f32; n * rows];
                 read(x, |x: &[f32]| {
-                    if low.product_of_few(&mut y, x)? {
+                    if low.product_as_stored(&mut y, x)? {
                         return Ok(());
                     }
                     chunks(self, |first, w: &[f32]| {

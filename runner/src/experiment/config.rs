@@ -40,8 +40,8 @@ pub struct Config {
     #[serde(default = "f32")]
     pub dtype: String,
     /// How the CPU rounds. `portable` gives the same bits on every processor and for every number of threads. `native`
-    /// may use the tile unit (AMX) and blocks tuned to the caches; its results are of another setting than portable ones.
-    /// Without effect on CUDA devices.
+    /// may use the tile unit (AMX) and blocks tuned to the caches, and answers of quantized models round activations to
+    /// 8 bits; its results are of another setting than portable ones. Without effect on CUDA devices.
     #[serde(default)]
     pub arithmetic: Arithmetic,
     /// Plugins from shared libraries.
