@@ -31,6 +31,8 @@ struct Limits {
 }
 
 const EXACT: Limits = Limits { loss: 1e-5, together: 1e-5, each: 2e-5, moved: 2e-3, answers_equal: true };
+/// Vaccine's second pass is at a point that the first one's gradients, made one long, chose: rounding grows by the way.
+const SECOND_PASS: Limits = Limits { together: 2e-5, each: 4e-5, ..EXACT };
 /// Of models 16 wide in bf16, whose roundings do not average out: the same with f32 are within [`EXACT`].
 const COARSE: Limits = Limits { loss: 3e-2, together: 1.2e-1, each: 3e-1, moved: 4e-1, answers_equal: false };
 
@@ -171,8 +173,7 @@ const F32: Case = Case { config: &Value::Null, dtype: "f32", trained: LORA, meth
 #[test]
 #[ignore = "needs a device: see .ci/device"]
 fn adapters_in_f32() -> Result<()> {
-    // Vaccine's second pass is at a point that the first one's gradients, made one long, chose: rounding grows by the way.
-    check_variants(F32, Limits { together: 2e-5, each: 4e-5, ..EXACT })
+    check_variants(F32, SECOND_PASS)
 }
 
 #[test]
@@ -193,8 +194,8 @@ fn adapters_over_bf16() -> Result<()> {
 #[ignore = "needs a device: see .ci/device"]
 fn dropout_and_checkpointing() -> Result<()> {
     let dropout = Case { trained: Trained::Lora { dropout: 0.3 }, ..F32 };
-    check_variants(dropout, EXACT)?;
-    check_variants(Case { checkpointing: true, ..dropout }, EXACT)
+    check_variants(Case { method: "sft", ..dropout }, EXACT)?;
+    check_variants(Case { checkpointing: true, ..dropout }, SECOND_PASS)
 }
 
 /// Models whose matrices consist of whole blocks of 256 numbers.
