@@ -38,7 +38,7 @@ fn weights(model: &dyn Model, name: &str) -> Result<Weights> {
 fn answers(model: &dyn Model, weights: &Weights, batch_size: usize) -> Result<Vec<Continuation>> {
     let prompt = |n: u32| (0..n).map(|i| (i * 7 + n * 3) % VOCABULARY).collect();
     let prompts: Vec<Vec<u32>> = [5, 2, 9, 30, 1].into_iter().map(prompt).collect();
-    let decoding = Decoding { max_new_tokens: 24, batch_size, ends: Vec::new(), pad: 0 };
+    let decoding = Decoding { max_new_tokens: 24, batch_size, ends: Vec::new() };
     Ok(greedy(model, weights, &prompts, &decoding, |_| Ok(()))?)
 }
 
@@ -46,7 +46,7 @@ fn answers(model: &dyn Model, weights: &Weights, batch_size: usize) -> Result<Ve
 fn hidden(model: &dyn Model, weights: &Weights, cached: bool) -> Result<Tensor> {
     let ids: Vec<u32> = (0..20).map(|i| i * 5 % VOCABULARY).collect();
     let mut cache = Cache::new(model.spec(), 1, ids.len(), candle_core::DType::F32, &Device::Cpu)?;
-    let (tokens, mut idle) = (Tokens::pad(&[&ids], 0, &Device::Cpu)?, Sites::none());
+    let (tokens, mut idle) = (Tokens::new(&[&ids], &Device::Cpu)?, Sites::none());
     let mut pass = Forward::new(weights, &mut idle);
     pass.cache = cached.then_some(&mut cache);
     Ok(model.hidden(&tokens, &mut pass)?.tensor().clone())
