@@ -23,7 +23,7 @@ use crate::rng::{Seed, permutation};
 /// let mut stream = Stream::new(Arc::new(examples.collect()), 2, 1, Seed::new(0), 0)?;
 /// assert_eq!(stream.batches_per_epoch(), 3);
 /// let first = stream.next_batch(&Device::Cpu)?;
-/// assert_eq!((first.tokens.dims(), first.labels()), ((2, 2), 4));
+/// assert_eq!((first.tokens.count(), first.labels()), (4, 4));
 ///
 /// stream.seek(0);
 /// let again = stream.next_batch(&Device::Cpu)?;

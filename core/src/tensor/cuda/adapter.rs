@@ -8,7 +8,7 @@ use super::launch::{Arg, BLOCK, TABLE, address, at, blocks, fresh, launch, launc
 use super::operators::sum_rows;
 use crate::error::Result;
 use crate::tensor::host::last_dim;
-use crate::tensor::ops::Adapter;
+use crate::tensor::ops::AdapterPass;
 
 /// The largest rank that is computed here: beyond it the matrix unit is faster.
 const LARGEST_RANK: usize = 32;
@@ -31,8 +31,8 @@ pub(in crate::tensor) fn dropout(x: &Tensor, mask: Dropout) -> Result<Tensor> {
 }
 
 /// Whether the products of these adapters are computed here.
-pub(in crate::tensor) fn fuses_adapters(adapters: &[Adapter]) -> bool {
-    let own = |adapter: &Adapter| adapter.a.device().is_cuda() && adapter.a.dims()[0] <= LARGEST_RANK;
+pub(in crate::tensor) fn fuses_adapters(adapters: &[AdapterPass]) -> bool {
+    let own = |adapter: &AdapterPass| adapter.a.device().is_cuda() && adapter.a.dims()[0] <= LARGEST_RANK;
     (1..=TABLE / WORDS / 2).contains(&adapters.len()) && adapters.iter().all(own)
 }
 
@@ -90,19 +90,19 @@ fn launch_members(name: &str, members: &[Member], groups: usize, along_rows: usi
 }
 
 /// `s (m ∘ x) Aᵀ` of each adapter, `[rows, rank]`.
-pub(in crate::tensor) fn adapters_inner(x: &Tensor, adapters: &[Adapter]) -> Result<Vec<Tensor>> {
+pub(in crate::tensor) fn adapters_inner(x: &Tensor, adapters: &[AdapterPass]) -> Result<Vec<Tensor>> {
     narrow(adapters, |own| Ok((x, address(&own.a, x.dtype())?, false, own.mask)))
 }
 
 /// `s g B` of each adapter, `[rows, rank]`.
-pub(in crate::tensor) fn adapters_narrow(gs: &[Tensor], adapters: &[Adapter]) -> Result<Vec<Tensor>> {
+pub(in crate::tensor) fn adapters_narrow(gs: &[Tensor], adapters: &[AdapterPass]) -> Result<Vec<Tensor>> {
     narrow(adapters, |own| Ok((&gs[own.layer], address(&own.b, gs[own.layer].dtype())?, true, None)))
 }
 
 /// `s (m ∘ x) Fᵀ` of each adapter, with the `x`, the place and the layout of the factor `F`, and the mask that `of` gives.
 fn narrow<'a>(
-    adapters: &'a [Adapter],
-    of: impl Fn(&'a Adapter) -> Result<(&'a Tensor, u64, bool, Option<Dropout>)>,
+    adapters: &'a [AdapterPass],
+    of: impl Fn(&'a AdapterPass) -> Result<(&'a Tensor, u64, bool, Option<Dropout>)>,
 ) -> Result<Vec<Tensor>> {
     let mut results = Vec::with_capacity(adapters.len());
     for own in adapters {
@@ -119,7 +119,7 @@ fn narrow<'a>(
 }
 
 /// Adds `inner Bᵀ` to the result of each layer.
-pub(in crate::tensor) fn adapters_up(ys: &[Tensor], adapters: &[Adapter]) -> Result<()> {
+pub(in crate::tensor) fn adapters_up(ys: &[Tensor], adapters: &[AdapterPass]) -> Result<()> {
     let members = adapters.iter().map(|own| {
         let x = &ys[own.layer];
         let factor = address(&own.b, x.dtype())?;
@@ -130,7 +130,7 @@ pub(in crate::tensor) fn adapters_up(ys: &[Tensor], adapters: &[Adapter]) -> Res
 }
 
 /// Adds the sum of `m ∘ (narrow A)` to `dx`.
-pub(in crate::tensor) fn adapters_dx(dx: &Tensor, narrow: &[Tensor], adapters: &[Adapter]) -> Result<()> {
+pub(in crate::tensor) fn adapters_dx(dx: &Tensor, narrow: &[Tensor], adapters: &[AdapterPass]) -> Result<()> {
     let members = adapters.iter().zip(narrow).map(|(own, narrow)| {
         let factor = address(&own.a, dx.dtype())?;
         Ok(Member { x: dx, narrow, factor, by_column: false, scale: 1., mask: own.mask, more: adapters.len() })
@@ -145,7 +145,7 @@ pub(in crate::tensor) fn adapters_gradients(
     x: &Tensor,
     gs: &[Tensor],
     narrow: &[Tensor],
-    adapters: &[Adapter],
+    adapters: &[AdapterPass],
 ) -> Result<Vec<[Tensor; 2]>> {
     let (rows, segments) = (x.dims()[0], x.dims()[0].div_ceil(OUTER_ROWS));
     let factors = || adapters.iter().flat_map(|own| [&own.a, &own.b]);

@@ -7,7 +7,6 @@ use titer_kernels::activation::Activation;
 
 use super::launch::{Arg, at, blocks, fresh, fresh_on, launch};
 use crate::error::{Error, Result};
-use crate::tensor::elementwise::same_shape;
 use crate::tensor::host::last_dim;
 use crate::tensor::mask::AttentionMask;
 
@@ -47,13 +46,7 @@ pub(in crate::tensor) fn rms_norm(x: &Tensor, branch: Option<&Tensor>, w: &Tenso
 
 /// Where a kernel writes the sum of both: a tensor of its own, or `x` if there is nothing to add.
 fn sum_of(x: &Tensor, branch: Option<&Tensor>) -> Result<Tensor> {
-    match branch {
-        Some(branch) => {
-            same_shape(x, branch)?;
-            fresh(x, x.shape(), x.dtype())
-        }
-        None => Ok(x.clone()),
-    }
+    branch.map_or_else(|| Ok(x.clone()), |_| fresh(x, x.shape(), x.dtype()))
 }
 
 /// The gradient of `x`, plus that `before`, and that of the weight.

@@ -151,10 +151,10 @@ fn wide(dtype: DType) -> DType {
 }
 
 /// The adapters of the layers.
-struct Adapters(Vec<Adapter>);
+struct Adapters(Vec<AdapterPass>);
 
 /// What an adapter's part of the backward pass reads again.
-pub(in crate::tensor) struct Adapter {
+pub(in crate::tensor) struct AdapterPass {
     /// Which of the layers it belongs to.
     pub(in crate::tensor) layer: usize,
     pub(in crate::tensor) a: Tensor,
@@ -172,7 +172,7 @@ impl Adapters {
         for (layer, LinearLayer { low_rank, .. }) in layers.iter().enumerate() {
             if let Some(LowRank { a, b, scale, mask }) = low_rank {
                 let [a, b] = [a.tensor().to_dtype(x.dtype())?, b.tensor().to_dtype(x.dtype())?];
-                adapters.push(Adapter { layer, inner: a.clone(), a, b, scale: *scale, mask: *mask });
+                adapters.push(AdapterPass { layer, inner: a.clone(), a, b, scale: *scale, mask: *mask });
             }
         }
         let inner = fused!(
@@ -214,7 +214,7 @@ impl Adapters {
 
     /// Those of `A` and of `B`, of each.
     fn gradients(&self, x: &Tensor, gs: &[Tensor], narrow: &[Tensor]) -> Result<Vec<[Tensor; 2]>> {
-        let own = |(adapter, narrow): (&Adapter, &Tensor)| {
+        let own = |(adapter, narrow): (&AdapterPass, &Tensor)| {
             let da = Gemm::TN.product_as(narrow, &adapter.masked(x)?, wide(x.dtype()))?;
             Ok([da, Gemm::TN.product_as(&gs[adapter.layer], &adapter.inner, wide(x.dtype()))?])
         };
@@ -226,7 +226,7 @@ impl Adapters {
     }
 }
 
-impl Adapter {
+impl AdapterPass {
     fn masked(&self, x: &Tensor) -> Result<Tensor> {
         self.mask.map_or_else(|| Ok(x.clone()), |mask| dropout(x, mask))
     }

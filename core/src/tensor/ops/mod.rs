@@ -23,7 +23,7 @@ pub use attention::attention;
 pub use cross_entropy::{cross_entropy, head_cross_entropy};
 pub use expression::{exp, ln, log_softmax, matmul, mean_all, sum_all, sum_last};
 #[cfg(feature = "cuda")]
-pub(in crate::tensor) use linear::Adapter;
+pub(in crate::tensor) use linear::AdapterPass;
 pub use linear::{LinearLayer, LowRank, linear, linears};
 pub use norm::{add_layer_norm, add_rms_norm, layer_norm, rms_norm};
 pub use residual::add;

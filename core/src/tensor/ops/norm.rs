@@ -5,7 +5,7 @@ use titer_kernels::norm as kernels;
 
 use super::residual::record_sum;
 use crate::error::{Error, Result};
-use crate::tensor::elementwise::{add_assign, sum};
+use crate::tensor::elementwise::{add_assign, same_shape, sum};
 use crate::tensor::host::{Element, by_dtype, last_dim, read_all, tensor};
 use crate::tensor::tape::{Tape, Traced};
 
@@ -34,7 +34,7 @@ fn rms_norm_of(tape: &mut Tape, x: &Traced, branch: Option<&Traced>, weight: &Tr
         let dims = x.tensor().dims();
         return Err(Error::run(format!("rows {dims:?} cannot be normalised in pieces of {}", w.elem_count())));
     }
-    let added = branch.map(|branch| branch.tensor().contiguous()).transpose()?;
+    let added = branch_of(x, branch)?;
     let [xs, y] = dispatch!(
         w,
         crate::tensor::cuda::rms_norm(&x.tensor().contiguous()?, added.as_ref(), &w, eps),
@@ -86,7 +86,7 @@ fn layer_norm_of(
     eps: f64,
 ) -> Result<[Traced; 2]> {
     let (w, b) = (weight.tensor().clone(), bias.tensor().clone());
-    let added = branch.map(|branch| branch.tensor().contiguous()).transpose()?;
+    let added = branch_of(x, branch)?;
     let [xs, y] = dispatch!(
         w,
         crate::tensor::cuda::layer_norm(&x.tensor().contiguous()?, added.as_ref(), [&w, &b], eps),
@@ -107,6 +107,13 @@ fn layer_norm_of(
         into.add(2, db)
     });
     Ok([x, y])
+}
+
+/// What is added to `x`, if anything.
+fn branch_of(x: &Traced, branch: Option<&Traced>) -> Result<Option<Tensor>> {
+    let Some(branch) = branch else { return Ok(None) };
+    same_shape(x.tensor(), branch.tensor())?;
+    Ok(Some(branch.tensor().contiguous()?))
 }
 
 /// The residual connection, where there is one.
@@ -207,6 +214,8 @@ mod tests {
             close(sum.tensor(), whole.tensor(), 0.)?;
             close(y.tensor(), apart.tensor(), 0.)?;
         }
+        let short = Traced::constant(x.tensor().narrow(0, 0, 2)?);
+        assert!(add_rms_norm(tape, [&x, &short], &w, 1e-5).is_err());
         Ok(())
     }
 
