@@ -6,6 +6,9 @@ use crate::data::example::Example;
 use crate::error::{Error, Result};
 use crate::tensor::tokens::Tokens;
 
+/// The tokens of a row, and its labels as `(position that predicts it, label)`.
+type RowOfIds = (Vec<u32>, Vec<(usize, u32)>);
+
 /// A training batch: tokens and the labels to predict.
 ///
 /// Labels are kept only where the loss is taken: hidden state `positions[k]` of all tokens predicts `targets[k]`.
@@ -103,8 +106,8 @@ impl Batch {
         Ok(rows)
     }
 
-    /// The real tokens of each row, and its labels as `(position that predicts it, label)`.
-    fn to_rows(&self) -> Result<Vec<(Vec<u32>, Vec<(usize, u32)>)>> {
+    /// The real tokens of each row, and its labels.
+    fn to_rows(&self) -> Result<Vec<RowOfIds>> {
         let ids = self.tokens.ids.to_vec1::<u32>()?;
         let positions = self.positions.to_vec1::<u32>()?.into_iter().map(|position| position as usize);
         let labels: Vec<(usize, u32)> = positions.zip(self.targets.to_vec1::<u32>()?).collect();

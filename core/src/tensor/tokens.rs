@@ -28,7 +28,7 @@ impl Tokens {
     /// # Errors
     /// There is no token, or a tensor operation failed.
     pub fn new<R: AsRef<[u32]>>(sequences: &[R], device: &Device) -> Result<Self> {
-        let ids: Vec<u32> = sequences.iter().flat_map(|sequence| sequence.as_ref()).copied().collect();
+        let ids: Vec<u32> = sequences.iter().flat_map(AsRef::as_ref).copied().collect();
         let Some(largest) = ids.iter().copied().max() else { return Err(Error::run("a batch has no token")) };
         let lengths: Vec<usize> = sequences.iter().map(|sequence| sequence.as_ref().len()).collect();
         let count = ids.len();
