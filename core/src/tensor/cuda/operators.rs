@@ -156,7 +156,7 @@ pub(in crate::tensor) fn rotate(
     arguments.extend([at(cos, F32)?, at(sin, F32)?, at(positions, U32)?, Arg::U64(tokens as u64)]);
     arguments.extend(heads);
     arguments.extend([Arg::U32(half as u32), Arg::F32(direction as f32)]);
-    let pairs = (both[0].elem_count() + both[1].elem_count()) / 2;
+    let pairs: usize = both.iter().map(|x| x.elem_count() / 2).sum();
     launch(both[0], "rope", blocks(pairs), &arguments)?;
     Ok(turned)
 }
