@@ -42,7 +42,7 @@ impl Batch {
     /// A batch of `rows` whose labels are given as `(row, position that predicts it, label)`.
     ///
     /// # Errors
-    /// There is no label, or a tensor operation failed.
+    /// There is no label, one lies beyond its row, or a tensor operation failed.
     pub fn with_labels<R: AsRef<[u32]>>(
         rows: &[R],
         labels: impl IntoIterator<Item = (usize, usize, u32)>,
@@ -50,9 +50,16 @@ impl Batch {
         device: &Device,
     ) -> Result<Self> {
         let tokens = Tokens::new(rows, device)?;
-        let firsts: Vec<usize> = tokens.ranges().map(|range| range.start).collect();
-        let (positions, targets): (Vec<u32>, Vec<u32>) =
-            labels.into_iter().map(|(row, at, label)| ((firsts[row] + at) as u32, label)).unzip();
+        let ranges: Vec<_> = tokens.ranges().collect();
+        let (mut positions, mut targets) = (Vec::new(), Vec::new());
+        for (row, at, label) in labels {
+            if at >= ranges[row].len() {
+                let length = ranges[row].len();
+                return Err(Error::run(format!("a label is predicted at position {at} of a row of {length} tokens")));
+            }
+            positions.push((ranges[row].start + at) as u32);
+            targets.push(label);
+        }
         if targets.is_empty() {
             return Err(Error::run("a batch has no label: its loss would be 0/0"));
         }

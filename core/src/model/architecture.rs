@@ -82,7 +82,7 @@ pub trait Model: Debug + Send + Sync {
             x = pass.run_block(index, &x, |x, pass| self.block(index, x, pass))?;
         }
         if let Some(cache) = pass.cache.as_deref_mut() {
-            cache.advance(&tokens.lengths);
+            cache.advance(&tokens.real);
         }
         self.final_norm(&x, pass)
     }

@@ -97,7 +97,8 @@ struct OpenAnswer {
 }
 
 /// Decodes all prompts, at most `batch_size` at a time. What all of them begin with, such as a template's opening, is
-/// computed once. A row that finishes makes room for the next prompt while the others go on. `pick` chooses the next token of each row from logits `[rows, vocabulary]`, unless one is not finite.
+/// computed once. A row that finishes makes room for the next prompt while the others go on. `pick` chooses the next token
+/// of each row from logits `[rows, vocabulary]`, unless one is not finite.
 fn decode(
     model: &dyn Model,
     weights: &Weights,

@@ -43,7 +43,7 @@ impl Cache {
         self.lengths[row] = self.shared;
     }
 
-    /// Copies what `row` holds into every row: sequences that begin alike are computed once.
+    /// Copies what `row` holds into every row, in place of what these held: sequences that begin alike are computed once.
     ///
     /// # Errors
     /// A tensor operation failed.
@@ -78,7 +78,7 @@ impl Cache {
     /// `mask` names; returns all keys and values of that layer.
     ///
     /// # Errors
-    /// There is no room, or a tensor operation failed.
+    /// `mask` is one of another cache, or a tensor operation failed.
     pub fn append(
         &mut self,
         layer: usize,

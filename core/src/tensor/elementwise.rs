@@ -30,7 +30,7 @@ pub fn add_assign(a: &Tensor, b: &Tensor) -> Result<()> {
 /// Writes `fresh: [tokens, width]` into `store: [slots, width]`: each sequence goes where `mask` says that it continues.
 ///
 /// # Errors
-/// There is no room, or a tensor operation failed.
+/// A sequence has slots that are not there, or a tensor operation failed.
 pub fn cache_write(store: &Tensor, fresh: &Tensor, mask: &AttentionMask) -> Result<()> {
     let (fresh, slots) = (fresh.contiguous()?, store.dims2()?.0);
     if mask.sequences.iter().any(|sequence| sequence.keys + sequence.start + sequence.queries > slots) {

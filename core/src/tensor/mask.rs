@@ -47,8 +47,11 @@ impl AttentionMask {
     /// `starts[s]` tokens.
     ///
     /// # Errors
-    /// A tensor operation failed.
+    /// A row has not enough slots, or a tensor operation failed.
     pub fn after(tokens: &Tokens, starts: &[usize], rows: &[usize], slots: usize) -> Result<Self> {
+        if starts.iter().zip(&tokens.lengths).any(|(start, length)| start + length > slots) {
+            return Err(Error::run("the key/value cache is full"));
+        }
         let behind = |((own, start), row): ((Sequence, &usize), &usize)| Sequence {
             start: *start,
             end: start + own.end,
@@ -88,11 +91,27 @@ impl AttentionMask {
         Ok(Tensor::from_slice(&self.positions, self.positions.len(), device)?)
     }
 
-    /// Fails if keys of earlier passes are seen: nobody knows where their gradients belong.
-    pub(super) fn check_differentiable(&self) -> Result<()> {
-        if self.sequences.iter().all(|sequence| sequence.start == 0 && sequence.keys == sequence.first) {
+    /// Fails if there are keys (`slots` of them) of earlier passes: nobody knows where their gradients belong.
+    pub(super) fn check_differentiable(&self, slots: usize) -> Result<()> {
+        let own = |sequence: &Sequence| sequence.start == 0 && sequence.keys == sequence.first;
+        if slots == self.positions.len() && self.sequences.iter().all(own) {
             return Ok(());
         }
         Err(Error::run("attention over a cache cannot be differentiated"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Any row, not just the last one: what does not fit would be written over the next row.
+    #[test]
+    fn a_row_of_the_cache_that_is_full_is_an_error() -> Result<()> {
+        let tokens = Tokens::new(&[[0; 3]; 2], &Device::Cpu)?;
+        for (starts, fits) in [([13, 4], true), ([14, 4], false), ([4, 14], false)] {
+            assert_eq!(AttentionMask::after(&tokens, &starts, &[0, 2], 16).is_ok(), fits, "{starts:?}");
+        }
+        Ok(())
     }
 }

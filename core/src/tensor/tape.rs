@@ -352,6 +352,7 @@ impl Tape {
         self.nodes.len() - 1
     }
 }
+
 /// The gradients of an operator's results, unless the loss reaches none of them; zeros for those that it does not reach.
 fn all_gradients(results: Vec<(Option<Tensor>, Shape)>) -> Result<Option<Vec<Tensor>>> {
     let Some(like) = results.iter().find_map(|(gradient, _)| gradient.clone()) else { return Ok(None) };

@@ -164,7 +164,7 @@ fn padding(model: &dyn Model) -> Result<CheckOutcome> {
     weights.train_full()?;
     let batch = batch(model)?;
     let whole = pass(model, &weights, &batch, Sites::none(), false)?;
-    let wide = pass(model, &weights, &batch.padded(Some(11))?, Sites::none(), false)?;
+    let wide = pass(model, &weights, &batch.padded(Some(batch.tokens.count()))?, Sites::none(), false)?;
     let mut rows = Grads::default();
     for row in batch.rows()? {
         let share = row.labels() as f64 / batch.labels() as f64;

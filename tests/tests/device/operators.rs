@@ -248,9 +248,12 @@ fn linear_layers() -> Result<()> {
 #[test]
 #[ignore = "needs a device: see .ci/device"]
 fn adapters() -> Result<()> {
-    // A kernel works on 16 ranks at a time, on 8 or 64 rows of `x` and on 1024 columns; large ranks have no kernel.
+    // A kernel works on 16 ranks at a time, on 4 or 8 rows of `x` or a segment of 64, or more from 1024 rows on, and on 1024
+    // columns; large ranks have no kernel.
     let small = [[6, 37, 19, 3], [1, 64, 48, 8], [5, 1, 3, 1], [3, 7, 1, 16]];
-    for [rows, inner, outer, rank] in small.into_iter().chain([[130, 36, 1032, 20], [9, 1030, 5, 2], [7, 12, 10, 33]]) {
+    for [rows, inner, outer, rank] in
+        small.into_iter().chain([[130, 36, 1032, 20], [9, 1030, 5, 2], [1090, 8, 4, 2], [7, 12, 10, 33]])
+    {
         let inputs = [X(&[rows, inner]), W(&[outer, inner]), W(&[rank, inner]), W(&[outer, rank])];
         for mask in [None, Some(MASK)] {
             check(&inputs, |tape, x| {
@@ -465,7 +468,12 @@ fn caches() -> Result<()> {
             cache_write(&ours, &fresh_there, &mask(3, &[1, 4], &[2, 0], &device)?)?;
             cache_write(&store, &fresh, &mask(3, &[1, 4], &[2, 0], &Device::Cpu)?)?;
             close(&format!("{dtype:?} {layout:?}"), &ours, &store, 0.)?;
-            ensure!(cache_write(&ours, &fresh_there, &mask(3, &[14, 4], &[2, 0], &device)?).is_err(), "a full cache");
+            ensure!(mask(3, &[14, 4], &[0, 2], &device).is_err(), "a full row");
+            let short = ours.narrow(0, 0, 35)?;
+            ensure!(
+                cache_write(&short, &fresh_there, &mask(3, &[1, 4], &[2, 0], &device)?).is_err(),
+                "rows that are not there"
+            );
         }
     }
     Ok(())

@@ -13,12 +13,16 @@ use crate::tensor::ops::AdapterPass;
 /// The largest rank that is computed here: beyond it the matrix unit is faster.
 const LARGEST_RANK: usize = 32;
 
-/// Rows that a thread of `adapter_widen` goes through, and one of `adapter_outer`.
+/// Rows of a block of `adapter_narrow`, and those that a thread of `adapter_widen` goes through.
+const NARROW_ROWS: usize = 4;
 const WIDEN_ROWS: usize = 8;
-const OUTER_ROWS: usize = 64;
+
+/// Rows of a segment of `adapter_outer`, at least, and segments, at most: each has gradients of its own until they are summed.
+const SEGMENT_ROWS: usize = 64;
+const SEGMENTS: usize = 16;
 
 /// Words of `Member` in `kernels.cu`.
-const WORDS: usize = 11;
+const WORDS: usize = 12;
 
 pub(in crate::tensor) fn dropout(x: &Tensor, mask: Dropout) -> Result<Tensor> {
     let (t, count, x) = (x.dtype(), x.elem_count(), x.contiguous()?);
@@ -50,6 +54,8 @@ struct Member<'a> {
     mask: Option<Dropout>,
     /// What the kernel says about it.
     more: usize,
+    /// Rows of a segment.
+    segment: usize,
 }
 
 impl Member<'_> {
@@ -71,6 +77,7 @@ impl Member<'_> {
             two((factor as f32).to_bits(), (self.scale as f32).to_bits()),
             columns as u64,
             self.more as u64,
+            self.segment as u64,
         ])
     }
 }
@@ -111,10 +118,10 @@ fn narrow<'a>(
     }
     let members = adapters.iter().zip(&results).map(|(own, narrow)| {
         let (x, factor, by_column, mask) = of(own)?;
-        Ok(Member { x, narrow, factor, by_column, scale: own.scale, mask, more: 0 })
+        Ok(Member { x, narrow, factor, by_column, scale: own.scale, mask, more: 0, segment: 0 })
     });
     let members: Vec<Member> = members.collect::<Result<_>>()?;
-    launch_members("adapter_narrow", &members, members.len(), results[0].dims()[0], false)?;
+    launch_members("adapter_narrow", &members, members.len(), results[0].dims()[0].div_ceil(NARROW_ROWS), false)?;
     Ok(results)
 }
 
@@ -123,7 +130,7 @@ pub(in crate::tensor) fn adapters_up(ys: &[Tensor], adapters: &[AdapterPass]) ->
     let members = adapters.iter().map(|own| {
         let x = &ys[own.layer];
         let factor = address(&own.b, x.dtype())?;
-        Ok(Member { x, narrow: &own.inner, factor, by_column: true, scale: 1., mask: None, more: 1 })
+        Ok(Member { x, narrow: &own.inner, factor, by_column: true, scale: 1., mask: None, more: 1, segment: 0 })
     });
     let members: Vec<Member> = members.collect::<Result<_>>()?;
     launch_members("adapter_widen", &members, members.len(), ys[0].dims()[0].div_ceil(WIDEN_ROWS), true)
@@ -133,7 +140,16 @@ pub(in crate::tensor) fn adapters_up(ys: &[Tensor], adapters: &[AdapterPass]) ->
 pub(in crate::tensor) fn adapters_dx(dx: &Tensor, narrow: &[Tensor], adapters: &[AdapterPass]) -> Result<()> {
     let members = adapters.iter().zip(narrow).map(|(own, narrow)| {
         let factor = address(&own.a, dx.dtype())?;
-        Ok(Member { x: dx, narrow, factor, by_column: false, scale: 1., mask: own.mask, more: adapters.len() })
+        Ok(Member {
+            x: dx,
+            narrow,
+            factor,
+            by_column: false,
+            scale: 1.,
+            mask: own.mask,
+            more: adapters.len(),
+            segment: 0,
+        })
     });
     let members: Vec<Member> = members.collect::<Result<_>>()?;
     launch_members("adapter_widen", &members, 1, dx.dims()[0].div_ceil(WIDEN_ROWS), true)
@@ -147,7 +163,9 @@ pub(in crate::tensor) fn adapters_gradients(
     narrow: &[Tensor],
     adapters: &[AdapterPass],
 ) -> Result<Vec<[Tensor; 2]>> {
-    let (rows, segments) = (x.dims()[0], x.dims()[0].div_ceil(OUTER_ROWS));
+    let rows = x.dims()[0];
+    let segment = rows.div_ceil(SEGMENTS).max(SEGMENT_ROWS);
+    let segments = rows.div_ceil(segment);
     let factors = || adapters.iter().flat_map(|own| [&own.a, &own.b]);
     let total: usize = factors().map(Tensor::elem_count).sum();
     let partial = fresh(x, (segments, total), DType::F32)?;
@@ -158,11 +176,11 @@ pub(in crate::tensor) fn adapters_gradients(
         let sides = [(x, narrow, false, own.mask, &own.a), (&gs[own.layer], &own.inner, true, None, &own.b)];
         for (x, narrow, by_column, mask, factor) in sides {
             let place = base + (first * DType::F32.size_in_bytes()) as u64;
-            members.push(Member { x, narrow, factor: place, by_column, scale: 1., mask, more: total });
+            members.push(Member { x, narrow, factor: place, by_column, scale: 1., mask, more: total, segment });
             first += factor.elem_count();
         }
     }
-    launch_members("adapter_outer", &members, members.len(), rows.div_ceil(OUTER_ROWS), true)?;
+    launch_members("adapter_outer", &members, members.len(), segments, true)?;
     let sums = if segments > 1 { sum_rows(&partial)? } else { partial.flatten_all()? };
     let mut first = 0;
     let mut part = |factor: &Tensor| -> Result<Tensor> {

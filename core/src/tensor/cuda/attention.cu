@@ -363,7 +363,7 @@ constexpr float NEVER = -__builtin_huge_valf(); // the score of a slot that is n
 // y = softmax(scale · q kᵀ) v over the slots that a row sees, and sums = log Σ exp of the scaled scores of each row.
 //
 // If `parts` is given, slots are divided into chunks, and a block sees one of them. It writes to
-// parts: [chunks, batch, queries, heads · width] and sums: [chunks, batch, heads, queries]. A row that sees no slot of
+// parts: [chunks, tokens, heads · width] and sums: [chunks, heads, tokens]. A row that sees no slot of
 // the chunk has the sum −∞, and its part stays unwritten. Without `parts` there is one chunk.
 //
 // A block owns as many strips of rows as it has warps, WARPS or fewer. The grid is [chunks, tiles of rows, pairs], and

@@ -467,9 +467,9 @@ KERNEL(dropout, (In<T> x, Out<T> y, u64 n, MASK), (x, y, n, MASK_OF)) {
 // Ranks that a thread works on at a time.
 constexpr u32 RANKS = 16;
 
-// Rows that a thread of `adapter_widen` goes through, and one of `adapter_outer`.
+// Rows of a block of `adapter_narrow`, and those that a thread of `adapter_widen` goes through.
+constexpr u32 NARROW_ROWS = 4;
 constexpr u32 WIDEN_ROWS = 8;
-constexpr u32 OUTER_ROWS = 64;
 
 // A row of the table, as adapter.rs writes it. The factor F is A: [rank, width], or B: [width, rank] if `by_column`.
 struct Member {
@@ -484,6 +484,7 @@ struct Member {
     u64 factors;    // of the mask, and the scale, as bits of floats
     u64 columns;    // blocks that share the columns of a row
     u64 more;       // adapter_widen: members that add to the same x; adapter_outer: numbers from one segment to the next
+    u64 segment;    // adapter_outer: rows of a segment
 };
 
 __device__ __forceinline__ u32 lower(u64 words) { return u32(words); }
@@ -575,44 +576,55 @@ __device__ __forceinline__ void load_factor(const Member& own, u64 first, u64 co
     }                                                                                                                  \
     template <typename T> __device__ __forceinline__ void NAME(const Member* members, u32 rows)
 
-// narrow = scale · (m ∘ x) Fᵀ. One block per row.
+// narrow = scale · (m ∘ x) Fᵀ. A block has NARROW_ROWS rows, which share what is read of F.
 ADAPTER_KERNEL(adapter_narrow) {
-    constexpr u32 WARPS = MAX_BLOCK / 32;
-    __shared__ float of_warps[WARPS][RANKS];
+    constexpr u32 SUMS = NARROW_ROWS * RANKS;
+    __shared__ float of_warps[MAX_BLOCK / 32][SUMS];
     const Member& own = members[blockIdx.y];
     const T* x = reinterpret_cast<const T*>(own.x);
-    const u64 row = blockIdx.x;
+    const u64 start = u64(blockIdx.x) * NARROW_ROWS;
     const u32 lane = threadIdx.x % 32;
     const u32 warp = threadIdx.x / 32;
     Mask mask = mask_of(own);
     for (u64 first = 0; first < own.rank; first += RANKS) {
-        float sums[RANKS] = {};
+        float sums[SUMS] = {};
         for (u64 column = 4 * threadIdx.x; column < own.width; column += 4 * blockDim.x) {
-            float kept[4], factor[RANKS][4];
-            load4(x, row, own.width, column, kept);
+            float factor[RANKS][4];
             load_factor<T>(own, first, column, factor);
 #pragma unroll
-            for (u32 i = 0; i < 4; i++) {
-                kept[i] *= mask.at(row * own.width + column + i);
+            for (u32 at = 0; at < NARROW_ROWS; at++) {
+                const u64 row = start + at;
+                if (row >= rows) {
+                    break;
+                }
+                float kept[4];
+                load4(x, row, own.width, column, kept);
 #pragma unroll
-                for (u32 j = 0; j < RANKS; j++) {
-                    sums[j] += kept[i] * factor[j][i];
+                for (u32 i = 0; i < 4; i++) {
+                    kept[i] *= mask.at(row * own.width + column + i);
+#pragma unroll
+                    for (u32 j = 0; j < RANKS; j++) {
+                        sums[at * RANKS + j] += kept[i] * factor[j][i];
+                    }
                 }
             }
         }
 #pragma unroll
-        for (u32 j = 0; j < RANKS; j++) {
+        for (u32 k = 0; k < SUMS; k++) {
+            if (first + k % RANKS < own.rank) {
 #pragma unroll
-            for (u32 distance = 16; distance > 0; distance /= 2) {
-                sums[j] += __shfl_xor_sync(~0u, sums[j], distance);
+                for (u32 distance = 16; distance > 0; distance /= 2) {
+                    sums[k] += __shfl_xor_sync(~0u, sums[k], distance);
+                }
             }
             if (lane == 0) {
-                of_warps[warp][j] = sums[j];
+                of_warps[warp][k] = sums[k];
             }
         }
         __syncthreads();
-        const u64 rank = first + threadIdx.x;
-        if (threadIdx.x < RANKS && rank < own.rank) {
+        const u64 row = start + threadIdx.x / RANKS;
+        const u64 rank = first + threadIdx.x % RANKS;
+        if (threadIdx.x < SUMS && row < rows && rank < own.rank) {
             float sum = 0.0f;
             for (u32 other = 0; other < blockDim.x / 32; other++) {
                 sum += of_warps[other][threadIdx.x];
@@ -690,11 +702,11 @@ ADAPTER_KERNEL(adapter_outer) {
     const T* x = reinterpret_cast<const T*>(own.x);
     const T* narrow = reinterpret_cast<const T*>(own.narrow);
     float* gradient = reinterpret_cast<float*>(own.factor) + segment * own.more;
-    const u64 end = min(u64(rows), (segment + 1) * OUTER_ROWS);
+    const u64 end = min(u64(rows), (segment + 1) * own.segment);
     Mask mask = mask_of(own);
     for (u64 first = 0; first < own.rank; first += RANKS) {
         float sums[RANKS][4] = {};
-        for (u64 row = segment * OUTER_ROWS; row < end; row++) {
+        for (u64 row = segment * own.segment; row < end; row++) {
             float kept[4], slopes[RANKS];
             load4(x, row, own.width, column, kept);
             load_ranks(narrow, row, own.rank, first, slopes);

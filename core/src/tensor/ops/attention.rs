@@ -26,7 +26,7 @@ pub fn attention(tape: &mut Tape, shape: Attention, [q, k, v]: [&Traced; 3], mas
     )?;
     let (result, mask) = (y.clone(), mask.clone());
     Ok(tape.record(y, &[q, k, v], move |gradient, into| {
-        mask.check_differentiable()?;
+        mask.check_differentiable(ks.dims()[0])?;
         let gradients = dispatch!(
             qs,
             crate::tensor::cuda::attention_backward(shape, [&qs, &ks, &vs], [&result, &sums, &gradient], &mask),
