@@ -15,9 +15,6 @@ fn packs(count: usize, dtype: DType) -> usize {
     blocks((count * dtype.size_in_bytes()).div_ceil(16))
 }
 
-/// Gradients of weight and bias.
-type WeightAndBias = (Tensor, Tensor);
-
 fn rows_of(x: &Tensor) -> usize {
     x.elem_count() / last_dim(x).max(1)
 }
@@ -109,7 +106,7 @@ pub(in crate::tensor) fn layer_norm_backward(
     before: Option<&Tensor>,
     eps: f64,
     wants_weight: bool,
-) -> Result<(Tensor, Option<WeightAndBias>)> {
+) -> Result<(Tensor, Option<[Tensor; 2]>)> {
     let t = x.dtype();
     let (width, rows) = (last_dim(x), rows_of(x));
     let (dx, stats) = (fresh(x, x.shape(), t)?, fresh(x, (rows, 2), F32)?);
@@ -138,7 +135,7 @@ pub(in crate::tensor) fn layer_norm_backward(
         Arg::U32(width as u32),
     ];
     launch(x, "layer_norm_dwdb", blocks(width), &arguments)?;
-    Ok((dx, Some((dw.to_dtype(w.dtype())?, db.to_dtype(w.dtype())?))))
+    Ok((dx, Some([dw.to_dtype(w.dtype())?, db.to_dtype(w.dtype())?])))
 }
 
 pub(in crate::tensor) fn rotate(

@@ -102,7 +102,7 @@ fn layer_norm_of(
             by_dtype!(xs.dtype(), layer_backward([&xs, &w, &gradient], before.as_ref(), eps, wants_weight))
         )?;
         into.add(0, dx)?;
-        let Some((dw, db)) = dw else { return Ok(()) };
+        let Some([dw, db]) = dw else { return Ok(()) };
         into.add(1, dw)?;
         into.add(2, db)
     });
@@ -153,15 +153,12 @@ fn layer_forward<T: Element>(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f6
     read_all([x, weight, bias], |[xs, w, b]: [&[T]; 3]| tensor(kernels::layer(xs, w, b, eps), x.dims()))
 }
 
-/// Gradients of weight and bias.
-type WeightAndBias = (Tensor, Tensor);
-
 fn layer_backward<T: Element>(
     [x, weight, gradient]: [&Tensor; 3],
     before: Option<&Tensor>,
     eps: f64,
     wants_weight: bool,
-) -> Result<(Tensor, Option<WeightAndBias>)> {
+) -> Result<(Tensor, Option<[Tensor; 2]>)> {
     read_all([x, weight, gradient], |[xs, w, gs]: [&[T]; 3]| {
         let dx = tensor(kernels::layer_backward(xs, w, gs, eps), x.dims())?;
         add_before(&dx, before)?;
@@ -170,7 +167,7 @@ fn layer_backward<T: Element>(
         }
         let sums = kernels::layer_weight_gradients(xs, gs, w.len(), eps);
         let (dw, db) = sums.split_at(w.len());
-        Ok((dx, Some((tensor(dw.to_vec(), &[w.len()])?, tensor(db.to_vec(), &[w.len()])?))))
+        Ok((dx, Some([tensor(dw.to_vec(), &[w.len()])?, tensor(db.to_vec(), &[w.len()])?])))
     })
 }
 
