@@ -111,16 +111,15 @@ fn narrow<'a>(
     adapters: &'a [AdapterPass],
     of: impl Fn(&'a AdapterPass) -> Result<(&'a Tensor, u64, bool, Option<Dropout>)>,
 ) -> Result<Vec<Tensor>> {
+    let given = adapters.iter().map(of).collect::<Result<Vec<_>>>()?;
     let mut results = Vec::with_capacity(adapters.len());
-    for own in adapters {
-        let x = of(own)?.0;
+    for (own, (x, ..)) in adapters.iter().zip(&given) {
         results.push(fresh(x, (x.dims()[0], own.a.dims()[0]), x.dtype())?);
     }
-    let members = adapters.iter().zip(&results).map(|(own, narrow)| {
-        let (x, factor, by_column, mask) = of(own)?;
-        Ok(Member { x, narrow, factor, by_column, scale: own.scale, mask, more: 0, segment: 0 })
-    });
-    let members: Vec<Member> = members.collect::<Result<_>>()?;
+    let mut members = Vec::with_capacity(adapters.len());
+    for ((own, (x, factor, by_column, mask)), narrow) in adapters.iter().zip(given).zip(&results) {
+        members.push(Member { x, narrow, factor, by_column, scale: own.scale, mask, more: 0, segment: 0 });
+    }
     launch_members("adapter_narrow", &members, members.len(), results[0].dims()[0].div_ceil(NARROW_ROWS), false)?;
     Ok(results)
 }

@@ -24,80 +24,81 @@ fn at_if(tensor: Option<&Tensor>, dtype: DType) -> Result<Arg> {
     tensor.map_or(Ok(Arg::U64(0)), |tensor| at(tensor, dtype))
 }
 
-/// `x`, plus `branch` if there is one, and the same normalised.
-pub(in crate::tensor) fn rms_norm(x: &Tensor, branch: Option<&Tensor>, w: &Tensor, eps: f64) -> Result<[Tensor; 2]> {
-    let (t, width) = (x.dtype(), w.elem_count());
-    let (sum, y) = (sum_of(x, branch)?, fresh(x, x.shape(), t)?);
-    let arguments = [
-        at(x, t)?,
-        at_if(branch, t)?,
-        at_if(branch.map(|_| &sum), t)?,
-        at(w, t)?,
-        at(&y, t)?,
-        Arg::U32(width as u32),
-        Arg::F32(eps as f32),
-    ];
-    launch(x, "rms_norm_fwd", x.elem_count() / width, &arguments)?;
+/// `x`, plus `branch` if there is one, and the same normalised by a kernel with these parameters, `[width]` each.
+fn norm(
+    name: &str,
+    x: &Tensor,
+    branch: Option<&Tensor>,
+    parameters: &[&Tensor],
+    width: usize,
+    eps: f64,
+) -> Result<[Tensor; 2]> {
+    let t = x.dtype();
+    let y = fresh(x, x.shape(), t)?;
+    // Without a branch nothing is written there.
+    let sum = branch.map_or_else(|| Ok(x.clone()), |_| fresh(x, x.shape(), t))?;
+    let mut arguments = vec![at(x, t)?, at_if(branch, t)?, at_if(branch.map(|_| &sum), t)?];
+    for parameter in parameters {
+        arguments.push(at(parameter, t)?);
+    }
+    arguments.extend([at(&y, t)?, Arg::U32(width as u32), Arg::F32(eps as f32)]);
+    launch(x, name, x.elem_count() / width, &arguments)?;
     Ok([sum, y])
 }
 
-/// Where a kernel writes the sum of both: a tensor of its own, or `x` if there is nothing to add.
-fn sum_of(x: &Tensor, branch: Option<&Tensor>) -> Result<Tensor> {
-    branch.map_or_else(|| Ok(x.clone()), |_| fresh(x, x.shape(), x.dtype()))
-}
-
-/// The gradient of `x`, plus that `before`, and that of the weight.
-pub(in crate::tensor) fn rms_norm_backward(
+/// The gradient of `x`, plus that `before`; and what the kernel notes of each row, `noted` numbers in f32.
+fn norm_backward(
+    name: &str,
     [x, w, g]: [&Tensor; 3],
     before: Option<&Tensor>,
+    [width, noted]: [usize; 2],
     eps: f64,
-    wants_weight: bool,
-) -> Result<(Tensor, Option<Tensor>)> {
-    let t = x.dtype();
-    let width = w.elem_count();
-    let rows = x.elem_count() / width;
-    let (dx, r) = (fresh(x, x.shape(), t)?, fresh(x, rows, F32)?);
+) -> Result<[Tensor; 2]> {
+    let (t, rows) = (x.dtype(), x.elem_count() / width);
+    let (dx, notes) = (fresh(x, x.shape(), t)?, fresh(x, (rows, noted), F32)?);
     let arguments = [
         at(x, t)?,
         at(w, t)?,
         at(g, t)?,
         at_if(before, t)?,
         at(&dx, t)?,
-        at(&r, F32)?,
+        at(&notes, F32)?,
         Arg::U32(width as u32),
         Arg::F32(eps as f32),
     ];
-    launch(x, "rms_norm_bwd", rows, &arguments)?;
+    launch(x, name, rows, &arguments)?;
+    Ok([dx, notes])
+}
+
+pub(in crate::tensor) fn rms_norm(x: &Tensor, branch: Option<&Tensor>, w: &Tensor, eps: f64) -> Result<[Tensor; 2]> {
+    norm("rms_norm_fwd", x, branch, &[w], w.elem_count(), eps)
+}
+
+/// The gradients of `x`, plus that `before`, and of the weight.
+pub(in crate::tensor) fn rms_norm_backward(
+    [x, w, g]: [&Tensor; 3],
+    before: Option<&Tensor>,
+    eps: f64,
+    wants_weight: bool,
+) -> Result<(Tensor, Option<Tensor>)> {
+    let (t, width) = (x.dtype(), w.elem_count());
+    let [dx, r] = norm_backward("rms_norm_bwd", [x, w, g], before, [width, 1], eps)?;
     if !wants_weight {
         return Ok((dx, None));
     }
-    let dw = fresh(x, width, F32)?;
+    let (dw, rows) = (fresh(x, width, F32)?, x.elem_count() / width);
     let arguments = [at(x, t)?, at(g, t)?, at(&r, F32)?, at(&dw, F32)?, Arg::U64(rows as u64), Arg::U32(width as u32)];
     launch(x, "rms_norm_dw", blocks(width), &arguments)?;
     Ok((dx, Some(dw.to_dtype(w.dtype())?)))
 }
 
-/// As [`rms_norm`].
 pub(in crate::tensor) fn layer_norm(
     x: &Tensor,
     branch: Option<&Tensor>,
     [w, b]: [&Tensor; 2],
     eps: f64,
 ) -> Result<[Tensor; 2]> {
-    let t = x.dtype();
-    let (sum, y) = (sum_of(x, branch)?, fresh(x, x.shape(), t)?);
-    let arguments = [
-        at(x, t)?,
-        at_if(branch, t)?,
-        at_if(branch.map(|_| &sum), t)?,
-        at(w, t)?,
-        at(b, t)?,
-        at(&y, t)?,
-        Arg::U32(last_dim(x) as u32),
-        Arg::F32(eps as f32),
-    ];
-    launch(x, "layer_norm_fwd", rows_of(x), &arguments)?;
-    Ok([sum, y])
+    norm("layer_norm_fwd", x, branch, &[w, b], last_dim(x), eps)
 }
 
 /// As [`rms_norm_backward`], with that of the bias.
@@ -107,20 +108,8 @@ pub(in crate::tensor) fn layer_norm_backward(
     eps: f64,
     wants_weight: bool,
 ) -> Result<(Tensor, Option<[Tensor; 2]>)> {
-    let t = x.dtype();
-    let (width, rows) = (last_dim(x), rows_of(x));
-    let (dx, stats) = (fresh(x, x.shape(), t)?, fresh(x, (rows, 2), F32)?);
-    let arguments = [
-        at(x, t)?,
-        at(w, t)?,
-        at(g, t)?,
-        at_if(before, t)?,
-        at(&dx, t)?,
-        at(&stats, F32)?,
-        Arg::U32(width as u32),
-        Arg::F32(eps as f32),
-    ];
-    launch(x, "layer_norm_bwd", rows, &arguments)?;
+    let (t, width) = (x.dtype(), last_dim(x));
+    let [dx, stats] = norm_backward("layer_norm_bwd", [x, w, g], before, [width, 2], eps)?;
     if !wants_weight {
         return Ok((dx, None));
     }
@@ -131,7 +120,7 @@ pub(in crate::tensor) fn layer_norm_backward(
         at(&stats, F32)?,
         at(&dw, F32)?,
         at(&db, F32)?,
-        Arg::U64(rows as u64),
+        Arg::U64(rows_of(x) as u64),
         Arg::U32(width as u32),
     ];
     launch(x, "layer_norm_dwdb", blocks(width), &arguments)?;
