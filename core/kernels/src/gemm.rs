@@ -65,6 +65,37 @@ pub fn rounded_by_encoded(y: &mut [f32], x: &[f32], w: EncodedMatrix) -> bool {
     suits
 }
 
+/// `C = A W`, or `C += A W` if it `accumulate`s, for a `W` in bf16 that native arithmetic multiplies as it is stored, if
+/// this processor can; says whether it did. Its transpose is taken if `transpose`d. The accuracy is that of f32, and
+/// nothing is rounded to bf16. On all threads.
+///
+/// # Panics
+/// The sizes differ.
+#[cfg_attr(not(target_arch = "x86_64"), expect(unused, reason = "other processors have no tile unit"))]
+pub fn product_with_bf16_into(
+    mut c: ViewMut<f32>,
+    accumulate: bool,
+    a: View<f32>,
+    w: EncodedMatrix,
+    transpose: bool,
+) -> bool {
+    let [rows, columns] = if transpose { [w.size()[1], w.size()[0]] } else { w.size() };
+    assert_eq!((a.size()[1], c.size()), (rows, [a.size()[0], columns]), "matrices that cannot be multiplied");
+    #[cfg(target_arch = "x86_64")]
+    if chosen() == Arithmetic::Native
+        && let Some(unit) = crate::amx::Amx::new()
+        && let Some(bits) = w.bf16_bits()
+    {
+        let (c, a, b) = (c.raw(), a.raw(), if transpose { bits.t() } else { bits });
+        if crate::amx::suits(&c, &a, &b) {
+            // SAFETY: the views lie in their slices, of which that of `C` is borrowed alone.
+            unsafe { unit.multiply(c, accumulate, 1., a, b, threads()) };
+            return true;
+        }
+    }
+    false
+}
+
 fn inner<T>(a: &View<T>, b: &View<T>) -> [usize; 2] {
     let ([rows, k], [inner, columns]) = (a.size(), b.size());
     assert_eq!(k, inner, "matrices that cannot be multiplied");

@@ -10,6 +10,8 @@ use std::fmt::Debug;
 use crate::arithmetic::LANES;
 pub use crate::encoding::Encoding;
 use crate::encoding::{half, half_at, scale_and_minimum, upper_half};
+#[cfg(target_arch = "x86_64")]
+use crate::matrix::RawMatrix;
 use crate::parallel::rows;
 use crate::simd::simd;
 #[cfg(target_arch = "x86_64")]
@@ -75,6 +77,13 @@ impl<'a> EncodedMatrix<'a> {
     /// `[rows, columns]`.
     pub fn size(&self) -> [usize; 2] {
         [self.rows, self.columns]
+    }
+
+    /// The bits of bf16 numbers, of which nothing says that they are aligned.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn bf16_bits(&self) -> Option<RawMatrix<*const u16>> {
+        let bits = RawMatrix::row_major(self.bytes.as_ptr().cast(), self.size(), self.columns);
+        (self.encoding == Encoding::Bf16).then_some(bits)
     }
 
     /// Decodes the rows from `first` on into `out`, on all threads.

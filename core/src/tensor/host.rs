@@ -11,17 +11,39 @@ use crate::error::Result;
 pub(super) trait Element: Factor + WithDType {
     /// The elements of a storage of this type.
     fn elements(storage: &mut CpuStorage) -> Option<&mut [Self]>;
+
+    /// `of` if these are f32 numbers, which matrices in low precision are computed with in.
+    fn singles(of: &[Self]) -> Option<&[f32]>;
+
+    /// The same, to write.
+    fn singles_mut(of: &mut [Self]) -> Option<&mut [f32]>;
 }
 
 impl Element for f32 {
     fn elements(storage: &mut CpuStorage) -> Option<&mut [Self]> {
         if let CpuStorage::F32(data) = storage { Some(data) } else { None }
     }
+
+    fn singles(of: &[Self]) -> Option<&[f32]> {
+        Some(of)
+    }
+
+    fn singles_mut(of: &mut [Self]) -> Option<&mut [f32]> {
+        Some(of)
+    }
 }
 
 impl Element for f64 {
     fn elements(storage: &mut CpuStorage) -> Option<&mut [Self]> {
         if let CpuStorage::F64(data) = storage { Some(data) } else { None }
+    }
+
+    fn singles(_: &[Self]) -> Option<&[f32]> {
+        None
+    }
+
+    fn singles_mut(_: &mut [Self]) -> Option<&mut [f32]> {
+        None
     }
 }
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{CpuStorage, DType, Device, Tensor};
 use half::slice::HalfFloatSliceExt;
-use titer_kernels::gemm::{few_rows_by_encoded, product, product_into, rounded_by_encoded};
+use titer_kernels::gemm::{few_rows_by_encoded, product, product_into, product_with_bf16_into, rounded_by_encoded};
 use titer_kernels::low_precision::{EncodedMatrix, Encoding};
 use titer_kernels::matrix::{View, ViewMut};
 
@@ -225,34 +225,71 @@ impl LowPrecision {
             matrix.decode(first, out);
             Ok(matrix.size()[1])
         })?;
-        let Some(factors) = &self.low_rank else { return Ok(()) };
-        let rank = factors[1].dims()[0];
-        read_all(factors.each_ref(), |[b, a]: [&[f32]; 2]| {
+        self.with_low_rank(|b, a, rank| {
             let rows = out.len() / columns;
             let b = View::of(&b[first * rank..][..rows * rank], rows, rank);
             product_into(ViewMut::new(out, [rows, columns], columns), true, 1., b, View::of(a, rank, columns));
-            Ok(())
         })
     }
 
-    /// `Y = X Wᵀ` for rows `x: [n, columns]` that are few or may be rounded, without a dense matrix; says whether it did.
-    /// What was merged is multiplied apart.
+    /// `Y = X Wᵀ` for rows `x: [n, columns]`, if a kernel takes the numbers as they are stored; says whether one did. What was
+    /// merged is multiplied apart.
     pub(super) fn product_as_stored(&self, y: &mut [f32], x: &[f32]) -> Result<bool> {
         let done = self.read_encoded(|matrix| {
-            let done = self.rounds && rounded_by_encoded(y, x, matrix) || few_rows_by_encoded(y, x, matrix);
-            Ok(done.then(|| matrix.size()))
+            let [rows, columns] = matrix.size();
+            let n = x.len() / columns;
+            let done = self.rounds && rounded_by_encoded(y, x, matrix)
+                || product_with_bf16_into(
+                    ViewMut::new(y, [n, rows], rows),
+                    false,
+                    View::of(x, n, columns),
+                    matrix,
+                    true,
+                )
+                || few_rows_by_encoded(y, x, matrix);
+            Ok(done.then_some([n, rows, columns]))
         })?;
-        let Some([rows, columns]) = done else { return Ok(false) };
-        if let Some(factors) = &self.low_rank {
-            let (n, rank) = (x.len() / columns, factors[1].dims()[0]);
-            read_all(factors.each_ref(), |[b, a]: [&[f32]; 2]| {
-                let inner = product(1., View::of(x, n, columns), View::of(a, rank, columns).t());
-                let y = ViewMut::new(y, [n, rows], rows);
-                product_into(y, true, 1., View::of(&inner, n, rank), View::of(b, rows, rank).t());
-                Ok(())
-            })?;
-        }
+        let Some([n, rows, columns]) = done else { return Ok(false) };
+        self.with_low_rank(|b, a, rank| {
+            let inner = product(1., View::of(x, n, columns), View::of(a, rank, columns).t());
+            let y = ViewMut::new(y, [n, rows], rows);
+            product_into(y, true, 1., View::of(&inner, n, rank), View::of(b, rows, rank).t());
+        })?;
         Ok(true)
+    }
+
+    /// Adds `G W` for `g: [n, rows]` to `sum`, if a kernel takes the numbers as they are stored; says whether one did. What was
+    /// merged is multiplied apart.
+    pub(super) fn add_product_as_stored(&self, sum: &mut [f32], g: &[f32]) -> Result<bool> {
+        let done = self.read_encoded(|matrix| {
+            let [rows, columns] = matrix.size();
+            let n = g.len() / rows;
+            let done = product_with_bf16_into(
+                ViewMut::new(sum, [n, columns], columns),
+                true,
+                View::of(g, n, rows),
+                matrix,
+                false,
+            );
+            Ok(done.then_some([n, rows, columns]))
+        })?;
+        let Some([n, rows, columns]) = done else { return Ok(false) };
+        self.with_low_rank(|b, a, rank| {
+            let inner = product(1., View::of(g, n, rows), View::of(b, rows, rank));
+            let sum = ViewMut::new(sum, [n, columns], columns);
+            product_into(sum, true, 1., View::of(&inner, n, rank), View::of(a, rank, columns));
+        })?;
+        Ok(true)
+    }
+
+    /// Calls `f` with `B`, `A` and their rank if something was merged.
+    fn with_low_rank(&self, f: impl FnOnce(&[f32], &[f32], usize)) -> Result<()> {
+        let Some(factors) = &self.low_rank else { return Ok(()) };
+        let rank = factors[1].dims()[0];
+        read_all(factors.each_ref(), |[b, a]: [&[f32]; 2]| {
+            f(b, a, rank);
+            Ok(())
+        })
     }
 
     /// The stored numbers of a matrix on the host, lent to `f`.

@@ -19,21 +19,11 @@ impl Matrix {
         match self {
             Self::Dense(w) => Gemm::NT.product(x, w),
             Self::LowPrecision(_) if !x.device().is_cpu() => Gemm::NT.product(x, &self.dense()?),
-            Self::LowPrecision(low) => {
-                let ((n, columns), rows) = (x.dims2()?, self.dims()[0]);
+            Self::LowPrecision(_) => {
+                let (n, rows) = (x.dims2()?.0, self.dims()[0]);
                 self.check_inner(x, 1)?;
                 let mut y = vec![0f32; n * rows];
-                read(x, |x: &[f32]| {
-                    if low.product_as_stored(&mut y, x)? {
-                        return Ok(());
-                    }
-                    chunks(self, |first, w: &[f32]| {
-                        let count = w.len() / columns;
-                        let y = ViewMut::new(&mut y[first..], [n, count], rows);
-                        product_into(y, false, 1., View::of(x, n, columns), View::of(w, count, columns).t());
-                        Ok(())
-                    })
-                })?;
+                read(x, |x: &[f32]| multiply_transposed(self, &mut y, x))?;
                 tensor(y, &[n, rows])
             }
         }
@@ -58,20 +48,15 @@ impl Matrix {
             Self::Dense(w) => Gemm::NN.add_to(sum, g, w),
             Self::LowPrecision(_) if !g.device().is_cpu() => Gemm::NN.add_to(sum, g, &self.dense()?),
             Self::LowPrecision(_) => {
-                let ((n, rows), columns) = (g.dims2()?, self.dims()[1]);
+                let (n, columns) = (g.dims2()?.0, self.dims()[1]);
                 self.check_inner(g, 0)?;
                 if sum.elem_count() != n * columns {
                     return Err(Error::run(format!("a product [{n}, {columns}] cannot be added to {:?}", sum.dims())));
                 }
                 read(g, |g: &[f32]| {
-                    chunks(self, |first, w: &[f32]| {
-                        let count = w.len() / columns;
-                        let g = View::new(&g[first..], [n, count], rows);
-                        write(sum, |sum: &mut [f32]| {
-                            let sum = ViewMut::new(sum, [n, columns], columns);
-                            product_into(sum, true, 1., g, View::of(w, count, columns));
-                        })
-                    })
+                    let mut done = Ok(());
+                    write(sum, |sum: &mut [f32]| done = add_multiplied(self, sum, g))?;
+                    done
                 })
             }
         }
@@ -86,9 +71,43 @@ impl Matrix {
     }
 }
 
+/// `y = x Wᵀ` for `x: [n, columns]`, row-major on the host.
+pub(super) fn multiply_transposed<T: Element>(w: &Matrix, y: &mut [T], x: &[T]) -> Result<()> {
+    let (rows, columns) = (w.dims()[0], w.dims()[1]);
+    let n = x.len() / columns;
+    if let (Matrix::LowPrecision(low), Some(y), Some(x)) = (w, T::singles_mut(y), T::singles(x))
+        && low.product_as_stored(y, x)?
+    {
+        return Ok(());
+    }
+    chunks(w, |first, w: &[T]| {
+        let count = w.len() / columns;
+        let y = ViewMut::new(&mut y[first..], [n, count], rows);
+        product_into(y, false, T::one(), View::of(x, n, columns), View::of(w, count, columns).t());
+        Ok(())
+    })
+}
+
+/// Adds `g W` for `g: [n, rows]` to `sum`, row-major on the host.
+pub(super) fn add_multiplied<T: Element>(w: &Matrix, sum: &mut [T], g: &[T]) -> Result<()> {
+    let (rows, columns) = (w.dims()[0], w.dims()[1]);
+    let n = g.len() / rows;
+    if let (Matrix::LowPrecision(low), Some(sum), Some(g)) = (w, T::singles_mut(sum), T::singles(g))
+        && low.add_product_as_stored(sum, g)?
+    {
+        return Ok(());
+    }
+    chunks(w, |first, w: &[T]| {
+        let count = w.len() / columns;
+        let sum = ViewMut::new(sum, [n, columns], columns);
+        product_into(sum, true, T::one(), View::new(&g[first..], [n, count], rows), View::of(w, count, columns));
+        Ok(())
+    })
+}
+
 /// Calls `f` with the rows of a host matrix as they are computed with, chunk after chunk: the index of the first row,
 /// and the numbers. A dense matrix is one chunk.
-pub(super) fn chunks<T: Element>(matrix: &Matrix, mut f: impl FnMut(usize, &[T]) -> Result<()>) -> Result<()> {
+fn chunks<T: Element>(matrix: &Matrix, mut f: impl FnMut(usize, &[T]) -> Result<()>) -> Result<()> {
     let low = match matrix {
         Matrix::Dense(tensor) => return read(tensor, |all: &[T]| f(0, all)),
         Matrix::LowPrecision(low) => low,

@@ -5,15 +5,13 @@
 
 use candle_core::{DType, Tensor};
 use titer_kernels::cross_entropy as kernels;
-use titer_kernels::gemm::product_into;
-use titer_kernels::matrix::{View, ViewMut};
 
 use super::expression::{log_softmax, mean_all};
 use crate::error::{Error, Result};
 use crate::tensor::gemm::Gemm;
 use crate::tensor::host::{Element, by_dtype, read, tensor};
 use crate::tensor::matrix::Matrix;
-use crate::tensor::product::chunks;
+use crate::tensor::product::{add_multiplied, multiply_transposed};
 use crate::tensor::tape::{Tape, Traced};
 
 /// Logits that exist at a time.
@@ -115,23 +113,10 @@ fn head_host<T: Element>(h: &Tensor, w: &Matrix, targets: &Tensor, [wants_h, wan
         for first in (0..count).step_by(block) {
             let size = block.min(count - first);
             let logits = &mut logits[..size * vocabulary];
-            let hidden = View::of(&hs[first * width..][..size * width], size, width);
-            // A chunk of the head's rows is so many columns of the logits.
-            chunks(w, |at, ws: &[T]| {
-                let head = View::of(ws, ws.len() / width, width);
-                let columns = ViewMut::new(&mut logits[at..], [size, ws.len() / width], vocabulary);
-                product_into(columns, false, T::one(), hidden, head.t());
-                Ok(())
-            })?;
+            multiply_transposed(w, logits, &hs[first * width..][..size * width])?;
             losses.extend(kernels::losses(logits, vocabulary, &labels[first..][..size], scale));
             if wants_h {
-                let dh = &mut dh[first * width..][..size * width];
-                chunks(w, |at, ws: &[T]| {
-                    let head = View::of(ws, ws.len() / width, width);
-                    let dlogits = View::new(&logits[at..], [size, ws.len() / width], vocabulary);
-                    product_into(ViewMut::new(dh, [size, width], width), at > 0, T::one(), dlogits, head);
-                    Ok(())
-                })?;
+                add_multiplied(w, &mut dh[first * width..][..size * width], logits)?;
             }
             if let Some(dw) = &dw {
                 // One copy of the block's gradients, so that the product is the common one.
