@@ -146,7 +146,16 @@ pub fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
 /// # Errors
 /// The file cannot be written.
 pub fn write_tensors(path: &Path, tensors: impl IntoIterator<Item = (String, Tensor)>) -> Result<()> {
-    checkpoint::write_tensors(&mut Output::create(path)?, tensors).map_err(|error| io_error("write", path, error))
+    checkpoint::write_tensors(&mut Output::create(path)?, None, tensors).map_err(|error| io_error("write", path, error))
+}
+
+/// The same, with the note that transformers and PEFT look for.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn write_tensors_for_torch(path: &Path, tensors: impl IntoIterator<Item = (String, Tensor)>) -> Result<()> {
+    let write = checkpoint::write_tensors(&mut Output::create(path)?, Some("pt"), tensors);
+    write.map_err(|error| io_error("write", path, error))
 }
 
 /// Returns once a file, or the names in a folder, are on disk.

@@ -6,14 +6,16 @@ use anyhow::Result;
 use candle_core::{Device, Tensor};
 use serde_json::{Value, json};
 use titer_core::arithmetic::{Arithmetic, Level, choose, identity, limit};
+use titer_core::data::Batch;
+use titer_core::defense::Streams;
 use titer_core::device::DeviceChoice;
 use titer_core::model::generate::{Continuation, Decoding, greedy};
-use titer_core::model::label_loss;
 use titer_core::nn::cache::Cache;
 use titer_core::rng::Seed;
+use titer_core::tensor::grads::Grads;
 use titer_core::tensor::tokens::Tokens;
 use titer_core::{Forward, Model, Precision, Sites, Weights};
-use titer_tests::{adapt, batch, build, difference};
+use titer_tests::{adapt, batch, build, context, difference};
 
 /// What is computed with blocks as they are stored, and what is widened as in portable arithmetic.
 const ROUNDED: [&str; 4] = ["q8_0", "q4_0", "q4_1", "q4k"];
@@ -31,6 +33,7 @@ fn weights(model: &dyn Model, name: &str) -> Result<Weights> {
     let mut weights = Weights::random(model.params(), Seed::new(1), Precision::parse(name)?, &Device::Cpu)?;
     adapt(&mut weights, 0.)?;
     weights.merge()?;
+    adapt(&mut weights, 0.)?;
     Ok(weights)
 }
 
@@ -52,19 +55,32 @@ fn hidden(model: &dyn Model, weights: &Weights, cached: bool) -> Result<Tensor> 
     Ok(model.hidden(&tokens, &mut pass)?.tensor().clone())
 }
 
+/// The loss and the gradients of a step.
+fn step(model: &dyn Model, weights: &Weights, batch: &Batch) -> Result<(f64, Grads)> {
+    let mut streams = Streams::default();
+    let result = context(model, weights, &mut streams).backward(batch, Sites::none())?;
+    Ok((result.loss.value()?, result.grads))
+}
+
 #[test]
 fn answers_alone_are_computed_with_rounded_activations_and_by_every_kernel_alike() -> Result<()> {
     let model = build(&config())?;
     let model = model.as_ref();
-    let batch = batch(VOCABULARY, &[7, 4], &mut Seed::new(5).generator())?;
+    // Long enough for the kernels of large products.
+    let batch = batch(VOCABULARY, &[60, 40], &mut Seed::new(5).generator())?;
     for name in ROUNDED.into_iter().chain(WIDENED) {
         let weights = weights(model, name)?;
         choose(Arithmetic::Portable);
-        let (loss, state) = (label_loss(model, &weights, &batch)?, hidden(model, &weights, false)?);
+        let ((loss, gradients), state) = (step(model, &weights, &batch)?, hidden(model, &weights, false)?);
         let exact = hidden(model, &weights, true)?;
         choose(Arithmetic::Native);
-        let gap = (label_loss(model, &weights, &batch)? - loss).abs();
+        let (native_loss, native_gradients) = step(model, &weights, &batch)?;
+        let gap = (native_loss - loss).abs();
         assert!(gap < 1e-5, "{name}: losses differ by {gap:e}");
+        for (param, gradient) in gradients.iter() {
+            let gap = difference(native_gradients.get(param).expect("a gradient"), gradient)?;
+            assert!(gap < 1e-5, "{name}: gradients of {param} differ by {gap:e}");
+        }
         let gap = difference(&hidden(model, &weights, false)?, &state)?;
         assert!(gap < 2e-5, "{name}: without a cache, hidden states differ by {gap:e}");
         let gap = difference(&hidden(model, &weights, true)?, &exact)?;

@@ -62,7 +62,7 @@ unsafe impl Kernel for Amx {
     }
 
     fn name(self) -> &'static str {
-        "avx512+amx"
+        "avx512+amx bf16"
     }
 }
 
@@ -219,8 +219,8 @@ impl TileNumber for f32 {
 /// The bits of a bf16 number.
 impl TileNumber for u16 {
     const PARTS: usize = 1;
-    const ROWS: usize = 4;
-    const WORTH: usize = 1 << 20;
+    const ROWS: usize = crate::skinny::SMALL + 1;
+    const WORTH: usize = 1 << 22;
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]

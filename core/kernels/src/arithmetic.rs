@@ -4,7 +4,8 @@
 //! products of matrices sum over blocks of a fixed size, and within a block by one chain of fused multiply-adds; other sums
 //! run over a fixed number of lanes. Vector width and threads only decide how many such sums are computed at once.
 //!
-//! *Native* arithmetic leaves large products to the fastest unit of the processor, which sums in another order. Where
+//! *Native* arithmetic leaves large products to the fastest unit of the processor, which sums in another order; weights in
+//! bf16 are multiplied as they are stored, where there is a tile unit, which rounds no more than f32 does. Where
 //! answers are generated with quantized weights, it rounds the activations to 8 bits and multiplies integers.
 //!
 //! The choice is made once for the process, before any work.

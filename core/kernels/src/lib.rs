@@ -10,7 +10,7 @@
 //! | [`attention`] [`norm`] [`rope`] [`activation`] [`cross_entropy`] [`dropout`] [`elementwise`] [`adamw`] | one operator each |
 //!
 //! All products go through [`gemm`], which chooses among five kernels: `skinny` (one small dimension), `portable` (the
-//! same bits everywhere), `amx` (the tile unit), the `gemm` crate, and `int8` (quantized weights and activations that
+//! same bits everywhere), `amx` (the tile unit, for f32 and for matrices stored in bf16), the `gemm` crate, and `int8` (quantized weights and activations that
 //! `rounded` has rounded to 8 bits; `int8_vectors` holds its vector code). `simd` chooses the width of vectors and
 //! `parallel` splits work over threads. `encoding` says how numbers lie in low precision, and `widen` takes them into
 //! registers.

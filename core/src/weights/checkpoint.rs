@@ -153,14 +153,19 @@ fn dtype(dtype: Dtype) -> Option<DType> {
     })
 }
 
-/// Writes tensors in the safetensors format, one at a time. The bytes depend on names and values alone.
+/// Writes tensors in the safetensors format, one at a time. The bytes depend on names and values alone, and on what is noted
+/// about the `format`: transformers wants to read `pt` there.
 ///
 /// It writes to whatever it is given, because the library's own function makes a temporary file that only its owner may
 /// read.
 ///
 /// # Errors
 /// Two tensors share a name, or `out` cannot be written to.
-pub fn write_tensors(out: &mut dyn Write, tensors: impl IntoIterator<Item = (String, Tensor)>) -> io::Result<()> {
+pub fn write_tensors(
+    out: &mut dyn Write,
+    format: Option<&str>,
+    tensors: impl IntoIterator<Item = (String, Tensor)>,
+) -> io::Result<()> {
     let mut tensors: Vec<(String, Tensor)> = tensors.into_iter().collect();
     // The format's own order: the widest type first, so that every tensor is aligned.
     tensors.sort_by(|(a, x), (b, y)| View::dtype(y).cmp(&View::dtype(x)).then_with(|| a.cmp(b)));
@@ -171,7 +176,8 @@ pub fn write_tensors(out: &mut dyn Write, tensors: impl IntoIterator<Item = (Str
         let (dtype, shape) = (View::dtype(tensor), tensor.dims().to_vec());
         (name.clone(), TensorInfo { dtype, shape, data_offsets: (begin, end) })
     });
-    let metadata = Metadata::new(None, entries.collect()).map_err(io::Error::other)?;
+    let noted = format.map(|format| [("format".to_owned(), format.to_owned())].into());
+    let metadata = Metadata::new(noted, entries.collect()).map_err(io::Error::other)?;
     let mut header = serde_json::to_vec(&metadata)?;
     header.resize(header.len().next_multiple_of(size_of::<u64>()), b' ');
     out.write_all(&(header.len() as u64).to_le_bytes())?;
@@ -193,7 +199,7 @@ mod tests {
             ("wide", Tensor::new(&[1i64], device)?),
         ];
         let mut written = Vec::new();
-        write_tensors(&mut written, tensors.iter().map(|(name, tensor)| ((*name).to_owned(), tensor.clone())))
+        write_tensors(&mut written, None, tensors.iter().map(|(name, tensor)| ((*name).to_owned(), tensor.clone())))
             .expect("memory takes all");
         let expected = safetensors::serialize(tensors.iter().map(|(name, tensor)| (*name, tensor)), None);
         assert_eq!(written, expected.expect("bytes"));

@@ -6,6 +6,7 @@
 //! | [`precision`] | how a base is stored: f32, half precision, quantized |
 //! | [`parameters`] | the numbers: views, snapshots, changes in place |
 //! | [`lora`] `adapters` | low-rank adapters; attaching, merging and dropping them |
+//! | [`peft`] | adapter folders as PEFT keeps them |
 //! | `load` [`checkpoint`] | from a seed or a file and back; safetensors files |
 
 mod adapters;
@@ -13,6 +14,7 @@ pub mod checkpoint;
 mod load;
 pub mod lora;
 pub mod parameters;
+pub mod peft;
 pub mod precision;
 pub mod schema;
 

@@ -79,6 +79,8 @@ pub enum Command {
     Pretrain(commands::pretrain::Args),
     /// Lets a model answer prompts.
     Generate(commands::generate::Args),
+    /// Takes the model of a cell out of the store, for transformers or PEFT.
+    Export(commands::export::Args),
     /// Measures a training step or greedy answers on random weights of a named shape.
     Bench(commands::bench::Args),
     /// Prints the JSON schema of configurations, with the settings of every plugin.
@@ -140,6 +142,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Result<Done, Proble
         Command::Worker(args) => commands::worker::run(args, logging),
         Command::Pretrain(args) => commands::pretrain::run(args, logging),
         Command::Generate(args) => commands::generate::run(args),
+        Command::Export(args) => commands::export::run(args),
         Command::Bench(args) => commands::bench::run(args),
         Command::Schema => commands::schema(),
         Command::Doctor(args) => commands::doctor::run(args),

@@ -13,6 +13,8 @@ use titer_core::{CausalLm, Error, Result, Row};
 pub struct Generation {
     /// The model's folder.
     pub model: PathBuf,
+    /// An adapter to put on it.
+    pub adapter: Option<PathBuf>,
     /// The prompts.
     pub prompts: Vec<String>,
     /// The template they are put in.
@@ -34,7 +36,10 @@ pub struct Generation {
 /// # Errors
 /// The model cannot be loaded.
 pub fn generate(request: &Generation, device: &Device) -> Result<Vec<String>> {
-    let base = CausalLm::open(&request.model, parse_dtype(&request.dtype, device)?, device)?;
+    let mut base = CausalLm::open(&request.model, parse_dtype(&request.dtype, device)?, device)?;
+    if let Some(folder) = &request.adapter {
+        base.weights.load_peft(folder)?;
+    }
     let template = Template::new(&request.template);
     let encoder = Encoder { tokenizer: base.tokenizer, template, max_length: usize::MAX };
     let prompts = request.prompts.iter().map(|prompt| encoder.prompt(&Row::new(prompt, "")));

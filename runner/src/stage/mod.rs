@@ -2,6 +2,7 @@
 
 mod answer;
 pub mod context;
+mod export;
 mod generate;
 mod judge;
 mod load;
@@ -27,6 +28,7 @@ use titer_core::device::{parse_dtype, restart_memory_peak};
 use titer_core::rng::Seed;
 use titer_core::text::{Encoder, Template, Tokenizer};
 use titer_core::weights::checkpoint::Checkpoint;
+use titer_core::weights::peft::ADAPTER_WEIGHTS;
 use titer_core::{
     AlignmentDefense, CausalLm, DefenseEntry, Error, Result, Row, Settings, Stage, Task, TaskEntry, Weights, registry,
 };
@@ -42,6 +44,7 @@ use resident::Resident;
 use watch::ContextWatch;
 
 pub use answer::AnswerRecord;
+pub use export::{ExportFormat, export};
 pub use generate::{Generation, generate};
 pub use judge::{JudgeRecord, read_answers};
 
@@ -49,11 +52,11 @@ pub use judge::{JudgeRecord, read_answers};
 pub const RECORD: &str = "record.json";
 /// Every input of the stage, which its key is the hash of; in every artifact, for people.
 const IDENTITY: &str = "identity.json";
+/// The stage itself, with the key of its parent; in every artifact, so that a model can be taken out of the store alone.
+const STAGE: &str = "stage.json";
 /// Stored answers, one JSON object a line.
 pub const ANSWERS: &str = "answers.jsonl";
 
-/// The weights of an adapter, in PEFT's layout.
-const ADAPTER: &str = "adapter_model.safetensors";
 /// All weights of a model, where a stage stores them whole.
 const WEIGHTS: &str = "model.safetensors";
 
@@ -124,6 +127,7 @@ impl Stages {
         tracing::info!("begins");
         restart_memory_peak(&self.device);
         write_json(&io.output.join(IDENTITY), &stage.manifest)?;
+        write_json(&io.output.join(STAGE), stage)?;
         match &stage.spec {
             StageSpec::Pretrain(spec) => pretrain::run(self, spec, io),
             StageSpec::Load(_) => load::run(self, stage, io),
@@ -223,7 +227,7 @@ impl Lineage<'_> {
                 StageSpec::Pretrain(_) | StageSpec::Load(_) => true,
                 StageSpec::Train(spec) => spec.adapter == AdapterSpec::Full,
                 // A defense may have merged the adapter to change the base.
-                StageSpec::Post(_) => !artifact(&stage.key)?.join(ADAPTER).exists(),
+                StageSpec::Post(_) => !artifact(&stage.key)?.join(ADAPTER_WEIGHTS).exists(),
                 StageSpec::Answer(_) | StageSpec::Judge(_) => {
                     return Err(Error::run("this stage holds answers, not a model"));
                 }
@@ -293,7 +297,7 @@ fn attach(model: &mut CausalLm, folder: &Path, adapter: &AdapterSpec) -> Result<
             config
         }
     };
-    model.weights.continue_lora(config, &mut Checkpoint::open(&folder.join(ADAPTER))?)
+    model.weights.continue_lora(config, &mut Checkpoint::open(&folder.join(ADAPTER_WEIGHTS))?)
 }
 
 impl Ancestry for Lineage<'_> {

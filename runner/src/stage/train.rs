@@ -3,9 +3,10 @@
 use titer_core::data::{Batch, Stream, mixture};
 use titer_core::rng::Seed;
 use titer_core::text::Encoder;
+use titer_core::weights::peft::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, peft_config};
 use titer_core::{Result, Row};
 
-use super::{ADAPTER, RECORD, StageIo, Stages, WEIGHTS, defense, encoder, write_json};
+use super::{RECORD, StageIo, Stages, WEIGHTS, defense, encoder, write_json};
 use crate::disk;
 use crate::experiment::spec::{AdapterSpec, RowsSpec};
 use crate::plan::TrainSpec;
@@ -77,18 +78,8 @@ pub(super) fn save(base: &titer_core::CausalLm, io: &StageIo) -> Result<()> {
     let Some(config) = base.weights.lora() else {
         return disk::write_tensors(&io.output.join(WEIGHTS), base.weights.base_tensors()?);
     };
-    disk::write_tensors(&io.output.join(ADAPTER), base.weights.adapter_tensors()?)?;
-    let peft = serde_json::json!({
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": config.r,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "target_modules": config.target_modules,
-        "bias": "none",
-        "inference_mode": true,
-    });
-    write_json(&io.output.join("adapter_config.json"), &peft)
+    disk::write_tensors(&io.output.join(ADAPTER_WEIGHTS), base.weights.adapter_tensors()?)?;
+    write_json(&io.output.join(ADAPTER_CONFIG), &peft_config(config, None))
 }
 
 /// All rows, and the harmful ones among them.

@@ -115,6 +115,29 @@ impl Found {
         ]
     }
 
+    /// The key of the stage that left one of the cell's models: `base`, `align`, `fine_tune` or `post`, or the last of them.
+    ///
+    /// # Errors
+    /// The cell has no such stage.
+    pub fn artifact(&self, stage: Option<&str>) -> Result<&str> {
+        const STAGES: [&str; 4] = ["post", "fine_tune", "align", "base"];
+        let artifacts = &self.row.artifacts;
+        let found = STAGES.into_iter().filter(|name| stage.is_none_or(|stage| stage == *name));
+        found.filter_map(|name| artifacts.get(name)).next().map(String::as_str).ok_or_else(|| {
+            let has: Vec<&str> = STAGES.into_iter().rev().filter(|name| artifacts.contains_key(*name)).collect();
+            let error = match stage {
+                Some(stage) => Error::config(format!("the cell has no model of the stage `{stage}`")).key("--stage"),
+                None => Error::config("the results do not say which models the cell is made of"),
+            };
+            let help = if has.is_empty() {
+                "the run was made by an older version of Titer; run it again".to_owned()
+            } else {
+                format!("its models: {}", has.join(", "))
+            };
+            error.file(self.folder.join("results.json")).help(help)
+        })
+    }
+
     fn title(&self) -> String {
         format!("{}  {}  ({})", id(&self.row), label(&self.row), self.folder.display())
     }

@@ -16,6 +16,9 @@ pub struct Args {
     /// A folder in the Hugging Face layout, such as `titer pretrain` names.
     #[arg(long, value_name = "DIR")]
     pub model: PathBuf,
+    /// An adapter as PEFT keeps it, such as `titer export --to peft` writes, to put on the model.
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
     /// A prompt; may be repeated.
     #[arg(long = "prompt", value_name = "TEXT", required = true)]
     pub prompts: Vec<String>,
@@ -65,6 +68,7 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
     check(args)?;
     let request = Generation {
         model: args.model.clone(),
+        adapter: args.adapter.clone(),
         prompts: args.prompts.clone(),
         template: args.template.clone(),
         max_new_tokens: args.max_new_tokens,

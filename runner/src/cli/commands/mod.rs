@@ -19,6 +19,7 @@ pub mod compare;
 pub mod diff;
 pub mod doctor;
 pub mod explain;
+pub mod export;
 pub mod generate;
 pub mod list;
 pub mod plan;
