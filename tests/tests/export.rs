@@ -98,6 +98,6 @@ fn what_cannot_be_exported_says_why() -> Result<()> {
     let results = results(Path::new(out));
     let judge = results["rows"][0]["artifacts"]["judge harmful by world"].as_str().context("a key")?.to_owned();
     refused(with(&["--key", &judge, "--to", "hf"]), &["holds no model"]);
-    assert!(!folder.join("a").exists() && folder.join("full/notes.txt").exists());
+    assert!(!folder.join("a.new").exists() && !folder.join("a").exists() && folder.join("full/notes.txt").exists());
     Ok(())
 }

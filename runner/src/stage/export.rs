@@ -60,9 +60,13 @@ pub fn export(store: &Store, key: &str, format: ExportFormat, out: &Path) -> Res
     disk::remove(&unfinished)?;
     disk::make_folder(&unfinished)?;
     let artifact = once(|key| Ok(store.artifact(&key.to_owned())?.verified()?.to_owned()));
-    match format {
-        ExportFormat::Hf => write_merged(&chain, &artifact, &unfinished)?,
-        ExportFormat::Peft => write_adapter(&chain, &artifact, &unfinished)?,
+    let written = match format {
+        ExportFormat::Hf => write_merged(&chain, &artifact, &unfinished),
+        ExportFormat::Peft => write_adapter(&chain, &artifact, &unfinished),
+    };
+    if let Err(error) = written {
+        disk::remove(&unfinished)?;
+        return Err(error);
     }
     disk::remove(out)?;
     disk::rename(&unfinished, out)
@@ -72,7 +76,7 @@ pub fn export(store: &Store, key: &str, format: ExportFormat, out: &Path) -> Res
 fn chain(store: &Store, key: &str) -> Result<Vec<PlannedStage>> {
     let mut chain: Vec<PlannedStage> = Vec::new();
     let mut next = Some(key.to_owned());
-    while let Some(key) = next {
+    while let Some(key) = next.take() {
         let artifact = store.artifact(&key)?;
         if !artifact.has(STAGE) {
             return Err(Error::data(
@@ -82,7 +86,7 @@ fn chain(store: &Store, key: &str) -> Result<Vec<PlannedStage>> {
             .help("delete this folder and run the experiment again"));
         }
         let stage: PlannedStage = read_json(&artifact.file(STAGE)?)?;
-        next = stage.parent.clone();
+        next.clone_from(&stage.parent);
         chain.push(stage);
     }
     match &chain[0].spec {

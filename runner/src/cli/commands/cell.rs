@@ -122,8 +122,8 @@ impl Found {
     pub fn artifact(&self, stage: Option<&str>) -> Result<&str> {
         const STAGES: [&str; 4] = ["post", "fine_tune", "align", "base"];
         let artifacts = &self.row.artifacts;
-        let found = STAGES.into_iter().filter(|name| stage.is_none_or(|stage| stage == *name));
-        found.filter_map(|name| artifacts.get(name)).next().map(String::as_str).ok_or_else(|| {
+        let mut found = STAGES.into_iter().filter(|name| stage.is_none_or(|stage| stage == *name));
+        found.find_map(|name| artifacts.get(name)).map(String::as_str).ok_or_else(|| {
             let has: Vec<&str> = STAGES.into_iter().rev().filter(|name| artifacts.contains_key(*name)).collect();
             let error = match stage {
                 Some(stage) => Error::config(format!("the cell has no model of the stage `{stage}`")).key("--stage"),
