@@ -98,6 +98,10 @@ fn what_cannot_be_exported_says_why() -> Result<()> {
     let results = results(Path::new(out));
     let judge = results["rows"][0]["artifacts"]["judge harmful by world"].as_str().context("a key")?.to_owned();
     refused(with(&["--key", &judge, "--to", "hf"]), &["holds no model"]);
-    assert!(!folder.join("a.new").exists() && !folder.join("a").exists() && folder.join("full/notes.txt").exists());
+    refused(export(folder, cell, "hf", "new/.."), &["has no name", "--out"]);
+    refused(export(folder, cell, "hf", "full/notes.txt"), &["no folder"]);
+    let mut names = std::fs::read_dir(folder)?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    assert!(!names.any(|name| name.contains("unfinished")), "an export left something behind");
+    assert!(!folder.join("a").exists() && folder.join("full/notes.txt").exists());
     Ok(())
 }

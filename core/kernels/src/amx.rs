@@ -7,7 +7,7 @@
 //! adds. The result is an f32 product, at more than twice the speed of the vector units.
 //!
 //! A matrix that is stored in bf16 is its own first part, so three products are enough: `x₁y + x₂y + x₃y`. Nothing of
-//! either operand is lost there, at half the cost.
+//! either operand is lost there but subnormal numbers, at half the cost.
 
 use std::arch::asm;
 use std::arch::x86_64::{

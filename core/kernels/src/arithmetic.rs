@@ -5,7 +5,7 @@
 //! run over a fixed number of lanes. Vector width and threads only decide how many such sums are computed at once.
 //!
 //! *Native* arithmetic leaves large products to the fastest unit of the processor, which sums in another order; weights in
-//! bf16 are multiplied as they are stored, where there is a tile unit, which rounds no more than f32 does. Where
+//! bf16 are multiplied as they are stored where the processor has a tile unit, as accurately as in f32. Where
 //! answers are generated with quantized weights, it rounds the activations to 8 bits and multiplies integers.
 //!
 //! The choice is made once for the process, before any work.

@@ -66,8 +66,8 @@ pub fn rounded_by_encoded(y: &mut [f32], x: &[f32], w: EncodedMatrix) -> bool {
 }
 
 /// `C = A W`, or `C += A W` if it `accumulate`s, for a `W` in bf16 that native arithmetic multiplies as it is stored, if
-/// this processor can; says whether it did. Its transpose is taken if `transpose`d. The accuracy is that of f32, and
-/// nothing is rounded to bf16. On all threads.
+/// this processor can; says whether it did. Its transpose is taken if `transpose`d. The accuracy is that of f32:
+/// `A` is split into three parts, so that none of its bits are lost. On all threads.
 ///
 /// # Panics
 /// The sizes differ.

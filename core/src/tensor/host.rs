@@ -12,7 +12,7 @@ pub(super) trait Element: Factor + WithDType {
     /// The elements of a storage of this type.
     fn elements(storage: &mut CpuStorage) -> Option<&mut [Self]>;
 
-    /// `of` if these are f32 numbers, which matrices in low precision are computed with in.
+    /// `of` as f32 numbers if that is what they are. Matrices in low precision are multiplied in f32 only.
     fn singles(of: &[Self]) -> Option<&[f32]>;
 
     /// The same, to write.

@@ -2,7 +2,7 @@
 //!
 //! The rows of a frozen matrix are dequantized a few at a time, or on a device all at once. What is computed is what a
 //! dense matrix of the dequantized numbers would give, to rounding: large products are cut at other places, and what an
-//! adapter merged is multiplied apart where there are few rows. Only answers in native arithmetic are computed with blocks as
+//! adapter merged is multiplied apart where there are few rows, or where a tile unit takes bf16 numbers as they are stored. Only answers in native arithmetic are computed with blocks as
 //! they are stored: their activations are rounded to 8 bits instead, and multiplied with the stored integers.
 
 use std::sync::Arc;
@@ -232,54 +232,44 @@ impl LowPrecision {
         })
     }
 
-    /// `Y = X Wᵀ` for rows `x: [n, columns]`, if a kernel takes the numbers as they are stored; says whether one did. What was
-    /// merged is multiplied apart.
+    /// `Y = X Wᵀ` for rows `x: [n, columns]` that are few or may be rounded, without a dense matrix; says whether it did.
+    /// What was merged is multiplied apart.
     pub(super) fn product_as_stored(&self, y: &mut [f32], x: &[f32]) -> Result<bool> {
         let done = self.read_encoded(|matrix| {
-            let [rows, columns] = matrix.size();
-            let n = x.len() / columns;
-            let done = self.rounds && rounded_by_encoded(y, x, matrix)
-                || product_with_bf16_into(
-                    ViewMut::new(y, [n, rows], rows),
-                    false,
-                    View::of(x, n, columns),
-                    matrix,
-                    true,
-                )
-                || few_rows_by_encoded(y, x, matrix);
-            Ok(done.then_some([n, rows, columns]))
+            let done = self.rounds && rounded_by_encoded(y, x, matrix) || few_rows_by_encoded(y, x, matrix);
+            Ok(done.then(|| matrix.size()))
         })?;
-        let Some([n, rows, columns]) = done else { return Ok(false) };
-        self.with_low_rank(|b, a, rank| {
-            let inner = product(1., View::of(x, n, columns), View::of(a, rank, columns).t());
-            let y = ViewMut::new(y, [n, rows], rows);
-            product_into(y, true, 1., View::of(&inner, n, rank), View::of(b, rows, rank).t());
-        })?;
+        let Some([rows, columns]) = done else { return Ok(false) };
+        let n = x.len() / columns;
+        self.add_low_rank_product(ViewMut::new(y, [n, rows], rows), View::of(x, n, columns), true)?;
         Ok(true)
     }
 
-    /// Adds `G W` for `g: [n, rows]` to `sum`, if a kernel takes the numbers as they are stored; says whether one did. What was
-    /// merged is multiplied apart.
-    pub(super) fn add_product_as_stored(&self, sum: &mut [f32], g: &[f32]) -> Result<bool> {
+    /// `C = A W` or, if it `accumulate`s, `C += A W`; with the transpose of `W` if `transpose`d; if it is stored in bf16 and a
+    /// kernel takes it so. Says whether it did. What was merged is multiplied apart.
+    pub(super) fn product_of_bf16(&self, c: &mut [f32], accumulate: bool, a: &[f32], transpose: bool) -> Result<bool> {
         let done = self.read_encoded(|matrix| {
             let [rows, columns] = matrix.size();
-            let n = g.len() / rows;
-            let done = product_with_bf16_into(
-                ViewMut::new(sum, [n, columns], columns),
-                true,
-                View::of(g, n, rows),
-                matrix,
-                false,
-            );
-            Ok(done.then_some([n, rows, columns]))
+            let (inner, width) = if transpose { (columns, rows) } else { (rows, columns) };
+            let n = a.len() / inner;
+            let (target, a) = (ViewMut::new(c, [n, width], width), View::of(a, n, inner));
+            Ok(product_with_bf16_into(target, accumulate, a, matrix, transpose).then_some([n, inner, width]))
         })?;
-        let Some([n, rows, columns]) = done else { return Ok(false) };
-        self.with_low_rank(|b, a, rank| {
-            let inner = product(1., View::of(g, n, rows), View::of(b, rows, rank));
-            let sum = ViewMut::new(sum, [n, columns], columns);
-            product_into(sum, true, 1., View::of(&inner, n, rank), View::of(a, rank, columns));
-        })?;
+        let Some([n, inner, width]) = done else { return Ok(false) };
+        self.add_low_rank_product(ViewMut::new(c, [n, width], width), View::of(a, n, inner), transpose)?;
         Ok(true)
+    }
+
+    /// Adds the product of `x` with what was merged, or with its transpose, to `c`.
+    fn add_low_rank_product(&self, c: ViewMut<f32>, x: View<f32>, transpose: bool) -> Result<()> {
+        self.with_low_rank(|b, a, rank| {
+            let b = View::of(b, b.len() / rank, rank);
+            let a = View::of(a, rank, a.len() / rank);
+            let (first, second) = if transpose { (a.t(), b.t()) } else { (b, a) };
+            let n = x.size()[0];
+            let inner = product(1., x, first);
+            product_into(c, true, 1., View::of(&inner, n, rank), second);
+        })
     }
 
     /// Calls `f` with `B`, `A` and their rank if something was merged.

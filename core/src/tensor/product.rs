@@ -19,11 +19,16 @@ impl Matrix {
         match self {
             Self::Dense(w) => Gemm::NT.product(x, w),
             Self::LowPrecision(_) if !x.device().is_cpu() => Gemm::NT.product(x, &self.dense()?),
-            Self::LowPrecision(_) => {
+            Self::LowPrecision(low) => {
                 let (n, rows) = (x.dims2()?.0, self.dims()[0]);
                 self.check_inner(x, 1)?;
                 let mut y = vec![0f32; n * rows];
-                read(x, |x: &[f32]| multiply_transposed(self, &mut y, x))?;
+                read(
+                    x,
+                    |x: &[f32]| {
+                        if low.product_as_stored(&mut y, x)? { Ok(()) } else { multiply_transposed(self, &mut y, x) }
+                    },
+                )?;
                 tensor(y, &[n, rows])
             }
         }
@@ -55,7 +60,7 @@ impl Matrix {
                 }
                 read(g, |g: &[f32]| {
                     let mut done = Ok(());
-                    write(sum, |sum: &mut [f32]| done = add_multiplied(self, sum, g))?;
+                    write(sum, |sum: &mut [f32]| done = multiply(self, sum, true, g))?;
                     done
                 })
             }
@@ -76,7 +81,7 @@ pub(super) fn multiply_transposed<T: Element>(w: &Matrix, y: &mut [T], x: &[T]) 
     let (rows, columns) = (w.dims()[0], w.dims()[1]);
     let n = x.len() / columns;
     if let (Matrix::LowPrecision(low), Some(y), Some(x)) = (w, T::singles_mut(y), T::singles(x))
-        && low.product_as_stored(y, x)?
+        && low.product_of_bf16(y, false, x, true)?
     {
         return Ok(());
     }
@@ -88,19 +93,25 @@ pub(super) fn multiply_transposed<T: Element>(w: &Matrix, y: &mut [T], x: &[T]) 
     })
 }
 
-/// Adds `g W` for `g: [n, rows]` to `sum`, row-major on the host.
-pub(super) fn add_multiplied<T: Element>(w: &Matrix, sum: &mut [T], g: &[T]) -> Result<()> {
+/// `sum = g W` for `g: [n, rows]`, or `sum += g W` if it `accumulate`s, row-major on the host.
+pub(super) fn multiply<T: Element>(w: &Matrix, sum: &mut [T], accumulate: bool, g: &[T]) -> Result<()> {
     let (rows, columns) = (w.dims()[0], w.dims()[1]);
     let n = g.len() / rows;
     if let (Matrix::LowPrecision(low), Some(sum), Some(g)) = (w, T::singles_mut(sum), T::singles(g))
-        && low.add_product_as_stored(sum, g)?
+        && low.product_of_bf16(sum, accumulate, g, false)?
     {
         return Ok(());
     }
     chunks(w, |first, w: &[T]| {
         let count = w.len() / columns;
         let sum = ViewMut::new(sum, [n, columns], columns);
-        product_into(sum, true, T::one(), View::new(&g[first..], [n, count], rows), View::of(w, count, columns));
+        product_into(
+            sum,
+            accumulate || first > 0,
+            T::one(),
+            View::new(&g[first..], [n, count], rows),
+            View::of(w, count, columns),
+        );
         Ok(())
     })
 }

@@ -130,6 +130,7 @@ impl Weights {
     }
 }
 
-fn matches(module: &str, target: &str) -> bool {
+/// Whether a layer is what a target names: by the last parts of its name.
+pub(super) fn matches(module: &str, target: &str) -> bool {
     module == target || module.strip_suffix(target).is_some_and(|front| front.ends_with('.'))
 }

@@ -1,14 +1,17 @@
 //! Adapter folders as PEFT keeps them: `adapter_config.json` beside `adapter_model.safetensors`.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
+use super::adapters::matches;
 use super::checkpoint::Checkpoint;
 use super::lora::LoraConfig;
 use super::parameters::Weights;
+use super::schema::{Param, module_of};
 use crate::bounds;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 
 /// The weights of an adapter.
 pub const ADAPTER_WEIGHTS: &str = "adapter_model.safetensors";
@@ -16,8 +19,8 @@ pub const ADAPTER_WEIGHTS: &str = "adapter_model.safetensors";
 pub const ADAPTER_CONFIG: &str = "adapter_config.json";
 
 /// Keys that change what an adapter computes, or what else is stored, in a way that is not supported. A value that is
-/// null, false or empty asks for nothing.
-const UNSUPPORTED: [&str; 16] = [
+/// null, false or empty asks for nothing. Made from PEFT 0.21.2.
+const UNSUPPORTED: [&str; 18] = [
     "use_dora",
     "use_qalora",
     "use_bdlora",
@@ -33,11 +36,14 @@ const UNSUPPORTED: [&str; 16] = [
     "trainable_token_indices",
     "alora_invocation_tokens",
     "arrow_config",
+    "kasa_config",
+    "monteclora_config",
     "megatron_config",
 ];
 
-/// Initialisations that change the base model's weights, which an adapter's folder does not hold.
-const CHANGE_THE_BASE: [&str; 4] = ["pissa", "olora", "corda", "loftq"];
+/// Initialisations that leave the base model's weights as they are. Others, such as PiSSA's, change them, and an adapter's
+/// folder does not hold those.
+const KEEP_THE_BASE: [&str; 3] = ["gaussian", "eva", "orthogonal"];
 
 /// The `adapter_config.json` of an adapter that stands on the model in `base`, a folder or a name.
 pub fn peft_config(config: &LoraConfig, base: Option<&str>) -> Value {
@@ -54,26 +60,48 @@ pub fn peft_config(config: &LoraConfig, base: Option<&str>) -> Value {
     })
 }
 
+/// How the adapter in `folder` is applied.
+///
+/// # Errors
+/// The file is missing or malformed, or the adapter is of a kind that is not supported.
+pub fn read_peft_config(folder: &Path) -> Result<LoraConfig> {
+    let path = folder.join(ADAPTER_CONFIG);
+    let bytes = bounds::read_file("read the adapter's configuration", &path, bounds::CONFIG_BYTES)
+        .map_err(|error| error.help("an adapter's folder needs adapter_config.json and adapter_model.safetensors"))?;
+    let keys: Map<String, Value> = serde_json::from_slice(&bytes).map_err(|error| {
+        let error = Error::data("the adapter's configuration is no table of JSON").file(&path).source(error);
+        error.help("save the adapter again, as with PEFT's `save_pretrained`")
+    })?;
+    lora_config(&keys).map_err(|error| error.file(&path))
+}
+
 impl Weights {
-    /// Attaches the adapter in `folder`, as PEFT saves one.
+    /// Attaches the adapter in `folder`, as PEFT saves one. As there, targets that this model has not count for nothing.
     ///
     /// # Errors
     /// A file is missing or malformed, the adapter belongs to another model, or it is of a kind that is not supported.
     pub fn load_peft(&mut self, folder: &Path) -> Result<()> {
-        let path = folder.join(ADAPTER_CONFIG);
-        let bytes =
-            bounds::read_file("read the adapter's configuration", &path, bounds::CONFIG_BYTES).map_err(|error| {
-                error.help("an adapter's folder needs adapter_config.json and adapter_model.safetensors")
-            })?;
-        let keys: Map<String, Value> = serde_json::from_slice(&bytes).map_err(|error| {
-            let error = Error::data("the adapter's configuration is no table of JSON").file(&path).source(error);
-            error.help("save the adapter again, as with PEFT's `save_pretrained`")
+        let mut config = read_peft_config(folder)?;
+        if let Some(targets) = &mut config.target_modules {
+            let linear = |param: &&Param| param.is_linear();
+            let modules: Vec<&str> = self.params.iter().filter(linear).map(|param| module_of(&param.name)).collect();
+            targets.retain(|target| modules.iter().any(|module| matches(module, target)));
+            if targets.is_empty() {
+                return Err(Error::data("none of the adapter's `target_modules` is a linear layer of this model")
+                    .file(folder.join(ADAPTER_CONFIG))
+                    .key("target_modules")
+                    .help("take the model that `base_model_name_or_path` names"));
+            }
+        }
+        let mut checkpoint = Checkpoint::open(&folder.join(ADAPTER_WEIGHTS)).map_err(|error| {
+            error.help("an adapter's folder needs adapter_model.safetensors; an older adapter_model.bin is not read")
         })?;
-        let config = lora_config(&keys).map_err(|error| error.file(&path))?;
-        let mut checkpoint = Checkpoint::open(&folder.join(ADAPTER_WEIGHTS))?;
         self.continue_lora(&config, &mut checkpoint)?;
-        let read: Vec<String> = self.adapter_tensors()?.into_iter().map(|(name, _)| name).collect();
-        match checkpoint.names().find(|name| !read.iter().any(|known| known == name)) {
+        self.check_finite().map_err(|error| {
+            error.of_kind(Kind::Data).file(checkpoint.path()).help("the adapter is damaged: copy or train it again")
+        })?;
+        let read: BTreeSet<String> = self.adapter_tensors()?.into_iter().map(|(name, _)| name).collect();
+        match checkpoint.names().find(|name| !read.contains(*name)) {
             None => Ok(()),
             Some(other) => Err(Error::data(format!("the adapter holds `{other}`, which nothing in this model reads"))
                 .file(checkpoint.path())
@@ -99,14 +127,16 @@ fn lora_config(keys: &Map<String, Value>) -> Result<LoraConfig> {
         return Err(wrong("bias", "an adapter that changes biases is not supported".to_owned()).help(merge));
     }
     if let Some(name) = get("init_lora_weights").as_str()
-        && CHANGE_THE_BASE.iter().any(|known| name.starts_with(known))
+        && !KEEP_THE_BASE.contains(&name)
     {
         let message = format!("the adapter began as `{name}`, so it stands on other weights than the base model's");
         return Err(wrong("init_lora_weights", message).help(merge));
     }
     let again = "save the adapter again, as with PEFT's `save_pretrained`";
     let rank = get("r").as_u64().and_then(|r| usize::try_from(r).ok());
-    let r = rank.ok_or_else(|| wrong("r", format!("`r` must be a rank, found {}", get("r"))).help(again))?;
+    let r = rank
+        .filter(|r| (1..=bounds::RANK).contains(r))
+        .ok_or_else(|| wrong("r", format!("`r` must be a rank, found {}", get("r"))).help(again))?;
     let alpha = get("lora_alpha").as_f64();
     let alpha = alpha.ok_or_else(|| {
         wrong("lora_alpha", format!("`lora_alpha` must be a number, found {}", get("lora_alpha"))).help(again)
@@ -134,6 +164,7 @@ fn asks(value: &Value) -> bool {
         Value::Null | Value::Bool(false) => false,
         Value::Array(list) => !list.is_empty(),
         Value::Object(map) => !map.is_empty(),
+        Value::String(text) => !text.is_empty(),
         _ => true,
     }
 }
@@ -173,7 +204,9 @@ mod tests {
             (json!({ "layers_to_transform": [0] }), "layers_to_transform"),
             (json!({ "bias": "lora_only" }), "bias"),
             (json!({ "init_lora_weights": "pissa_niter_4" }), "init_lora_weights"),
+            (json!({ "init_lora_weights": "OLoRA" }), "init_lora_weights"),
             (json!({ "r": -1 }), "r"),
+            (json!({ "r": 0 }), "r"),
             (json!({ "lora_alpha": "8" }), "lora_alpha"),
             (json!({ "target_modules": ".*q_proj" }), "target_modules"),
         ] {

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use serde_json::json;
+use titer_core::bounds;
 use titer_core::causal_lm::read_config;
-use titer_core::weights::peft::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, peft_config};
+use titer_core::weights::peft::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, peft_config, read_peft_config};
 use titer_core::weights::{Checkpoint, LoraConfig};
 use titer_core::{Error, Result};
 
@@ -50,26 +51,29 @@ const COMPANIONS: [&str; 12] = [
 /// [`ExportFormat::Peft`] also: a stage changed the base's own weights.
 pub fn export(store: &Store, key: &str, format: ExportFormat, out: &Path) -> Result<()> {
     let chain = chain(store, key)?;
-    if out.exists() && !disk::list(out)?.is_empty() {
-        return Err(Error::config("the folder to export to is not empty")
-            .file(out)
-            .help("choose another one with --out"));
+    let refuse = |why: &str| Err(Error::config(why).file(out).help("name a new folder with --out"));
+    let Some(name) = out.file_name() else { return refuse("the folder to export to has no name") };
+    if out.is_symlink() || out.exists() && !out.is_dir() {
+        return refuse("what is to be exported to is no folder");
     }
-    // Another name until it is whole.
-    let unfinished = out.with_added_extension("new");
-    disk::remove(&unfinished)?;
+    if out.exists() && !disk::list(out)?.is_empty() {
+        return refuse("the folder to export to is not empty");
+    }
+    // A name of its own until it is whole.
+    let unfinished =
+        out.with_file_name(format!(".{}.{}.unfinished-export", name.to_string_lossy(), std::process::id()));
     disk::make_folder(&unfinished)?;
     let artifact = once(|key| Ok(store.artifact(&key.to_owned())?.verified()?.to_owned()));
     let written = match format {
         ExportFormat::Hf => write_merged(&chain, &artifact, &unfinished),
         ExportFormat::Peft => write_adapter(&chain, &artifact, &unfinished),
     };
-    if let Err(error) = written {
-        disk::remove(&unfinished)?;
-        return Err(error);
+    // An empty folder gives way; one that has been filled since does not.
+    let written = written.and_then(|()| disk::rename(&unfinished, out));
+    if written.is_err() {
+        let _ = disk::remove(&unfinished);
     }
-    disk::remove(out)?;
-    disk::rename(&unfinished, out)
+    written
 }
 
 /// The stage with all that it builds on, as its artifacts say: itself first, the base last.
@@ -78,6 +82,9 @@ fn chain(store: &Store, key: &str) -> Result<Vec<PlannedStage>> {
     let mut next = Some(key.to_owned());
     while let Some(key) = next.take() {
         let artifact = store.artifact(&key)?;
+        if chain.iter().any(|stage| stage.key == key) {
+            return Err(Error::data("the stage builds on itself, by what the store says").file(artifact.folder()));
+        }
         if !artifact.has(STAGE) {
             return Err(Error::data(
                 "the stage was made by an older version of Titer, which did not note what it builds on",
@@ -132,8 +139,8 @@ fn write_merged(chain: &[PlannedStage], artifact: &dyn Fn(&str) -> Result<PathBu
         keys.insert(key.to_owned(), json!(name));
     }
     write_json(&out.join("config.json"), &config)?;
-    for file in COMPANIONS.into_iter().filter(|file| base.join(file).exists()) {
-        disk::write(&out.join(file), &disk::read(&base.join(file))?)?;
+    for file in COMPANIONS.into_iter().filter(|file| base.join(file).is_file()) {
+        disk::write(&out.join(file), &bounds::read_file("copy", &base.join(file), bounds::JSON_BYTES)?)?;
     }
     let tensors = tensors.into_iter().map(|(name, tensor)| Ok((name, tensor.to_dtype(dtype)?)));
     disk::write_tensors_for_torch(&out.join(WEIGHTS), tensors.collect::<Result<Vec<_>>>()?)
@@ -144,6 +151,8 @@ fn write_merged(chain: &[PlannedStage], artifact: &dyn Fn(&str) -> Result<PathBu
 fn write_adapter(chain: &[PlannedStage], artifact: &dyn Fn(&str) -> Result<PathBuf>, out: &Path) -> Result<()> {
     let base = std::path::absolute(base_folder(chain, artifact)?)
         .map_err(|error| Error::run("no current folder").source(error))?;
+    // The folder may have moved since the run.
+    read_config(&base)?;
     let mut stack: Vec<StoredAdapter> = Vec::new();
     let (_, later) = chain.split_last().ok_or_else(|| Error::run("the chain is empty"))?;
     for stage in later.iter().rev() {
@@ -164,8 +173,7 @@ fn write_adapter(chain: &[PlannedStage], artifact: &dyn Fn(&str) -> Result<PathB
         1 => stack.remove(0),
         _ => StoredAdapter::sum(&stack)?,
     };
-    let mut config = peft_config(&adapter.config, Some(&base.to_string_lossy()));
-    config["lora_dropout"] = json!(0.);
+    let config = peft_config(&adapter.config, Some(&base.to_string_lossy()));
     write_json(&out.join(ADAPTER_CONFIG), &config)?;
     disk::write_tensors_for_torch(&out.join(ADAPTER_WEIGHTS), adapter.factors)
 }
@@ -179,17 +187,10 @@ struct StoredAdapter {
 
 impl StoredAdapter {
     fn read(folder: &Path) -> Result<Self> {
-        let keys: serde_json::Value = read_json(&folder.join(ADAPTER_CONFIG))?;
-        let damaged = || Error::data("the stored adapter's configuration is damaged").file(folder.join(ADAPTER_CONFIG));
-        let config = LoraConfig {
-            r: keys["r"].as_u64().ok_or_else(damaged)? as usize,
-            alpha: keys["lora_alpha"].as_f64().ok_or_else(damaged)?,
-            dropout: 0.,
-            target_modules: serde_json::from_value(keys["target_modules"].clone()).map_err(|_| damaged())?,
-        };
+        let config = read_peft_config(folder)?;
         let mut checkpoint = Checkpoint::open(&folder.join(ADAPTER_WEIGHTS))?;
         let names: Vec<String> = checkpoint.names().map(str::to_owned).collect();
-        let read = |name: String| Ok((name.clone(), checkpoint.read(&name, &Device::Cpu)?));
+        let read = |name: String| Ok((name.clone(), checkpoint.read(&name, &Device::Cpu)?.to_dtype(DType::F32)?));
         Ok(Self { config, factors: names.into_iter().map(read).collect::<Result<_>>()? })
     }
 
@@ -212,6 +213,9 @@ impl StoredAdapter {
             let (input, output) = (width(&a_of, 1)?, width(&b_of, 0)?);
             let (mut below, mut beside) = (Vec::new(), Vec::new());
             for adapter in all {
+                if a_of(adapter).is_some() != b_of(adapter).is_some() {
+                    return Err(Error::data(format!("a stored adapter has only one factor of `{layer}`")));
+                }
                 let (r, scale) = (adapter.config.r, adapter.config.scale());
                 let missing = |shape: (usize, usize)| Tensor::zeros(shape, DType::F32, &Device::Cpu);
                 below.push(a_of(adapter).map_or_else(|| missing((r, input)), Ok)?);

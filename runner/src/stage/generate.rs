@@ -39,6 +39,7 @@ pub fn generate(request: &Generation, device: &Device) -> Result<Vec<String>> {
     let mut base = CausalLm::open(&request.model, parse_dtype(&request.dtype, device)?, device)?;
     if let Some(folder) = &request.adapter {
         base.weights.load_peft(folder)?;
+        base.weights.merge()?;
     }
     let template = Template::new(&request.template);
     let encoder = Encoder { tokenizer: base.tokenizer, template, max_length: usize::MAX };

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::tensor::gemm::Gemm;
 use crate::tensor::host::{Element, by_dtype, read, tensor};
 use crate::tensor::matrix::Matrix;
-use crate::tensor::product::{add_multiplied, multiply_transposed};
+use crate::tensor::product::{multiply, multiply_transposed};
 use crate::tensor::tape::{Tape, Traced};
 
 /// Logits that exist at a time.
@@ -116,7 +116,7 @@ fn head_host<T: Element>(h: &Tensor, w: &Matrix, targets: &Tensor, [wants_h, wan
             multiply_transposed(w, logits, &hs[first * width..][..size * width])?;
             losses.extend(kernels::losses(logits, vocabulary, &labels[first..][..size], scale));
             if wants_h {
-                add_multiplied(w, &mut dh[first * width..][..size * width], logits)?;
+                multiply(w, &mut dh[first * width..][..size * width], false, logits)?;
             }
             if let Some(dw) = &dw {
                 // One copy of the block's gradients, so that the product is the common one.
