@@ -41,7 +41,7 @@ const UNSUPPORTED: [&str; 18] = [
     "megatron_config",
 ];
 
-/// Initialisations that leave the base model's weights as they are. Others, such as PiSSA's, change them, and an adapter's
+/// Initialisations that leave the base model's weights as they are. Others, such as `pissa`, change them, and an adapter's
 /// folder does not hold those.
 const KEEP_THE_BASE: [&str; 3] = ["gaussian", "eva", "orthogonal"];
 

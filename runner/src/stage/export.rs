@@ -62,6 +62,11 @@ pub fn export(store: &Store, key: &str, format: ExportFormat, out: &Path) -> Res
     // A name of its own until it is whole.
     let unfinished =
         out.with_file_name(format!(".{}.{}.unfinished-export", name.to_string_lossy(), std::process::id()));
+    if unfinished.exists() {
+        return Err(Error::config("the remains of an earlier export are in the way")
+            .file(&unfinished)
+            .help("remove that folder, or choose another one with --out"));
+    }
     disk::make_folder(&unfinished)?;
     let artifact = once(|key| Ok(store.artifact(&key.to_owned())?.verified()?.to_owned()));
     let written = match format {
