@@ -10,9 +10,9 @@
 //! | [`attention`] [`norm`] [`rope`] [`activation`] [`cross_entropy`] [`dropout`] [`elementwise`] [`adamw`] | one operator each |
 //!
 //! All products go through [`gemm`], which chooses among five kernels: `skinny` (one small dimension), `portable` (the
-//! same bits everywhere), `amx` (the tile unit, for f32 and for matrices stored in bf16), the `gemm` crate, and `int8` (quantized weights and activations that
-//! `rounded` has rounded to 8 bits; `int8_vectors` holds its vector code). `simd` chooses the width of vectors and
-//! `parallel` splits work over threads. `encoding` says how numbers lie in low precision, and `widen` takes them into
+//! same bits everywhere), `amx` (the tile unit, for f32 and for matrices stored in bf16), the `gemm` crate, and `int8`
+//! (quantized weights and activations that `rounded` has rounded to 8 bits; `int8_vectors` holds its vector code). `simd`
+//! chooses the width of vectors and `parallel` splits work over threads. `encoding` says how numbers lie in low precision, and `widen` takes them into
 //! registers.
 //!
 //! All `unsafe` code of the CPU is in this crate.

@@ -2,8 +2,9 @@
 //!
 //! The rows of a frozen matrix are dequantized a few at a time, or on a device all at once. What is computed is what a
 //! dense matrix of the dequantized numbers would give, to rounding: large products are cut at other places, and what an
-//! adapter merged is multiplied apart where there are few rows, or where a tile unit takes bf16 numbers as they are stored. Only answers in native arithmetic are computed with blocks as
-//! they are stored: their activations are rounded to 8 bits instead, and multiplied with the stored integers.
+//! adapter merged is multiplied apart where there are few rows, or where a tile unit takes bf16 numbers as they are stored.
+//! Only answers in native arithmetic are computed with blocks as they are stored: their activations are rounded to 8 bits
+//! instead, and multiplied with the stored integers.
 
 use std::sync::Arc;
 
