@@ -57,6 +57,7 @@ fn operators(criterion: &mut Criterion) {
             width: head,
             scale: (head as f64).sqrt().recip(),
             window: None,
+            cap: None,
         };
         let (k, v) = (normal(&[tokens, width], 5), normal(&[tokens, width], 6));
         group.bench_function("attention", |bencher| {

@@ -1,12 +1,15 @@
 """Records the traces of the tiny random models in `MODELS`, whose windows are shorter than their sequences.
 
     pip install torch==2.1.0 transformers==4.53.3 peft==0.15.2 accelerate==0.33.0 'numpy<2'
-    python record.py
+    python record.py mistral qwen2_sliding
+    pip install torch==2.15.0 transformers==5.24.0 peft==0.21.2 accelerate==1.15.0
+    python record.py qwen3 gemma gemma2 gemma3 phi3
 """
 
 import json
 import os
 import platform
+import sys
 import tempfile
 from pathlib import Path
 
@@ -31,12 +34,29 @@ SIZES = dict(
     num_key_value_heads=2, sliding_window=5, max_position_embeddings=64, initializer_range=0.3,
     bos_token_id=2, eos_token_id=2, pad_token_id=PAD, torch_dtype="float32", attn_implementation="eager",
 )
+# A window that the architecture does not have would still shorten the library's cache.
+WITHOUT_WINDOW = {key: value for key, value in SIZES.items() if key != "sliding_window"}
 MODELS = {
     "mistral": (transformers.MistralForCausalLM, transformers.MistralConfig(head_dim=6, **SIZES)),
     "qwen2_sliding": (
         transformers.Qwen2ForCausalLM,
         transformers.Qwen2Config(use_sliding_window=True, max_window_layers=1, rope_theta=1e6, **SIZES),
     ),
+    "qwen3": (transformers.Qwen3ForCausalLM, transformers.Qwen3Config(head_dim=6, **SIZES)),
+    "gemma": (transformers.GemmaForCausalLM, transformers.GemmaConfig(head_dim=6, **WITHOUT_WINDOW)),
+    "gemma2": (
+        transformers.Gemma2ForCausalLM,
+        transformers.Gemma2Config(
+            head_dim=6, query_pre_attn_scalar=9, attn_logit_softcapping=2.0, final_logit_softcapping=3.0, **SIZES
+        ),
+    ),
+    "gemma3": (
+        transformers.Gemma3ForCausalLM,
+        transformers.Gemma3TextConfig(
+            head_dim=6, query_pre_attn_scalar=9, layer_types=["sliding_attention", "full_attention"], **SIZES
+        ),
+    ),
+    "phi3": (transformers.Phi3ForCausalLM, transformers.Phi3Config(**SIZES)),
 }
 
 
@@ -51,7 +71,9 @@ def random_model(name):
 
 
 def adapted(model):
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj"]
+    modules = {path.split(".")[-1] for path, _ in model.named_modules()}
+    targets = [name for name in names if name in modules]
     lora = peft.LoraConfig(r=2, lora_alpha=2, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM")
     model = peft.get_peft_model(model, lora)
     for name, parameter in model.named_parameters():
@@ -97,6 +119,8 @@ def record_sft(model, batches):
     """Steps of `Trainer.training_step` and AdamW, without clipping."""
     arguments = transformers.TrainingArguments(tempfile.mkdtemp(), use_cpu=True, max_grad_norm=0.0, report_to=[])
     trainer = transformers.Trainer(model=model, args=arguments)
+    # What the loop around it sets in later versions.
+    trainer.current_gradient_accumulation_steps = 1
     trainable = {name.replace(".default", ""): p for name, p in model.named_parameters() if p.requires_grad}
     adamw = torch.optim.AdamW(trainable.values(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     trace, steps = {}, []
@@ -165,7 +189,7 @@ def main():
     data = load_file(HERE / "_data/batches.safetensors")
     keys = ("input_ids", "labels", "attention_mask")
     batches = [{key: data[f"safe.{index}.{key}"] for key in keys} for index in range(STEPS)]
-    for name in MODELS:
+    for name in sys.argv[1:] or MODELS:
         record(name, batches)
 
 

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, IndexOp, Tensor};
 use candle_nn::VarBuilder;
-use candle_transformers::models::{llama, mistral, qwen2, qwen3};
+use candle_transformers::models::{gemma, gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3};
 use serde_json::{Value, json};
 use titer_core::data::{Batch, Tokens};
 use titer_core::defense::Streams;
@@ -90,11 +90,14 @@ fn every_adapter_gets_the_right_gradient() -> Result<()> {
 fn adapters_follow_the_architecture() -> Result<()> {
     let llama = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"].as_slice();
     let opt = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"].as_slice();
+    let phi3 = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"];
     for (which, own, foreign) in [
         ("llama", llama, "fc1"),
         ("mistral", llama, "fc1"),
         ("qwen2", llama, "fc1"),
         ("qwen3", llama, "fc1"),
+        ("gemma 3", llama, "fc1"),
+        ("phi 3", phi3.as_slice(), "q_proj"),
         ("opt", opt, "o_proj"),
     ] {
         let config = variants().into_iter().find(|(name, _)| *name == which).context("a variant")?.1;
@@ -193,8 +196,7 @@ fn reference(config: &Value, weights: &Weights) -> Result<Option<Reference>> {
             let more = json!({
                 "attention_bias": false, "use_sliding_window": false, "max_window_layers": 0, "hidden_act": "silu"
             });
-            config.as_object_mut().context("a table")?.extend(more.as_object().context("a table")?.clone());
-            let mut model = qwen3::ModelForCausalLM::new(&serde_json::from_value(config)?, builder)?;
+            let mut model = qwen3::ModelForCausalLM::new(&serde_json::from_value(with(config, more))?, builder)?;
             Some(Box::new(move |ids| {
                 model.clear_kv_cache();
                 Ok(model.forward(ids, 0)?.i((.., 0))?)
@@ -205,8 +207,41 @@ fn reference(config: &Value, weights: &Weights) -> Result<Option<Reference>> {
             let more = json!({
                 "sliding_window": IDS.len(), "max_window_layers": 0, "use_sliding_window": false, "hidden_act": "silu"
             });
-            config.as_object_mut().context("a table")?.extend(more.as_object().context("a table")?.clone());
-            let mut model = qwen2::ModelForCausalLM::new(&serde_json::from_value(config)?, builder)?;
+            let mut model = qwen2::ModelForCausalLM::new(&serde_json::from_value(with(config, more))?, builder)?;
+            Some(Box::new(move |ids| {
+                model.clear_kv_cache();
+                Ok(model.forward(ids, 0)?.i((.., 0))?)
+            }))
+        }
+        Some("gemma") => {
+            let more = json!({ "attention_bias": false, "hidden_activation": "gelu_pytorch_tanh" });
+            let mut model = gemma::Model::new(false, &serde_json::from_value(with(config, more))?, builder)?;
+            Some(Box::new(move |ids| {
+                model.clear_kv_cache();
+                Ok(model.forward(ids, 0)?.i((.., 0))?)
+            }))
+        }
+        // There the window is in every block, and scores are scaled by the width of a head.
+        Some("gemma2") if config["sliding_window"].is_null() => {
+            let more = json!({ "attention_bias": false, "hidden_activation": "gelu_pytorch_tanh" });
+            let mut model = gemma2::Model::new(false, &serde_json::from_value(with(config, more))?, builder)?;
+            Some(Box::new(move |ids| {
+                model.clear_kv_cache();
+                Ok(model.forward(ids, 0)?.i((.., 0))?)
+            }))
+        }
+        Some("gemma3_text") => {
+            let more = json!({ "attention_bias": false, "hidden_activation": "gelu_pytorch_tanh" });
+            let mut model = gemma3::Model::new(false, &serde_json::from_value(with(config, more))?, builder)?;
+            Some(Box::new(move |ids| {
+                model.clear_kv_cache();
+                Ok(model.forward(ids, 0)?.i((.., 0))?)
+            }))
+        }
+        // There without a window.
+        Some("phi3") if config["sliding_window"].is_null() => {
+            let config = serde_json::from_value(with(config, json!({ "hidden_act": "silu" })))?;
+            let mut model = phi3::Model::new(&config, builder)?;
             Some(Box::new(move |ids| {
                 model.clear_kv_cache();
                 Ok(model.forward(ids, 0)?.i((.., 0))?)
@@ -214,6 +249,12 @@ fn reference(config: &Value, weights: &Weights) -> Result<Option<Reference>> {
         }
         _ => None,
     })
+}
+
+/// A configuration with more keys.
+fn with(mut config: Value, more: Value) -> Value {
+    config.as_object_mut().expect("a table").extend(more.as_object().expect("a table").clone());
+    config
 }
 
 #[test]
@@ -231,7 +272,7 @@ fn logits_equal_those_of_candle_transformers() -> Result<()> {
         }
     }
     // OPT is not among its models; the test below writes it down once more.
-    assert_eq!(compared.len(), 4, "{compared:?}");
+    assert_eq!(compared.len(), 8, "{compared:?}");
     Ok(())
 }
 

@@ -1,4 +1,4 @@
-//! Activations: the gate of a Llama MLP, `silu(gate) ∘ up` with `silu(z) = z / (1 + e⁻ᶻ)`, and plain ones.
+//! Activations, plain and of a gate: `activation(gate) ∘ up`, as in the MLPs of Llama and Gemma.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -19,6 +19,8 @@ pub enum Activation {
     Gelu,
     /// `z / (1 + e⁻ᶻ)`.
     Silu,
+    /// `tanh z`.
+    Tanh,
 }
 
 impl Activation {
@@ -68,8 +70,7 @@ impl Activation {
             }
             Activation::GeluTanh => {
                 let (a, b) = (T::of((2. / std::f64::consts::PI).sqrt()), T::of(0.044_715));
-                // tanh u = 2 σ(2u) − 1
-                let tanh = (sigmoid(T::of(2.) * a * (z + b * z * z * z)) - half) * T::of(2.);
+                let tanh = tanh(a * (z + b * z * z * z));
                 let slope = a * (T::one() + T::of(3.) * b * z * z) * (T::one() - tanh * tanh);
                 (half * z * (T::one() + tanh), half * (T::one() + tanh) + half * z * slope)
             }
@@ -83,17 +84,40 @@ impl Activation {
                 let s = sigmoid(z);
                 (z * s, s * (T::one() + z * (T::one() - s)))
             }
+            Activation::Tanh => {
+                let tanh = tanh(z);
+                (tanh, T::one() - tanh * tanh)
+            }
+        }
+    }
+
+    /// `activation(gate) ∘ up`, element by element.
+    pub fn gated<T: Real>(self, gate: &[T], up: &[T]) -> Vec<T> {
+        match self {
+            // By itself, so that its loop is free of the others' branches.
+            Activation::Silu => product(gate, up, |z| z * sigmoid(z)),
+            other => product(gate, up, |z| other.at(z).0),
+        }
+    }
+
+    /// The gradients of `gate` and `up`, given that of the result.
+    pub fn gated_backward<T: Real>(self, gate: &[T], up: &[T], gradient: &[T]) -> (Vec<T>, Vec<T>) {
+        match self {
+            // In an order of its own, on which the recorded results of Llama's family rest.
+            Activation::Silu => product_backward(gate, up, gradient, |z, u, g| {
+                let s = sigmoid(z);
+                (g * u * s * (T::one() + z * (T::one() - s)), g * z * s)
+            }),
+            other => product_backward(gate, up, gradient, |z, u, g| {
+                let (value, slope) = other.at(z);
+                (g * u * slope, g * value)
+            }),
         }
     }
 }
 
-#[inline(always)]
-fn sigmoid<T: Real>(z: T) -> T {
-    T::one() / (T::one() + (-z).fast_exp())
-}
-
-/// `silu(gate) ∘ up`, element by element.
-pub fn swiglu<T: Real>(gate: &[T], up: &[T]) -> Vec<T> {
+/// `f(gate) ∘ up`.
+fn product<T: Real>(gate: &[T], up: &[T], f: impl Fn(T) -> T + Sync) -> Vec<T> {
     let mut y = vec![T::zero(); gate.len()];
     rows(
         &mut y,
@@ -101,15 +125,20 @@ pub fn swiglu<T: Real>(gate: &[T], up: &[T]) -> Vec<T> {
         #[inline(always)]
         |first, part| {
             for ((y, &z), &u) in part.iter_mut().zip(&gate[first..]).zip(&up[first..]) {
-                *y = z * sigmoid(z) * u;
+                *y = f(z) * u;
             }
         },
     );
     y
 }
 
-/// The gradients of `gate` and `up`, given that of the result.
-pub fn swiglu_backward<T: Real>(gate: &[T], up: &[T], gradient: &[T]) -> (Vec<T>, Vec<T>) {
+/// Both gradients of each element, which `f` makes of gate, up and gradient.
+fn product_backward<T: Real>(
+    gate: &[T],
+    up: &[T],
+    gradient: &[T],
+    f: impl Fn(T, T, T) -> (T, T) + Sync,
+) -> (Vec<T>, Vec<T>) {
     let (mut dgate, mut dup) = (vec![T::zero(); gate.len()], vec![T::zero(); gate.len()]);
     rows2(
         &mut dgate,
@@ -119,11 +148,20 @@ pub fn swiglu_backward<T: Real>(gate: &[T], up: &[T], gradient: &[T]) -> (Vec<T>
         |first, dgate, dup| {
             let inputs = gate[first..].iter().zip(&up[first..]).zip(&gradient[first..]);
             for ((dgate, dup), ((&z, &u), &g)) in dgate.iter_mut().zip(dup).zip(inputs) {
-                let s = sigmoid(z);
-                *dgate = g * u * s * (T::one() + z * (T::one() - s));
-                *dup = g * z * s;
+                (*dgate, *dup) = f(z, u, g);
             }
         },
     );
     (dgate, dup)
+}
+
+#[inline(always)]
+fn sigmoid<T: Real>(z: T) -> T {
+    T::one() / (T::one() + (-z).fast_exp())
+}
+
+/// `tanh z`, as `2 σ(2z) − 1`.
+#[inline(always)]
+pub(crate) fn tanh<T: Real>(z: T) -> T {
+    (sigmoid(T::of(2.) * z) - T::of(0.5)) * T::of(2.)
 }

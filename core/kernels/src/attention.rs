@@ -3,6 +3,7 @@
 
 use std::ops::Range;
 
+use crate::activation::tanh;
 use crate::gemm::{Factor, multiply};
 use crate::matrix::RawMatrix;
 use crate::parallel::{Shared, tasks};
@@ -25,6 +26,8 @@ pub struct Attention {
     pub scale: f64,
     /// How many positions back a token sees, itself included; all of them if absent.
     pub window: Option<usize>,
+    /// Scores are bent towards ± this number, as `cap · tanh(score / cap)`; not at all if absent.
+    pub cap: Option<f64>,
 }
 
 /// The queries of one sequence, at least one, and the keys that they may look at.
@@ -111,7 +114,8 @@ pub fn forward<T: Factor>(
 
 /// The gradients of `q`, `k` and `v`, given the result `y`, its row sums and its gradient.
 ///
-/// With `P = softmax(scale · S)`: `dV = Pᵀ G`, `dS = scale · P ∘ (G Vᵀ − rows of Σ G ∘ Y)`, `dQ = dS K`, `dK = dSᵀ Q`.
+/// With `P = softmax(scale · S)`: `dV = Pᵀ G`, `dS = scale · P ∘ (G Vᵀ − rows of Σ G ∘ Y)`, `dQ = dS K`, `dK = dSᵀ Q`. Where
+/// scores are capped, dS is multiplied by the slope of that, `1 − (capped score / cap)²`.
 ///
 /// # Panics
 /// The slices do not fit the sequences, or these have keys that are not of their own queries.
@@ -193,6 +197,12 @@ impl Tasks {
         h * self.tokens + sequence.first
     }
 
+    /// The cap on scores before they are scaled.
+    #[inline]
+    fn cap<T: Factor>(&self) -> Option<T> {
+        self.shape.cap.map(|cap| T::of(cap / self.shape.scale))
+    }
+
     /// The tiles of one sequence: queries, and the slots that any of them sees.
     fn tiles(&self, sequence: &Sequence) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
         let (sequence, window) = (*sequence, self.shape.window);
@@ -205,6 +215,14 @@ impl Tasks {
     /// `count` tokens from `first` on, as a matrix `[count, width]`; `side` 0 for queries, 1 for keys.
     fn tokens<P>(&self, data: P, side: usize, count: usize) -> RawMatrix<P> {
         RawMatrix::row_major(data, [count, self.shape.width], self.stride[side])
+    }
+}
+
+/// Scores bent towards ±`cap`.
+#[inline(always)]
+fn bend<T: Factor>(scores: &mut [T], cap: T) {
+    for score in scores {
+        *score = cap * tanh(*score / cap);
     }
 }
 
@@ -221,13 +239,19 @@ struct Head<'a, T> {
 }
 
 impl<T: Factor> Head<'_, T> {
-    /// Scores of a tile: `Q Kᵀ`, unscaled.
+    /// Scores of a tile: `Q Kᵀ`, capped but unscaled.
     fn scores(&self, scores: &mut [T], k: &[T], queries: &Range<usize>, slots: &Range<usize>) {
         let (stride, plan) = (self.plan.stride, self.plan);
         let q = plan.tokens(self.q[queries.start * stride[0]..].as_ptr(), 0, queries.len());
         let k = plan.tokens(k[slots.start * stride[1]..].as_ptr(), 1, slots.len());
         // SAFETY: `tiles` keeps both ranges inside the tensors.
         unsafe { multiply(tile(scores.as_mut_ptr(), queries.len(), slots.len()), false, T::one(), q, k.t(), 1) }
+        if let Some(cap) = plan.cap() {
+            simd(
+                #[inline(always)]
+                || bend(scores, cap),
+            );
+        }
     }
 
     /// # Safety
@@ -285,6 +309,9 @@ fn forward_one<T: Factor>(plan: &Tasks, sequence: &Sequence, q: &[T], [k, v]: [&
             scores[h * seen.len() + at] = dot(q, &k[h / group * width..][..width]);
         }
     }
+    if let Some(cap) = plan.cap() {
+        bend(&mut scores, cap);
+    }
     for scores in scores.chunks_exact_mut(seen.len()) {
         let max = max(scores);
         for score in &mut *scores {
@@ -317,7 +344,7 @@ impl<T: Factor> Head<'_, T> {
         [dq, dk, dv]: [*mut T; 3],
     ) {
         let (plan, scale, width) = (self.plan, T::of(self.plan.shape.scale), self.plan.shape.width);
-        let [wide, narrow] = plan.stride;
+        let ([wide, narrow], cap) = (plan.stride, plan.cap::<T>());
         for (queries, slots) in plan.tiles(self.sequence) {
             let (rows, columns) = (queries.len(), slots.len());
             let (p, ds) = (&mut probabilities[..rows * columns], &mut scores[..rows * columns]);
@@ -338,9 +365,17 @@ impl<T: Factor> Head<'_, T> {
                             row[seen.end..].fill(T::zero());
                         }
                         let mean = dot(&y[q * wide..][..width], &g[q * wide..][..width]);
-                        for (p, ds) in p[seen.clone()].iter_mut().zip(&mut ds[seen]) {
-                            *p = (*p * scale - sums[q]).fast_exp();
-                            *ds = scale * *p * (*ds - mean);
+                        let seen = p[seen.clone()].iter_mut().zip(&mut ds[seen]);
+                        match cap {
+                            None => seen.for_each(|(p, ds)| {
+                                *p = (*p * scale - sums[q]).fast_exp();
+                                *ds = scale * *p * (*ds - mean);
+                            }),
+                            Some(cap) => seen.for_each(|(p, ds)| {
+                                let bent = *p / cap;
+                                *p = (*p * scale - sums[q]).fast_exp();
+                                *ds = scale * *p * (*ds - mean) * (T::one() - bent * bent);
+                            }),
                         }
                     }
                 },

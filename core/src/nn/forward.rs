@@ -34,8 +34,8 @@ pub struct Forward<'a> {
     pub dropout: Option<DropoutMasks>,
     /// Whether blocks keep only their input and are run again in the backward pass.
     pub checkpointing: bool,
-    /// The angles of the tokens' rotary positions, where the model has such.
-    pub rotation: Option<Rotation>,
+    /// The angles of the tokens' rotary positions, for each table of frequencies that the model has.
+    pub rotations: Vec<Rotation>,
     /// Where linear layers note their inputs.
     pub(crate) input_squares: Option<&'a mut InputSquares>,
     pub(crate) mask: Option<AttentionMask>,
@@ -56,7 +56,7 @@ impl<'a> Forward<'a> {
             cache: None,
             dropout: None,
             checkpointing: false,
-            rotation: None,
+            rotations: Vec::new(),
             input_squares: None,
             mask: None,
             factors: None,
@@ -123,7 +123,7 @@ impl<'a> Forward<'a> {
         BlockContext {
             weights: self.weights.clone(),
             sites: self.sites.again(),
-            rotation: self.rotation.clone(),
+            rotations: self.rotations.clone(),
             mask: self.mask.clone(),
             factors: self.factors.clone(),
         }
@@ -160,7 +160,7 @@ pub(crate) struct BlockContext {
     /// A view of the pass's own weights, which need not be those under training.
     weights: Weights,
     sites: Sites,
-    rotation: Option<Rotation>,
+    rotations: Vec<Rotation>,
     mask: Option<AttentionMask>,
     factors: Option<Factors>,
 }
@@ -170,7 +170,7 @@ impl BlockContext {
     pub(crate) fn pass<'a>(&'a self, sites: &'a mut Sites, dropout: Option<DropoutMasks>) -> Forward<'a> {
         Forward {
             dropout,
-            rotation: self.rotation.clone(),
+            rotations: self.rotations.clone(),
             mask: self.mask.clone(),
             factors: self.factors.clone(),
             ..Forward::new(&self.weights, sites)

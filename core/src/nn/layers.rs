@@ -118,12 +118,28 @@ impl Embedding {
 pub struct RmsNorm {
     weight: ParamId,
     eps: f64,
+    /// Whether the weight is what the scale is above one.
+    above_one: bool,
 }
 
 impl RmsNorm {
     /// Declares the scale `[width]` called `{module}.weight`.
     pub fn new(params: &mut ParamList, module: &str, width: usize, eps: f64) -> Self {
-        Self { weight: params.tensor(format!("{module}.weight"), &[width], Init::Ones), eps }
+        Self { weight: params.tensor(format!("{module}.weight"), &[width], Init::Ones), eps, above_one: false }
+    }
+
+    /// Likewise with a weight that holds the scale less one, as Gemma's.
+    pub fn above_one(params: &mut ParamList, module: &str, width: usize, eps: f64) -> Self {
+        Self { weight: params.tensor(format!("{module}.weight"), &[width], Init::Zeros), eps, above_one: true }
+    }
+
+    fn scale(&self, pass: &mut Forward) -> Result<Traced> {
+        let weight = pass.parameter(self.weight)?;
+        if !self.above_one {
+            return Ok(weight);
+        }
+        let one = Traced::constant(weight.tensor().ones_like()?);
+        ops::add(&mut pass.tape, &one, &weight)
     }
 
     /// Normalises the last dimension.
@@ -131,7 +147,7 @@ impl RmsNorm {
     /// # Errors
     /// A tensor operation failed.
     pub fn forward(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
-        let weight = pass.parameter(self.weight)?;
+        let weight = self.scale(pass)?;
         ops::rms_norm(&mut pass.tape, x, &weight, self.eps)
     }
 
@@ -140,7 +156,7 @@ impl RmsNorm {
     /// # Errors
     /// The shapes differ, or a tensor operation failed.
     pub fn after_residual(&self, x: &Traced, branch: &Traced, pass: &mut Forward) -> Result<[Traced; 2]> {
-        let weight = pass.parameter(self.weight)?;
+        let weight = self.scale(pass)?;
         ops::add_rms_norm(&mut pass.tape, [x, branch], &weight, self.eps)
     }
 }
@@ -194,30 +210,57 @@ pub fn attention(shape: Attention, [q, k, v]: [&Traced; 3], layer: usize, pass: 
     ops::attention(&mut pass.tape, shape, [q, &k, &v], &mask)
 }
 
-/// The gated MLP of Llama: `down(silu(gate x) ∘ up x)`.
+/// Several linear layers of one input: apart, or stored as one.
+#[derive(Debug, Clone)]
+pub enum Linears<const N: usize> {
+    /// A matrix each.
+    Apart([Linear; N]),
+    /// One matrix, whose results are as wide as said.
+    Fused(Linear, [usize; N]),
+}
+
+impl<const N: usize> Linears<N> {
+    /// `[..., input]` to the result of each, `[..., output]`.
+    ///
+    /// # Errors
+    /// A tensor operation failed.
+    pub fn forward(&self, x: &Traced, pass: &mut Forward) -> Result<[Traced; N]> {
+        match self {
+            Self::Apart(layers) => Linear::forward_all(layers.each_ref(), x, pass),
+            Self::Fused(layer, widths) => {
+                let all = layer.forward(x, pass)?;
+                ops::split_columns(&mut pass.tape, &all, *widths)
+            }
+        }
+    }
+}
+
+/// The gated MLP of Llama and Gemma: `down(activation(gate x) ∘ up x)`.
 #[derive(Debug, Clone)]
 pub struct GatedMlp {
-    gate: Linear,
-    up: Linear,
+    gate_up: Linears<2>,
     down: Linear,
+    activation: Activation,
 }
 
 impl GatedMlp {
-    /// Declares `gate_proj`, `up_proj` and `down_proj` under `module`; `std` is the initial deviation of the first
-    /// two and of the last.
+    /// Declares `gate_proj` and `up_proj`, or `gate_up_proj` if they are `fused`, and `down_proj` under `module`; `std` is
+    /// the initial deviation of the first two and of the last.
     pub fn new(
         params: &mut ParamList,
         module: &str,
         (width, inner): (usize, usize),
-        bias: bool,
+        (bias, fused): (bool, bool),
         std: [f64; 2],
+        activation: Activation,
     ) -> Self {
         let mut linear = |name: &str, sizes, std| Linear::new(params, &format!("{module}.{name}"), sizes, bias, std);
-        Self {
-            gate: linear("gate_proj", (width, inner), std[0]),
-            up: linear("up_proj", (width, inner), std[0]),
-            down: linear("down_proj", (inner, width), std[1]),
-        }
+        let gate_up = if fused {
+            Linears::Fused(linear("gate_up_proj", (width, 2 * inner), std[0]), [inner; 2])
+        } else {
+            Linears::Apart(["gate_proj", "up_proj"].map(|name| linear(name, (width, inner), std[0])))
+        };
+        Self { gate_up, down: linear("down_proj", (inner, width), std[1]), activation }
     }
 
     /// `[..., width]` to `[..., width]`.
@@ -225,8 +268,8 @@ impl GatedMlp {
     /// # Errors
     /// A tensor operation failed.
     pub fn forward(&self, x: &Traced, pass: &mut Forward) -> Result<Traced> {
-        let [gate, up] = Linear::forward_all([&self.gate, &self.up], x, pass)?;
-        let y = ops::swiglu(&mut pass.tape, &gate, &up)?;
+        let [gate, up] = self.gate_up.forward(x, pass)?;
+        let y = ops::gated(&mut pass.tape, self.activation, [&gate, &up])?;
         self.down.forward(&y, pass)
     }
 }

@@ -8,7 +8,7 @@
 
 use std::sync::Arc;
 
-use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{CpuStorage, DType, Device, Tensor};
 use half::slice::HalfFloatSliceExt;
 use titer_kernels::gemm::{few_rows_by_encoded, product, product_into, product_with_bf16_into, rounded_by_encoded};
@@ -70,6 +70,20 @@ impl Matrix {
     /// type `computed`.
     pub(crate) fn quantized(tensor: &Tensor, kind: GgmlDType, computed: DType, device: &Device) -> Result<Self> {
         Ok(Self::low(Storage::Quantized(Box::new(QTensor::quantize_onto(tensor, kind, device)?)), computed))
+    }
+
+    /// Whether there are kernels for blocks of this kind.
+    pub(crate) fn multiplies(kind: GgmlDType) -> bool {
+        encoding(kind).is_ok()
+    }
+
+    /// Blocks of the host, brought to `device` as they are.
+    pub(crate) fn blocks(blocks: QTensor, computed: DType, device: &Device) -> Result<Self> {
+        if device.is_cpu() {
+            return Ok(Self::low(Storage::Quantized(Box::new(blocks)), computed));
+        }
+        let storage = QStorage::from_data(blocks.data()?, device, blocks.dtype())?;
+        Ok(Self::low(Storage::Quantized(Box::new(QTensor::new(storage, blocks.shape())?)), computed))
     }
 
     /// The sizes.

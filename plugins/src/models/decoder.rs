@@ -1,5 +1,6 @@
 //! The decoder that most families share: pre-norm blocks of grouped-query attention with rotary positions and a gated
-//! MLP. A family is a [`DecoderConfig`]: it says which keys it has, which biases and how far attention looks back.
+//! MLP. A family is a [`DecoderConfig`]: it says which keys it has, which biases, how far attention looks back, and what else
+//! it does differently from Llama.
 
 use std::path::Path;
 
@@ -9,9 +10,9 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use titer_core::bounds;
 use titer_core::data::Tokens;
-use titer_core::nn::layers::{Embedding, GatedMlp, Linear, RmsNorm, attention, deviation};
+use titer_core::nn::layers::{Embedding, GatedMlp, Linear, Linears, RmsNorm, attention, deviation};
 use titer_core::tensor::ops;
-use titer_core::tensor::ops::{Attention, Rope};
+use titer_core::tensor::ops::{Activation, Attention, Rope};
 use titer_core::weights::{ParamId, ParamList};
 use titer_core::{Error, Forward, Model, ModelSpec, Result, Settings, Traced};
 
@@ -91,12 +92,13 @@ impl DecoderKeys {
             width,
             scale: 1. / (width as f64).sqrt(),
             window: None,
+            cap: None,
         }
     }
 
-    fn rope(&self) -> Rope {
-        let scaling = self.rope_scaling.as_ref().unwrap_or(&RopeScaling::Default);
-        let frequencies = Rope::frequencies(self.heads().width, self.rope_theta);
+    /// The table of frequencies on the base `theta`.
+    fn rope(&self, theta: f64, scaling: &RopeScaling) -> Rope {
+        let frequencies = Rope::frequencies(self.heads().width, theta);
         let frequencies: Vec<f32> = frequencies.into_iter().map(|frequency| scaling.apply(frequency)).collect();
         Rope::new(&frequencies, self.max_position_embeddings)
     }
@@ -159,6 +161,61 @@ pub struct Biases {
     pub mlp: bool,
 }
 
+/// How a family computes, where families differ.
+#[derive(Debug, Clone, Copy)]
+pub struct Layout {
+    /// Whether queries and keys are normalised, each head by itself, before they are rotated.
+    pub head_norms: bool,
+    /// Whether what attention and the MLP give is normalised before it is added to the residual stream.
+    pub norms_after: bool,
+    /// Whether the weights of norms hold their scale less one.
+    pub norms_above_one: bool,
+    /// Whether embeddings are multiplied by √`hidden_size`.
+    pub scaled_embedding: bool,
+    /// Whether queries, keys and values are one matrix, `qkv_proj`, and the gated MLP's two likewise, `gate_up_proj`.
+    pub fused: bool,
+    /// The activation of the MLP's gate.
+    pub activation: Activation,
+    /// The key of `config.json` that names the activation, and the names that stand for it.
+    pub activation_key: (&'static str, &'static [&'static str]),
+}
+
+impl Layout {
+    /// Llama's.
+    pub const LLAMA: Self = Self {
+        head_norms: false,
+        norms_after: false,
+        norms_above_one: false,
+        scaled_embedding: false,
+        fused: false,
+        activation: Activation::Silu,
+        activation_key: ("hidden_act", &["silu"]),
+    };
+
+    /// That of the first Gemma. Its `gelu` was meant to be the tanh form, which is what the library computes.
+    pub const GEMMA: Self = Self {
+        norms_above_one: true,
+        scaled_embedding: true,
+        activation: Activation::GeluTanh,
+        activation_key: ("hidden_activation", &["gelu_pytorch_tanh", "gelu"]),
+        ..Self::LLAMA
+    };
+
+    fn norm(&self, params: &mut ParamList, module: &str, width: usize, eps: f64) -> RmsNorm {
+        let new = if self.norms_above_one { RmsNorm::above_one } else { RmsNorm::new };
+        new(params, module, width, eps)
+    }
+}
+
+/// Where a family bends numbers towards a limit.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct SoftCaps {
+    /// The scores of attention.
+    pub scores: Option<f64>,
+    /// The logits.
+    pub logits: Option<f64>,
+}
+
 /// How a family is called.
 #[derive(Debug, Clone, Copy)]
 pub struct Family {
@@ -175,8 +232,8 @@ pub trait DecoderConfig: CommonKeys + Serialize + DeserializeOwned + JsonSchema 
     /// How the family is called.
     const FAMILY: Family;
 
-    /// Whether queries and keys are normalised, each head by itself, before they are rotated.
-    const HEAD_NORMS: bool = false;
+    /// How it computes.
+    const LAYOUT: Layout = Layout::LLAMA;
 
     /// What Hugging Face's library takes for keys that a `config.json` leaves out, where it differs from the default
     /// here. A null is no key left out.
@@ -197,6 +254,21 @@ pub trait DecoderConfig: CommonKeys + Serialize + DeserializeOwned + JsonSchema 
         Biases::default()
     }
 
+    /// The number whose inverse root scales the scores of attention; the width of a head if absent.
+    fn score_scale(&self) -> Option<f64> {
+        None
+    }
+
+    /// Where numbers are bent towards a limit.
+    fn soft_caps(&self) -> SoftCaps {
+        SoftCaps::default()
+    }
+
+    /// Base θ of the rotary frequencies in blocks with a window, where these have frequencies of their own.
+    fn local_theta(&self) -> Option<f64> {
+        None
+    }
+
     /// How many positions back the tokens see in block `index`, their own included; all of them if absent.
     fn window(&self, index: usize) -> Option<usize>;
 }
@@ -206,20 +278,22 @@ pub trait DecoderConfig: CommonKeys + Serialize + DeserializeOwned + JsonSchema 
 struct DecoderBlock {
     sites: [String; 3],
     attention: Attention,
+    /// Which of the model's tables of rotary frequencies it uses.
+    rope: usize,
     input_norm: RmsNorm,
-    q: Linear,
-    k: Linear,
-    v: Linear,
+    qkv: Linears<3>,
     /// Those of queries and keys.
     head_norms: Option<[RmsNorm; 2]>,
     o: Linear,
     mlp_norm: RmsNorm,
     mlp: GatedMlp,
+    /// Those of what attention and the MLP give.
+    norms_after: Option<[RmsNorm; 2]>,
 }
 
 impl DecoderBlock {
     fn new<C: DecoderConfig>(params: &mut ParamList, config: &C, window: Option<usize>, index: usize) -> Self {
-        let (keys, biases) = (config.common(), config.biases());
+        let (keys, biases, layout) = (config.common(), config.biases(), C::LAYOUT);
         let module = |name: &str| format!("model.layers.{index}.{name}");
         let (heads, width, inner) = (keys.heads(), keys.hidden_size, keys.intermediate_size);
         let residual = 2 * keys.num_hidden_layers;
@@ -228,45 +302,72 @@ impl DecoderBlock {
         let mut linear = |name: &str, sizes: (usize, usize), bias: bool, branches: usize| {
             Linear::new(params, &module(&format!("self_attn.{name}")), sizes, bias, std(sizes.0, branches))
         };
-        let q = linear("q_proj", (width, all), biases.qkv, 1);
-        let k = linear("k_proj", (width, shared), biases.qkv, 1);
-        let v = linear("v_proj", (width, shared), biases.qkv, 1);
+        let qkv = if layout.fused {
+            Linears::Fused(linear("qkv_proj", (width, all + 2 * shared), biases.qkv, 1), [all, shared, shared])
+        } else {
+            let sizes = [("q_proj", all), ("k_proj", shared), ("v_proj", shared)];
+            Linears::Apart(sizes.map(|(name, size)| linear(name, (width, size), biases.qkv, 1)))
+        };
         let o = linear("o_proj", (all, width), biases.o, residual);
-        let mut head_norm = |name: &str| RmsNorm::new(params, &module(name), heads.width, keys.rms_norm_eps);
-        let head_norms = C::HEAD_NORMS.then(|| ["self_attn.q_norm", "self_attn.k_norm"].map(&mut head_norm));
+        let mut norm = |name: &str, width: usize| layout.norm(params, &module(name), width, keys.rms_norm_eps);
+        let head_norms =
+            layout.head_norms.then(|| ["q_norm", "k_norm"].map(|name| norm(&format!("self_attn.{name}"), heads.width)));
         let stds = [std(width, 1), std(inner, residual)];
+        let mlp =
+            GatedMlp::new(params, &module("mlp"), (width, inner), (biases.mlp, layout.fused), stds, layout.activation);
+        let mut norm = |name: &str| layout.norm(params, &module(name), width, keys.rms_norm_eps);
+        let input_norm = norm("input_layernorm");
+        // The library gives the norm before the MLP another name where one follows attention.
+        let (mlp_norm, norms_after) = if layout.norms_after {
+            let after_attention = norm("post_attention_layernorm");
+            (norm("pre_feedforward_layernorm"), Some([after_attention, norm("post_feedforward_layernorm")]))
+        } else {
+            (norm("post_attention_layernorm"), None)
+        };
+        let scale = config.score_scale().map_or(heads.scale, |scale| scale.sqrt().recip());
         Self {
             sites: block_sites(index),
-            attention: Attention { window, ..heads },
-            q,
-            k,
-            v,
+            attention: Attention { window, scale, cap: config.soft_caps().scores, ..heads },
+            rope: usize::from(window.is_some() && config.local_theta().is_some()),
+            input_norm,
+            qkv,
             head_norms,
             o,
-            mlp: GatedMlp::new(params, &module("mlp"), (width, inner), biases.mlp, stds),
-            input_norm: RmsNorm::new(params, &module("input_layernorm"), width, keys.rms_norm_eps),
-            mlp_norm: RmsNorm::new(params, &module("post_attention_layernorm"), width, keys.rms_norm_eps),
+            mlp_norm,
+            mlp,
+            norms_after,
         }
     }
 
     fn forward(&self, index: usize, x: &Traced, pass: &mut Forward) -> Result<Traced> {
         let [attn_out, mlp_out, block_out] = &self.sites;
         let y = self.input_norm.forward(x, pass)?;
-        let [q, k, v] = Linear::forward_all([&self.q, &self.k, &self.v], &y, pass)?;
+        let [q, k, v] = self.qkv.forward(&y, pass)?;
         let [q, k] = match &self.head_norms {
             Some([q_norm, k_norm]) => [q_norm.forward(&q, pass)?, k_norm.forward(&k, pass)?],
             None => [q, k],
         };
-        let rotation = pass.rotation.clone().ok_or_else(|| Error::run("the positions of the pass are not set"))?;
+        let rotation = pass.rotations.get(self.rope).cloned();
+        let rotation = rotation.ok_or_else(|| Error::run("the positions of the pass are not set"))?;
         let [q, k] = ops::rotate(&mut pass.tape, [&q, &k], &rotation)?;
         let y = attention(self.attention, [&q, &k, &v], index, pass)?;
         let y = self.o.forward(&y, pass)?;
+        let y = self.after(0, y, pass)?;
         let y = pass.sites.visit(attn_out, y, &mut pass.tape)?;
         let [x, y] = self.mlp_norm.after_residual(x, &y, pass)?;
         let y = self.mlp.forward(&y, pass)?;
+        let y = self.after(1, y, pass)?;
         let y = pass.sites.visit(mlp_out, y, &mut pass.tape)?;
         let x = ops::add(&mut pass.tape, &x, &y)?;
         pass.sites.visit(block_out, x, &mut pass.tape)
+    }
+
+    /// What attention (0) or the MLP (1) gives, as it is added to the residual stream.
+    fn after(&self, branch: usize, y: Traced, pass: &mut Forward) -> Result<Traced> {
+        match &self.norms_after {
+            Some(norms) => norms[branch].forward(&y, pass),
+            None => Ok(y),
+        }
     }
 }
 
@@ -277,11 +378,15 @@ pub struct Decoder {
     config: Value,
     spec: ModelSpec,
     params: ParamList,
-    rope: Rope,
+    /// That of all blocks, or of those without a window; then that of the others, if it is another.
+    ropes: Vec<Rope>,
     embedding: Embedding,
+    /// The factor on embeddings.
+    embedding_scale: Option<f64>,
     blocks: Vec<DecoderBlock>,
     norm: RmsNorm,
     head: Option<Linear>,
+    logits_cap: Option<f64>,
 }
 
 impl Decoder {
@@ -296,12 +401,24 @@ impl Decoder {
         let embedding = Embedding::new(&mut params, "model.embed_tokens", vocabulary, width, std.unwrap_or(0.05));
         let block = |(index, window)| params.block(index, |params| DecoderBlock::new(params, config, window, index));
         let blocks = windows.into_iter().enumerate().map(block).collect();
-        let norm = RmsNorm::new(&mut params, "model.norm", width, keys.rms_norm_eps);
+        let norm = C::LAYOUT.norm(&mut params, "model.norm", width, keys.rms_norm_eps);
         let head = (!keys.tie_word_embeddings)
             .then(|| Linear::head(&mut params, (width, vocabulary), deviation(std, width, 1)));
         check_count(&params)?;
-        let (spec, rope) = (keys.spec(), keys.rope());
-        Ok(Self { config: written(config), spec, params, rope, embedding, blocks, norm, head })
+        let scaling = keys.rope_scaling.as_ref().unwrap_or(&RopeScaling::Default);
+        let local = config.local_theta().map(|theta| keys.rope(theta, &RopeScaling::Default));
+        Ok(Self {
+            config: written(config),
+            spec: keys.spec(),
+            ropes: std::iter::once(keys.rope(keys.rope_theta, scaling)).chain(local).collect(),
+            params,
+            embedding,
+            embedding_scale: C::LAYOUT.scaled_embedding.then(|| (width as f64).sqrt()),
+            blocks,
+            norm,
+            head,
+            logits_cap: config.soft_caps().logits,
+        })
     }
 
     /// The model of these settings, for a [`ModelEntry`](titer_core::ModelEntry).
@@ -330,9 +447,12 @@ fn read<C: DecoderConfig>(original: &Value, path: &Path) -> Result<C> {
     let family = C::FAMILY.name;
     let sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"];
     require(family, &sizes, original, path)?;
-    if let Some(other) = original["hidden_act"].as_str().filter(|&name| name != "silu") {
-        let message = format!("unsupported activation `{other}`");
-        return Err(refuse("hidden_act", message, path).help(format!("{family} models use `silu`")));
+    let (_, known) = C::LAYOUT.activation_key;
+    for key in ["hidden_act", "hidden_activation"] {
+        if let Some(other) = original[key].as_str().filter(|name| !known.contains(name)) {
+            let message = format!("unsupported activation `{other}`");
+            return Err(refuse(key, message, path).help(format!("{family} models use `{}`", known.join("` or `"))));
+        }
     }
     let mut keys = original.clone();
     if let Some(keys) = keys.as_object_mut() {
@@ -346,7 +466,8 @@ fn read<C: DecoderConfig>(original: &Value, path: &Path) -> Result<C> {
 /// The `config.json` of a model that was built here.
 fn written<C: DecoderConfig>(config: &C) -> Value {
     let mut keys = keys_of(config, C::FAMILY.model_type, C::FAMILY.architecture);
-    keys["hidden_act"] = json!("silu");
+    let (key, names) = C::LAYOUT.activation_key;
+    keys[key] = json!(names[0]);
     // A key that is not set would be read as one left out.
     let value = |key: &str| if key == "head_dim" { json!(config.common().heads().width) } else { Value::Null };
     let set = C::left_out().as_object().into_iter().flatten().map(|(key, _)| (key.clone(), value(key))).collect();
@@ -382,8 +503,12 @@ impl Model for Decoder {
     }
 
     fn embed(&self, tokens: &Tokens, pass: &mut Forward) -> Result<Traced> {
-        let embedded = self.embedding.forward(&tokens.ids, pass)?;
-        pass.rotation = Some(self.rope.at(pass.mask()?, embedded.tensor())?);
+        let mut embedded = self.embedding.forward(&tokens.ids, pass)?;
+        if let Some(factor) = self.embedding_scale {
+            embedded = ops::scale(&mut pass.tape, factor, &embedded)?;
+        }
+        let (mask, like) = (pass.mask()?, embedded.tensor());
+        pass.rotations = self.ropes.iter().map(|rope| rope.at(mask, like)).collect::<Result<_>>()?;
         pass.sites.visit("embed", embedded, &mut pass.tape)
     }
 
@@ -396,14 +521,19 @@ impl Model for Decoder {
     }
 
     fn logits(&self, hidden: &Traced, pass: &mut Forward) -> Result<Traced> {
-        match &self.head {
+        let logits = match &self.head {
             Some(head) => head.forward(hidden, pass),
             None => self.embedding.logits(hidden, pass),
+        }?;
+        match self.logits_cap {
+            Some(cap) => ops::soft_cap(&mut pass.tape, cap, &logits),
+            None => Ok(logits),
         }
     }
 
     fn head(&self) -> Option<ParamId> {
-        Some(self.head.as_ref().map_or(self.embedding.weight(), Linear::weight))
+        let weight = self.head.as_ref().map_or(self.embedding.weight(), Linear::weight);
+        self.logits_cap.is_none().then_some(weight)
     }
 }
 

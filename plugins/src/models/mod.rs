@@ -1,9 +1,13 @@
 //! Architectures, one file each, and what their files have in common.
 
 pub mod decoder;
+pub mod gemma;
+pub mod gemma2;
+pub mod gemma3;
 pub mod llama;
 pub mod mistral;
 pub mod opt;
+pub mod phi3;
 pub mod qwen2;
 pub mod qwen3;
 pub mod rope_scaling;

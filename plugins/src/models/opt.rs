@@ -68,7 +68,7 @@ model_keys! {
 impl OptConfig {
     fn heads(&self) -> Attention {
         let (heads, width) = (self.num_attention_heads, self.hidden_size / self.num_attention_heads.max(1));
-        Attention { query: heads, key_value: heads, width, scale: 1. / (width as f64).sqrt(), window: None }
+        Attention { query: heads, key_value: heads, width, scale: 1. / (width as f64).sqrt(), window: None, cap: None }
     }
 
     fn embedding_width(&self) -> usize {

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use titer_core::{ModelEntry, Result, SettingsType, inventory};
 
 use super::decoder::{Biases, Decoder, DecoderConfig, Family, decoder_keys};
-use super::windows::{LayerType, Windows};
+use super::windows::{LayerType, SlidingPattern, Windows};
 
 inventory::submit! {
     ModelEntry {
@@ -59,7 +59,7 @@ impl Qwen2Config {
     fn windows(&self) -> Windows<'_> {
         Windows {
             size: self.sliding_window.filter(|_| self.use_sliding_window),
-            unlimited: self.max_window_layers,
+            pattern: SlidingPattern::From(self.max_window_layers),
             types: self.layer_types.as_deref(),
             blocks: self.num_hidden_layers,
         }

@@ -4,8 +4,8 @@
 use serde_json::{Value, json};
 use titer_core::{ModelEntry, Result, SettingsType, inventory};
 
-use super::decoder::{Biases, Decoder, DecoderConfig, Family, decoder_keys};
-use super::windows::{LayerType, Windows};
+use super::decoder::{Biases, Decoder, DecoderConfig, Family, Layout, decoder_keys};
+use super::windows::{LayerType, SlidingPattern, Windows};
 
 inventory::submit! {
     ModelEntry {
@@ -37,7 +37,7 @@ decoder_keys! {
 
 impl DecoderConfig for Qwen3Config {
     const FAMILY: Family = Family { name: "Qwen3", model_type: "qwen3", architecture: "Qwen3ForCausalLM" };
-    const HEAD_NORMS: bool = true;
+    const LAYOUT: Layout = Layout { head_norms: true, ..Layout::LLAMA };
 
     fn left_out() -> Value {
         json!({
@@ -63,7 +63,7 @@ impl Qwen3Config {
     fn windows(&self) -> Windows<'_> {
         Windows {
             size: self.sliding_window.filter(|_| self.use_sliding_window),
-            unlimited: self.max_window_layers,
+            pattern: SlidingPattern::From(self.max_window_layers),
             types: self.layer_types.as_deref(),
             blocks: self.num_hidden_layers,
         }

@@ -84,13 +84,22 @@ impl RopeScaling {
 }
 
 /// Brings the spellings of different library versions to one: `rope_parameters` (newer) to `rope_theta` and
-/// `rope_scaling`, `type` (older) to `rope_type`; a null is a key left out.
+/// `rope_scaling`, `type` (older) to `rope_type`; a null is a key left out. Of parameters by kind of block, those of blocks
+/// with a window become `rope_local_base_freq`.
 pub(super) fn normalise(config: &mut Value) {
     let Some(map) = config.as_object_mut() else { return };
     map.retain(|_, value| !value.is_null());
     if let Some(mut rope) = map.remove("rope_parameters") {
-        if let Some(theta) = rope.as_object_mut().and_then(|rope| rope.remove("rope_theta")) {
-            map.insert("rope_theta".into(), theta);
+        if let Some(local) = rope["sliding_attention"]["rope_theta"].as_f64() {
+            map.insert("rope_local_base_freq".into(), local.into());
+        }
+        if let Some(full) = rope.get_mut("full_attention") {
+            rope = full.take();
+        }
+        for key in ["rope_theta", "partial_rotary_factor"] {
+            if let Some(value) = rope.as_object_mut().and_then(|rope| rope.remove(key)) {
+                map.insert(key.into(), value);
+            }
         }
         map.insert("rope_scaling".into(), rope);
     }

@@ -1,4 +1,4 @@
-//! Sliding windows of the families that have them in some blocks: Qwen2 and Qwen3.
+//! Sliding windows of the families that have them in some blocks: Qwen2, Qwen3 and Gemma from the second on.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -14,13 +14,22 @@ pub enum LayerType {
     SlidingAttention,
 }
 
+/// Which blocks slide.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum SlidingPattern {
+    /// All from this one on.
+    From(usize),
+    /// All but every so many.
+    AllButEvery(usize),
+}
+
 /// What a `config.json` says about the windows of its blocks.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Windows<'a> {
     /// How many positions back a token sees in the blocks that slide, its own included; `None` if no block slides.
     pub size: Option<usize>,
-    /// How many of the first blocks have no window, unless `types` says it block by block.
-    pub unlimited: usize,
+    /// Which blocks have it, unless `types` says it block by block.
+    pub pattern: SlidingPattern,
     /// The attention of each block.
     pub types: Option<&'a [LayerType]>,
     /// How many blocks there are.
@@ -47,7 +56,10 @@ impl Windows<'_> {
     pub(super) fn of_block(self, index: usize) -> Option<usize> {
         let slides = match self.types {
             Some(types) => types.get(index) == Some(&LayerType::SlidingAttention),
-            None => index >= self.unlimited,
+            None => match self.pattern {
+                SlidingPattern::From(first) => index >= first,
+                SlidingPattern::AllButEvery(count) => !(index + 1).is_multiple_of(count),
+            },
         };
         self.size.filter(|_| slides)
     }

@@ -34,6 +34,18 @@ pub fn variants() -> Vec<(&'static str, Value)> {
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 16
     });
+    let gemma2 = |window: Value, scalar: usize| {
+        let caps = json!({
+            "num_key_value_heads": 2, "head_dim": 6, "query_pre_attn_scalar": scalar, "attn_logit_softcapping": 0.7,
+            "final_logit_softcapping": 0.9, "sliding_window": window
+        });
+        decoder("gemma2", caps)
+    };
+    let gemma3 = json!({
+        "num_key_value_heads": 2, "head_dim": 6, "query_pre_attn_scalar": 6, "sliding_window": 3,
+        "sliding_window_pattern": 2, "rope_local_base_freq": 100.0, "rope_theta": 1e4
+    });
+    let gemma3 = decoder("gemma3_text", gemma3);
     let sliding = json!({
         "num_key_value_heads": 4, "use_sliding_window": true, "sliding_window": 3, "max_window_layers": 1
     });
@@ -47,6 +59,12 @@ pub fn variants() -> Vec<(&'static str, Value)> {
         ("qwen2", decoder("qwen2", json!({ "num_key_value_heads": 2, "tie_word_embeddings": true }))),
         ("qwen2, window in the upper block", decoder("qwen2", sliding)),
         ("qwen3", decoder("qwen3", json!({ "num_key_value_heads": 2, "head_dim": 6 }))),
+        ("gemma", decoder("gemma", json!({ "num_key_value_heads": 1, "head_dim": 6 }))),
+        ("gemma 2", gemma2(Value::Null, 6)),
+        ("gemma 2, windows", gemma2(json!(3), 9)),
+        ("gemma 3", gemma3),
+        ("phi 3", decoder("phi3", json!({ "num_key_value_heads": 2 }))),
+        ("phi 3, window", decoder("phi3", json!({ "num_key_value_heads": 2, "sliding_window": 3 }))),
         ("opt", opt(json!({}))),
         ("opt, untied", opt(json!({ "tie_word_embeddings": false, "enable_bias": false }))),
         ("opt, gelu", opt(json!({ "activation_function": "gelu" }))),

@@ -29,7 +29,7 @@ fn placed(host: &[Tensor], dtype: DType) -> Result<Vec<Tensor>> {
 }
 
 fn heads(query: usize, key_value: usize, width: usize) -> Attention {
-    Attention { query, key_value, width, scale: 1. / (width as f64).sqrt(), window: None }
+    Attention { query, key_value, width, scale: 1. / (width as f64).sqrt(), window: None, cap: None }
 }
 
 /// Training on sequences of these lengths.
@@ -133,6 +133,18 @@ fn windows() -> Result<()> {
     for window in [2, 17, 64, 100, 150, 1000] {
         let shape = Attention { window: Some(window), ..heads(3, 1, 16) };
         training(shape, &[150, 0, 90]).check()?;
+    }
+    Ok(())
+}
+
+/// Over several tiles, and over a cache that is divided into chunks.
+#[test]
+#[ignore = "needs a device: see .ci/device"]
+fn caps() -> Result<()> {
+    for (cap, window) in [(0.5, None), (2., Some(17)), (50., None)] {
+        let shape = Attention { cap: Some(cap), window, ..heads(4, 2, 16) };
+        training(shape, &[150, 1, 90]).check()?;
+        Pass { cache: Some(([&[0, 255, 600], &[2, 0, 1]], 701)), ..training(shape, &[1, 1, 1]) }.check()?;
     }
     Ok(())
 }

@@ -8,8 +8,8 @@ use titer_core::tensor::dropout::{Dropout, dropout};
 use titer_core::tensor::elementwise::{add_assign, argmax, cache_write, norm, sum};
 use titer_core::tensor::ops::{
     Activation, LinearLayer, LowRank, Rope, activate, add, add_layer_norm, add_rms_norm, cross_entropy, embed, exp,
-    head_cross_entropy, layer_norm, linear, linears, ln, log_softmax, matmul, mean_all, rms_norm, rotate, select_rows,
-    sum_all, sum_last, swiglu,
+    gated, head_cross_entropy, layer_norm, linear, linears, ln, log_softmax, matmul, mean_all, rms_norm, rotate,
+    select_rows, soft_cap, split_columns, sum_all, sum_last, swiglu,
 };
 use titer_core::tensor::{AttentionMask, Gemm, Scalar, Tape, Tokens, Traced};
 use titer_core::testing::values;
@@ -18,6 +18,9 @@ use crate::standin::device;
 
 /// The largest error of an element by type, as a share of the tensor's largest element or of 0.1: bf16 keeps 8 bits.
 pub(crate) const TYPES: [(DType, f64); 2] = [(DType::F32, 2e-5), (DType::BF16, 2e-2)];
+
+const ACTIVATIONS: [Activation; 5] =
+    [Activation::Relu, Activation::GeluTanh, Activation::Gelu, Activation::Silu, Activation::Tanh];
 
 /// How the elements of an input lie in memory.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -139,13 +142,33 @@ fn sums_of_residuals() -> Result<()> {
 #[test]
 #[ignore = "needs a device: see .ci/device"]
 fn gates() -> Result<()> {
-    SHAPES.into_iter().try_for_each(|shape| check(&[X(shape), X(shape)], |tape, x| swiglu(tape, &x[0], &x[1])))
+    for activation in ACTIVATIONS {
+        for shape in SHAPES {
+            check(&[X(shape), X(shape)], |tape, x| gated(tape, activation, [&x[0], &x[1]]))?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs a device: see .ci/device"]
+fn soft_caps() -> Result<()> {
+    SHAPES.into_iter().try_for_each(|shape| check(&[X(shape)], |tape, x| soft_cap(tape, 0.7, &x[0])))
+}
+
+#[test]
+#[ignore = "needs a device: see .ci/device"]
+fn groups_of_columns() -> Result<()> {
+    check(&[X(&[5, 24])], |tape, x| {
+        let [left, _, right] = split_columns(tape, &x[0], [7, 10, 7])?;
+        swiglu(tape, &left, &right)
+    })
 }
 
 #[test]
 #[ignore = "needs a device: see .ci/device"]
 fn activations() -> Result<()> {
-    for activation in [Activation::Relu, Activation::GeluTanh, Activation::Gelu, Activation::Silu] {
+    for activation in ACTIVATIONS {
         for shape in SHAPES {
             check(&[X(shape)], |tape, x| activate(tape, activation, &x[0]))?;
         }

@@ -13,14 +13,14 @@ const DEFECTS: [(&str, &str); 24] = [
     // Arguments in another order.
     ("swap rms_norm_bwd_f32 1 2", "operators::rms_norms"),
     ("swap rms_norm_bwd_f32 4 5", "operators::rms_norms"),
-    ("swap swiglu_bwd_bf16 3 4", "operators::gates"),
+    ("swap gated_bwd_bf16 3 4", "operators::gates"),
     ("swap rope_f32 4 5", "operators::rotations"),
     ("swap attention_dq_bf16 6 7", "attention::lengths"),
     // A buffer that is freed before the kernel runs.
     ("free rms_norm_bwd_f32 2", "operators::rms_norms"),
     ("free adamw_many 1", "models::adapters_in_f32"),
     // A count that is one too large.
-    ("add swiglu_fwd_f32 3 1", "operators::gates"),
+    ("add gated_fwd_f32 3 1", "operators::gates"),
     ("add activation_bwd_bf16 3 1", "operators::activations"),
     // Fewer blocks, and larger ones, than the kernel asks for.
     ("grid layer_norm_fwd_f32 -1", "operators::layer_norms"),

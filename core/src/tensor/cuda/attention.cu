@@ -25,6 +25,7 @@ struct Problem {
     u32 width;
     u32 window; // 0 for none
     float scale;
+    float cap; // on scores before they are scaled; 0 for none
 
     __device__ __forceinline__ u32 heads() const { return key_value * group; }
     __device__ __forceinline__ u32 pairs() const { return sequences * key_value; }
@@ -38,6 +39,9 @@ struct Problem {
     __device__ __forceinline__ u64 number_of(u64 vector) const {
         return vector % heads() * tokens + vector / heads();
     }
+
+    // 1 / cap, or 0.
+    __device__ __forceinline__ float inverse_cap() const { return cap > 0.0f ? 1.0f / cap : 0.0f; }
 };
 
 // --- Sizes of tiles ---
@@ -199,6 +203,26 @@ __device__ __forceinline__ void multiply_columns(Strip<N>& c, const Strip<K>& a,
             }
         }
     }
+}
+
+// Scores bent towards ±cap, if it is not 0: cap tanh(score / cap), with tanh z = 1 − 2 / (1 + e^2z).
+template <u32 N> __device__ __forceinline__ void bend(Strip<N>& scores, float cap) {
+    if (cap > 0.0f) {
+        const float rate = 2.0f / cap;
+#pragma unroll
+        for (u32 n = 0; n < N / 8; n++) {
+#pragma unroll
+            for (u32 e = 0; e < 4; e++) {
+                scores.at[n][e] = cap - 2.0f * cap / (1.0f + expf(rate * scores.at[n][e]));
+            }
+        }
+    }
+}
+
+// The slope of that at a bent score; 1 without a cap.
+__device__ __forceinline__ float slope_of_cap(float bent, float inverse_cap) {
+    const float part = bent * inverse_cap;
+    return 1.0f - part * part;
 }
 
 // The sum, or the maximum, over the four lanes that hold a row.
@@ -403,6 +427,7 @@ __device__ __forceinline__ void forward(const Problem& p, In<u32> mask, In<T> q,
         copy_slots<T>(v_tile, v, pair, slot, SLOTS, end);
         Strip<SLOTS> scores;
         multiply_rows(scores, q_tile + threadIdx.x / LANES * STRIP * STRIDE<T>, k_tile);
+        bend(scores, p.cap);
         wait_for_tiles<0>(); // now the other way round
         copy_slots<T>(k_tile, k, pair, slot + SLOTS, SLOTS, end);
 #pragma unroll
@@ -486,7 +511,7 @@ __device__ __forceinline__ void combine(const Problem& p, In<float> parts, In<fl
 // --- Backward ---
 //
 // With P = exp(scale · S − sums) and D = rows of Σ g ∘ y: dV = Pᵀ g, dS = P ∘ (g Vᵀ − D), dQ = scale · dS K,
-// dK = scale · dSᵀ Q.
+// dK = scale · dSᵀ Q. Where scores are capped, dS is multiplied by the slope of that.
 
 // dots = Σ g y of each vector of y and g: [tokens, heads · width], in [heads, tokens]. A warp for each;
 // the grid may have any size.
@@ -565,6 +590,7 @@ __device__ __forceinline__ void queries_backward(const Problem& p, In<u32> mask,
     const Row rows[2] = {row_of(pair, own, sums, dots), row_of(pair, own + 8, sums, dots)};
     const Visible seen = pair.visible_to(first, At::OWN);
     const float scale = p.scale * LOG2_E;
+    const float inverse_cap = p.inverse_cap();
     const auto copy = [&](u32 slot, u32 turn) {
         copy_slots<T>(At::streamed(turn, 0), k, pair, slot, At::COUNT, seen.end);
         copy_slots<T>(At::streamed(turn, 1), v, pair, slot, At::COUNT, seen.end);
@@ -580,14 +606,16 @@ __device__ __forceinline__ void queries_backward(const Problem& p, In<u32> mask,
         Strip<At::COUNT> scores;
         Strip<At::COUNT> slopes;
         multiply_rows(scores, At::own(0) + strip * STRIDE<T>, At::streamed(turn, 0));
+        bend(scores, p.cap);
         multiply_rows(slopes, At::own(1) + strip * STRIDE<T>, At::streamed(turn, 1));
 #pragma unroll
         for (u32 n = 0; n < At::COUNT / 8; n++) {
 #pragma unroll
             for (u32 e = 0; e < 4; e++) {
                 const Row& row = rows[e / 2];
-                slopes.at[n][e] =
-                    row.probability(scores.at[n][e], scale, slot + column_of(n, e)) * (slopes.at[n][e] - row.dot);
+                const float score = scores.at[n][e];
+                slopes.at[n][e] = row.probability(score, scale, slot + column_of(n, e)) *
+                                  (slopes.at[n][e] - row.dot) * slope_of_cap(score, inverse_cap);
             }
         }
         multiply_columns(result, slopes, At::streamed(turn, 0));
@@ -617,6 +645,7 @@ __device__ __forceinline__ void keys_backward(const Problem& p, In<u32> mask, In
     const u32 strip = threadIdx.x / LANES * STRIP;
     const u32 own = first + strip + first_row();
     const float scale = p.scale * LOG2_E;
+    const float inverse_cap = p.inverse_cap();
     // The next tile of rows that see any of the block's slots, from this one on.
     const auto next = [&](u32 row) {
         while (row < pair.rows()) {
@@ -647,6 +676,7 @@ __device__ __forceinline__ void keys_backward(const Problem& p, In<u32> mask, In
         Strip<At::COUNT> scores;
         Strip<At::COUNT> slopes;
         multiply_rows(scores, At::own(0) + strip * STRIDE<T>, At::streamed(turn, 0));
+        bend(scores, p.cap);
         multiply_rows(slopes, At::own(1) + strip * STRIDE<T>, At::streamed(turn, 1));
 #pragma unroll
         for (u32 n = 0; n < At::COUNT / 8; n++) {
@@ -657,8 +687,9 @@ __device__ __forceinline__ void keys_backward(const Problem& p, In<u32> mask, In
                 for (u32 half = 0; half < 2; half++) {
                     float& score = scores.at[n][2 * half + e];
                     float& slope = slopes.at[n][2 * half + e];
+                    const float bent = score;
                     score = its.probability(score, scale, own + 8 * half);
-                    slope = score * (slope - its.dot);
+                    slope = score * (slope - its.dot) * slope_of_cap(bent, inverse_cap);
                 }
             }
         }

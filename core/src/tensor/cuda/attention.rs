@@ -88,12 +88,13 @@ impl<'a> Heads<'a> {
 
     /// Queues a kernel with what all of them need to know before its own arguments.
     fn launch(&self, on: &Tensor, name: &str, grid: Grid, arguments: impl IntoIterator<Item = Arg>) -> Result<()> {
-        let Attention { key_value, width, window, scale, .. } = self.shape;
+        let Attention { key_value, width, window, scale, cap, .. } = self.shape;
         let counts = [self.sequences(), self.tokens(), self.longest[0]];
         let sizes = [key_value, self.group(), width, window.unwrap_or(0)];
         let ([sequences, tokens, longest], [key_value, group, width, window]) =
             (counts.map(|count| count as u32), sizes.map(|size| size as u32));
-        let problem = [sequences, tokens, longest, key_value, group, width, window, (scale as f32).to_bits()];
+        let [scale, cap] = [scale, cap.map_or(0., |cap| cap / scale)].map(|number| (number as f32).to_bits());
+        let problem = [sequences, tokens, longest, key_value, group, width, window, scale, cap];
         let arguments: Vec<Arg> = std::iter::once(Arg::Problem(problem)).chain(arguments).collect();
         launch_from(self.kernels, on, &per_type(&format!("attention_{name}"), self.dtype)?, grid, &arguments)
     }

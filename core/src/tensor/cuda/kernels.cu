@@ -327,28 +327,10 @@ KERNEL(rope,
 
 // --- Activations, element by element ---
 
-// y = silu(gate) ∘ up, with silu(z) = z / (1 + e⁻ᶻ).
-KERNEL(swiglu_fwd, (In<T> gate, In<T> up, Out<T> y, u64 n), (gate, up, y, n)) {
-    const T* const ins[] = {gate, up};
-    T* const outs[] = {y};
-    map(ins, outs, n, [](const float(&x)[2], float(&y)[1]) { y[0] = x[0] * sigmoid(x[0]) * x[1]; });
-}
-
-// dgate = g ∘ up ∘ silu'(gate) and dup = g ∘ silu(gate).
-KERNEL(swiglu_bwd, (In<T> gate, In<T> up, In<T> g, Out<T> dgate, Out<T> dup, u64 n), (gate, up, g, dgate, dup, n)) {
-    const T* const ins[] = {gate, up, g};
-    T* const outs[] = {dgate, dup};
-    map(ins, outs, n, [](const float(&x)[3], float(&y)[2]) {
-        const float z = x[0];
-        const float s = sigmoid(z);
-        y[0] = x[2] * x[1] * (s * (1.0f + z * (1.0f - s)));
-        y[1] = x[2] * (z * s);
-    });
-}
-
 constexpr u32 RELU = 0;
 constexpr u32 GELU_TANH = 1;
 constexpr u32 GELU_ERF = 2;
+constexpr u32 TANH = 4;
 // Any other kind is silu, 3.
 
 constexpr float GELU_SLOPE = 1.5957691216057308f; // 2 √(2/π)
@@ -365,6 +347,7 @@ __device__ __forceinline__ float activation(float z, u32 kind) {
     case RELU: return z < 0.0f ? 0.0f : z; // a NaN stays one
     case GELU_TANH: return z * gelu_share(z);
     case GELU_ERF: return z * normal_share(z);
+    case TANH: return tanhf(z);
     default: return z * sigmoid(z);
     }
 }
@@ -377,11 +360,33 @@ __device__ __forceinline__ float activation_slope(float z, u32 kind) {
         return s + z * s * (1.0f - s) * GELU_SLOPE * (1.0f + 3.0f * GELU_CUBIC * z * z);
     }
     case GELU_ERF: return normal_share(z) + z * 0.3989422804014327f * expf(-0.5f * z * z); // the density: e^(−z²/2) / √2π
+    case TANH: {
+        const float t = tanhf(z);
+        return 1.0f - t * t;
+    }
     default: {
         const float s = sigmoid(z);
         return s * (1.0f + z * (1.0f - s));
     }
     }
+}
+
+// y = f(gate) ∘ up.
+KERNEL(gated_fwd, (In<T> gate, In<T> up, Out<T> y, u64 n, u32 kind), (gate, up, y, n, kind)) {
+    const T* const ins[] = {gate, up};
+    T* const outs[] = {y};
+    map(ins, outs, n, [kind](const float(&x)[2], float(&y)[1]) { y[0] = activation(x[0], kind) * x[1]; });
+}
+
+// dgate = g ∘ up ∘ f'(gate) and dup = g ∘ f(gate).
+KERNEL(gated_bwd, (In<T> gate, In<T> up, In<T> g, Out<T> dgate, Out<T> dup, u64 n, u32 kind),
+       (gate, up, g, dgate, dup, n, kind)) {
+    const T* const ins[] = {gate, up, g};
+    T* const outs[] = {dgate, dup};
+    map(ins, outs, n, [kind](const float(&x)[3], float(&y)[2]) {
+        y[0] = x[2] * x[1] * activation_slope(x[0], kind);
+        y[1] = x[2] * activation(x[0], kind);
+    });
 }
 
 // y = f(x).

@@ -36,7 +36,7 @@ pub(super) enum Arg {
     /// `Table` of `kernels.cu`.
     Table(Box<[u64; TABLE]>),
     /// `Problem` of `attention.cu`.
-    Problem([u32; 8]),
+    Problem([u32; 9]),
 }
 
 /// The blocks of a launch, the threads of each, and its bytes of dynamic shared memory.

@@ -31,9 +31,9 @@ pub(super) use launch::fresh;
 pub(crate) use memory::{memory_peak, restart_memory_peak};
 pub(crate) use open::{find, is_present, list, open};
 pub(super) use operators::{
-    activation, activation_backward, add_assign, add_bias, argmax, cache_write, cross_entropy, decode, layer_norm,
-    layer_norm_backward, mean, rms_norm, rms_norm_backward, rotate, scale, scatter_rows, sum_rows, swiglu,
-    swiglu_backward,
+    activation, activation_backward, add_assign, add_bias, argmax, cache_write, cross_entropy, decode, gated,
+    gated_backward, layer_norm, layer_norm_backward, mean, rms_norm, rms_norm_backward, rotate, scale, scatter_rows,
+    sum_rows,
 };
 pub(crate) use optimizer::to_bf16_many;
 pub(super) use optimizer::{adamw, at_most, clip_factor, norm};

@@ -147,19 +147,26 @@ pub(in crate::tensor) fn rotate(
     Ok(turned)
 }
 
-pub(in crate::tensor) fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+pub(in crate::tensor) fn gated(activation: Activation, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     let t = gate.dtype();
     let (y, count) = (fresh(gate, gate.shape(), t)?, gate.elem_count());
-    launch(gate, "swiglu_fwd", packs(count, t), &[at(gate, t)?, at(up, t)?, at(&y, t)?, Arg::U64(count as u64)])?;
+    let arguments = [at(gate, t)?, at(up, t)?, at(&y, t)?, Arg::U64(count as u64), kind(activation)];
+    launch(gate, "gated_fwd", packs(count, t), &arguments)?;
     Ok(y)
 }
 
-pub(in crate::tensor) fn swiglu_backward(gate: &Tensor, up: &Tensor, g: &Tensor) -> Result<(Tensor, Tensor)> {
+pub(in crate::tensor) fn gated_backward(
+    activation: Activation,
+    gate: &Tensor,
+    up: &Tensor,
+    g: &Tensor,
+) -> Result<(Tensor, Tensor)> {
     let t = gate.dtype();
     let like = || fresh(gate, gate.shape(), t);
     let (dgate, dup, count) = (like()?, like()?, gate.elem_count());
-    let arguments = [at(gate, t)?, at(up, t)?, at(g, t)?, at(&dgate, t)?, at(&dup, t)?, Arg::U64(count as u64)];
-    launch(gate, "swiglu_bwd", packs(count, t), &arguments)?;
+    let tensors = [at(gate, t)?, at(up, t)?, at(g, t)?, at(&dgate, t)?, at(&dup, t)?];
+    let arguments: Vec<Arg> = tensors.into_iter().chain([Arg::U64(count as u64), kind(activation)]).collect();
+    launch(gate, "gated_bwd", packs(count, t), &arguments)?;
     Ok((dgate, dup))
 }
 
@@ -169,6 +176,7 @@ fn kind(activation: Activation) -> Arg {
         Activation::GeluTanh => 1,
         Activation::Gelu => 2,
         Activation::Silu => 3,
+        Activation::Tanh => 4,
     })
 }
 

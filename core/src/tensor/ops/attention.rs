@@ -8,7 +8,7 @@ use crate::tensor::host::{Element, by_dtype, read_all, tensor};
 use crate::tensor::mask::AttentionMask;
 use crate::tensor::tape::{Tape, Traced};
 
-/// `softmax(scale · Q Kᵀ) V` over the visible slots.
+/// `softmax(scale · Q Kᵀ) V` over the visible slots; scaled scores are capped where `shape` says so.
 ///
 /// `q: [tokens, query · width]`; `k` and `v: [slots, key_value · width]`, where `mask` says which slots belong to which
 /// sequence. Gives the shape of `q`.
@@ -83,7 +83,7 @@ mod tests {
     use candle_core::{D, Device};
     use titer_kernels::attention::TILE;
 
-    const SHAPE: Attention = Attention { query: 4, key_value: 2, width: 3, scale: 0.5, window: None };
+    const SHAPE: Attention = Attention { query: 4, key_value: 2, width: 3, scale: 0.5, window: None, cap: None };
 
     /// Two sequences of `length` and `length − 2` tokens.
     fn attention_mask(length: usize) -> Result<AttentionMask> {
@@ -108,7 +108,12 @@ mod tests {
             }
         }
         let mask = Tensor::from_vec(mask, (1, tokens, slots), &Device::Cpu)?;
-        let scores = (q.matmul(&k.t()?)? * shape.scale)?.broadcast_add(&mask)?;
+        let scores = (q.matmul(&k.t()?)? * shape.scale)?;
+        let scores = match shape.cap {
+            Some(cap) => ((scores / cap)?.tanh()? * cap)?,
+            None => scores,
+        };
+        let scores = scores.broadcast_add(&mask)?;
         let mixed = candle_nn::ops::softmax(&scores, D::Minus1)?.matmul(&v)?;
         Ok(mixed.transpose(0, 1)?.reshape((tokens, shape.query * shape.width))?)
     }
@@ -121,8 +126,8 @@ mod tests {
     #[test]
     fn gradients_equal_finite_differences() -> Result<()> {
         let attention_mask = attention_mask(5)?;
-        for window in [None, Some(2)] {
-            let shape = Attention { window, ..SHAPE };
+        for (window, cap) in [(None, None), (Some(2), None), (None, Some(0.7)), (Some(2), Some(0.7))] {
+            let shape = Attention { window, cap, ..SHAPE };
             gradients(&inputs(5)?, |tape, x| attention(tape, shape, [&x[0], &x[1], &x[2]], &attention_mask))?;
         }
         Ok(())
@@ -132,8 +137,8 @@ mod tests {
     fn equals_the_composed_form_over_several_tiles() -> Result<()> {
         let length = 2 * TILE + 7;
         let (attention_mask, vars) = (attention_mask(length)?, inputs(length)?);
-        for window in [None, Some(70)] {
-            let shape = Attention { window, ..SHAPE };
+        for (window, cap) in [(None, None), (Some(70), None), (Some(70), Some(0.7))] {
+            let shape = Attention { window, cap, ..SHAPE };
             let mut tape = Tape::default();
             let values: Vec<Traced> = vars.iter().map(|var| tape.parameter(var.as_tensor())).collect();
             let fused = attention(&mut tape, shape, [&values[0], &values[1], &values[2]], &attention_mask)?;
@@ -155,14 +160,18 @@ mod tests {
         let vars = inputs(5)?;
         let values: Vec<Traced> = vars.iter().map(|var| Traced::constant(var.as_detached_tensor())).collect();
         let tape = &mut Tape::default();
-        let full = attention(tape, SHAPE, [&values[0], &values[1], &values[2]], &attention_mask(5)?)?;
         let one = Tokens::new(&[[1u32], [1]], &Device::Cpu)?;
         // The sequences swapped, each after its own number of earlier tokens.
-        let attention_mask = AttentionMask::after(&one, &[2, 4], &[1, 0], 5)?;
-        let q = Tensor::cat(&[vars[0].narrow(0, 7, 1)?, vars[0].narrow(0, 4, 1)?], 0)?;
-        let last = attention(tape, SHAPE, [&Traced::constant(q.detach()), &values[1], &values[2]], &attention_mask)?;
-        close(&last.tensor().get(0)?, &full.tensor().get(7)?, 1e-12)?;
-        close(&last.tensor().get(1)?, &full.tensor().get(4)?, 1e-12)
+        let later = AttentionMask::after(&one, &[2, 4], &[1, 0], 5)?;
+        let q = Traced::constant(Tensor::cat(&[vars[0].narrow(0, 7, 1)?, vars[0].narrow(0, 4, 1)?], 0)?.detach());
+        for cap in [None, Some(0.7)] {
+            let shape = Attention { cap, ..SHAPE };
+            let full = attention(tape, shape, [&values[0], &values[1], &values[2]], &attention_mask(5)?)?;
+            let last = attention(tape, shape, [&q, &values[1], &values[2]], &later)?;
+            close(&last.tensor().get(0)?, &full.tensor().get(7)?, 1e-12)?;
+            close(&last.tensor().get(1)?, &full.tensor().get(4)?, 1e-12)?;
+        }
+        Ok(())
     }
 
     #[test]

@@ -18,7 +18,7 @@ mod residual;
 mod rope;
 mod rows;
 
-pub use activation::{activate, swiglu};
+pub use activation::{activate, gated, scale, soft_cap, swiglu};
 pub use attention::attention;
 pub use cross_entropy::{cross_entropy, head_cross_entropy};
 pub use expression::{exp, ln, log_softmax, matmul, mean_all, sum_all, sum_last};
@@ -28,7 +28,7 @@ pub use linear::{LinearLayer, LowRank, linear, linears};
 pub use norm::{add_layer_norm, add_rms_norm, layer_norm, rms_norm};
 pub use residual::add;
 pub use rope::{Rope, Rotation, check_positions, rotate};
-pub use rows::{embed, select_rows};
+pub use rows::{embed, select_rows, split_columns};
 pub use titer_kernels::activation::Activation;
 pub use titer_kernels::attention::Attention;
 
