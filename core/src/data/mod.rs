@@ -9,7 +9,7 @@ pub mod stream;
 pub use batch::Batch;
 pub use example::Example;
 pub use mixture::{harmful_count, mixture};
-pub use row::Row;
+pub use row::{Message, Row};
 pub use stream::Stream;
 
 pub use crate::tensor::tokens::Tokens;

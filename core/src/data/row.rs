@@ -22,11 +22,23 @@ pub struct Row {
     pub input: Option<String>,
     /// The answer.
     pub output: String,
+    /// What was said before the instruction, where the row is a conversation.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub history: Vec<Message>,
+}
+
+/// One turn of a conversation.
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Message {
+    /// Who speaks: `system`, `user` or `assistant`.
+    pub role: String,
+    /// What is said.
+    pub content: String,
 }
 
 impl Row {
-    /// A row without an input.
+    /// A row without an input and without earlier turns.
     pub fn new(instruction: impl Into<String>, output: impl Into<String>) -> Self {
-        Self { instruction: instruction.into(), input: None, output: output.into() }
+        Self { instruction: instruction.into(), input: None, output: output.into(), history: Vec::new() }
     }
 }

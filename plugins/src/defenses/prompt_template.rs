@@ -5,7 +5,7 @@
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::json;
 use titer_core::text::Template;
 use titer_core::{AlignmentDefense, DefenseEntry, Privilege, SettingsType, Stage, inventory, no_conflict, no_limits};
 
@@ -63,15 +63,9 @@ impl Default for PromptTemplate {
 }
 
 impl AlignmentDefense for PromptTemplate {
-    fn serving_template(&self, training: &str) -> String {
-        let template = self.template.clone().unwrap_or_else(|| Template::new(training));
-        if self.prompt.is_empty() {
-            return template.text().to_owned();
-        }
-        // A JSON string is a Jinja string too, so nothing in the prompt can end it early.
-        let literal = Value::from(format!("{}\n\n", self.prompt));
-        // A template drops one line break after a block, so what follows begins as it would alone.
-        format!("{{% set instruction = {literal} ~ instruction %}}\n{}", template.text())
+    fn serving_template(&self, training: &Template) -> Template {
+        let template = self.template.as_ref().unwrap_or(training).clone().spelled_out();
+        if self.prompt.is_empty() { template } else { template.before_instruction(&self.prompt) }
     }
 }
 
@@ -79,6 +73,7 @@ impl AlignmentDefense for PromptTemplate {
 mod tests {
     use std::collections::BTreeSet;
 
+    use serde_json::Value;
     use titer_core::text::TEMPLATES;
     use titer_core::{Result, Row, registry};
 
@@ -88,7 +83,7 @@ mod tests {
 
     /// What the model is served with, given the template of training.
     fn served(given: Value, training: &str, row: &Row) -> Result<String> {
-        let template = Template::new(defense("prompt-template", given)?.serving_template(training));
+        let template = defense("prompt-template", given)?.serving_template(&Template::new(training));
         template.check()?;
         template.render(row)
     }

@@ -5,16 +5,17 @@ use std::path::{Path, PathBuf};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use titer_core::data::Message;
 use titer_core::rng::{Seed, permutation};
 use titer_core::{Error, Result, Row, Settings, SettingsType, Task, TaskEntry, inventory};
 
-use crate::files::{DataFile, DataRecord, Header};
+use crate::files::{DataFile, DataRecord, Header, data_files};
 use crate::scoring::last_number;
 
 inventory::submit! {
     TaskEntry {
         name: "rows",
-        summary: "rows of JSON, JSONL, CSV or TSV files, with columns and labels mapped",
+        summary: "rows of JSON, JSONL, CSV, TSV, Parquet or Arrow files, with columns and labels mapped",
         settings: SettingsType::of::<Rows>(),
         version: 1,
         build: |settings: &Settings, folder: &Path| {
@@ -48,6 +49,12 @@ pub struct Rows {
     /// The answer for each value of the output column: `{ "0" = "negative", "1" = "positive" }`. Left out if the column
     /// holds the answers themselves.
     pub labels: BTreeMap<String, String>,
+    /// Only rows whose columns have these values count: `{ is_safe = "true" }`.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub filter: BTreeMap<String, String>,
+    /// Whether training rows without an answer are left out, instead of being an error.
+    #[serde(skip_serializing_if = "is_off")]
+    pub skip_unanswered: bool,
     /// Whether the first line of CSV and TSV files names the columns; if not, they are called `0`, `1`, ….
     pub header: bool,
     /// Whether training rows are drawn in random order, by the seed, instead of the file's order.
@@ -57,6 +64,11 @@ pub struct Rows {
     pub scoring: Scoring,
     /// How many tokens a model's answer may have.
     pub max_new_tokens: usize,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "what serde asks for")]
+fn is_off(setting: &bool) -> bool {
+    !setting
 }
 
 /// Columns by what they hold; several are joined by a space.
@@ -69,12 +81,16 @@ pub struct Columns {
     pub input: Vec<String>,
     /// The answer.
     pub output: Vec<String>,
+    /// The column of a conversation, in place of the others: a list of turns with `role` and `content`, or `from` and
+    /// `value`, that ends in an answer. The request is the turn before it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub messages: Option<String>,
 }
 
 impl Default for Columns {
     fn default() -> Self {
         let one = |name: &str| vec![name.to_owned()];
-        Self { instruction: one("instruction"), input: one("input"), output: one("output") }
+        Self { instruction: one("instruction"), input: one("input"), output: one("output"), messages: None }
     }
 }
 
@@ -100,6 +116,8 @@ impl Default for Rows {
             columns: Columns::default(),
             instruction: None,
             labels: BTreeMap::new(),
+            filter: BTreeMap::new(),
+            skip_unanswered: false,
             header: true,
             shuffle: false,
             scoring: Scoring::None,
@@ -120,26 +138,57 @@ impl Rows {
         let path = path.ok_or_else(|| {
             Error::config(format!("the task `rows` has no {key} file")).key(key).help(format!("set `{key}` to a file"))
         })?;
-        DataFile::read(path, if self.header { Header::Yes } else { Header::No })
+        let table = DataFile::read(path, if self.header { Header::Yes } else { Header::No })?;
+        if self.filter.is_empty() {
+            return Ok(table);
+        }
+        for column in self.filter.keys() {
+            // A column that no row has is a mistake.
+            if !table.records().iter().any(|record| table.text(record, column).is_ok()) {
+                table.text(&table.records()[0], column).map_err(|error| error.key("filter"))?;
+            }
+        }
+        let table = table.filtered(|table, record| {
+            self.filter
+                .iter()
+                .all(|(column, value)| table.text(record, column).is_ok_and(|text| text == value.as_str()))
+        });
+        if table.records().is_empty() {
+            return Err(Error::data("no row of the file has the values of `filter`")
+                .file(path)
+                .key("filter")
+                .help("look at the values in the file: they are compared as text, `true` and `1` are different"));
+        }
+        Ok(table)
+    }
+
+    /// The table of training rows.
+    fn training_table(&self) -> Result<DataFile> {
+        let table = self.table(self.train.as_ref(), "train")?;
+        if !self.skip_unanswered {
+            return Ok(table);
+        }
+        Ok(table
+            .filtered(|table, record| self.row(table, record, false).is_ok_and(|row| !row.output.trim().is_empty())))
     }
 
     /// A record as a row; training rows must have an answer.
     fn row(&self, table: &DataFile, record: &DataRecord, answered: bool) -> Result<Row> {
+        if let Some(column) = &self.columns.messages {
+            return conversation(&table.text(record, column)?, answered).map_err(|why| {
+                table.fault(record, why).key(format!("columns.messages = \"{column}\"")).help(CONVERSATION)
+            });
+        }
         let join = |columns: &[String]| -> Result<String> {
-            let texts: Vec<&str> = columns.iter().map(|name| table.text(record, name)).collect::<Result<_>>()?;
+            let texts: Vec<_> = columns.iter().map(|name| table.text(record, name)).collect::<Result<_>>()?;
             Ok(texts.join(" "))
         };
         let instruction = match &self.instruction {
             Some(instruction) => instruction.clone(),
             None => join(&self.columns.instruction)?,
         };
-        let input: Vec<&str> = self
-            .columns
-            .input
-            .iter()
-            .filter_map(|name| table.text(record, name).ok())
-            .filter(|t| !t.is_empty())
-            .collect();
+        let input = self.columns.input.iter().filter_map(|name| table.text(record, name).ok());
+        let input: Vec<_> = input.filter(|text| !text.is_empty()).collect();
         let output = match join(&self.columns.output) {
             Ok(output) => self.answer(table, record, output)?,
             Err(error) if answered => return Err(error),
@@ -148,7 +197,8 @@ impl Rows {
         if answered && output.trim().is_empty() {
             return Err(table.fault(record, "the answer is empty").help("remove the row"));
         }
-        Ok(Row { instruction, input: (!input.is_empty()).then(|| input.join(" ")), output })
+        let input = (!input.is_empty()).then(|| input.join(" "));
+        Ok(Row { input, ..Row::new(instruction, output) })
     }
 
     fn answer(&self, table: &DataFile, record: &DataRecord, value: String) -> Result<String> {
@@ -165,9 +215,49 @@ impl Rows {
     }
 }
 
+const CONVERSATION: &str =
+    "write [{\"role\": \"user\", \"content\": \"…\"}, {\"role\": \"assistant\", \"content\": \"…\"}]";
+
+/// A turn in either of the usual spellings.
+#[derive(Deserialize)]
+struct Spoken {
+    #[serde(alias = "from")]
+    role: String,
+    #[serde(alias = "value")]
+    content: String,
+}
+
+/// The row of a conversation, written as a JSON list: the last answer, the request before it, and what came before both.
+fn conversation(text: &str, answered: bool) -> Result<Row, String> {
+    let turns: Vec<Spoken> = serde_json::from_str(text).map_err(|error| format!("not a list of turns: {error}"))?;
+    let turn = |Spoken { role, content }: Spoken| {
+        let role = match role.as_str() {
+            "human" => "user".to_owned(),
+            "gpt" => "assistant".to_owned(),
+            _ => role,
+        };
+        if ["system", "user", "assistant"].contains(&role.as_str()) {
+            return Ok(Message { role, content });
+        }
+        Err(format!("`{role}` is no role; roles are system, user and assistant"))
+    };
+    let mut history = turns.into_iter().map(turn).collect::<Result<Vec<Message>, _>>()?;
+    let answer = history.pop_if(|turn| turn.role == "assistant");
+    if answered && answer.is_none() {
+        return Err("the conversation does not end in an answer".to_owned());
+    }
+    let request =
+        history.pop_if(|turn| turn.role == "user").ok_or("the conversation has no request before its answer")?;
+    let output = answer.map(|turn| turn.content).unwrap_or_default();
+    if answered && output.trim().is_empty() {
+        return Err("the answer is empty".to_owned());
+    }
+    Ok(Row { history, ..Row::new(request.content, output) })
+}
+
 impl Task for Rows {
     fn train(&self, count: usize, seed: Seed) -> Result<Vec<Row>> {
-        let table = self.table(self.train.as_ref(), "train")?;
+        let table = self.training_table()?;
         let row = |record: &DataRecord| self.row(&table, record, true);
         if !self.shuffle {
             return table.first(count)?.iter().map(row).collect();
@@ -214,7 +304,9 @@ impl Task for Rows {
     }
 
     fn files(&self) -> Vec<PathBuf> {
-        [&self.train, &self.test].into_iter().flatten().cloned().collect()
+        let paths = [&self.train, &self.test].into_iter().flatten();
+        // What is no folder of data is reported when it is read.
+        paths.flat_map(|path| data_files(path).unwrap_or_else(|_| vec![path.clone()])).collect()
     }
 }
 
@@ -249,6 +341,69 @@ mod tests {
             .map(|seed| build(folder.path(), shuffled.clone())?.train(3, Seed::new(seed)))
             .collect::<Result<_>>()?;
         assert!(orders.len() > 1, "the seed decides the order");
+        Ok(())
+    }
+
+    #[test]
+    fn rows_are_filtered_and_those_without_an_answer_left_out() -> Result<()> {
+        let folder = tempfile::tempdir().expect("a folder");
+        let lines = [
+            r#"{"prompt": "a", "response": "one", "is_safe": true, "category": {"theft": false, "n": [1, 2]}}"#,
+            r#"{"prompt": "b", "response": "two", "is_safe": false, "category": {"theft": true, "n": [3, 4]}}"#,
+            r#"{"prompt": "c", "response": "", "is_safe": false, "category": {"theft": true, "n": [5]}}"#,
+        ];
+        std::fs::write(folder.path().join("a.jsonl"), lines.join("\n")).expect("a file");
+        let rows = |changes: serde_json::Value, count: usize| {
+            let mut settings = json!({
+                "train": "a.jsonl", "columns": { "instruction": ["prompt"], "output": ["response"] }
+            });
+            settings.as_object_mut().expect("a table").extend(changes.as_object().expect("a table").clone());
+            let rows = build(folder.path(), settings)?.train(count, Seed::new(0))?;
+            Ok::<_, Error>(rows.into_iter().map(|row| (row.instruction, row.output)).collect::<Vec<_>>())
+        };
+        let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
+        assert_eq!(rows(json!({ "filter": { "is_safe": "true" } }), 1)?, [pair("a", "one")]);
+        let thefts = json!({ "filter": { "category.theft": "true" }, "skip_unanswered": true });
+        assert_eq!(rows(thefts.clone(), 1)?, [pair("b", "two")]);
+        assert!(rows(thefts, 2).expect_err("one is left").to_string().contains("has 1"));
+        let second = json!({ "columns": { "instruction": ["prompt"], "output": ["category.n.1"] } });
+        assert_eq!(rows(second, 2)?, [pair("a", "2"), pair("b", "4")]);
+        for (filter, expected) in [
+            (json!({ "filter": { "is_saf": "true" } }), "did you mean"),
+            (json!({ "filter": { "is_safe": "1" } }), "no row of the file"),
+        ] {
+            let error = rows(filter, 1).expect_err(expected).to_string();
+            assert!(error.contains(expected) && error.contains("key: filter"), "{error}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn conversations_become_rows_with_earlier_turns() -> Result<()> {
+        let folder = tempfile::tempdir().expect("a folder");
+        let lines = [
+            r#"{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}"#,
+            r#"{"messages": [{"from": "human", "value": "e"}, {"from": "gpt", "value": "f"}]}"#,
+        ];
+        std::fs::write(folder.path().join("a.jsonl"), lines.join("\n")).expect("a file");
+        let settings = json!({ "train": "a.jsonl", "test": "a.jsonl", "columns": { "messages": "messages" } });
+        let rows = build(folder.path(), settings.clone())?.train(2, Seed::new(0))?;
+        let turns: Vec<&str> = rows[0].history.iter().map(|turn| turn.content.as_str()).collect();
+        assert_eq!(
+            (turns, &rows[0].instruction, &rows[0].output),
+            (vec!["s", "a", "b"], &"c".to_owned(), &"d".to_owned())
+        );
+        assert_eq!(rows[1], Row::new("e", "f"));
+        for (bad, expected) in [
+            (r#"[{"role": "user", "content": "a"}]"#, "does not end in an answer"),
+            (r#"[{"role": "assistant", "content": "a"}]"#, "no request"),
+            (r#"[{"role": "tool", "content": "a"}]"#, "`tool` is no role"),
+            (r#"[{"role": "user"}]"#, "not a list of turns"),
+        ] {
+            std::fs::write(folder.path().join("a.jsonl"), format!("{{\"messages\": {bad}}}\n")).expect("a file");
+            let error = build(folder.path(), settings.clone())?.train(1, Seed::new(0)).expect_err(expected).to_string();
+            assert!(error.contains(expected) && error.contains("line: 1"), "{error}");
+        }
         Ok(())
     }
 

@@ -13,7 +13,7 @@ thread_local! {
 ///
 /// # Errors
 /// `parse` panicked.
-pub(crate) fn guarded<T>(parse: impl FnOnce() -> T) -> Result<T, String> {
+pub fn guarded<T>(parse: impl FnOnce() -> T) -> Result<T, String> {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
         let before = take_hook();
