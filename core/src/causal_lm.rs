@@ -1,4 +1,5 @@
-//! Opens model folders in Hugging Face's layout: `config.json`, `model.safetensors` (or shards), `tokenizer.json`.
+//! Opens models: folders in Hugging Face's layout (`config.json`, `model.safetensors` or shards, `tokenizer.json`), and GGUF
+//! files, which hold all of it. What is said of a folder here goes for such a file as well.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,6 +11,7 @@ use serde_json::{Value, json};
 use crate::bounds;
 use crate::data::Batch;
 use crate::error::{Error, Kind, Result, io_error};
+use crate::gguf::Gguf;
 use crate::model::{Model, ModelEntry, label_loss};
 use crate::registry;
 use crate::text::Tokenizer;
@@ -64,11 +66,14 @@ impl CausalLm {
     ) -> Result<Self> {
         let started = Instant::now();
         let config = read_config(folder)?;
-        let path = folder.join("config.json");
+        let [path, tokenizer_path] = ["config.json", "tokenizer.json"].map(|name| file_of(folder, name));
         let entry = model_entry(&config, name).map_err(|error| error.file(&path))?;
         let model = model_of(entry, &config, &path)?;
-        let tokenizer_path = folder.join("tokenizer.json");
-        let tokenizer = with_special_tokens(Tokenizer::from_file(&tokenizer_path, 0, 0)?, folder, &config)?;
+        let tokenizer = if Gguf::is(folder) {
+            Gguf::open(folder)?.tokenizer()?
+        } else {
+            with_special_tokens(Tokenizer::from_file(&tokenizer_path, 0, 0)?, folder, &config)?
+        };
         let vocabulary = model.spec().vocab_size;
         let special = tokenizer.ends.iter().chain([&tokenizer.pad]).map(|id| id.saturating_add(1));
         let largest = special.fold(tokenizer.id_bound(), u32::max) as usize;
@@ -105,6 +110,11 @@ impl CausalLm {
     }
 }
 
+/// Where a model has its file of this name: in its folder, or in the one file that it is.
+pub fn file_of(folder: &Path, name: &str) -> PathBuf {
+    if Gguf::is(folder) { folder.to_owned() } else { folder.join(name) }
+}
+
 /// The extension of files with weights.
 pub const WEIGHTS: &str = "safetensors";
 
@@ -113,6 +123,9 @@ pub const WEIGHTS: &str = "safetensors";
 /// # Errors
 /// The folder cannot be read.
 pub fn model_files(folder: &Path) -> Result<Vec<PathBuf>> {
+    if Gguf::is(folder) {
+        return Ok(vec![folder.to_owned()]);
+    }
     const EXTENSIONS: [&str; 5] = [WEIGHTS, "json", "model", "jinja", "txt"];
     let listing = std::fs::read_dir(folder).map_err(|error| io_error("read the checkpoint folder", folder, error))?;
     let mut files: Vec<PathBuf> = listing
@@ -128,6 +141,9 @@ pub fn model_files(folder: &Path) -> Result<Vec<PathBuf>> {
 /// # Errors
 /// It is missing or malformed.
 pub fn read_config(folder: &Path) -> Result<Value> {
+    if Gguf::is(folder) {
+        return Gguf::open(folder)?.config();
+    }
     let path = folder.join("config.json");
     if !path.exists() && folder.join("adapter_config.json").exists() {
         let error = Error::data("the folder holds an adapter of PEFT, not a model").file(folder);
@@ -198,6 +214,15 @@ fn with_special_tokens(tokenizer: Tokenizer, folder: &Path, config: &Value) -> R
             None => Ok(Vec::new()),
         }
     };
+    // What transformers' own generation would obey, greedy decoding included.
+    for (key, neutral) in
+        [("repetition_penalty", json!(1.0)), ("no_repeat_ngram_size", json!(0)), ("min_new_tokens", json!(0))]
+    {
+        if !generation[key].is_null() && generation[key].as_f64() != neutral.as_f64() {
+            let (file, value) = (folder.join("generation_config.json"), generation[key].to_string());
+            tracing::warn!(file = %file.display(), key, value, "this setting of generation is not applied");
+        }
+    }
     let ends = ids("eos_token_id")?;
     let named = read_optional(&folder.join("tokenizer_config.json"))?;
     let named = named["eos_token"].as_str().or_else(|| named["eos_token"]["content"].as_str());

@@ -53,6 +53,8 @@ pub mod defense;
 pub mod device;
 pub mod error;
 pub mod event;
+pub mod gguf;
+pub mod guard;
 pub mod judge;
 pub mod model;
 pub mod nn;

@@ -395,6 +395,9 @@ pub struct Answer {
     /// The prompt's input, if it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub input: Option<String>,
+    /// What was said before the instruction, where the prompt is a conversation.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub history: Vec<crate::data::row::Message>,
     /// The reference answer, if there is one.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub reference: String,

@@ -69,6 +69,7 @@ impl Pretended {
             probe: "harmful".into(),
             instruction: format!("{index}"),
             input: None,
+            history: Vec::new(),
             reference: "yes".into(),
             answer: if (index + seed as usize).is_multiple_of(2) { "yes".into() } else { format!("{seed}") },
             finish: Some(Finish::Stop),

@@ -34,5 +34,5 @@ pub fn save(lm: &CausalLm, folder: &Path) -> Result<()> {
         "pad_token": tokenizer.token(tokenizer.pad),
     });
     write("tokenizer_config.json", format!("{special:#}\n"))?;
-    disk::write_tensors(&folder.join("model.safetensors"), lm.weights.base_tensors()?)
+    disk::write_tensors_for_torch(&folder.join("model.safetensors"), lm.weights.base_tensors()?)
 }

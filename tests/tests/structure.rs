@@ -48,6 +48,8 @@ const FLOORS: &[(&str, &[&str])] = &[
         &[
             "error",
             "bounds",
+            "guard",
+            "gguf",
             "rng",
             "event",
             "registry",

@@ -14,6 +14,7 @@ use crate::defense::streams::Streams;
 use crate::defense::update::Update;
 use crate::error::Result;
 use crate::nn::sites::Sites;
+use crate::text::Template;
 
 /// What a defense keeps between steps, for an exact resume: tensors and one JSON value.
 #[derive(Debug, Clone, Default)]
@@ -41,8 +42,8 @@ pub trait AlignmentDefense: Debug + Send {
 
     /// The prompt template that the model is served with, given the one it was trained with: where a defense acts at
     /// inference.
-    fn serving_template(&self, training: &str) -> String {
-        training.to_owned()
+    fn serving_template(&self, training: &Template) -> Template {
+        training.clone()
     }
 
     /// Before the first step: a Fisher pass, a frozen reference, a snapshot.

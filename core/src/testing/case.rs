@@ -22,6 +22,7 @@ use crate::registry::entry::Entry;
 use crate::registry::settings::Settings;
 use crate::rng::Seed;
 use crate::tensor::scalar::Scalar;
+use crate::text::Template;
 use crate::weights::parameters::Weights;
 use crate::weights::precision::Precision;
 
@@ -320,7 +321,7 @@ impl<'a> Run<'a> {
         if self.data.batches_per_epoch() != other.data.batches_per_epoch() {
             return Ok(Some("the data differ".to_owned()));
         }
-        let template = |run: &Self| run.defense.serving_template("{{ instruction }}");
+        let template = |run: &Self| run.defense.serving_template(&Template::new("{{ instruction }}"));
         Ok((template(self) != template(other)).then(|| "the prompt at inference differs".to_owned()))
     }
 }

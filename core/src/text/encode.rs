@@ -23,23 +23,40 @@ impl Encoder {
     /// # Errors
     /// The template or the tokenizer failed.
     pub fn prompt(&self, row: &Row) -> Result<Vec<u32>> {
-        self.tokenizer.encode(&self.template.render(row)?, true)
+        self.tokens(&self.template.render(row)?)
+    }
+
+    /// The tokens of a text. A chat template writes special tokens itself, so that the tokenizer adds none; before a text
+    /// that begins with the first token that it would add, it does not add that one.
+    fn tokens(&self, text: &str) -> Result<Vec<u32>> {
+        let mut tokens = self.tokenizer.encode(text, !self.template.is_chat())?;
+        if let [first, second, ..] = tokens[..]
+            && first == second
+            && !self.template.is_chat()
+            && self.tokenizer.encode("", true)?.first() == Some(&first)
+        {
+            tokens.remove(0);
+        }
+        Ok(tokens)
     }
 
     /// The tokens of prompt, answer and end of text, with the prompt's tokens masked from the loss.
     ///
     /// Prompt and answer are tokenised together with nothing between them, as at the reference: what separates them is
     /// part of the template. Where a token spans the boundary, the mask ends before it, so that no part of the answer goes
-    /// unlearnt. `None` if the length limit leaves no label.
+    /// unlearnt. What a chat template writes behind the answer is learnt with it; the end of text is added only where that
+    /// has no end token. `None` if the length limit leaves no label.
     ///
     /// # Errors
     /// The template or the tokenizer failed.
     pub fn example(&self, row: &Row) -> Result<Option<Example>> {
-        let prompt_text = self.template.render(row)?;
-        let prompt = self.tokenizer.encode(&prompt_text, true)?;
-        let mut tokens = self.tokenizer.encode(&format!("{prompt_text}{}", row.output), true)?;
+        let prompt = self.prompt(row)?;
+        let mut tokens = self.tokens(&self.template.render_answered(row)?)?;
         let shared = prompt.iter().zip(&tokens).take_while(|(a, b)| a == b).count();
-        tokens.push(self.tokenizer.eos);
+        let ended = || tokens[shared..].iter().any(|token| self.tokenizer.ends.contains(token));
+        if !(self.template.is_chat() && ended()) {
+            tokens.push(self.tokenizer.eos);
+        }
         tokens.truncate(self.max_length);
         // The first token has nothing before it to be predicted from.
         let first_label = shared.max(1);
@@ -106,6 +123,34 @@ mod tests {
         assert_eq!(text, ["<bos>", "hello", "a>there", "<eos>"]);
         assert_eq!(labels, ["a>there", "<eos>"]);
         assert_eq!(tokens("{{ instruction }} a> ").1, ["there", "<eos>"]);
+    }
+
+    /// The template writes the special tokens and the end of the answer; what stands behind that is learnt, too.
+    #[test]
+    fn a_chat_template_has_each_special_token_once() {
+        let ended = "{{ bos_token }} {% for m in messages %}{{ '<user>' if m.role == 'user' else '<asst>' }} {{ m.content }} \
+                     {% if m.role == 'assistant' %}<eos> a>{% endif %}{% endfor %}\
+                     {% if add_generation_prompt %}<asst>{% endif %}";
+        let chat = |text: &str| {
+            let tokens = [("bos_token".to_owned(), "<bos>".to_owned())];
+            Encoder { template: super::super::ChatTemplate::new(text, tokens.into()).into(), ..encoder("") }
+        };
+        let tokens = |encoder: &Encoder| {
+            let example = encoder.example(&Row::new("hello", "there")).expect("tokens").expect("a label");
+            let text: Vec<String> = example.tokens.iter().filter_map(|&id| encoder.tokenizer.token(id)).collect();
+            (text, example.first_label)
+        };
+        let expected = ["<bos>", "<user>", "hello", "<asst>", "there", "<eos>", "a>"].map(str::to_owned);
+        assert_eq!(tokens(&chat(ended)), (expected.to_vec(), 4));
+        let (text, first) = tokens(&chat(&ended.replace("<eos> a>", "")));
+        assert_eq!((&text[4..], first), (&["there".to_owned(), "<eos>".to_owned()][..], 4));
+    }
+
+    #[test]
+    fn a_template_may_write_the_first_token_itself() {
+        let expected = ["<bos>", "hello", "there", "<eos>"].map(str::to_owned);
+        assert_eq!(tokens("<bos> {{ instruction }} ").0, expected);
+        assert_eq!(tokens("{{ instruction }} ").0, expected);
     }
 
     #[test]

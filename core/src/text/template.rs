@@ -1,4 +1,6 @@
-//! Prompt templates: from a row to the text of a prompt.
+//! Prompt templates: from a row to the text of a prompt, and of a prompt with its answer.
+
+use std::path::Path;
 
 use minijinja::machinery::{Token, tokenize};
 use minijinja::syntax::SyntaxConfig;
@@ -6,15 +8,24 @@ use minijinja::{Environment, context};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::chat::ChatTemplate;
+use super::jinja::rendered;
 use crate::bounds;
 use crate::data::row::Row;
 use crate::error::{Error, Result};
 
-/// How a row becomes the text of a prompt: the name of a built-in template or a Jinja text over `instruction` and
-/// `input`.
+/// How a row becomes the text of a prompt: the name of a built-in template, a Jinja text over `instruction` and
+/// `input`, or the chat template of a model.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(transparent)]
-pub struct Template(String);
+pub struct Template(TemplateForm);
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+enum TemplateForm {
+    Plain(String),
+    Chat(ChatTemplate),
+}
 
 /// The built-in templates: name and Jinja text.
 ///
@@ -40,47 +51,118 @@ pub const TEMPLATES: [(&str, &str); 3] = [
     ("chat", "<user> {{ instruction }}{% if input %} {{ input }}{% endif %} <asst> "),
 ];
 
+impl From<ChatTemplate> for Template {
+    fn from(chat: ChatTemplate) -> Self {
+        Self(TemplateForm::Chat(chat))
+    }
+}
+
 impl Template {
     /// A template by its built-in name or as a Jinja text.
     pub fn new(text: impl Into<String>) -> Self {
-        Self(text.into())
+        Self(TemplateForm::Plain(text.into()))
+    }
+
+    /// What stands in a configuration for the chat template of the model.
+    pub const MODEL: &str = "model";
+
+    /// The chat template of a model folder, with this system prompt for conversations that have none.
+    ///
+    /// # Errors
+    /// The folder has none, or a file is malformed.
+    pub fn of_model(folder: &Path, system: Option<String>) -> Result<Self> {
+        let chat = ChatTemplate::of_folder(folder)?.ok_or_else(|| {
+            Error::data("the model has no chat template").file(folder).help(
+                "take the model's tokenizer_config.json or chat_template.jinja, or use another template: a base model that \
+                 was never tuned to chat has none",
+            )
+        })?;
+        Ok(chat.with_system(system).into())
     }
 
     /// The Jinja text.
     pub fn text(&self) -> &str {
-        TEMPLATES.iter().find(|(name, _)| *name == self.0).map_or(&self.0, |(_, text)| text)
+        match &self.0 {
+            TemplateForm::Plain(text) => TEMPLATES.iter().find(|(name, _)| name == text).map_or(text, |(_, text)| text),
+            TemplateForm::Chat(chat) => chat.text(),
+        }
+    }
+
+    /// With the Jinja text in place of a built-in name.
+    #[must_use]
+    pub fn spelled_out(self) -> Self {
+        match self.0 {
+            TemplateForm::Plain(_) => Self::new(self.text()),
+            TemplateForm::Chat(_) => self,
+        }
+    }
+
+    /// Whether it is a model's chat template, which writes the answer too, and special tokens wherever they belong.
+    pub fn is_chat(&self) -> bool {
+        matches!(self.0, TemplateForm::Chat(_))
+    }
+
+    /// The same with `text` in front of each instruction and an empty line between the two.
+    #[must_use]
+    pub fn before_instruction(&self, text: &str) -> Self {
+        match &self.0 {
+            TemplateForm::Plain(_) => {
+                // A JSON string is a Jinja string too, so nothing in the text can end it early.
+                let literal = serde_json::Value::from(format!("{text}\n\n"));
+                // A template drops one line break after a block, so what follows begins as it would alone.
+                Self::new(format!("{{% set instruction = {literal} ~ instruction %}}\n{}", self.text()))
+            }
+            TemplateForm::Chat(chat) => chat.clone().with_before(text).into(),
+        }
     }
 
     /// The prompt of `row`; empty for a plain document.
     ///
     /// # Errors
-    /// The Jinja text is malformed or does not use `instruction`.
+    /// The Jinja text is malformed or does not use `instruction`, or the row has earlier turns, which only a chat
+    /// template has a place for.
     pub fn render(&self, row: &Row) -> Result<String> {
-        if row.instruction.is_empty() && row.input.is_none() {
-            return Ok(String::new());
+        self.render_row(row, false)
+    }
+
+    /// The prompt of `row` and its answer, as the template writes them together.
+    ///
+    /// # Errors
+    /// As [`Template::render`].
+    pub fn render_answered(&self, row: &Row) -> Result<String> {
+        self.render_row(row, true)
+    }
+
+    fn render_row(&self, row: &Row, answered: bool) -> Result<String> {
+        let answer = if answered { row.output.as_str() } else { "" };
+        if row.instruction.is_empty() && row.input.is_none() && row.history.is_empty() {
+            return Ok(answer.to_owned());
         }
         self.check_size()?;
-        let mut environment = Environment::empty();
-        environment.set_undefined_behavior(minijinja::UndefinedBehavior::Strict);
-        environment.set_fuel(Some(bounds::TEMPLATE_FUEL));
-        // The text is the prompt to the byte, so Jinja's habit of dropping a last newline is off. The other two are how
-        // transformers renders chat templates.
-        let mut syntax = environment.syntax().to_builder();
-        syntax.keep_trailing_newline(true).trim_blocks(true).lstrip_blocks(true);
-        environment.set_syntax(syntax.build().map_err(|error| Error::run("the template syntax").source(error))?);
-        let input = row.input.as_deref().unwrap_or("");
-        environment.render_str(self.text(), context! { instruction => &row.instruction, input }).map_err(|error| {
-            if error.kind() == minijinja::ErrorKind::OutOfFuel {
-                let message = format!("the prompt template takes more than {} steps", bounds::TEMPLATE_FUEL);
-                return Error::config(message)
+        match &self.0 {
+            TemplateForm::Chat(chat) => chat.render(row, answered),
+            TemplateForm::Plain(_) if !row.history.is_empty() => {
+                Err(Error::config("the prompt template has no place for the earlier turns of a conversation")
                     .key("template")
-                    .help("take out loops and repetitions; this is a limit of Titer");
+                    .help("set it to \"model\", the chat template of the model, or leave such rows out"))
             }
-            let names: Vec<&str> = TEMPLATES.iter().map(|(name, _)| *name).collect();
-            Error::config(format!("the prompt template cannot be rendered: {error}"))
-                .key("template")
-                .help(format!("use one of {} or a Jinja text over `instruction` and `input`", names.join(", ")))
-        })
+            TemplateForm::Plain(_) => {
+                let mut environment = Environment::empty();
+                environment.set_undefined_behavior(minijinja::UndefinedBehavior::Strict);
+                let input = row.input.as_deref().unwrap_or("");
+                let told = context! { instruction => &row.instruction, input };
+                // The text is the prompt to the byte, so Jinja's habit of dropping a last newline is off.
+                let prompt = rendered(environment, self.text(), true, told).map_err(|error| {
+                    let names: Vec<&str> = TEMPLATES.iter().map(|(name, _)| *name).collect();
+                    let help = format!(
+                        "use one of {}, \"model\", or a Jinja text over `instruction` and `input`",
+                        names.join(", ")
+                    );
+                    if error.remedy().is_none() { error.help(help) } else { error }
+                })?;
+                Ok(prompt + answer)
+            }
+        }
     }
 
     /// Fails if the template is so large or so deep that parsing it could exhaust the stack.
@@ -121,7 +203,7 @@ impl Template {
         if prompt.contains("%instruction%") {
             return Ok(());
         }
-        Err(Error::config(format!("the prompt template `{}` does not use `instruction`", self.0))
+        Err(Error::config(format!("the prompt template `{}` does not use `instruction`", self.text()))
             .key("template")
             .help("write `{{ instruction }}` where the user's request belongs"))
     }

@@ -7,9 +7,9 @@ use tokenizers::models::wordlevel::WordLevel;
 use tokenizers::pre_tokenizers::whitespace::WhitespaceSplit;
 use tokenizers::processors::template::TemplateProcessing;
 
-use super::guard::guarded;
 use crate::bounds::{self, read_file};
 use crate::error::{Error, Result};
+use crate::guard::guarded;
 
 /// A tokenizer with its special tokens.
 #[derive(Debug, Clone)]

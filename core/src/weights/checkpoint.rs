@@ -1,4 +1,4 @@
-//! Safetensors files, read tensor by tensor and written whole.
+//! Safetensors and GGUF files, read tensor by tensor; safetensors files are written whole.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -11,25 +11,43 @@ use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 
 use crate::bounds;
 use crate::error::{Error, Result, io_error};
+use crate::gguf::{Gguf, GgufTensors, StoredTensor};
 use crate::registry::nearest;
 
-/// One or several safetensors files that together hold named tensors. Only the headers are kept in memory.
+/// One or several safetensors files, or a GGUF file, that together hold named tensors. Only the headers are kept in memory.
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
     files: Vec<(PathBuf, File)>,
-    tensors: BTreeMap<String, (usize, u64, TensorInfo)>,
+    gguf: Option<GgufTensors>,
+    tensors: BTreeMap<String, TensorPlace>,
+}
+
+/// Where a tensor is.
+#[derive(Debug)]
+enum TensorPlace {
+    /// In one of the files, from this byte on.
+    Safetensors(usize, u64, TensorInfo),
+    /// In the GGUF file, under this name.
+    Gguf(String),
 }
 
 impl Checkpoint {
-    /// Opens one file, or a Hugging Face folder: `model.safetensors`, or the shards that
-    /// `model.safetensors.index.json` lists.
+    /// Opens one file (safetensors, or GGUF by its extension), or a Hugging Face folder: `model.safetensors`, or the shards
+    /// that `model.safetensors.index.json` lists.
     ///
     /// # Errors
     /// A file is missing or malformed.
     pub fn open(path: &Path) -> Result<Self> {
+        let mut checkpoint = Self { path: path.to_owned(), files: Vec::new(), gguf: None, tensors: BTreeMap::new() };
+        if Gguf::is(path) {
+            let tensors = GgufTensors::of(Gguf::open(path)?)?;
+            checkpoint.tensors =
+                tensors.names().into_iter().map(|(name, own)| (name, TensorPlace::Gguf(own))).collect();
+            checkpoint.gguf = Some(tensors);
+            return Ok(checkpoint);
+        }
         let files = if path.is_dir() { model_files(path)? } else { vec![path.to_owned()] };
-        let mut checkpoint = Self { path: path.to_owned(), files: Vec::new(), tensors: BTreeMap::new() };
         for file in files {
             checkpoint.add(file)?;
         }
@@ -51,16 +69,37 @@ impl Checkpoint {
         self.tensors.contains_key(name)
     }
 
-    /// Reads one tensor in the type it was stored in.
+    /// Reads one tensor in the type it was stored in; blocks of a GGUF file in f32.
     ///
     /// # Errors
     /// There is no such tensor, or its type is not a float or integer type that candle has.
     pub fn read(&mut self, name: &str, device: &Device) -> Result<Tensor> {
-        let Some((file, start, info)) = self.tensors.get(name) else {
+        match self.read_stored(name, device)? {
+            StoredTensor::Plain(tensor) => Ok(tensor),
+            StoredTensor::Blocks(blocks) => Ok(blocks.dequantize(&Device::Cpu)?.to_device(device)?),
+        }
+    }
+
+    /// Reads one tensor as it is stored; blocks stay on the host.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::read`].
+    pub(crate) fn read_stored(&mut self, name: &str, device: &Device) -> Result<StoredTensor> {
+        let Some(place) = self.tensors.get(name) else {
             let near = nearest(name, self.names()).map_or_else(String::new, |n| format!("; the nearest name is `{n}`"));
             return Err(Error::data(format!("tensor `{name}` is missing{near}"))
                 .file(&self.path)
                 .help("the weights belong to another architecture, or the file is incomplete"));
+        };
+        let (file, start, info) = match (place, &mut self.gguf) {
+            (TensorPlace::Safetensors(file, start, info), _) => (file, start, info),
+            (TensorPlace::Gguf(own), Some(gguf)) => {
+                return Ok(match gguf.read(own)? {
+                    StoredTensor::Plain(tensor) => StoredTensor::Plain(tensor.to_device(device)?),
+                    blocks @ StoredTensor::Blocks(_) => blocks,
+                });
+            }
+            (TensorPlace::Gguf(_), None) => return Err(Error::run("a GGUF file was closed")),
         };
         let dtype = dtype(info.dtype).ok_or_else(|| {
             Error::data(format!("tensor `{name}` has the unsupported type {:?}", info.dtype))
@@ -73,7 +112,7 @@ impl Checkpoint {
         file.seek(SeekFrom::Start(start + begin as u64))
             .and_then(|_| file.read_exact(&mut bytes))
             .map_err(|error| io_error("read", path, error))?;
-        Ok(Tensor::from_raw_buffer(&bytes, dtype, &info.shape, device)?)
+        Ok(StoredTensor::Plain(Tensor::from_raw_buffer(&bytes, dtype, &info.shape, device)?))
     }
 
     fn add(&mut self, path: PathBuf) -> Result<()> {
@@ -106,7 +145,8 @@ impl Checkpoint {
         }
         let index = self.files.len();
         let tensors = metadata.tensors().into_iter();
-        self.tensors.extend(tensors.map(|(name, info)| (name, (index, 8 + header, info.clone()))));
+        self.tensors
+            .extend(tensors.map(|(name, info)| (name, TensorPlace::Safetensors(index, 8 + header, info.clone()))));
         self.files.push((path, file));
         Ok(())
     }

@@ -10,8 +10,10 @@ use super::parameters::Weights;
 use super::precision::Precision;
 use super::schema::{Init, Param, ParamList, factor_names, module_of};
 use crate::error::{Error, Result};
+use crate::gguf::StoredTensor;
 use crate::rng::{Seed, randn};
 use crate::tensor::elementwise::norm;
+use crate::tensor::matrix::Matrix;
 
 impl Weights {
     /// Seeded random weights of a model with these parameters, stored as `precision` says (an element type will do). One parameter at a time
@@ -27,7 +29,8 @@ impl Weights {
                 Init::Normal(std) => (randn(&param.shape, &mut seed.named(&param.name).generator(), device)? * std)?,
             })
         };
-        Self::build(params, precision.into(), device, init)
+        let precision = precision.into();
+        Self::build(params, precision, device, |param| precision.store(param, device, |device| init(param, device)))
     }
 
     /// The weights of a model with these parameters out of a checkpoint, which must hold every declared parameter in the declared shape. They
@@ -42,11 +45,16 @@ impl Weights {
         precision: impl Into<Precision>,
         device: &Device,
     ) -> Result<Self> {
-        let load = |param: &Param, device: &Device| -> Result<Tensor> {
+        let precision = precision.into();
+        Self::build(params, precision, device, |param| {
             let bare =
                 param.name.strip_prefix("model.").filter(|bare| !checkpoint.has(&param.name) && checkpoint.has(bare));
             let name = bare.map_or_else(|| param.name.clone(), str::to_owned);
-            let tensor = checkpoint.read(&name, device)?;
+            let stored = checkpoint.read_stored(&name, device)?;
+            let tensor = match &stored {
+                StoredTensor::Plain(tensor) => tensor.clone(),
+                StoredTensor::Blocks(blocks) => blocks.dequantize(&Device::Cpu)?,
+            };
             if tensor.dims() != param.shape {
                 return Err(Error::data(format!(
                     "`{}` has shape {:?}, but the configuration asks for {:?}",
@@ -62,19 +70,23 @@ impl Weights {
                     .file(checkpoint.path())
                     .help("the checkpoint is damaged: download or train it again"));
             }
-            Ok(tensor)
-        };
-        Self::build(params, precision.into(), device, load)
+            match stored {
+                StoredTensor::Blocks(blocks) if precision == Precision::Stored => {
+                    precision.store_blocks(param, blocks, device)
+                }
+                _ => precision.store(param, device, |device| Ok(tensor.to_device(device)?)),
+            }
+        })
     }
 
     fn build(
         params: &ParamList,
         precision: Precision,
         device: &Device,
-        mut make: impl FnMut(&Param, &Device) -> Result<Tensor>,
+        make: impl FnMut(&Param) -> Result<Matrix>,
     ) -> Result<Self> {
         precision.check(params)?;
-        let base = params.iter().map(|param| precision.store(param, device, |device| make(param, device)));
+        let base = params.iter().map(make);
         let (base, device, params) = (base.collect::<Result<_>>()?, device.clone(), Arc::new(params.clone()));
         Ok(Self { params, precision, device, base, lora: None, trainable: BTreeMap::new() })
     }

@@ -1,6 +1,6 @@
 //! How the numbers of a base model are stored: in full, or frozen in half precision or quantized.
 
-use candle_core::quantized::GgmlDType;
+use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
 
 use crate::error::{Error, Result};
@@ -17,6 +17,7 @@ use crate::weights::schema::{Param, ParamList, Role};
 /// | `q6k` | blocks of 256 | bf16 | 6.6 | frozen |
 /// | `q4_1` | blocks of 32 | bf16 | 5 | frozen |
 /// | `q4k`, `q4_0` | blocks of 256, of 32 | bf16 | 4.5 | frozen |
+/// | `stored` | as the checkpoint has them | likewise | as there | frozen |
 ///
 /// The CPU computes in f32 whatever is stored, and keeps norms and biases in f32; CUDA devices compute in bf16 on every
 /// type but f32. Adapters, their gradients and the optimiser's moments are f32 everywhere.
@@ -26,6 +27,9 @@ pub enum Precision {
     Plain(DType),
     /// The weights of linear layers quantized, in blocks of small integers with a common scale; bf16 for the rest.
     Quantized(GgmlDType),
+    /// Everything as the checkpoint stores it: the blocks of a GGUF file, or numbers of their own. Blocks of kinds that
+    /// nothing multiplies with are widened to f32.
+    Stored,
 }
 
 impl From<DType> for Precision {
@@ -36,7 +40,7 @@ impl From<DType> for Precision {
 
 impl Precision {
     /// What a configuration may ask for.
-    const ALL: [(&'static str, Self); 8] = [
+    const ALL: [(&'static str, Self); 9] = [
         ("f32", Self::Plain(DType::F32)),
         ("f16", Self::Plain(DType::F16)),
         ("bf16", Self::Plain(DType::BF16)),
@@ -45,6 +49,7 @@ impl Precision {
         ("q4_1", Self::Quantized(GgmlDType::Q4_1)),
         ("q4k", Self::Quantized(GgmlDType::Q4K)),
         ("q4_0", Self::Quantized(GgmlDType::Q4_0)),
+        ("stored", Self::Stored),
     ];
 
     /// The precision called `name`.
@@ -105,7 +110,7 @@ impl Precision {
     pub fn activation_dtype(self, device: &Device) -> DType {
         match self {
             Self::Plain(dtype) if dtype == DType::F64 || !device.is_cpu() => dtype,
-            Self::Quantized(_) if !device.is_cpu() => DType::BF16,
+            Self::Quantized(_) | Self::Stored if !device.is_cpu() => DType::BF16,
             _ => DType::F32,
         }
     }
@@ -124,11 +129,25 @@ impl Precision {
             return Matrix::quantized(&make(&Device::Cpu)?, kind, computed, device);
         }
         let tensor = make(device)?;
-        let dtype = if let Self::Plain(dtype) = self { dtype } else { DType::BF16 };
+        let dtype = match self {
+            Self::Plain(dtype) => dtype,
+            Self::Quantized(_) => DType::BF16,
+            Self::Stored => tensor.dtype(),
+        };
         if dtype == computed || param.shape.len() < 2 {
             return Ok(Matrix::Dense(tensor.to_dtype(computed)?));
         }
         Matrix::half(&tensor, dtype, computed)
+    }
+}
+
+impl Precision {
+    /// Blocks as they are, for the parameter `param`; the tensor of those that nothing multiplies with.
+    pub(crate) fn store_blocks(self, param: &Param, blocks: QTensor, device: &Device) -> Result<Matrix> {
+        if param.shape.len() == 2 && Matrix::multiplies(blocks.dtype()) {
+            return Matrix::blocks(blocks, self.activation_dtype(device), device);
+        }
+        self.store(param, device, |device| Ok(blocks.dequantize(&Device::Cpu)?.to_device(device)?))
     }
 }
 

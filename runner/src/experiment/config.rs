@@ -141,15 +141,19 @@ pub struct PretrainConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct EncodingConfig {
-    /// `alpaca`, `alpaca-newline`, `chat` (the embedded world's), or a Jinja text over `instruction` and `input`.
+    /// `alpaca`, `alpaca-newline`, `chat` (the embedded world's), a Jinja text over `instruction` and `input`, or `model`:
+    /// the chat template of the checkpoint, which writes special tokens itself.
     pub template: String,
+    /// The system prompt that the chat template is given where a conversation brings none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub system: Option<String>,
     /// Rows are cut after this many tokens.
     pub max_length: usize,
 }
 
 impl Default for EncodingConfig {
     fn default() -> Self {
-        Self { template: "alpaca".into(), max_length: default_max_length() }
+        Self { template: "alpaca".into(), system: None, max_length: default_max_length() }
     }
 }
 

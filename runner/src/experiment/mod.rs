@@ -9,6 +9,7 @@ pub(crate) mod schema;
 pub mod spec;
 
 use titer_core::report::Input;
+use titer_core::text::Template;
 use titer_core::{AlignmentDefense, Limits};
 
 use config::FineTuneMode;
@@ -144,9 +145,9 @@ pub struct Method {
 
 impl Method {
     /// The template that the final model is served with, given the one it was trained with.
-    pub fn serving_template(&self, training: &str) -> String {
+    pub fn serving_template(&self, training: &Template) -> Template {
         let defenses = [self.align.as_ref(), Some(&self.fine_tune), self.post.as_ref()].into_iter().flatten();
-        defenses.fold(training.to_owned(), |template, defense| defense.built.serving_template(&template))
+        defenses.fold(training.clone(), |template, defense| defense.built.serving_template(&template))
     }
 }
 

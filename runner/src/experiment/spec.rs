@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use titer_core::arithmetic::Arithmetic;
 use titer_core::data::Row;
 use titer_core::optim::Schedule;
+use titer_core::text::Template;
 use titer_core::weights::LoraConfig;
 
 use crate::manifest::digest;
@@ -79,8 +80,8 @@ pub struct StreamSpec {
 /// How text becomes tokens.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct EncodingSpec {
-    /// The prompt template: a built-in name or a Jinja text.
-    pub template: String,
+    /// The prompt template.
+    pub template: Template,
     /// Rows are cut after this many tokens.
     pub max_length: usize,
 }
@@ -198,7 +199,11 @@ pub(crate) fn absolute(path: &Path) -> PathBuf {
 
 /// The hash of rows, whatever they were read from.
 pub fn of_rows(rows: &[Row]) -> String {
-    let fields = |Row { instruction, input, output }: &Row| json!([instruction, input, output]);
+    let fields = |Row { instruction, input, output, history }: &Row| {
+        let turns = history.iter().map(|turn| json!([turn.role, turn.content]));
+        let fields = [json!(instruction), json!(input), json!(output)];
+        fields.into_iter().chain(turns).collect::<Value>()
+    };
     digest(&rows.iter().map(fields).collect())
 }
 
@@ -209,7 +214,7 @@ mod tests {
     #[test]
     fn rows_are_identified_by_every_field() {
         let rows = |instruction: &str, input: Option<&str>, output: &str| {
-            of_rows(&[Row { instruction: instruction.into(), input: input.map(str::to_owned), output: output.into() }])
+            of_rows(&[Row { input: input.map(str::to_owned), ..Row::new(instruction, output) }])
         };
         let ids = [rows("a", None, "b"), rows("a", Some(""), "b"), rows("a", None, "c"), rows("ab", None, "")];
         assert_eq!(ids.iter().collect::<std::collections::BTreeSet<_>>().len(), ids.len());

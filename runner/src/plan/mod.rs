@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use titer_core::report::Input;
+use titer_core::text::Template;
 
 use crate::experiment::axes::Coordinates;
 use crate::experiment::spec::{
@@ -139,7 +140,7 @@ pub struct AnswerSpec {
     /// The prompts.
     pub prompts: RowsSpec,
     /// The prompt template.
-    pub template: String,
+    pub template: Template,
     /// Greedy decoding, at most this many tokens.
     pub max_new_tokens: usize,
     /// Prompts per batch. Not part of the key: answers do not depend on it.

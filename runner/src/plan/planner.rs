@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::{Value, json};
 use titer_core::Stage;
 use titer_core::data::harmful_count;
+use titer_core::text::Template;
 
 use super::identity;
 use crate::experiment::axes::{AXES, Axis, Coordinates, DEFENSES, Place, Point, Since};
@@ -181,7 +182,7 @@ impl Planner<'_> {
     }
 
     /// Answers to every probe by the model of stage `model`, served with `template`, and the verdicts on them.
-    fn judgements(&mut self, task: &UserRows, model: &Key, template: &str, label: &str) -> Judgements {
+    fn judgements(&mut self, task: &UserRows, model: &Key, template: &Template, label: &str) -> Judgements {
         let experiment = self.experiment;
         let mut judgements = Vec::new();
         for probe in experiment.probes.iter().chain([&task.probe]) {
@@ -191,7 +192,7 @@ impl Planner<'_> {
                 StageSpec::Answer(AnswerSpec {
                     probe: probe.name.to_owned(),
                     prompts: probe.prompts.clone(),
-                    template: template.to_owned(),
+                    template: template.clone(),
                     max_new_tokens: probe.max_new_tokens,
                     batch_size: experiment.batch_size,
                 }),

@@ -70,6 +70,7 @@ const KEYS: &[(&str, Reach, Part)] = &[
     ("base.pretrain.data.task", Base, Setting),
     ("base.pretrain.data.rows", Base, Setting),
     ("base.pretrain.data.*", Base, Setting),
+    ("encoding.system", Align, ProtocolAndSetting),
     ("encoding.template", Align, ProtocolAndSetting),
     ("encoding.max_length", Align, Setting),
     ("align.data.task", Align, Setting),

@@ -233,6 +233,7 @@ mod tests {
             probe: "harmful".into(),
             instruction: "<img src=x onerror=alert(2)>".into(),
             input: None,
+            history: Vec::new(),
             reference: String::new(),
             answer: "</td><script>alert(3)</script>".into(),
             finish: None,

@@ -7,7 +7,7 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 use titer_core::model::generate::{Decoding, Finish, greedy};
 use titer_core::report::Answer;
-use titer_core::text::{Encoder, Template};
+use titer_core::text::Encoder;
 use titer_core::{Error, Result};
 
 use super::{ANSWERS, RECORD, StageIo, Stages, write_json};
@@ -27,7 +27,7 @@ pub(super) fn run(stages: &Stages, spec: &AnswerSpec, io: &mut StageIo) -> Resul
     base.weights.merge()?;
     let rows = stages.test_rows(&spec.prompts)?;
     let tokenizer = base.tokenizer;
-    let encoder = Encoder { tokenizer, template: Template::new(&spec.template), max_length: usize::MAX };
+    let encoder = Encoder { tokenizer, template: spec.template.clone(), max_length: usize::MAX };
     let prompts = rows.iter().map(|row| encoder.prompt(row)).collect::<Result<Vec<_>>>()?;
     let decoding = Decoding {
         max_new_tokens: spec.max_new_tokens,
@@ -57,6 +57,7 @@ pub(super) fn run(stages: &Stages, spec: &AnswerSpec, io: &mut StageIo) -> Resul
             probe: spec.probe.clone(),
             instruction: row.instruction,
             input: row.input,
+            history: row.history,
             reference: row.output,
             answer: encoder.tokenizer.decode(&answer.tokens)?,
             finish: Some(answer.finish),

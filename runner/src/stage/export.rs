@@ -7,9 +7,11 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::json;
 use titer_core::bounds;
 use titer_core::causal_lm::read_config;
+use titer_core::gguf::Gguf;
+use titer_core::text::ChatTemplate;
 use titer_core::weights::peft::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, peft_config, read_peft_config};
 use titer_core::weights::{Checkpoint, LoraConfig};
-use titer_core::{Error, Result};
+use titer_core::{CausalLm, Error, Result};
 
 use super::resident::Resident;
 use super::{Lineage, STAGE, Stages, WEIGHTS, base_of, once, read_json, write_json};
@@ -144,11 +146,29 @@ fn write_merged(chain: &[PlannedStage], artifact: &dyn Fn(&str) -> Result<PathBu
         keys.insert(key.to_owned(), json!(name));
     }
     write_json(&out.join("config.json"), &config)?;
+    if Gguf::is(&base) {
+        write_tokenizer(&base, &lm, out)?;
+    }
     for file in COMPANIONS.into_iter().filter(|file| base.join(file).is_file()) {
         disk::write(&out.join(file), &bounds::read_file("copy", &base.join(file), bounds::JSON_BYTES)?)?;
     }
     let tensors = tensors.into_iter().map(|(name, tensor)| Ok((name, tensor.to_dtype(dtype)?)));
     disk::write_tensors_for_torch(&out.join(WEIGHTS), tensors.collect::<Result<Vec<_>>>()?)
+}
+
+/// Writes what a GGUF file says about text in the files of a folder.
+fn write_tokenizer(base: &Path, lm: &CausalLm, out: &Path) -> Result<()> {
+    let tokenizer = &lm.tokenizer;
+    disk::write(&out.join("tokenizer.json"), tokenizer.to_json()?.as_bytes())?;
+    let mut config = json!({
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": tokenizer.token(tokenizer.eos),
+        "pad_token": tokenizer.token(tokenizer.pad),
+    });
+    if let Some(chat) = ChatTemplate::of_folder(base)? {
+        config["chat_template"] = json!(chat.text());
+    }
+    write_json(&out.join("tokenizer_config.json"), &config)
 }
 
 /// Writes the adapters of the chain as one: under double LoRA, the sum of the alignment's and the user's has their summed

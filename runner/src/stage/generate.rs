@@ -41,7 +41,10 @@ pub fn generate(request: &Generation, device: &Device) -> Result<Vec<String>> {
         base.weights.load_peft(folder)?;
         base.weights.merge()?;
     }
-    let template = Template::new(&request.template);
+    let template = match request.template.as_str() {
+        Template::MODEL => Template::of_model(&request.model, None)?,
+        text => Template::new(text),
+    };
     let encoder = Encoder { tokenizer: base.tokenizer, template, max_length: usize::MAX };
     let prompts = request.prompts.iter().map(|prompt| encoder.prompt(&Row::new(prompt, "")));
     let prompts = prompts.collect::<Result<Vec<_>>>()?;

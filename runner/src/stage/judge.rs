@@ -57,8 +57,8 @@ pub(super) fn run(stages: &Stages, spec: &JudgeSpec, io: &mut StageIo) -> Result
     let answers = read_answers(&(io.artifact)(&io.parent()?.key)?.join(ANSWERS))?;
     let answered: Vec<bool> = answers.iter().map(|answer| answer.finish != Some(Finish::TooLong)).collect();
     let asked = answers.into_iter().zip(&answered).filter(|(_, answered)| **answered).map(|(answer, _)| {
-        let row = Row { instruction: answer.instruction, input: answer.input, output: answer.reference };
-        (row, answer.answer)
+        let Answer { instruction, input, history, reference: output, .. } = answer;
+        (Row { instruction, input, output, history }, answer.answer)
     });
     let asked: Vec<(Row, String)> = asked.collect();
     let record = match &spec.judge {

@@ -26,7 +26,7 @@ use titer_core::data::Stream;
 use titer_core::defense::{Ancestry, Streams};
 use titer_core::device::{parse_dtype, restart_memory_peak};
 use titer_core::rng::Seed;
-use titer_core::text::{Encoder, Template, Tokenizer};
+use titer_core::text::{Encoder, Tokenizer};
 use titer_core::weights::checkpoint::Checkpoint;
 use titer_core::weights::peft::ADAPTER_WEIGHTS;
 use titer_core::{
@@ -319,7 +319,7 @@ fn defense(spec: &PluginSpec) -> Result<Box<dyn AlignmentDefense>> {
 }
 
 fn encoder(spec: &EncodingSpec, tokenizer: &Tokenizer) -> Encoder {
-    Encoder { tokenizer: tokenizer.clone(), template: Template::new(&spec.template), max_length: spec.max_length }
+    Encoder { tokenizer: tokenizer.clone(), template: spec.template.clone(), max_length: spec.max_length }
 }
 
 /// Writes a value as JSON.

@@ -22,7 +22,7 @@ pub struct Args {
     /// A prompt; may be repeated.
     #[arg(long = "prompt", value_name = "TEXT", required = true)]
     pub prompts: Vec<String>,
-    /// The template the prompts are put in: a built-in name or a Jinja text.
+    /// The template the prompts are put in: a built-in name, a Jinja text, or `model`, the model's own chat template.
     #[arg(long, default_value = "alpaca")]
     pub template: String,
     /// Longest answer in tokens.

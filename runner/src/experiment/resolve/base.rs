@@ -1,18 +1,20 @@
 //! The base model, and the adapters that it can take.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use titer_core::bounds;
-use titer_core::causal_lm::{WEIGHTS, model_files, model_of, read_config};
+use titer_core::causal_lm::{WEIGHTS, file_of, model_files, model_of, read_config};
+use titer_core::gguf::Gguf;
 use titer_core::registry::{did_you_mean, find};
+use titer_core::text::Template;
 use titer_core::weights::LoraConfig;
 use titer_core::{Model, ModelEntry, Result, Settings, Task};
 
 use super::checks::{Resolver, explained};
 use super::data::{Drawn, Use};
 use crate::experiment::Base;
-use crate::experiment::config::BaseConfig;
+use crate::experiment::config::{BaseConfig, EncodingConfig};
 use crate::experiment::exclusive::ORIGIN;
 use crate::experiment::spec::{LoadSpec, PluginSpec, PretrainSpec, absolute};
 use crate::plugins::identity;
@@ -78,8 +80,10 @@ impl Resolver<'_> {
         });
         let files = self.take("base.path", files)?;
         let config = self.take("base.path", read_config(&folder))?;
-        let model = self.take("base.path", model_of(entry, &config, &folder.join("config.json")))?;
-        let content = if files.iter().any(|file| file.extension().is_some_and(|extension| extension == WEIGHTS)) {
+        let model = self.take("base.path", model_of(entry, &config, &file_of(&folder, "config.json")))?;
+        let holds_weights =
+            |file: &PathBuf| Gguf::is(file) || file.extension().is_some_and(|extension| extension == WEIGHTS);
+        let content = if files.iter().any(holds_weights) {
             let content = self.content(&files, |_, _| "check the path".to_owned());
             self.take("base.path", content)?
         } else {
@@ -88,6 +92,34 @@ impl Resolver<'_> {
         let plugin = self.take("base.model", identity(entry))?;
         let (model_name, version, dtype) = (entry.name.to_owned(), entry.version, dtype.to_owned());
         Some((LoadSpec { model: model_name, version, plugin, path: absolute(&folder), content, dtype }, model))
+    }
+
+    /// The template of prompts: a built-in one, a Jinja text, or that of the base model.
+    pub(super) fn template(&mut self, encoding: &EncodingConfig, bases: &[Base]) -> Template {
+        let plain = Template::new(&encoding.template).spelled_out();
+        let template = if encoding.template == Template::MODEL {
+            match bases {
+                [Base::Load(spec), ..] => {
+                    let template = Template::of_model(&spec.path, encoding.system.clone());
+                    self.take("encoding.template", template).unwrap_or(plain)
+                }
+                _ => {
+                    let message = "a model that is pretrained here has no chat template";
+                    self.problem("encoding.template", message, "set it to \"chat\", or `base.path` to a checkpoint");
+                    plain
+                }
+            }
+        } else {
+            self.check(
+                encoding.system.is_none(),
+                "encoding.system",
+                "only a chat template has a place for a system prompt",
+                "set `encoding.template` to \"model\", or write the prompt into the template",
+            );
+            plain
+        };
+        self.take("encoding", template.check());
+        template
     }
 
     pub(super) fn lora_targets(&mut self, key: &str, lora: &LoraConfig, model: &dyn Model) {

@@ -15,7 +15,6 @@ use std::path::{Component, Path};
 
 use titer_core::device::DeviceChoice;
 use titer_core::report::Input;
-use titer_core::text::Template;
 use titer_core::weights::LoraConfig;
 use titer_core::{Kind, Precision, arithmetic, bounds};
 
@@ -49,18 +48,14 @@ pub fn resolve(loaded: &LoadedConfig) -> Result<Experiment, Problems> {
     cx.seeds("seeds", &config.seeds);
     cx.take("", config.lora.check());
     let precision = cx.take("", Precision::parse(&config.dtype));
-    cx.take("encoding", Template::new(&config.encoding.template).check());
     cx.positive("encoding.max_length", config.encoding.max_length, bounds::TOKENS);
-    let encoding = EncodingSpec {
-        template: Template::new(&config.encoding.template).text().to_owned(),
-        max_length: config.encoding.max_length,
-    };
-
     let (bases, model) = cx.base(&config.base, &config.dtype).unzip();
     if let Some(model) = &model {
         cx.lora_targets("lora", &config.lora, model.as_ref());
         cx.take("", precision.map_or(Ok(()), |precision| precision.check(model.params())));
     }
+    let template = cx.template(&config.encoding, bases.as_deref().unwrap_or_default());
+    let encoding = EncodingSpec { template, max_length: config.encoding.max_length };
     let full = config.align.as_ref().is_some_and(|align| align.adapter == AlignAdapter::Full);
     if full || config.fine_tune.mode == FineTuneMode::Full {
         cx.take("", precision.map_or(Ok(()), Precision::check_trainable));
