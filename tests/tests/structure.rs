@@ -81,6 +81,7 @@ const FLOORS: &[(&str, &[&str])] = &[
             "interrupt",
             "disk",
             "inputs",
+            "hub",
             "diagnostics",
             "model_folder",
             "plugins",

@@ -7,7 +7,7 @@ use titer_core::bounds;
 use titer_core::causal_lm::{WEIGHTS, model_files, model_of, read_config};
 use titer_core::registry::{did_you_mean, find};
 use titer_core::weights::LoraConfig;
-use titer_core::{Model, ModelEntry, Result, Settings, Task};
+use titer_core::{Error, Model, ModelEntry, Result, Settings, Task};
 
 use super::checks::{Resolver, explained};
 use super::data::{Drawn, Use};
@@ -15,7 +15,10 @@ use crate::experiment::Base;
 use crate::experiment::config::BaseConfig;
 use crate::experiment::exclusive::ORIGIN;
 use crate::experiment::spec::{LoadSpec, PluginSpec, PretrainSpec, absolute};
+use crate::hub::{self, HubName};
 use crate::plugins::identity;
+
+const NO_REVISION: &str = "only a model of the hub has a revision";
 
 impl Resolver<'_> {
     pub(super) fn base(&mut self, base: &BaseConfig, dtype: &str) -> Option<(Vec<Base>, Box<dyn Model>)> {
@@ -28,10 +31,11 @@ impl Resolver<'_> {
                     "a checkpoint has its own shape",
                     "remove [base.shape]",
                 );
-                let (spec, model) = self.checkpoint(entry?, path, dtype)?;
+                let (spec, model) = self.checkpoint(entry?, path, base.revision.as_deref(), dtype)?;
                 Some((vec![Base::Load(spec)], model))
             }
             (None, Some(pretrain)) => {
+                self.check(base.revision.is_none(), "base.revision", NO_REVISION, "remove it");
                 self.seeds("base.seeds", &base.seeds);
                 self.positive("base.pretrain.max_length", pretrain.max_length, bounds::TOKENS);
                 let rows = self.rows("base.pretrain.data", &pretrain.data, Use::Train);
@@ -69,9 +73,18 @@ impl Resolver<'_> {
         &mut self,
         entry: &ModelEntry,
         path: &Path,
+        revision: Option<&str>,
         dtype: &str,
     ) -> Option<(LoadSpec, Box<dyn Model>)> {
         let folder = self.source.folder_of("base.path").join(path);
+        let (hub, folder) = match self.hub_name(&folder, path, revision)? {
+            Some(name) => {
+                let none = |error: Error| error.at("folder", format!("{}: there is none", absolute(&folder).display()));
+                let (model, folder) = self.take("base.path", hub::open(&name).map_err(none))?;
+                (Some(model), folder)
+            }
+            None => (None, folder),
+        };
         let start = self.source.start_of("base.path", path).map_or_else(String::new, |start| start + "; ");
         let files = model_files(&folder).map_err(|error| {
             error.help(format!("{start}set it to a folder with config.json, model.safetensors and tokenizer.json"))
@@ -79,7 +92,10 @@ impl Resolver<'_> {
         let files = self.take("base.path", files)?;
         let config = self.take("base.path", read_config(&folder))?;
         let model = self.take("base.path", model_of(entry, &config, &folder.join("config.json")))?;
-        let content = if files.iter().any(|file| file.extension().is_some_and(|extension| extension == WEIGHTS)) {
+        // Weights of the hub come when nothing else is wrong: see `Experiment::fetch_weights`.
+        let content = if hub.is_none()
+            && files.iter().any(|file| file.extension().is_some_and(|extension| extension == WEIGHTS))
+        {
             let content = self.content(&files, |_, _| "check the path".to_owned());
             self.take("base.path", content)?
         } else {
@@ -87,7 +103,20 @@ impl Resolver<'_> {
         };
         let plugin = self.take("base.model", identity(entry))?;
         let (model_name, version, dtype) = (entry.name.to_owned(), entry.version, dtype.to_owned());
-        Some((LoadSpec { model: model_name, version, plugin, path: absolute(&folder), content, dtype }, model))
+        Some((LoadSpec { model: model_name, version, plugin, path: absolute(&folder), content, dtype, hub }, model))
+    }
+
+    /// The model of the hub that `path` names, if it names no folder.
+    fn hub_name(&mut self, folder: &Path, path: &Path, revision: Option<&str>) -> Option<Option<HubName>> {
+        let name = if folder.exists() { Ok(None) } else { HubName::parse(path) };
+        match (self.take("base.path", name)?, revision) {
+            (Some(name), Some(revision)) => self.take("base.revision", name.at(revision)).map(Some),
+            (None, Some(_)) => {
+                self.problem("base.revision", NO_REVISION, "remove it, or name a model of the hub by base.path");
+                None
+            }
+            (name, None) => Some(name),
+        }
     }
 
     pub(super) fn lora_targets(&mut self, key: &str, lora: &LoraConfig, model: &dyn Model) {
