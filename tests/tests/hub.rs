@@ -9,7 +9,7 @@ use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use titer_tests::cli::{PRETRAINED, results, run, small, stderr, titer};
+use titer_tests::cli::{PRETRAINED, answers, results, run, small, stderr, titer};
 
 const ID: &str = "tiny/world";
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
@@ -318,7 +318,10 @@ fn a_cell_runs_on_a_model_of_the_hub_and_knows_where_it_is_from() {
     assert_eq!(keys(&plan_of(&offline)), keys(&plan_of(&online)));
     let mut command = hub.with(folder, titer());
     command.env("HF_HUB_OFFLINE", "1").args(["generate", "--model", ID, "--template", "chat", "--max-new-tokens", "2"]);
-    let output = command.args(["--prompt", "hello"]).output().expect("it runs");
+    let (_, lines) = &answers(&folder.join("out"))[0];
+    let answer: Value = serde_json::from_str(lines.lines().next().expect("a line")).expect("JSON");
+    let output =
+        command.arg("--prompt").arg(answer["instruction"].as_str().expect("a prompt")).output().expect("it runs");
     assert!(output.status.success(), "{}", stderr(&output));
     let mut command = hub.with(folder, titer());
     command.args(["--offline", "bench", "generate", "--model", ID, "--length", "4", "--new", "2", "--batch", "1"]);
@@ -381,11 +384,15 @@ fn what_the_hub_refuses_says_what_to_do() {
         "--model",
         "hf://tiny/other@v1",
     ]);
-    refused(&command.output().expect("it runs"), 3, &["127.0.0.1:9", "tiny/other", "revision: v1", "--offline"]);
-    // A redirect that goes nowhere, and a token that is none.
+    refused(
+        &command.output().expect("it runs"),
+        3,
+        &["127.0.0.1:9", "tiny/other", "revision: v1", "--offline", "cause: "],
+    );
+    // A token that is none.
     let mut command = hub.with(folder, titer());
-    command.env("HF_TOKEN", format!("{TOKEN}\n\"")).args(["generate", "--prompt", "a", "--model", ID]);
-    let output = command.env("HF_TOKEN", format!("{TOKEN}\nX: y")).output().expect("it runs");
+    command.env("HF_TOKEN", format!("{TOKEN}\nX: y")).args(["generate", "--prompt", "a", "--model", ID]);
+    let output = command.output().expect("it runs");
     refused(&output, 2, &["characters that no token has"]);
     assert!(!told(&output).contains(TOKEN));
 }
@@ -484,12 +491,13 @@ fn shards_are_those_of_the_index() {
 fn two_processes_download_a_model_once() {
     let (hub, folder) = (TestHub::new(MODEL.clone()), tempfile::tempdir().expect("a folder"));
     let folder = folder.path();
-    experiment(folder);
-    let plans: Vec<Output> = std::thread::scope(|scope| {
-        let started: Vec<_> = (0..3).map(|_| scope.spawn(|| hub.plan(folder, &[]))).collect();
-        started.into_iter().map(|plan| plan.join().expect("no panic")).collect()
-    });
-    plans.iter().for_each(|output| drop(plan_of(output)));
+    let config = experiment(folder);
+    let plan = || {
+        let mut command = hub.with(folder, titer());
+        command.arg("plan").arg(&config).arg("--json").arg("--store").arg(folder.join("store"));
+        plan_of(&command.output().expect("it runs"))
+    };
+    std::thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(plan))));
     let asked = hub.asked();
     assert_eq!(asked.iter().filter(|request| !request.hub).count(), 1, "{asked:#?}");
     assert_eq!(std::fs::read(snapshot(folder).join(WEIGHTS)).expect("a file"), MODEL[WEIGHTS]);

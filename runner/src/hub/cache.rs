@@ -131,6 +131,10 @@ impl RepositoryCache {
             tracing::warn!("waits for {whom}, which downloads {file} of {}", name.repository);
         };
         let _lock = disk::Lock::wait(&self.locks.join(format!("{etag}.lock")), || false, waiting)?;
+        if link.is_file() {
+            // Another process was first, and may be reading it.
+            return Ok(());
+        }
         if !blob.metadata().is_ok_and(|found| found.len() == size) {
             let incoming = Incoming { path: blob.with_added_extension("incomplete"), file, size };
             incoming.complete(|from| server.read(name, commit, file, from), sink)?;
@@ -192,11 +196,13 @@ impl Incoming<'_> {
         // One more than there may be, to see that there is more.
         let mut body = body.take(self.size.saturating_sub(from) + 1);
         let mut buffer = vec![0; 1 << 16];
-        while let Some(count) = match body.read(&mut buffer) {
-            Ok(count) => Some(count).filter(|count| *count > 0),
-            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-            Err(error) => return Err(self.cut_off(have).source(error)),
-        } {
+        loop {
+            let count = match body.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(count) => count,
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                Err(error) => return Err(self.cut_off(have).source(error)),
+            };
             have += count as u64;
             if have > self.size {
                 // Nothing of it can be trusted.

@@ -76,17 +76,21 @@ pub struct HubName {
     repository: String,
     /// A branch, a tag or a commit.
     revision: Option<String>,
+    /// The folder that might have been meant, and that is not there.
+    folder: Option<PathBuf>,
 }
 
 impl HubName {
-    /// The repository that a path stands for if it is no folder: `owner/name` or `hf://owner/name@revision`.
+    /// The repository that a path stands for if it leads to no file or folder: `owner/name`, or `hf://owner/name@revision`.
+    /// `target` is where it leads.
     ///
     /// # Errors
     /// It begins with `hf://` and goes on otherwise.
-    pub fn parse(path: &Path) -> Result<Option<Self>> {
-        let Some(text) = path.to_str() else { return Ok(None) };
+    pub fn of(path: &Path, target: &Path) -> Result<Option<Self>> {
+        let Some(text) = path.to_str().filter(|_| !target.exists()) else { return Ok(None) };
         let Some(named) = text.strip_prefix(SCHEME) else {
-            return Ok(is_repository(text).then(|| Self { repository: text.to_owned(), revision: None }));
+            let folder = std::path::absolute(target).ok();
+            return Ok(is_repository(text).then(|| Self { repository: text.to_owned(), revision: None, folder }));
         };
         let (repository, revision) =
             named.split_once('@').map_or((named, None), |(repository, revision)| (repository, Some(revision)));
@@ -94,8 +98,11 @@ impl HubName {
             return Err(Error::config(format!("`{text}` names no repository of the hub"))
                 .help("write hf://owner/name or hf://owner/name@revision"));
         }
-        let name = Self { repository: repository.to_owned(), revision: None };
-        revision.map_or(Ok(name.clone()), |revision| name.at(revision)).map(Some)
+        let name = Self { repository: repository.to_owned(), revision: None, folder: None };
+        match revision {
+            Some(revision) => name.at(revision).map(Some),
+            None => Ok(Some(name)),
+        }
     }
 
     /// The same at a revision.
@@ -120,7 +127,11 @@ impl HubName {
 
     /// Says which repository an error is about.
     fn locate(&self, error: Error) -> Error {
-        error.at("repository", &self.repository).at("revision", self.revision())
+        let error = error.at("repository", &self.repository).at("revision", self.revision());
+        match &self.folder {
+            Some(folder) => error.at("folder", format!("{}: there is none", folder.display())),
+            None => error,
+        }
     }
 }
 
@@ -234,7 +245,7 @@ pub fn open(name: &HubName) -> Result<(HubModel, PathBuf)> {
 /// A file is missing, the connection broke, or the disk is full. What was downloaded stays, for the next time to go on.
 pub fn fetch_weights(model: &HubModel, sink: &dyn Sink) -> Result<()> {
     let HubModel { repository, revision, commit, files } = model;
-    let name = HubName { repository: repository.clone(), revision: Some(revision.clone()) };
+    let name = HubName { repository: repository.clone(), revision: Some(revision.clone()), folder: None };
     let fetch = || {
         let cache = RepositoryCache::new(repository)?;
         let (folder, server, remedy) = match Hub::open()? {
@@ -258,8 +269,7 @@ pub fn fetch_weights(model: &HubModel, sink: &dyn Sink) -> Result<()> {
 /// # Errors
 /// As [`open`] and [`fetch_weights`].
 pub fn model_folder(path: &Path, sink: &dyn Sink) -> Result<PathBuf> {
-    let name = if path.exists() { None } else { HubName::parse(path)? };
-    let Some(name) = name else { return Ok(path.to_owned()) };
+    let Some(name) = HubName::of(path, path)? else { return Ok(path.to_owned()) };
     let (model, folder) = open(&name)?;
     fetch_weights(&model, sink)?;
     Ok(folder)
@@ -273,7 +283,9 @@ fn model_files(
     remedy: &str,
     get: impl Fn(&str) -> Result<()>,
 ) -> Result<Vec<String>> {
-    if let Some(name) = names.iter().find(|name| !is_inside(name)) {
+    // Only names that are known here are taken, but a repository with such a name means no good.
+    let leaves = |name: &str| name.starts_with('/') || name.split(['/', '\\']).any(|part| part == "..");
+    if let Some(name) = names.iter().find(|name| leaves(name)) {
         return Err(Error::data(format!("the repository names a file outside of it: `{}`", name.escape_debug()))
             .help("do not use this repository, and check HF_ENDPOINT"));
     }
@@ -360,7 +372,8 @@ mod tests {
 
     #[test]
     fn repositories_are_told_from_paths() {
-        let parse = |text: &str| HubName::parse(Path::new(text));
+        let folder = tempfile::tempdir().unwrap();
+        let parse = |text: &str| HubName::of(Path::new(text), &folder.path().join(text));
         for (text, repository, revision) in [
             ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M", MAIN),
             ("hf://a/b", "a/b", MAIN),
@@ -374,6 +387,8 @@ mod tests {
         {
             assert_eq!(parse(path).unwrap(), None, "{path}");
         }
+        std::fs::create_dir_all(folder.path().join("a/b")).unwrap();
+        assert_eq!(parse("a/b").unwrap(), None, "a folder goes before a name");
         for wrong in ["hf://a", "hf://a/b/c", "hf://", "hf://../b", "hf://a/b@", "hf://a/b@../c", "hf://a/b@/c"] {
             let error = parse(wrong).unwrap_err();
             assert!(error.remedy().is_some(), "{error}");

@@ -7,7 +7,7 @@ use titer_core::bounds;
 use titer_core::causal_lm::{WEIGHTS, model_files, model_of, read_config};
 use titer_core::registry::{did_you_mean, find};
 use titer_core::weights::LoraConfig;
-use titer_core::{Error, Model, ModelEntry, Result, Settings, Task};
+use titer_core::{Model, ModelEntry, Result, Settings, Task};
 
 use super::checks::{Resolver, explained};
 use super::data::{Drawn, Use};
@@ -79,8 +79,7 @@ impl Resolver<'_> {
         let folder = self.source.folder_of("base.path").join(path);
         let (hub, folder) = match self.hub_name(&folder, path, revision)? {
             Some(name) => {
-                let none = |error: Error| error.at("folder", format!("{}: there is none", absolute(&folder).display()));
-                let (model, folder) = self.take("base.path", hub::open(&name).map_err(none))?;
+                let (model, folder) = self.take("base.path", hub::open(&name))?;
                 (Some(model), folder)
             }
             None => (None, folder),
@@ -108,8 +107,7 @@ impl Resolver<'_> {
 
     /// The model of the hub that `path` names, if it names no folder.
     fn hub_name(&mut self, folder: &Path, path: &Path, revision: Option<&str>) -> Option<Option<HubName>> {
-        let name = if folder.exists() { Ok(None) } else { HubName::parse(path) };
-        match (self.take("base.path", name)?, revision) {
+        match (self.take("base.path", HubName::of(path, folder))?, revision) {
             (Some(name), Some(revision)) => self.take("base.revision", name.at(revision)).map(Some),
             (None, Some(_)) => {
                 self.problem("base.revision", NO_REVISION, "remove it, or name a model of the hub by base.path");
