@@ -3,12 +3,15 @@
 //! A server names the commit of a revision and its files. Of a file, the hub itself tells hash and size; the content of large
 //! ones comes from another host, to which it redirects. That host gets no token.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::Deserialize;
+use titer_core::bounds;
 use titer_core::{Error, Result};
 use ureq::http::header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_RANGE, ETAG, HeaderName, LOCATION, RANGE};
 use ureq::http::{HeaderValue, Method, Request, Response, StatusCode, Uri};
+use ureq::tls::{PemItem, RootCerts, TlsConfig, parse_pem};
 use ureq::{Agent, Body};
 
 use super::cache::variable;
@@ -16,6 +19,8 @@ use super::{Announced, HubName, Listing, Rest, Server, is_plain};
 
 /// The longest list of files that a repository may have.
 const LISTING_BYTES: u64 = 1 << 26;
+/// The longest file of certificates.
+const CERTIFICATES_BYTES: u64 = 1 << 26;
 /// Redirects from one address to the next.
 const REDIRECTS: usize = 8;
 /// How long a server may take for a connection, or say nothing.
@@ -63,6 +68,7 @@ impl Client {
             .accept_encoding("identity")
             .http_status_as_error(false)
             .max_redirects(0)
+            .tls_config(TlsConfig::builder().root_certs(roots()?).build())
             .timeout_resolve(patience)
             .timeout_connect(patience)
             .timeout_send_request(patience)
@@ -117,7 +123,7 @@ impl Client {
             let host = address.authority().map_or("", |authority| authority.as_str());
             Error::data(format!("cannot get an answer from {host}"))
                 .source(error)
-                .help("check the connection, HTTPS_PROXY and HF_ENDPOINT; with --offline, what is in the cache is used")
+                .help("check the connection, HTTPS_PROXY, SSL_CERT_FILE and HF_ENDPOINT; with --offline, what is in the cache is used")
         };
         let request = request.body(()).map_err(|error| unreachable(error.into()))?;
         self.agent.run(request).map_err(|error| unreachable(error.into()))
@@ -180,6 +186,17 @@ impl Server for Client {
         }
         Ok(Rest { from: if whole { 0 } else { from }, body: Box::new(response.into_body().into_reader()) })
     }
+}
+
+/// The certificates to trust: those of the file that `SSL_CERT_FILE` names, as a company's proxy needs them, or else Mozilla's.
+fn roots() -> Result<RootCerts> {
+    let Some(path) = variable("SSL_CERT_FILE").map(PathBuf::from) else { return Ok(RootCerts::WebPki) };
+    let bytes = bounds::read_file("read the certificates of SSL_CERT_FILE", &path, CERTIFICATES_BYTES)?;
+    let certificates = parse_pem(&bytes).filter_map(|item| match item {
+        Ok(PemItem::Certificate(certificate)) => Some(certificate),
+        _ => None,
+    });
+    Ok(certificates.into())
 }
 
 /// What the hub says of a revision, as far as it matters.

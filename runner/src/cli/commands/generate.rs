@@ -17,7 +17,7 @@ use crate::stage::{Generation, generate};
 pub struct Args {
     /// A folder in the Hugging Face layout, such as `titer pretrain` names; or a model of the Hugging Face hub, `owner/name` or
     /// `hf://owner/name@revision`.
-    #[arg(long, value_name = "DIR|NAME")]
+    #[arg(long, value_name = "MODEL")]
     pub model: PathBuf,
     /// An adapter as PEFT keeps it, such as `titer export --to peft` writes, to put on the model.
     #[arg(long, value_name = "DIR")]
