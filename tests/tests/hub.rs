@@ -350,7 +350,9 @@ fn walk(folder: &Path) -> Vec<PathBuf> {
 
 fn write_files(folder: &Path, files: &Files) {
     std::fs::create_dir_all(folder).expect("a folder");
-    files.iter().for_each(|(name, bytes)| std::fs::write(folder.join(name), bytes).expect("a file"));
+    for (name, bytes) in files {
+        std::fs::write(folder.join(name), bytes).expect("a file");
+    }
 }
 
 #[test]

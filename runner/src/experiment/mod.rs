@@ -73,7 +73,6 @@ impl Experiment {
 
 /// A base model.
 #[derive(Debug, Clone)]
-#[expect(clippy::large_enum_variant, reason = "there are a handful of these")]
 pub enum Base {
     /// A checkpoint folder.
     Load(LoadSpec),

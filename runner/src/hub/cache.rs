@@ -28,14 +28,19 @@ const LINE_BYTES: u64 = 4096;
 
 /// An environment variable that is set and not empty.
 pub(super) fn variable(name: &str) -> Option<String> {
-    std::env::var(name).ok().map(|value| value.trim().to_owned()).filter(|value| !value.is_empty())
+    let value = std::env::var_os(name)?.into_string().ok()?;
+    Some(value.trim().to_owned()).filter(|value| !value.is_empty())
+}
+
+/// The path that an environment variable holds.
+pub(super) fn path_in(name: &str) -> Option<PathBuf> {
+    std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
 }
 
 /// `HF_HOME`, or where Python has it.
 fn home() -> PathBuf {
-    variable("HF_HOME").map(PathBuf::from).unwrap_or_else(|| {
-        let caches = variable("XDG_CACHE_HOME").map(PathBuf::from);
-        let caches = caches.or_else(|| variable("HOME").map(|home| Path::new(&home).join(".cache")));
+    path_in("HF_HOME").unwrap_or_else(|| {
+        let caches = path_in("XDG_CACHE_HOME").or_else(|| path_in("HOME").map(|home| home.join(".cache")));
         caches.unwrap_or_else(std::env::temp_dir).join("huggingface")
     })
 }
@@ -62,7 +67,7 @@ pub(super) struct RepositoryCache {
 
 impl RepositoryCache {
     pub(super) fn new(repository: &str) -> Result<Self> {
-        let root = variable("HF_HUB_CACHE").map_or_else(|| home().join("hub"), PathBuf::from);
+        let root = path_in("HF_HUB_CACHE").unwrap_or_else(|| home().join("hub"));
         // Paths of plans hold in any working directory.
         let root = std::path::absolute(&root).map_err(|error| io_error("find the cache", &root, error))?;
         let name = format!("models--{}", repository.replace('/', "--"));
@@ -184,7 +189,9 @@ impl Incoming<'_> {
             out.set_len(from).and_then(|()| out.seek(SeekFrom::Start(from))).map_err(failed)?;
             let mut progress = sink.map(|sink| Progress::begin(sink, self.file, from, self.size));
             let appended = self.append(from, body, &mut out, progress.as_mut());
-            progress.iter().for_each(|progress| progress.end(appended.as_ref().err()));
+            if let Some(progress) = &progress {
+                progress.end(appended.as_ref().err());
+            }
             appended?;
         }
         out.sync_all().map_err(failed)
@@ -211,7 +218,9 @@ impl Incoming<'_> {
                     .help("run the same command again; if the error stays, check HF_ENDPOINT"));
             }
             out.write_all(&buffer[..count]).map_err(|error| io_error("write", &self.path, error))?;
-            progress.iter_mut().for_each(|progress| progress.at(have));
+            if let Some(progress) = progress.as_deref_mut() {
+                progress.at(have);
+            }
         }
         if have < self.size { Err(self.cut_off(have)) } else { Ok(()) }
     }

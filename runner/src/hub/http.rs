@@ -3,7 +3,6 @@
 //! A server names the commit of a revision and its files. Of a file, the hub itself tells hash and size; the content of large
 //! ones comes from another host, to which it redirects. That host gets no token.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -14,7 +13,7 @@ use ureq::http::{HeaderValue, Method, Request, Response, StatusCode, Uri};
 use ureq::tls::{PemItem, RootCerts, TlsConfig, parse_pem};
 use ureq::{Agent, Body};
 
-use super::cache::variable;
+use super::cache::{path_in, variable};
 use super::{Announced, HubName, Listing, Rest, Server, is_plain};
 
 /// The longest list of files that a repository may have.
@@ -54,12 +53,7 @@ impl Client {
         if address.authority().is_some_and(|authority| authority.as_str().contains('@')) {
             return Err(wrong("holds a user's name"));
         }
-        let credentials = token.map(|token| HeaderValue::from_str(&format!("Bearer {token}"))).transpose();
-        let mut credentials = credentials.map_err(|_| {
-            Error::config("the token of the hub holds characters that no token has")
-                .help("set HF_TOKEN to it without quotes and spaces, or log in again with `hf auth login`")
-        })?;
-        credentials.iter_mut().for_each(|value| value.set_sensitive(true));
+        let credentials = token.map(|token| bearer(&token)).transpose()?;
         let patience = variable("HF_HUB_DOWNLOAD_TIMEOUT").and_then(|seconds| seconds.parse().ok());
         let patience = Some(patience.map_or(PATIENCE, Duration::from_secs));
         let agent = Agent::config_builder()
@@ -188,9 +182,19 @@ impl Server for Client {
     }
 }
 
+/// The header with a token, which no log shows.
+fn bearer(token: &str) -> Result<HeaderValue> {
+    let mut header = HeaderValue::from_str(&format!("Bearer {token}")).map_err(|_| {
+        Error::config("the token of the hub holds characters that no token has")
+            .help("set HF_TOKEN to it without quotes and spaces, or log in again with `hf auth login`")
+    })?;
+    header.set_sensitive(true);
+    Ok(header)
+}
+
 /// The certificates to trust: those of the file that `SSL_CERT_FILE` names, as a company's proxy needs them, or else Mozilla's.
 fn roots() -> Result<RootCerts> {
-    let Some(path) = variable("SSL_CERT_FILE").map(PathBuf::from) else { return Ok(RootCerts::WebPki) };
+    let Some(path) = path_in("SSL_CERT_FILE") else { return Ok(RootCerts::WebPki) };
     let bytes = bounds::read_file("read the certificates of SSL_CERT_FILE", &path, CERTIFICATES_BYTES)?;
     let certificates = parse_pem(&bytes).filter_map(|item| match item {
         Ok(PemItem::Certificate(certificate)) => Some(certificate),

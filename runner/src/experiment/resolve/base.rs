@@ -7,7 +7,7 @@ use titer_core::bounds;
 use titer_core::causal_lm::{WEIGHTS, model_files, model_of, read_config};
 use titer_core::registry::{did_you_mean, find};
 use titer_core::weights::LoraConfig;
-use titer_core::{Model, ModelEntry, Result, Settings, Task};
+use titer_core::{Error, Model, ModelEntry, Result, Settings, Task};
 
 use super::checks::{Resolver, explained};
 use super::data::{Drawn, Use};
@@ -77,7 +77,7 @@ impl Resolver<'_> {
         dtype: &str,
     ) -> Option<(LoadSpec, Box<dyn Model>)> {
         let folder = self.source.folder_of("base.path").join(path);
-        let (hub, folder) = match self.hub_name(&folder, path, revision)? {
+        let (hub, folder) = match self.take("base", hub_name(&folder, path, revision))? {
             Some(name) => {
                 let (model, folder) = self.take("base.path", hub::open(&name))?;
                 (Some(model), folder)
@@ -105,18 +105,6 @@ impl Resolver<'_> {
         Some((LoadSpec { model: model_name, version, plugin, path: absolute(&folder), content, dtype, hub }, model))
     }
 
-    /// The model of the hub that `path` names, if it names no folder.
-    fn hub_name(&mut self, folder: &Path, path: &Path, revision: Option<&str>) -> Option<Option<HubName>> {
-        match (self.take("base.path", HubName::of(path, folder))?, revision) {
-            (Some(name), Some(revision)) => self.take("base.revision", name.at(revision)).map(Some),
-            (None, Some(_)) => {
-                self.problem("base.revision", NO_REVISION, "remove it, or name a model of the hub by base.path");
-                None
-            }
-            (name, None) => Some(name),
-        }
-    }
-
     pub(super) fn lora_targets(&mut self, key: &str, lora: &LoraConfig, model: &dyn Model) {
         let linears = model.params().linear_names();
         let targets = lora.target_modules.iter().flatten().enumerate();
@@ -129,6 +117,18 @@ impl Resolver<'_> {
                 &format!("its linear layers: {known}"),
             );
         }
+    }
+}
+
+/// The model of the hub that `path` names, if it does not lead to a folder.
+fn hub_name(folder: &Path, path: &Path, revision: Option<&str>) -> Result<Option<HubName>> {
+    match (HubName::of(path, folder).map_err(|error| error.key("path"))?, revision) {
+        (Some(name), Some(revision)) => name.at(revision).map(Some).map_err(|error| error.key("revision")),
+        (None, Some(_)) => {
+            let help = "remove it, or name a model of the hub by base.path";
+            Err(Error::config(NO_REVISION).key("revision").help(help))
+        }
+        (name, None) => Ok(name),
     }
 }
 
