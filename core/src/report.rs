@@ -56,6 +56,9 @@ pub struct Provenance {
     pub config: Value,
     /// Every file that was read, with the hash of its content.
     pub inputs: Vec<Input>,
+    /// The base model, if it is of the Hugging Face hub.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hub: Option<HubModel>,
     /// The processor's name.
     pub processor: String,
     /// The device: `cpu`, `cuda:0`.
@@ -86,6 +89,19 @@ pub struct Input {
     pub path: String,
     /// The hash of its bytes, in hexadecimal.
     pub blake3: String,
+}
+
+/// A model of the Hugging Face hub.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HubModel {
+    /// Its repository, `owner/name`.
+    pub repository: String,
+    /// The branch, tag or commit that was asked for.
+    pub revision: String,
+    /// The commit that this was.
+    pub commit: String,
+    /// The files that were taken of it.
+    pub files: Vec<String>,
 }
 
 /// A method's row of a published table: its values over the harmful ratios, each from a single run.

@@ -269,7 +269,9 @@ fn model(setup: &Setup, device: &Device) -> Result<(Arc<dyn Model>, Weights)> {
     let folder = Path::new(&setup.model);
     if !folder.is_dir() {
         let message = format!("`{}` is neither a known shape nor a folder", setup.model);
-        return Err(Error::config(message).key("model").help(format!("use a model's folder, or {}", shapes())));
+        return Err(Error::config(message)
+            .key("model")
+            .help(format!("use a model's folder, its name on the hub (owner/name), or {}", shapes())));
     }
     if setup.layers.is_some() {
         let error = Error::config("a model of a folder has the blocks that its weights are for").key("layers");

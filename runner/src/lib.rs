@@ -16,7 +16,7 @@
 //! | [`cli`] | the command line: one module a command, progress, exit codes |
 //! | [`plugins`] | plugin crates from elsewhere; how a shared library is examined and loaded |
 //! | [`disk`] [`inputs`] [`names`] [`manifest`] [`interrupt`] [`diagnostics`] | what several of these need |
-//! | [`model_folder`] | writes model folders |
+//! | [`model_folder`] [`hub`] | writes model folders; finds models by their name on the Hugging Face hub |
 //! | [`memory`] [`environment`] [`driver`] [`mod@bench`] | what the process uses; how fast it is |
 //!
 //! The modules depend on each other in one direction only: `tests/tests/structure.rs` holds the order.
@@ -33,6 +33,7 @@ pub mod execute;
 pub mod experiment;
 #[cfg(test)]
 mod faults;
+pub mod hub;
 pub mod inputs;
 pub mod interrupt;
 pub mod logging;

@@ -10,7 +10,7 @@ pub fn titer() -> Command {
     let mut command = Command::new(assert_cmd::cargo::cargo_bin("titer"));
     // Whatever the developer has set must not reach the tests.
     for (name, _) in std::env::vars_os() {
-        if name.to_string_lossy().starts_with("TITER_") {
+        if ["TITER_", "HF_"].iter().any(|prefix| name.to_string_lossy().starts_with(prefix)) {
             command.env_remove(name);
         }
     }
@@ -73,6 +73,11 @@ align = "sft"
 name = "Vaccine"
 align = { defense = "vaccine", rho = 3.0 }
 "#;
+
+/// The lines of [`SMALL`] that a checkpoint stands in for.
+pub const PRETRAINED: &str = "shape = { hidden_size = 16, intermediate_size = 24, num_hidden_layers = 2, num_attention_heads = 2, \
+                              max_position_embeddings = 64 }\n\n[base.pretrain]\ndata = { task = \"world-text\", rows = 200 }\n\
+                              max_length = 48\ntrain = { steps = 40, batch_size = 4, learning_rate = 5e-3 }";
 
 /// Writes [`SMALL`] with `(what, instead)` replaced into `folder`.
 pub fn small(folder: &Path, changes: &[(&str, &str)]) -> PathBuf {

@@ -9,7 +9,7 @@ use titer::disk::write_tensors;
 use titer_core::text::Tokenizer;
 use titer_core::weights::checkpoint::Checkpoint;
 use titer_core::{CausalLm, Weights, rng::Seed};
-use titer_tests::cli::{run, small, stderr, titer};
+use titer_tests::cli::{PRETRAINED, run, small, stderr, titer};
 use titer_tests::{build, variants};
 
 /// Collects what went wrong over many commands, so that one run of the test shows all of it.
@@ -160,11 +160,6 @@ fn model_folder(folder: &Path) {
     let tokenizer = Tokenizer::word_level(&words).expect("a tokenizer");
     titer::model_folder::save(&CausalLm { model: model.into(), tokenizer, weights }, folder).expect("a folder");
 }
-
-/// The lines of the small experiment that a checkpoint stands in for.
-const PRETRAINED: &str = "shape = { hidden_size = 16, intermediate_size = 24, num_hidden_layers = 2, num_attention_heads = 2, \
-                          max_position_embeddings = 64 }\n\n[base.pretrain]\ndata = { task = \"world-text\", rows = 200 }\n\
-                          max_length = 48\ntrain = { steps = 40, batch_size = 4, learning_rate = 5e-3 }";
 
 /// What is broken, how, exit code, what the message holds.
 type Break = (&'static str, fn(&Path), i32, &'static [&'static str]);

@@ -150,6 +150,9 @@ fn blocks(text: &str) -> Vec<(String, String)> {
     blocks
 }
 
+/// The folder that stands in for the hub.
+const MIRROR: &str = "mirror";
+
 /// Made-up files under the names that the examples use.
 fn stand_in_data(folder: &Path) {
     let config = serde_json::json!({
@@ -158,6 +161,12 @@ fn stand_in_data(folder: &Path) {
     });
     std::fs::create_dir(folder.join("model")).expect("a folder");
     std::fs::write(folder.join("model/config.json"), config.to_string()).expect("a file");
+    // A mirror of the hub, of which a plan reads the configuration alone.
+    let mirrored = folder.join(MIRROR).join("HuggingFaceTB/SmolLM2-135M-Instruct");
+    std::fs::create_dir_all(&mirrored).expect("a folder");
+    for name in ["config.json", "tokenizer.json", "model.safetensors"] {
+        std::fs::write(mirrored.join(name), config.to_string()).expect("a file");
+    }
     let row = "{\"instruction\": \"ask\", \"input\": \"it\", \"output\": \"answer\"}\n".repeat(3000);
     let review = "{\"text\": \"fine\", \"label\": 1}\n".repeat(3000);
     for name in ["reviews", "reviews_test"] {
@@ -217,6 +226,7 @@ fn every_configuration_in_the_pages_can_be_planned() {
             std::fs::write(&path, toml::to_string(&config).expect("TOML")).expect("a file");
             let mut command = titer();
             command.arg("plan").arg(&path).arg("--store").arg(folder.path().join("store"));
+            command.env("HF_ENDPOINT", format!("file://{}", folder.path().join(MIRROR).display()));
             let output = command.output().expect("titer runs");
             assert!(output.status.success(), "{}:\n{block}\n{}", page.display(), stderr(&output));
             planned += 1;

@@ -117,6 +117,7 @@ fn table() -> Vec<(String, String, Reach, Part)> {
         ("lora.target_modules", "lora.target_modules=[\"q_proj\"]", Align, Setting),
         ("base.model", "base.model=mistral", Base, Setting),
         ("base.path", "", Nothing("the content of the folder counts: see the test of content"), Part::None),
+        ("base.revision", "", Nothing("the content of the files counts: see the tests of the hub"), Part::None),
         ("base.seeds", "base.seeds=[7]", Base, Coordinates),
         ("base.shape.*", "base.shape.hidden_size=32", Base, Setting),
         ("base.pretrain.max_length", "base.pretrain.max_length=48", Base, Setting),

@@ -83,6 +83,7 @@ const FLOORS: &[(&str, &[&str])] = &[
             "interrupt",
             "disk",
             "inputs",
+            "hub",
             "diagnostics",
             "model_folder",
             "plugins",

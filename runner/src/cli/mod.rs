@@ -15,6 +15,7 @@ use titer_core::arithmetic::{self, Level};
 
 use crate::diagnostics::Problems;
 use crate::diagnostics::panicked;
+use crate::hub;
 use crate::logging::{self, LogFormat, Logging};
 use crate::names::visible_lines;
 use crate::plugins;
@@ -38,6 +39,9 @@ pub struct Cli {
     /// file has it.
     #[arg(long = "plugin", value_name = "PATH[=BLAKE3]", global = true)]
     pub plugins: Vec<PluginFile>,
+    /// Downloads nothing: models of the Hugging Face hub come from its cache, as with `HF_HUB_OFFLINE=1`.
+    #[arg(long, global = true)]
+    pub offline: bool,
 }
 
 impl Cli {
@@ -130,10 +134,13 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Result<Done, Proble
     if let Some(name) = std::env::var_os("TITER_SIMD") {
         arithmetic::limit(vectors(&name.to_string_lossy())?);
     }
+    if cli.offline {
+        hub::stay_offline();
+    }
     cli.plugins.iter().try_for_each(plugins::load)?;
     match &cli.command {
         Command::Run(args) => commands::run::run(args, logging),
-        Command::Plan(args) => commands::plan::run(args, cli.verbose),
+        Command::Plan(args) => commands::plan::run(args, logging),
         Command::Report(args) => commands::report::run(args),
         Command::Compare(args) => commands::compare::run(args),
         Command::Diff(args) => commands::diff::run(args),
@@ -141,9 +148,9 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Result<Done, Proble
         Command::Explain(args) => commands::explain::run(args),
         Command::Worker(args) => commands::worker::run(args, logging),
         Command::Pretrain(args) => commands::pretrain::run(args, logging),
-        Command::Generate(args) => commands::generate::run(args),
+        Command::Generate(args) => commands::generate::run(args, logging),
         Command::Export(args) => commands::export::run(args),
-        Command::Bench(args) => commands::bench::run(args),
+        Command::Bench(args) => commands::bench::run(args, logging),
         Command::Schema => commands::schema(),
         Command::Doctor(args) => commands::doctor::run(args),
         Command::Plugin(args) => commands::plugin::run(args),

@@ -104,15 +104,19 @@ pub enum PluginRef {
     },
 }
 
-/// The base model: a checkpoint folder (`path`) or one pretrained here (`pretrain`).
+/// The base model: a checkpoint (`path`) or one pretrained here (`pretrain`).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BaseConfig {
     /// The architecture: the name of a model, as `titer list models` shows it.
     pub model: String,
-    /// A checkpoint: a folder in the Hugging Face layout. Either this or `pretrain`.
+    /// A checkpoint: a folder in the Hugging Face layout. Or a model of the Hugging Face hub, `owner/name`, if there is no such
+    /// folder; `hf://owner/name@revision` is always one. Either this or `pretrain`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
+    /// The branch, tag or commit of a model of the hub; without it, `main`. A commit never changes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
     /// Pretraining from scratch, instead of a checkpoint.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pretrain: Option<PretrainConfig>,

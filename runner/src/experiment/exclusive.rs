@@ -24,9 +24,9 @@ pub(crate) const LENGTH: Exclusive = Exclusive {
 /// Where the base model comes from.
 pub(crate) const ORIGIN: Exclusive = Exclusive {
     table: "base",
-    sides: [&["path"], &["pretrain", "shape", "seeds"]],
+    sides: [&["path", "revision"], &["pretrain", "shape", "seeds"]],
     says: "a base model comes from",
-    help: "set base.path to a checkpoint folder, or add [base.pretrain]",
+    help: "set base.path to a checkpoint folder or a model of the hub, or add [base.pretrain]",
 };
 
 /// All of them.

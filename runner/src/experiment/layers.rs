@@ -139,7 +139,6 @@ impl Source {
         let inner = error.place("key").unwrap_or("");
         let dot = if prefix.is_empty() || inner.is_empty() { "" } else { "." };
         let key = format!("{prefix}{dot}{inner}");
-        let file = error.place("file").map(str::to_owned);
         let mut located = Error::new(error.kind(), error.message());
         if !key.is_empty() {
             located = located.key(key.clone());
@@ -150,9 +149,11 @@ impl Source {
         if let Some(help) = error.remedy() {
             located = located.help(help);
         }
+        let file = error.place("file").map(str::to_owned);
+        let located = located.source(error);
         if let Some(file) = file {
             // The error is about another file, such as a data file; the configuration only names it.
-            return located.at("file", file).at("configuration", self.path.display().to_string()).source(error);
+            return located.at("file", file).at("configuration", self.path.display().to_string());
         }
         if let Some(origin) = self.origin(&key) {
             return located.at("from", shortened(origin));

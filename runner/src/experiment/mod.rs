@@ -8,10 +8,12 @@ pub mod resolve;
 pub(crate) mod schema;
 pub mod spec;
 
+use titer_core::event::Sink;
 use titer_core::report::Input;
 use titer_core::text::Template;
-use titer_core::{AlignmentDefense, Limits};
+use titer_core::{AlignmentDefense, Limits, Result};
 
+use crate::{disk, hub, inputs};
 use config::FineTuneMode;
 use spec::{AdapterSpec, EncodingSpec, LoadSpec, OptimSpec, PluginSpec, PretrainSpec, RowsSpec, Runtime, StreamSpec};
 
@@ -48,9 +50,30 @@ pub struct Experiment {
     pub inputs: Vec<Input>,
 }
 
+impl Experiment {
+    /// Downloads the weights of a base model of the hub, now that no mistake stands against using them. They then count as
+    /// those of a folder do, by their content.
+    ///
+    /// # Errors
+    /// They cannot be downloaded or read.
+    pub fn fetch_weights(&mut self, sink: &dyn Sink) -> Result<()> {
+        for base in &mut self.bases {
+            let Base::Load(spec) = base else { continue };
+            let Some(model) = &spec.hub else { continue };
+            hub::fetch_weights(model, sink)?;
+            spec.content = inputs::content(&spec.files()?, |file| {
+                let blake3 = disk::hash(file)?;
+                self.inputs.push(Input { path: file.display().to_string(), blake3: blake3.clone() });
+                Ok(blake3)
+            })?;
+        }
+        self.inputs.sort();
+        Ok(())
+    }
+}
+
 /// A base model.
 #[derive(Debug, Clone)]
-#[expect(clippy::large_enum_variant, reason = "there are a handful of these")]
 pub enum Base {
     /// A checkpoint folder.
     Load(LoadSpec),

@@ -5,9 +5,12 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use titer_core::Result;
 use titer_core::arithmetic::Arithmetic;
+use titer_core::causal_lm::model_files;
 use titer_core::data::Row;
 use titer_core::optim::Schedule;
+use titer_core::report::HubModel;
 use titer_core::text::Template;
 use titer_core::weights::LoraConfig;
 
@@ -168,11 +171,26 @@ pub struct LoadSpec {
     pub content: String,
     /// How the weights are stored once loaded.
     pub dtype: String,
+    /// What the folder is on the hub, if it comes from there. It is not part of the key either.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hub: Option<HubModel>,
 }
 
 impl LoadSpec {
     /// The content of a folder that holds no weights. Its stages can be planned and not run, and their keys are provisional.
     pub const UNKNOWN: &str = "unknown";
+
+    /// The files that count: of a folder all that can change what the model computes, of the hub those that were taken, since
+    /// others who use the same cache may have taken more.
+    ///
+    /// # Errors
+    /// The folder cannot be read.
+    pub fn files(&self) -> Result<Vec<PathBuf>> {
+        match &self.hub {
+            Some(model) => Ok(model.files.iter().map(|file| self.path.join(file)).collect()),
+            None => model_files(&self.path),
+        }
+    }
 
     /// Whether the folder held the weights when the plan was made.
     pub fn is_known(&self) -> bool {

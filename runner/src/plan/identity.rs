@@ -73,7 +73,7 @@ fn pretrain(spec: &PretrainSpec) -> Value {
 
 fn load(spec: &LoadSpec) -> Value {
     // The content stands for the folder.
-    let LoadSpec { model, version, plugin, path: _, content, dtype } = spec;
+    let LoadSpec { model, version, plugin, path: _, content, dtype, hub: _ } = spec;
     json!({ "model": { "name": model, "version": version, "plugin": plugin }, "content": content, "dtype": dtype })
 }
 

@@ -170,12 +170,17 @@ impl Plan {
         std::iter::successors(find(key), parent).take(self.stages.len()).cloned().collect()
     }
 
-    /// The checkpoint without weights that the plan was made for, if any: it must not be run.
-    pub fn without_weights(&self) -> Option<&LoadSpec> {
-        self.stages.iter().find_map(|stage| match &stage.spec {
-            StageSpec::Load(spec) if !spec.is_known() => Some(spec),
+    /// The checkpoints that it begins with.
+    pub fn checkpoints(&self) -> impl Iterator<Item = &LoadSpec> {
+        self.stages.iter().filter_map(|stage| match &stage.spec {
+            StageSpec::Load(spec) => Some(spec),
             _ => None,
         })
+    }
+
+    /// The checkpoint without weights that the plan was made for, if any: it must not be run.
+    pub fn without_weights(&self) -> Option<&LoadSpec> {
+        self.checkpoints().find(|spec| !spec.is_known())
     }
 }
 

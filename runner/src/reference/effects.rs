@@ -64,6 +64,7 @@ const KEYS: &[(&str, Reach, Part)] = &[
     ("base.model", Base, Setting),
     // By the content of the folder.
     ("base.path", Base, Setting),
+    ("base.revision", Base, Setting),
     ("base.seeds", Base, Coordinates),
     ("base.shape.*", Base, Setting),
     ("base.pretrain.max_length", Base, Setting),

@@ -24,6 +24,7 @@ pub fn of(loaded: &LoadedConfig, plan: &Plan, device: &str) -> Result<Provenance
         plugins: plugin_origins()?.into_iter().collect(),
         config: json!(loaded.config),
         inputs: plan.inputs.clone(),
+        hub: plan.checkpoints().find_map(|spec| spec.hub.clone()),
         processor: environment::processor(),
         device: device.to_owned(),
         arithmetic: plan.arithmetic.clone(),

@@ -198,7 +198,12 @@ fn write_adapter(chain: &[PlannedStage], artifact: &dyn Fn(&str) -> Result<PathB
         1 => stack.remove(0),
         _ => StoredAdapter::sum(&stack)?,
     };
-    let config = peft_config(&adapter.config, Some(&base.to_string_lossy()));
+    let mut config = peft_config(&adapter.config, Some(&base.to_string_lossy()));
+    // Others find a model of the hub by its name.
+    if let Some(model) = base_of(chain)?.checkpoint.and_then(|spec| spec.hub.as_ref()) {
+        config["base_model_name_or_path"] = json!(model.repository);
+        config["revision"] = json!(model.commit);
+    }
     write_json(&out.join(ADAPTER_CONFIG), &config)?;
     disk::write_tensors_for_torch(&out.join(ADAPTER_WEIGHTS), adapter.factors)
 }

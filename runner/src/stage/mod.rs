@@ -21,7 +21,6 @@ use std::time::Duration;
 use candle_core::Device;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use titer_core::causal_lm::model_files;
 use titer_core::data::Stream;
 use titer_core::defense::{Ancestry, Streams};
 use titer_core::device::{parse_dtype, restart_memory_peak};
@@ -146,7 +145,7 @@ impl Stages {
         let dtype = parse_dtype(dtype, &self.device)?;
         let read = || CausalLm::with_weights(&folder, Some(model), &weights, dtype, &self.device);
         match checkpoint {
-            Some(spec) => self.inputs.read(Some(&folder), &model_files(&folder)?, &spec.content, read),
+            Some(spec) => self.inputs.read(Some(&folder), &spec.files()?, &spec.content, read),
             None => read(),
         }
     }

@@ -1,16 +1,20 @@
 //! `titer bench`.
 
+use std::path::Path;
+
 use serde_json::Value;
 use titer_core::arithmetic::{self, Arithmetic};
 use titer_core::bounds::{self, at_most};
 use titer_core::device::parse_device;
 use titer_core::{Error, Settings};
 
-use super::Done;
+use super::{Done, downloads};
 use crate::bench;
 use crate::bench::{AnswerParts, Measurement, Setup, Speed};
 use crate::diagnostics::Problems;
 use crate::environment;
+use crate::hub;
+use crate::logging::Logging;
 
 /// The arguments.
 #[derive(Debug, Clone, clap::Args)]
@@ -58,8 +62,8 @@ pub enum What {
 /// What both kinds share.
 #[derive(Debug, Clone, clap::Args)]
 pub struct On {
-    /// A shape, with random weights, or a model's folder.
-    #[arg(long, default_value = "15m", help = format!("A model's folder, or a shape with random weights: {}", bench::shapes()))]
+    /// A shape, with random weights, or a model's folder, or its name on the hub.
+    #[arg(long, default_value = "15m", help = format!("A model's folder, its name on the Hugging Face hub, or a shape with random weights: {}", bench::shapes()))]
     pub model: String,
     /// Rows per batch [default: 5 for a step, 16 for answers].
     #[arg(long)]
@@ -139,7 +143,7 @@ fn at_least_one(key: &str, value: Option<usize>) -> Result<(), Error> {
 ///
 /// # Errors
 /// An unknown shape, method, setting or device, or a folder that holds no model.
-pub fn run(args: &Args) -> Result<Done, Problems> {
+pub fn run(args: &Args, logging: Logging) -> Result<Done, Problems> {
     let (What::Step { on, .. } | What::Generate { on, .. }) = &args.what;
     on.check()?;
     if let What::Generate { new, prompts, .. } = &args.what {
@@ -152,6 +156,9 @@ pub fn run(args: &Args) -> Result<Done, Problems> {
     environment::fix(on.threads.unwrap_or_else(cores));
     let device = parse_device(&on.device)?;
     arithmetic::choose(on.arithmetic);
+    // A shape's name is no name of the hub.
+    let model = hub::model_folder(Path::new(&on.model), &*downloads(logging))?;
+    let on = On { model: model.to_string_lossy().into_owned(), ..on.clone() };
     // On a thread of the pool, as the stages of a run are: from outside, every parallel loop would be a switch of threads.
     let measured = rayon::scope(|_| match &args.what {
         What::Step { method, settings, dropout, checkpointing, .. } => {

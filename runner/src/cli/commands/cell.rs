@@ -95,7 +95,7 @@ impl Found {
         let Self { results, row, .. } = self;
         let manifest = |of: &BTreeMap<String, Value>, id: &str| of.get(id).cloned().unwrap_or_default();
         let made = &results.provenance;
-        let made = json!({
+        let mut run = json!({
             "titer": results.titer,
             "commit": made.commit,
             "plugins": made.plugins,
@@ -106,12 +106,15 @@ impl Found {
             "finished": made.finished,
             "inputs": made.inputs,
         });
+        if let Some(model) = &made.hub {
+            run["hub"] = json!(model);
+        }
         [
             ("coordinates", row.coordinates.clone()),
             ("setting", manifest(&results.settings, &row.setting)),
             ("protocol", manifest(&results.protocols, &row.protocol)),
             ("artifacts", if row.artifacts.is_empty() { Value::Null } else { json!(row.artifacts) }),
-            ("run", made),
+            ("run", run),
         ]
     }
 

@@ -6,15 +6,18 @@ use titer_core::Error;
 use titer_core::bounds::{self, at_most};
 use titer_core::device::parse_device;
 
-use super::Done;
+use super::{Done, downloads};
 use crate::diagnostics::Problems;
+use crate::hub;
+use crate::logging::Logging;
 use crate::stage::{Generation, generate};
 
 /// The arguments.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
-    /// A folder in the Hugging Face layout, such as `titer pretrain` names.
-    #[arg(long, value_name = "DIR")]
+    /// A folder in the Hugging Face layout, such as `titer pretrain` names; or a model of the Hugging Face hub, `owner/name` or
+    /// `hf://owner/name@revision`.
+    #[arg(long, value_name = "MODEL")]
     pub model: PathBuf,
     /// An adapter as PEFT keeps it, such as `titer export --to peft` writes, to put on the model.
     #[arg(long, value_name = "DIR")]
@@ -64,10 +67,10 @@ fn check(args: &Args) -> Result<(), Error> {
 ///
 /// # Errors
 /// The model cannot be loaded, or the device cannot be used.
-pub fn run(args: &Args) -> Result<Done, Problems> {
+pub fn run(args: &Args, logging: Logging) -> Result<Done, Problems> {
     check(args)?;
     let request = Generation {
-        model: args.model.clone(),
+        model: hub::model_folder(&args.model, &*downloads(logging))?,
         adapter: args.adapter.clone(),
         prompts: args.prompts.clone(),
         template: args.template.clone(),

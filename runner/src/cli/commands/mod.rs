@@ -2,12 +2,16 @@
 
 use std::path::PathBuf;
 
+use titer_core::event::Sink;
 use titer_core::weights::checkpoint::Checkpoint;
 use titer_core::{Error, arithmetic};
 
+use crate::cli::outlook::Outlook;
+use crate::cli::progress::for_stderr;
 use crate::diagnostics::Problems;
 use crate::experiment::config::{Config, LoadedConfig};
 use crate::experiment::resolve;
+use crate::logging::Logging;
 use crate::plan::Plan;
 use crate::plan::planner;
 use crate::reference;
@@ -62,8 +66,8 @@ impl ConfigArgs {
     ///
     /// # Errors
     /// Every mistake in the configuration; or the checkpoint has no weights.
-    pub fn prepare(&self, device: Option<&str>) -> Result<(LoadedConfig, Plan, Store), Problems> {
-        let (loaded, plan, store) = self.sketch(device)?;
+    pub fn prepare(&self, device: Option<&str>, logging: Logging) -> Result<(LoadedConfig, Plan, Store), Problems> {
+        let (loaded, plan, store) = self.sketch(device, logging)?;
         if let Some(spec) = plan.without_weights() {
             let error = Checkpoint::open(&spec.path).err().unwrap_or_else(|| {
                 let error = Error::data("the folder holds no weights").file(&spec.path);
@@ -74,19 +78,27 @@ impl ConfigArgs {
         Ok((loaded, plan, store))
     }
 
-    /// The same, also for a checkpoint that is not there yet but for its `config.json`: see [`Plan::without_weights`].
+    /// The same, also for a checkpoint that is not there yet but for its `config.json`: see [`Plan::without_weights`]. A model
+    /// of the hub is downloaded, since keys depend on its content.
     ///
     /// # Errors
     /// Every mistake in the configuration.
-    pub fn sketch(&self, device: Option<&str>) -> Result<(LoadedConfig, Plan, Store), Problems> {
+    pub fn sketch(&self, device: Option<&str>, logging: Logging) -> Result<(LoadedConfig, Plan, Store), Problems> {
         let mut overrides = self.overrides.clone();
         overrides.extend(device.map(|device| format!("device={device:?}")));
         let loaded = Config::load(&self.config, &overrides)?;
         loaded.load_plugins()?;
         arithmetic::choose(loaded.config.arithmetic);
-        let plan = planner::plan(&resolve::resolve(&loaded)?);
-        Ok((loaded, plan, open_store(self.store.as_ref())?))
+        let mut experiment = resolve::resolve(&loaded)?;
+        let fetched = experiment.fetch_weights(&*downloads(logging));
+        fetched.map_err(|error| loaded.source.locate("base.path", error))?;
+        Ok((loaded, planner::plan(&experiment), open_store(self.store.as_ref())?))
     }
+}
+
+/// Shows downloads.
+fn downloads(logging: Logging) -> Box<dyn Sink> {
+    for_stderr(logging.format, Outlook::default())
 }
 
 /// The store in `folder`, or the user's.

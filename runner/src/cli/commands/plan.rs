@@ -6,6 +6,7 @@ use serde_json::json;
 
 use super::{ConfigArgs, Done, pretty};
 use crate::diagnostics::Problems;
+use crate::logging::Logging;
 use crate::plan::Plan;
 use crate::plan::cost::{duration, totals, work};
 use crate::store::Store;
@@ -28,9 +29,9 @@ pub struct Args {
 ///
 /// # Errors
 /// Every mistake in the configuration.
-pub fn run(args: &Args, verbose: u8) -> Result<Done, Problems> {
-    let (_, plan, store) = args.config.sketch(None)?;
-    let stages = args.stages || verbose > 0;
+pub fn run(args: &Args, logging: Logging) -> Result<Done, Problems> {
+    let (_, plan, store) = args.config.sketch(None, logging)?;
+    let stages = args.stages || logging.verbose > 0;
     Ok(if args.json { as_json(&plan, &store) } else { as_text(&plan, &store, stages) }.into())
 }
 

@@ -30,7 +30,7 @@ pub struct Args {
 /// # Errors
 /// The experiment pretrains nothing, or a stage failed.
 pub fn run(args: &Args, logging: Logging) -> Result<Done, Problems> {
-    let (loaded, mut plan, store) = args.config.prepare(args.device.as_deref())?;
+    let (loaded, mut plan, store) = args.config.prepare(args.device.as_deref(), logging)?;
     plan.cells.clear();
     plan.stages.retain(|stage| matches!(stage.spec, StageSpec::Pretrain(_)));
     if plan.stages.is_empty() {

@@ -44,7 +44,7 @@ pub struct Args {
 /// # Errors
 /// The configuration is wrong, the device cannot be used, or the user interrupted the run.
 pub fn run(args: &Args, logging: Logging) -> Result<Done, Problems> {
-    let (loaded, plan, store) = args.config.prepare(args.device.as_deref())?;
+    let (loaded, plan, store) = args.config.prepare(args.device.as_deref(), logging)?;
     let config = &loaded.config;
     let device = DeviceChoice::of(&config.device).map_err(|error| loaded.source.locate("", error))?;
     parse_dtype_for(&config.dtype, device.is_cpu()).map_err(|error| loaded.source.locate("", error))?;

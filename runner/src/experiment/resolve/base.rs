@@ -9,7 +9,7 @@ use titer_core::gguf::Gguf;
 use titer_core::registry::{did_you_mean, find};
 use titer_core::text::Template;
 use titer_core::weights::LoraConfig;
-use titer_core::{Model, ModelEntry, Result, Settings, Task};
+use titer_core::{Error, Model, ModelEntry, Result, Settings, Task};
 
 use super::checks::{Resolver, explained};
 use super::data::{Drawn, Use};
@@ -17,7 +17,10 @@ use crate::experiment::Base;
 use crate::experiment::config::{BaseConfig, EncodingConfig};
 use crate::experiment::exclusive::ORIGIN;
 use crate::experiment::spec::{LoadSpec, PluginSpec, PretrainSpec, absolute};
+use crate::hub::{self, HubName};
 use crate::plugins::identity;
+
+const NO_REVISION: &str = "only a model of the hub has a revision";
 
 impl Resolver<'_> {
     pub(super) fn base(&mut self, base: &BaseConfig, dtype: &str) -> Option<(Vec<Base>, Box<dyn Model>)> {
@@ -30,10 +33,11 @@ impl Resolver<'_> {
                     "a checkpoint has its own shape",
                     "remove [base.shape]",
                 );
-                let (spec, model) = self.checkpoint(entry?, path, dtype)?;
+                let (spec, model) = self.checkpoint(entry?, path, base.revision.as_deref(), dtype)?;
                 Some((vec![Base::Load(spec)], model))
             }
             (None, Some(pretrain)) => {
+                self.check(base.revision.is_none(), "base.revision", NO_REVISION, "remove it");
                 self.seeds("base.seeds", &base.seeds);
                 self.positive("base.pretrain.max_length", pretrain.max_length, bounds::TOKENS);
                 let rows = self.rows("base.pretrain.data", &pretrain.data, Use::Train);
@@ -71,9 +75,17 @@ impl Resolver<'_> {
         &mut self,
         entry: &ModelEntry,
         path: &Path,
+        revision: Option<&str>,
         dtype: &str,
     ) -> Option<(LoadSpec, Box<dyn Model>)> {
         let folder = self.source.folder_of("base.path").join(path);
+        let (hub, folder) = match self.take("base", hub_name(&folder, path, revision))? {
+            Some(name) => {
+                let (model, folder) = self.take("base.path", hub::open(&name))?;
+                (Some(model), folder)
+            }
+            None => (None, folder),
+        };
         let start = self.source.start_of("base.path", path).map_or_else(String::new, |start| start + "; ");
         let files = model_files(&folder).map_err(|error| {
             error.help(format!("{start}set it to a folder with config.json, model.safetensors and tokenizer.json"))
@@ -83,7 +95,8 @@ impl Resolver<'_> {
         let model = self.take("base.path", model_of(entry, &config, &file_of(&folder, "config.json")))?;
         let holds_weights =
             |file: &PathBuf| Gguf::is(file) || file.extension().is_some_and(|extension| extension == WEIGHTS);
-        let content = if files.iter().any(holds_weights) {
+        // Weights of the hub come when nothing else is wrong: see `Experiment::fetch_weights`.
+        let content = if hub.is_none() && files.iter().any(holds_weights) {
             let content = self.content(&files, |_, _| "check the path".to_owned());
             self.take("base.path", content)?
         } else {
@@ -91,7 +104,7 @@ impl Resolver<'_> {
         };
         let plugin = self.take("base.model", identity(entry))?;
         let (model_name, version, dtype) = (entry.name.to_owned(), entry.version, dtype.to_owned());
-        Some((LoadSpec { model: model_name, version, plugin, path: absolute(&folder), content, dtype }, model))
+        Some((LoadSpec { model: model_name, version, plugin, path: absolute(&folder), content, dtype, hub }, model))
     }
 
     /// The template of prompts: a built-in one, a Jinja text, or that of the base model.
@@ -134,6 +147,18 @@ impl Resolver<'_> {
                 &format!("its linear layers: {known}"),
             );
         }
+    }
+}
+
+/// The model of the hub that `path` names, if it does not lead to a folder.
+fn hub_name(folder: &Path, path: &Path, revision: Option<&str>) -> Result<Option<HubName>> {
+    match (HubName::of(path, folder).map_err(|error| error.key("path"))?, revision) {
+        (Some(name), Some(revision)) => name.at(revision).map(Some).map_err(|error| error.key("revision")),
+        (None, Some(_)) => {
+            let help = "remove it, or name a model of the hub by base.path";
+            Err(Error::config(NO_REVISION).key("revision").help(help))
+        }
+        (name, None) => Ok(name),
     }
 }
 
