@@ -123,10 +123,10 @@ pub const WEIGHTS: &str = "safetensors";
 /// # Errors
 /// The folder cannot be read.
 pub fn model_files(folder: &Path) -> Result<Vec<PathBuf>> {
+    const EXTENSIONS: [&str; 5] = [WEIGHTS, "json", "model", "jinja", "txt"];
     if Gguf::is(folder) {
         return Ok(vec![folder.to_owned()]);
     }
-    const EXTENSIONS: [&str; 5] = [WEIGHTS, "json", "model", "jinja", "txt"];
     let listing = std::fs::read_dir(folder).map_err(|error| io_error("read the checkpoint folder", folder, error))?;
     let mut files: Vec<PathBuf> = listing
         .filter_map(|entry| Some(entry.ok()?.path()))

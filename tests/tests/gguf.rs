@@ -168,7 +168,7 @@ fn text_is_read_as_the_file_says() -> Result<()> {
     Ok(())
 }
 
-/// SentencePiece's scores decide what is merged; a space stands before the text; bytes that are no token stand for themselves.
+/// The scores of `SentencePiece` decide what is merged; a space stands before the text; bytes that are no token stand for themselves.
 #[test]
 fn sentence_pieces_are_merged_by_score() -> Result<()> {
     let folder = tempfile::tempdir()?;

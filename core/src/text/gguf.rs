@@ -115,7 +115,7 @@ impl Gguf {
         Ok((model, parts))
     }
 
-    /// The model and the other parts of a BPE tokenizer of SentencePiece. It has scores in place of merges: of two pieces
+    /// The model and the other parts of a BPE tokenizer as `SentencePiece` has it. It has scores in place of merges: of two pieces
     /// that make a third, those are merged first that make the one with the highest score.
     fn sentence_pieces(&self, tokens: &[&str]) -> Result<(Value, Value)> {
         let scores = self.list("tokenizer.ggml.scores").ok_or_else(|| self.missing("tokenizer.ggml.scores"))?;

@@ -162,6 +162,7 @@ pub struct Biases {
 }
 
 /// How a family computes, where families differ.
+#[expect(clippy::struct_excessive_bools, reason = "families differ in these ways independently")]
 #[derive(Debug, Clone, Copy)]
 pub struct Layout {
     /// Whether queries and keys are normalised, each head by itself, before they are rotated.
