@@ -14,6 +14,8 @@ pub fn titer() -> Command {
             command.env_remove(name);
         }
     }
+    // Nor may they reach the network.
+    command.env("HF_HUB_OFFLINE", "1");
     command
 }
 

@@ -105,7 +105,11 @@ impl TestHub {
 
     /// A command with this hub, and its cache in `folder`.
     fn with(&self, folder: &Path, mut command: Command) -> Command {
-        command.env("HF_ENDPOINT", &self.address).env("HF_HOME", folder.join("hf")).env("NO_PROXY", "127.0.0.1");
+        command
+            .env_remove("HF_HUB_OFFLINE")
+            .env("HF_ENDPOINT", &self.address)
+            .env("HF_HOME", folder.join("hf"))
+            .env("NO_PROXY", "127.0.0.1");
         command
     }
 
