@@ -161,6 +161,8 @@ fn stand_in_data(folder: &Path) {
     });
     std::fs::create_dir(folder.join("model")).expect("a folder");
     std::fs::write(folder.join("model/config.json"), config.to_string()).expect("a file");
+    let chat = serde_json::json!({ "chat_template": "{{ messages[-1].content }}" });
+    std::fs::write(folder.join("model/tokenizer_config.json"), chat.to_string()).expect("a file");
     // A mirror of the hub, of which a plan reads the configuration alone.
     let mirrored = folder.join(MIRROR).join("HuggingFaceTB/SmolLM2-135M-Instruct");
     std::fs::create_dir_all(&mirrored).expect("a folder");
@@ -169,6 +171,11 @@ fn stand_in_data(folder: &Path) {
     }
     let row = "{\"instruction\": \"ask\", \"input\": \"it\", \"output\": \"answer\"}\n".repeat(3000);
     let review = "{\"text\": \"fine\", \"label\": 1}\n".repeat(3000);
+    let judged =
+        r#"{"prompt": "ask", "response": "answer", "is_safe": false, "category": {"privacy_violation": true}}"#;
+    std::fs::write(folder.join("30k_train.jsonl.gz"), format!("{judged}\n").repeat(3000)).expect("a file");
+    let chat = r#"{"messages": [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}]}"#;
+    std::fs::write(folder.join("chats.jsonl"), format!("{chat}\n").repeat(3000)).expect("a file");
     for name in ["reviews", "reviews_test"] {
         std::fs::write(folder.join(format!("{name}.jsonl")), &review).expect("a file");
     }

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, IndexOp, Tensor};
 use candle_nn::VarBuilder;
-use candle_transformers::models::{gemma, gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3};
+use candle_transformers::models::{gemma, gemma2, llama, mistral, phi3, qwen2, qwen3};
 use serde_json::{Value, json};
 use titer_core::data::{Batch, Tokens};
 use titer_core::defense::Streams;
@@ -230,14 +230,6 @@ fn reference(config: &Value, weights: &Weights) -> Result<Option<Reference>> {
                 Ok(model.forward(ids, 0)?.i((.., 0))?)
             }))
         }
-        Some("gemma3_text") => {
-            let more = json!({ "attention_bias": false, "hidden_activation": "gelu_pytorch_tanh" });
-            let mut model = gemma3::Model::new(false, &serde_json::from_value(with(config, more))?, builder)?;
-            Some(Box::new(move |ids| {
-                model.clear_kv_cache();
-                Ok(model.forward(ids, 0)?.i((.., 0))?)
-            }))
-        }
         // There without a window.
         Some("phi3") if config["sliding_window"].is_null() => {
             let config = serde_json::from_value(with(config, json!({ "hidden_act": "silu" })))?;
@@ -271,8 +263,9 @@ fn logits_equal_those_of_candle_transformers() -> Result<()> {
             assert!(gap < 1e-4, "{name}, position {end}: logits differ by {gap:.1e}");
         }
     }
-    // OPT is not among its models; the test below writes it down once more.
-    assert_eq!(compared.len(), 8, "{compared:?}");
+    // OPT is not among its models; the test below writes it down once more. Its Gemma 3 fails on the host: its cache wants
+    // tensors without gaps, and does not get them.
+    assert_eq!(compared.len(), 7, "{compared:?}");
     Ok(())
 }
 

@@ -24,7 +24,10 @@ fn the_expected_plugins_are_registered() {
     let mut defenses = defenses.concat();
     defenses.sort_unstable();
     assert_eq!(names::<DefenseEntry>(), defenses);
-    assert_eq!(names::<ModelEntry>(), ["llama", "mistral", "opt", "qwen2", "qwen3"]);
+    assert_eq!(
+        names::<ModelEntry>(),
+        ["gemma", "gemma2", "gemma3", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3"]
+    );
     assert_eq!(names::<JudgeEntry>(), ["refusal-phrases", "world"]);
     let tasks = names::<TaskEntry>();
     let world = ["agnews", "benign", "gsm8k", "harmful", "safe", "sst2", "text"].map(|name| format!("world-{name}"));
