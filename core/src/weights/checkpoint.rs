@@ -1,6 +1,6 @@
 //! Safetensors and GGUF files, read tensor by tensor; safetensors files are written whole.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -166,18 +166,21 @@ fn model_files(folder: &Path) -> Result<Vec<PathBuf>> {
         }
         return Ok(vec![single]);
     }
+    Ok(shards(&index)?.into_iter().map(|name| folder.join(name)).collect())
+}
+
+/// The names of the files that a shard index lists.
+///
+/// # Errors
+/// The index cannot be read or is malformed.
+pub fn shards(index: &Path) -> Result<BTreeSet<String>> {
     let again = "copy or download model.safetensors.index.json again";
-    let bytes = bounds::read_file("read the shard index", &index, bounds::JSON_BYTES)?;
+    let bytes = bounds::read_file("read the shard index", index, bounds::JSON_BYTES)?;
     let map: serde_json::Value = serde_json::from_slice(&bytes)
-        .map_err(|error| Error::data("the shard index is not valid JSON").file(&index).source(error).help(again))?;
-    let shards = map["weight_map"].as_object().map(|map| map.values().filter_map(|v| v.as_str()));
-    let mut shards: Vec<PathBuf> = shards
-        .ok_or_else(|| Error::data("the shard index has no `weight_map`").file(&index).help(again))?
-        .map(|name| folder.join(name))
-        .collect();
-    shards.sort();
-    shards.dedup();
-    Ok(shards)
+        .map_err(|error| Error::data("the shard index is not valid JSON").file(index).source(error).help(again))?;
+    let map = map["weight_map"].as_object();
+    let map = map.ok_or_else(|| Error::data("the shard index has no `weight_map`").file(index).help(again))?;
+    Ok(map.values().filter_map(|name| name.as_str()).map(str::to_owned).collect())
 }
 
 fn dtype(dtype: Dtype) -> Option<DType> {

@@ -5,7 +5,7 @@
 //! of 0.5 takes a download of any length for the whole, goes on behind a part even if the server starts anew, waits for ever,
 //! and can neither stay offline nor use `HF_HUB_CACHE`.
 //!
-//! Only the client ([`http`]) is behind the feature `hub`; what is in the cache or in a mirror can be used without it.
+//! Only the client is behind the feature `hub`; what is in the cache or in a mirror can be used without it.
 
 mod cache;
 #[cfg(feature = "hub")]
@@ -17,11 +17,11 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use serde_json::Value;
 use titer_core::bounds;
 use titer_core::causal_lm::WEIGHTS;
 use titer_core::event::Sink;
 use titer_core::report::HubModel;
+use titer_core::weights::checkpoint::shards;
 use titer_core::{Error, Result};
 
 use cache::RepositoryCache;
@@ -307,32 +307,23 @@ fn model_files(
     if has(INDEX) {
         get(INDEX)?;
         files.push(INDEX.to_owned());
-        files.extend(shards(&folder.join(INDEX))?);
+        let index = folder.join(INDEX);
+        let shards = shards(&index)?;
+        let fits = |name: &str| is_inside(name) && Path::new(name).extension().is_some_and(|found| found == WEIGHTS);
+        if let Some(name) = shards.iter().find(|name| !fits(name)) {
+            let name = name.escape_debug();
+            return Err(Error::data(format!(
+                "the shard index names `{name}`, which is no file of safetensors beside it"
+            ))
+            .file(index)
+            .help("do not use this repository, and check HF_ENDPOINT"));
+        }
+        files.extend(shards);
     } else {
         files.push(SINGLE.to_owned());
     }
     files.sort();
     Ok(files)
-}
-
-/// The files that an index names.
-fn shards(index: &Path) -> Result<BTreeSet<String>> {
-    let again = "take another revision of the repository";
-    let bytes = bounds::read_file("read the shard index", index, bounds::JSON_BYTES)?;
-    let value: Value = serde_json::from_slice(&bytes)
-        .map_err(|error| Error::data("the shard index is not valid JSON").file(index).source(error).help(again))?;
-    let map = value["weight_map"].as_object();
-    let map = map.ok_or_else(|| Error::data("the shard index has no `weight_map`").file(index).help(again))?;
-    map.values()
-        .map(|name| match name.as_str() {
-            Some(name) if is_inside(name) && Path::new(name).extension().is_some_and(|found| found == WEIGHTS) => {
-                Ok(name.to_owned())
-            }
-            _ => Err(Error::data(format!("the shard index names `{name}`, which is no file of safetensors beside it"))
-                .file(index)
-                .help("do not use this repository, and check HF_ENDPOINT")),
-        })
-        .collect()
 }
 
 /// Whether the hub could have a repository of this name.
@@ -413,7 +404,7 @@ mod tests {
         let files = |found: &[&str]| model_files(&names(found), folder.path(), WRONG_REMEDY, |_| Ok(()));
         let single = ["README.md", CONFIG, SINGLE, TOKENIZER, "onnx/model.onnx", "pytorch_model.bin", "vocab.json"];
         assert_eq!(files(&single).unwrap(), [CONFIG, SINGLE, TOKENIZER, "vocab.json"]);
-        let index = |map: Value| {
+        let index = |map: serde_json::Value| {
             std::fs::write(folder.path().join(INDEX), serde_json::json!({ "weight_map": map }).to_string()).unwrap();
             files(&[CONFIG, INDEX, SINGLE, TOKENIZER])
         };
