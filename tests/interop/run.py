@@ -1,0 +1,66 @@
+"""Checks Titer against transformers, peft, tokenizers, safetensors and pandas.
+
+    python tests/interop/run.py --titer target/release/titer
+
+Prints a line for each check, and fails if there is any difference.
+"""
+
+import argparse
+import importlib
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from common import Results, Titer
+
+PARTS = ["models", "peft", "tokens", "templates", "results"]
+CLIENTS = ["transformers", "peft", "tokenizers", "safetensors", "torch", "pandas"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--titer", type=Path, required=True, help="the binary")
+    parser.add_argument("--only", choices=PARTS, action="append", help="this part alone; may be repeated")
+    parser.add_argument("--matching", default="", help="only checks with this in their name")
+    parser.add_argument("--table", type=Path, help="the file to write the table to")
+    arguments = parser.parse_args()
+    results, begun = Results(), time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="titer-interop-") as folder:
+        for part in arguments.only or PARTS:
+            # Files are called `check_peft` and so on, since a `peft.py` here would hide the library.
+            module = importlib.import_module(f"check_{part}")
+            home = Path(folder).resolve() / part
+            home.mkdir()
+            for name, function in module.checks(Titer(arguments.titer.resolve()), home):
+                if arguments.matching in name:
+                    results.check(part, name, function)
+    failed = results.failed()
+    print(f"{len(results.entries)} checks, {len(failed)} failed, in {time.monotonic() - begun:.0f} s")
+    if not results.entries:
+        sys.exit("no check ran")
+    if arguments.table:
+        arguments.table.write_text(table(results.entries))
+    sys.exit(1 if failed else 0)
+
+
+def table(entries):
+    clients = ", ".join(f"{name} {version(name)}" for name in CLIENTS)
+    lines = [
+        "# With the real clients",
+        "",
+        "<!-- written by `python tests/interop/run.py --titer target/release/titer --table FILE`: do not edit -->",
+        "",
+        f"Titer against {clients}, on tiny models with random weights, in f32 on the CPU.",
+        "",
+        "| part | check | result | figure |",
+        "|---|---|---|---|",
+    ]
+    clean = lambda text: " ".join(text.replace("|", "\\|").split())
+    lines += ["| " + " | ".join(map(clean, entry)) + " |" for entry in entries]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
