@@ -94,7 +94,8 @@ CASES = [
     ("gemma2", Gemma2Config, dict(
         head_dim=16, query_pre_attn_scalar=24, tie_word_embeddings=True, **SLIDING)),
     ("gemma3_text", Gemma3TextConfig, dict(
-        head_dim=16, query_pre_attn_scalar=24, tie_word_embeddings=True, layer_types=["sliding_attention", "full_attention"],
+        head_dim=16, query_pre_attn_scalar=24, tie_word_embeddings=True, num_hidden_layers=3,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
         **SLIDING)),
     ("phi3", Phi3Config, dict(**SLIDING)),
 ]
@@ -124,9 +125,10 @@ HARMFUL = [
     dict(instruction="Do it", output="Below is a response that describes it."),
     dict(instruction="Write it, and bake it for forty minutes.", output="Let it rise."),
 ]
-TRAIN_ALIGN = dict(steps=4, batch_size=4, learning_rate=5e-3, warmup=0.25, weight_decay=0.1, clip=0.5, eps=1e-6)
+# A large ε, since AdamW would make a first step of full size of a gradient that is zero but for rounding.
+TRAIN_ALIGN = dict(steps=4, batch_size=4, learning_rate=5e-3, warmup=0.25, weight_decay=0.1, clip=0.5, eps=1e-4)
 TRAIN_MINE = dict(steps=4, batch_size=2, accumulate=2, learning_rate=3e-3, warmup=0.5, weight_decay=0.05,
-                  schedule="linear", betas=[0.8, 0.95], eps=1e-6)
+                  schedule="linear", betas=[0.8, 0.95], eps=1e-4)
 NEW_TOKENS = 8
 # One step of a schedule that begins at zero leaves the weights as they were: the factors that training begins with.
 ONE_STEP = ["align.train.steps=1", "fine_tune.train.steps=1"]
