@@ -25,15 +25,19 @@ def main():
     parser.add_argument("--only", choices=PARTS, action="append", help="this part alone; may be repeated")
     parser.add_argument("--matching", default="", help="only checks with this in their name")
     parser.add_argument("--table", type=Path, help="the file to write the table to")
+    parser.add_argument("--old-peft", type=Path, help="a folder that keeps old versions of peft between runs")
     arguments = parser.parse_args()
     results, begun = Results(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="titer-interop-") as folder:
+        old_peft = (arguments.old_peft or Path(folder) / "old").resolve()
+        old_peft.mkdir(parents=True, exist_ok=True)
         for part in arguments.only or PARTS:
             # Files are called `check_peft` and so on, since a `peft.py` here would hide the library.
             module = importlib.import_module(f"check_{part}")
             home = Path(folder).resolve() / part
             home.mkdir()
-            for name, function in module.checks(Titer(arguments.titer.resolve()), home):
+            more = [old_peft] if part == "peft" else []
+            for name, function in module.checks(Titer(arguments.titer.resolve()), home, *more):
                 if arguments.matching in name:
                     results.check(part, name, function)
     failed = results.failed()
