@@ -295,13 +295,16 @@ def write_rows(path, rows):
 def example(tokenizer, prompt, answer):
     """The tokens of a training row and its labels, -100 where the loss does not look.
 
-    Prompt and answer are tokenized as one text, and every token that holds a part of the answer is a label.
+    Prompt and answer are tokenized as one text, and labels begin behind the prompt's tokens, as usual. Where the two
+    texts share a token, they begin with that one.
     """
     encoding = tokenizer(prompt + answer, return_offsets_mapping=True)
-    tokens = encoding["input_ids"] + [tokenizer.eos_token_id]
-    ends = [end for _, end in encoding["offset_mapping"]]
-    labels = [token if end > len(prompt) else -100 for token, end in zip(tokens, ends)] + [tokens[-1]]
-    return tokens, labels
+    before, tokens = tokenizer(prompt)["input_ids"], encoding["input_ids"]
+    first = len(before)
+    if tokens[:first] != before:
+        first = next(at for at, (_, end) in enumerate(encoding["offset_mapping"]) if end > len(prompt))
+    tokens = tokens + [tokenizer.eos_token_id]
+    return tokens, [-100] * first + tokens[first:]
 
 
 def mean_loss(model, examples):
