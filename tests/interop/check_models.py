@@ -7,6 +7,7 @@ import shutil
 import torch
 from peft import PeftModel
 from transformers import (
+    AutoTokenizer,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -141,7 +142,7 @@ def toml(value):
     """A value as TOML writes it on one line."""
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{key} = {toml(item)}" for key, item in value.items()) + " }"
-    return json.dumps(value)
+    return json.dumps(value, ensure_ascii=False)
 
 
 def config(kind, align_adapter="lora", mode="double", dtype="f32"):
@@ -365,6 +366,11 @@ class Case:
         largest = require_close(logits(exported, self.prompts[2]), expected, LOGIT_TOLERANCE, "logits")
         found = self.generate(self.exported(), PROMPTS)
         require_equal(found, texts(self.tokenizer, greedy(exported, self.prompts)), "answers")
+        with no_warnings():
+            own, before = [AutoTokenizer.from_pretrained(path) for path in (self.exported(), self.folder / "model")]
+        require_equal(own(PROMPTS)["input_ids"], before(PROMPTS)["input_ids"], "tokens of the exported tokenizer")
+        require_equal(own.eos_token_id, before.eos_token_id, "the exported tokenizer's end token")
+        require_equal(exported.generation_config.eos_token_id, self.base().generation_config.eos_token_id, "end tokens")
         return f"largest logit difference {largest:.1e}"
 
     def export_peft(self):

@@ -15,7 +15,6 @@ from common import (
     BOS,
     EOS,
     PAD,
-    Difference,
     NotYet,
     Refused,
     byte_level,
@@ -25,6 +24,7 @@ from common import (
     random_model,
     require,
     require_equal,
+    short,
     texts,
     wrapped,
     write_rows,
@@ -44,7 +44,7 @@ TEMPLATES = [
     ("qwen2", CHATML, "<|im_end|>", False),
     ("qwen2.5", CHATML, "<|im_end|>", False),
     ("qwen3", [*CHATML, "<think>", "</think>"], "<|im_end|>", False),
-    ("gemma", ["<start_of_turn>", "<end_of_turn>"], EOS, True),
+    ("gemma", ["<start_of_turn>", "<end_of_turn>"], "<end_of_turn>", True),
     ("phi-3", ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"], "<|end|>", False),
     ("zephyr", [], EOS, True),
 ]
@@ -61,11 +61,18 @@ ROWS = [
     dict(instruction="<|im_start|>system\nObey.<|im_end|>\n<|eot_id|><|end|><end_of_turn>", output="no [/INST] no"),
     dict(instruction="[INST] <<SYS>> </s><s> [/INST] <|user|> <think>", output="done"),
     dict(instruction="\\n and \\ and C:\\new", output="\\t"),
+    dict(instruction="Is it good?", input="A fine film.\n", output="positive"),
 ]
+
+SYSTEM = 'Be "brief", {kind}.\nAnswer\tat once. '
+TURNS = [("user", "Hello  "), ("assistant", " Good day!\n"), ("user", "{{ Bread }}?"), ("assistant", "Mix\n\nflour. <s>")]
+CONVERSATIONS = [TURNS[:2], TURNS, [*TURNS[:3], ("assistant", "<think>\nhm\n</think>\n\nYes."), *TURNS]]
 
 
 def user(row):
-    return [dict(role="user", content=row["instruction"])]
+    """An input follows its instruction after an empty line, as Titer's documentation says."""
+    more = "\n\n" + row["input"] if row.get("input") else ""
+    return [dict(role="user", content=row["instruction"] + more)]
 
 
 class Model:
@@ -103,42 +110,61 @@ class Model:
                 raise NotYet("not supported yet") from None
             raise
 
-    def prompt(self, row, **more):
-        return self.tokenizer.apply_chat_template(
-            user(row), add_generation_prompt=True, return_dict=False, **more
-        )
+    def tokens(self, messages, **more):
+        return self.tokenizer.apply_chat_template(messages, return_dict=False, **more)
 
     def prompts(self):
         self.known()
-        expected = texts(self.tokenizer, greedy(load(self.folder / "model"), [self.prompt(row) for row in ROWS], 8))
-        asked = [row["instruction"] for row in ROWS]
+        rows = [row for row in ROWS if "input" not in row]
+        tokens = [self.tokens(user(row), add_generation_prompt=True) for row in rows]
+        expected = texts(self.tokenizer, greedy(load(self.folder / "model"), tokens, 8))
+        asked = [row["instruction"] for row in rows]
         found = self.titer.generate(self.folder / "model", asked, template="model", tokens=8)
         require_equal(found, expected, "answers")
-        return f"{len(ROWS)} prompts"
+        return f"{len(rows)} prompts"
 
     def rows(self):
-        """Rows end in the end token, or are whole conversations as the template closes them."""
+        conversations = [[*user(row), dict(role="assistant", content=row["output"])] for row in ROWS]
+        return self.learnt(conversations, "rows.jsonl", "")
+
+    def conversations(self, system):
+        """Conversations with several turns; the system turn stands in them, or in the configuration."""
+        turns = [[dict(role=role, content=text) for role, text in turns] for turns in CONVERSATIONS]
+        whole = [[dict(role="system", content=SYSTEM), *conversation] for conversation in turns]
+        inside = system == "in the rows"
+        if system == "none":
+            whole = turns
+        write_rows(self.folder / "chats.jsonl", [dict(chat=chat) for chat in (whole if inside else turns)])
+        more = f"system = {json.dumps(SYSTEM)}, " if system == "in the configuration" else ""
+        return self.learnt(whole, "chats.jsonl", more)
+
+    def example(self, conversation):
+        """The tokens of a row and its labels: what the template writes behind the prompt."""
+        prompt = self.tokens(conversation[:-1], add_generation_prompt=True)
+        tokens = self.tokens(conversation)
+        if tokens[: len(prompt)] != prompt:
+            # Mistral's template puts the system turn into the last turn if that is the user's, and else leaves it out.
+            # The answer must still be learnt behind the prompt that it will be asked with.
+            rest = conversation[1:]
+            before = self.tokens(rest[:-1], add_generation_prompt=True)
+            whole = self.tokens(rest)
+            require(whole[: len(before)] == before, "the check is weak: the prompt is no beginning of the row")
+            tokens = prompt + whole[len(before) :]
+        return tokens, [-100] * len(prompt) + tokens[len(prompt) :]
+
+    def learnt(self, conversations, file, more):
+        """Compares the losses of whole conversations, of which the last answer is learnt."""
         self.known()
-        found = self.titer.run(self.folder, self.text()).losses("align")
-        for name, tokens_of in (("answers end in the end token", self.ended), ("whole conversations", self.conversation)):
-            expected = [self.loss(self.prompt(row), tokens_of(row)) for row in ROWS]
-            lone = unmatched(expected, found)
-            if not lone:
-                return f"{len(ROWS)} rows, {name}"
-        raise Difference(f"no loss is that of {[ROWS[at] for at in lone][:3]}")
-
-    def loss(self, prompt, tokens):
-        shared = len(prompt) if tokens[: len(prompt)] == prompt else None
-        require(shared, "the check is weak: the prompt is no beginning of the row")
-        return mean_loss(self.model, [(tokens, [-100] * shared + tokens[shared:])]).item()
-
-    def ended(self, row):
-        text = self.prompt(row, tokenize=False) + row["output"]
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id]
-
-    def conversation(self, row):
-        messages = [*user(row), dict(role="assistant", content=row["output"])]
-        return self.tokenizer.apply_chat_template(messages, return_dict=False)
+        expected = [mean_loss(self.model, [self.example(conversation)]).item() for conversation in conversations]
+        text = config(len(conversations), file, "model", 1000)
+        if file == "chats.jsonl":
+            text = text.replace(f'train = "{file}"', f'train = "{file}", columns = {{ messages = "chat" }}')
+        text = text.replace("encoding = { ", "encoding = { " + more, 1)
+        found = self.titer.run(self.folder, text, name=f"{file}-{len(more)}").losses("align")
+        lone = [conversations[at] for at in unmatched(expected, found)]
+        require(not lone, f"no loss is that of {short(lone)}")
+        require_equal(len(found), len(expected), "rows")
+        return f"{len(found)} rows"
 
     def in_configuration(self, value):
         """The template as older versions of transformers save it: in tokenizer_config.json."""
@@ -156,6 +182,8 @@ def checks(titer, folder):
         model = Model(titer, folder / f"model-{at}", name, *more)
         yield f"{name}: prompts", model.prompts
         yield f"{name}: rows", model.rows
+        for system in ["none"] if name == "gemma" else ["none", "in the rows", "in the configuration"]:
+            yield f"{name}: conversations, system {system}", functools.partial(model.conversations, system)
         yield f"{name}: template in tokenizer_config.json", functools.partial(model.in_configuration, lambda text: text)
         if at == 0:
             named = lambda text: [dict(name="default", template=text), dict(name="tool_use", template="no")]
