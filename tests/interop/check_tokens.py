@@ -246,7 +246,7 @@ FORMATS = [
     ("lines.jsonl.xz", lambda table, path: table.to_json(path, orient="records", lines=True)),
     ("lines.jsonl.zst", lambda table, path: table.to_json(path, orient="records", lines=True)),
     ("rows.parquet", lambda table, path: table.to_parquet(path, index=False)),
-    ("brotli.parquet", lambda table, path: table.to_parquet(path, index=False, compression="brotli")),
+    ("zstd.parquet", lambda table, path: table.to_parquet(path, index=False, compression="zstd")),
     ("rows.arrow", lambda table, path: table.to_feather(path, compression="uncompressed")),
 ]
 

@@ -19,11 +19,6 @@ PARTS = ["models", "peft", "tokens", "templates", "results"]
 CLIENTS = ["transformers", "peft", "tokenizers", "safetensors", "torch", "pandas"]
 
 
-# Differences that Titer's developers know of, by part and name of the check. One that is gone must be taken out here.
-KNOWN = {
-}
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--titer", type=Path, required=True, help="the binary")
@@ -44,7 +39,7 @@ def main():
             more = [old_peft] if part == "peft" else []
             for name, function in module.checks(Titer(arguments.titer.resolve()), home, *more):
                 if arguments.matching in name:
-                    results.check(part, name, function, KNOWN.get((part, name)))
+                    results.check(part, name, function)
     failed = results.failed()
     print(f"{len(results.entries)} checks, {len(failed)} failed, in {time.monotonic() - begun:.0f} s")
     if not results.entries:
