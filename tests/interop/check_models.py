@@ -24,6 +24,7 @@ from transformers import (
 from common import (
     CHATML,
     NotYet,
+    Once,
     Refused,
     byte_level,
     example,
@@ -216,19 +217,7 @@ class Case:
                               **settings})
         self.kind = self.config.model_type
         self.prompts = [self.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
-        self.memo = {}
-
-    def once(self, name, make):
-        """What `make` gives. If it failed for one check, it fails for the next one too."""
-        if name not in self.memo:
-            try:
-                self.memo[name] = (make(), None)
-            except Exception as error:
-                self.memo[name] = (None, error)
-        value, error = self.memo[name]
-        if error:
-            raise error
-        return value
+        self.once = Once()
 
     # The checkpoint
 

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, OPTConfig
 
 import write_adapters
 from check_models import LOGIT_TOLERANCE, Case
-from common import NotYet, Refused, logits, numbered, random_model, require, require_close, require_equal, words
+from common import NotYet, Once, Refused, logits, numbered, random_model, require, require_close, require_equal, words
 
 VOCABULARY, END = 120, 119
 HERE = Path(__file__).parent
@@ -149,9 +149,9 @@ def checks(titer, folder, cache):
     """All checks: name and function."""
     write_models(folder)
     newest = importlib.metadata.version("peft")
-    case = Case(titer, folder / "run", LlamaConfig, {})
+    case, once = Case(titer, folder / "run", LlamaConfig, {}), Once()
     for version in [*OLD, newest]:
         yield f"{version}: exports of Titer", functools.partial(read, titer, folder, case, version, cache)
-        written = functools.cache(functools.partial(write, folder, version, cache))
+        written = functools.partial(once, version, functools.partial(write, folder, version, cache))
         for name, *_ in write_adapters.CASES:
             yield f"{version}: {name}", functools.partial(check, titer, folder, written, name)

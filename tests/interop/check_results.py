@@ -36,8 +36,11 @@ class Finished:
         self.titer, self.folder = titer, folder
         self.case = Case(titer, folder, LlamaConfig, {})
 
-    @functools.cached_property
+    @property
     def run(self):
+        return self.case.once("several", self.make_run)
+
+    def make_run(self):
         self.case.run()
         # At p = 0 all rows are the user's own.
         write_rows(self.folder / "mine.jsonl", MINE * 2)
@@ -46,7 +49,7 @@ class Finished:
         methods = [f'{{ name = {toml(name)}, align = "sft" }}' for name in METHODS]
         return self.titer.run(self.folder, f"seeds = {SEEDS}\n{before}methods = [{', '.join(methods)}]\n", name="several")
 
-    @functools.cached_property
+    @property
     def results(self):
         return json.loads((self.run.out / "results.json").read_text())
 

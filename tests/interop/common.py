@@ -53,10 +53,29 @@ def require_close(found, expected, tolerance, what):
     return largest
 
 
+class Once:
+    """Makes a thing when it is first asked for. If that failed for one check, it fails for the next one too."""
+
+    def __init__(self):
+        self.made = {}
+
+    def __call__(self, name, make):
+        if name not in self.made:
+            try:
+                self.made[name] = (make(), None)
+            except Exception as error:
+                self.made[name] = (None, error)
+        value, error = self.made[name]
+        if error:
+            raise error
+        return value
+
+
 @dataclass
 class Results:
     """One entry for each check."""
 
+    folder: str = ""  # where everything is made: nothing for a reader of the table
     entries: list = field(default_factory=list)
 
     def check(self, part, name, function):
@@ -69,6 +88,7 @@ class Results:
             result, figure = "FAILS", str(difference)
         except Exception as error:  # A client that fails on what Titer wrote is a difference, too.
             result, figure = "FAILS", short(f"{type(error).__name__}: {error}", 600)
+        figure = figure.replace(f"{self.folder}/", "") if self.folder else figure
         self.entries.append((part, name, result, figure))
         print(f"{part}: {name}: {result}" + (f" ({figure})" if figure else ""), flush=True)
 
