@@ -1,11 +1,13 @@
 """Tiny checkpoints of every architecture, written by transformers: answers, losses of training, exports."""
 
 import copy
+import functools
 import json
 import shutil
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import (
     AutoTokenizer,
     Gemma2Config,
@@ -260,8 +262,8 @@ class Case:
         return f"{sum(map(len, answers))} tokens"
 
     def text_of_answers(self):
-        expected = texts(self.tokenizer, greedy(load(self.folder / "model"), self.prompts))
         self.model()
+        expected = texts(self.tokenizer, greedy(self.base(), self.prompts))
         require_equal(self.generate(self.folder / "model", PROMPTS), expected, "answers")
 
     def sharded(self):
@@ -401,6 +403,66 @@ MODES = [
 ]
 
 
+# Folders as they are found: name, what differs in the model, what is then changed in which file. A null removes a key.
+FOLDERS = [
+    ("keys left out", dict(num_key_value_heads=4), "config.json", dict.fromkeys(
+        ["rms_norm_eps", "max_position_embeddings", "head_dim", "num_key_value_heads", "rope_parameters", "hidden_act",
+         "attention_bias", "mlp_bias", "tie_word_embeddings", "pad_token_id", "dtype"])),
+    ("rope as version 4 wrote it", {}, "config.json", dict(
+        rope_parameters=None, rope_theta=500.0, rope_scaling=dict(type="linear", factor=3.0))),
+    ("llama3 rope as version 4 wrote it", {}, "config.json", dict(
+        rope_parameters=None, rope_theta=500.0,
+        rope_scaling={key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"})),
+    ("end tokens in config.json alone", {}, "generation_config.json", None),
+    ("an end token more", {}, "generation_config.json", dict(eos_token_id=[2, *range(100, 140)])),
+    ("repetition penalty", {}, "generation_config.json", dict(repetition_penalty=1.5)),
+    ("no repeated pairs", {}, "generation_config.json", dict(no_repeat_ngram_size=2)),
+    ("a shortest answer", {}, "generation_config.json", dict(min_new_tokens=9)),
+    ("a shortest text", {}, "generation_config.json", dict(min_length=18)),
+    ("tokens suppressed", {}, "generation_config.json", dict(suppress_tokens=list(range(5, 200)))),
+    ("words forbidden", {}, "generation_config.json", dict(bad_words_ids=[[token] for token in range(5, 200)])),
+    ("tokens that are liked", {}, "generation_config.json", dict(sequence_bias=[[[40], 9.0]])),
+]
+
+
+def folder_as_found(titer, folder, different, file, changes):
+    """What transformers makes of a folder counts, whatever stands in it."""
+    case = Case(titer, folder, LlamaConfig, different)
+    case.model()
+    path = case.folder / "model" / file
+    if changes is None:
+        path.unlink()
+    else:
+        keys = {**json.loads(path.read_text()), **changes}
+        path.write_text(json.dumps({key: value for key, value in keys.items() if value is not None}))
+    try:
+        found = titer.generate(case.folder / "model", PROMPTS)
+    except Refused as error:
+        require(changes and any(key in str(error) for key in changes), f"the refusal names no key: {error}")
+        return "refused, names the key"
+    expected = texts(case.tokenizer, greedy(load(case.folder / "model"), case.prompts))
+    if found != expected and changes and any(key in titer.said for key in changes):
+        return "not obeyed, warns of the key"
+    require_equal(found, expected, "answers")
+
+
+def adamw(titer, folder):
+    """The length of AdamW's first update. It is far below what losses show, but every step has it."""
+    case = Case(titer, folder, LlamaConfig, {}, align_adapter="full", mode="full")
+    case.run()
+    changes = ["steps=1", "warmup=0", "clip=0", "weight_decay=0", "eps=1e-8"]
+    run = titer.run(folder, case.text, name="one", changes=[f"align.train.{change}" for change in changes])
+    before, after = case.base().double().state_dict(), load_file(run.stage("align") / "model.safetensors")
+    model = case.base().double()
+    trained(model, ALIGN, case.tokenizer, dict(TRAIN_ALIGN, steps=1, warmup=0, clip=1e9, weight_decay=0, eps=1e-8))
+    found, expected, length = 0.0, model.state_dict(), 0.0
+    for name, tensor in after.items():
+        moved = expected[name] - before[name]
+        found += (moved * (tensor.double() - before[name])).sum().item()
+        length += (moved * moved).sum().item()
+    return f"longer by {require_close([found / length], [1], 1e-6, 'length of the update'):.1e}"
+
+
 def checks(titer, folder):
     """All checks: name and function."""
     for number, (name, kind, settings) in enumerate(CASES):
@@ -414,6 +476,12 @@ def checks(titer, folder):
         kind, different = (LlamaConfig, {}) if number % 2 == 0 else (OPTConfig, {})
         case = Case(titer, folder / f"mode-{number}", kind, different, **settings)
         yield from checks_of_run(f"{case.kind}, {name}", case)
+
+
+    for number, (name, *more) in enumerate(FOLDERS):
+        yield f"llama, {name}: greedy answers", functools.partial(
+            folder_as_found, titer, folder / f"folder-{number}", *more)
+    yield "AdamW's first update", functools.partial(adamw, titer, folder / "adamw")
 
 
 def checks_of_run(name, case):

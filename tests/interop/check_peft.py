@@ -116,8 +116,8 @@ def read(titer, folder, case, version, cache):
     found = json.loads(out.read_text())
     require(not found["warnings"], f"the client warns: {found['warnings']}")
     expected = logits(case.attacked(), tokens)
-    figures = [require_close(found[name], expected, LOGIT_TOLERANCE, f"logits, {name}") for name in ("adapter", "merged")]
-    return f"largest logit difference {max(figures):.1e}"
+    differ = lambda name: require_close(found[name], expected, LOGIT_TOLERANCE, f"logits, {name}")
+    return f"largest logit difference {max(differ('adapter'), differ('merged')):.1e}"
 
 
 def check(titer, folder, written, name):

@@ -46,8 +46,9 @@ class Finished:
         write_rows(self.folder / "mine.jsonl", MINE * 2)
         text = self.case.text.replace("harmful_ratios = [0.5]", f"harmful_ratios = {RATIOS}")
         before, _ = text.split("methods = ")
-        methods = [f'{{ name = {toml(name)}, align = "sft" }}' for name in METHODS]
-        return self.titer.run(self.folder, f"seeds = {SEEDS}\n{before}methods = [{', '.join(methods)}]\n", name="several")
+        methods = ", ".join(f'{{ name = {toml(name)}, align = "sft" }}' for name in METHODS)
+        text = f"seeds = {SEEDS}\n{before}methods = [{methods}]\n"
+        return self.titer.run(self.folder, text, name="several")
 
     @property
     def results(self):
@@ -213,4 +214,5 @@ def checks(titer, folder):
     yield "weights of the store in safetensors", finished.artifacts
     yield "a base that Titer pretrained, metadata", functools.partial(states_format, titer, folder)
     for kind in SHAPES:
-        yield f"a base that Titer pretrained, in transformers: {kind}", functools.partial(pretrained, titer, folder, kind)
+        check = functools.partial(pretrained, titer, folder, kind)
+        yield f"a base that Titer pretrained, in transformers: {kind}", check

@@ -65,7 +65,12 @@ ROWS = [
 ]
 
 SYSTEM = 'Be "brief", {kind}.\nAnswer\tat once. '
-TURNS = [("user", "Hello  "), ("assistant", " Good day!\n"), ("user", "{{ Bread }}?"), ("assistant", "Mix\n\nflour. <s>")]
+TURNS = [
+    ("user", "Hello  "),
+    ("assistant", " Good day!\n"),
+    ("user", "{{ Bread }}?"),
+    ("assistant", "Mix\n\nflour. <s>"),
+]
 CONVERSATIONS = [TURNS[:2], TURNS, [*TURNS[:3], ("assistant", "<think>\nhm\n</think>\n\nYes."), *TURNS]]
 
 

@@ -117,7 +117,8 @@ def without_bos():
 def with_greedy_markers():
     """As in Phi-3: markers that take the space beside them."""
     tokenizer = byte_level(special=[PAD, BOS, EOS]).backend_tokenizer
-    tokenizer.add_special_tokens([AddedToken(MARKERS[0], rstrip=True), AddedToken(MARKERS[1], rstrip=True, lstrip=True)])
+    begin, end = MARKERS
+    tokenizer.add_special_tokens([AddedToken(begin, rstrip=True), AddedToken(end, rstrip=True, lstrip=True)])
     tokenizer.add_tokens([AddedToken("bread", single_word=True), AddedToken("### Response:", normalized=False)])
     return wrapped(tokenizer)
 

@@ -125,14 +125,16 @@ class Titer:
     """The binary."""
 
     binary: Path
+    said: str = ""  # what the last call printed beside its result: warnings
 
     def call(self, *arguments):
         """What it prints. What the user has set must not reach it."""
         environment = {key: value for key, value in os.environ.items() if not key.startswith("TITER_")}
         command = [str(self.binary), *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, env=environment, timeout=300)
+        self.said = done.stderr.decode()
         if done.returncode != 0:
-            raise Refused(done.stderr.decode())
+            raise Refused(self.said)
         return done.stdout.decode()
 
     def generate(self, model, prompts, *more, template="{{ instruction }}", tokens=16):

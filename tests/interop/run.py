@@ -57,9 +57,9 @@ def table(entries):
         "",
         "<!-- written by `.ci/interop --table docs/measurements/interop.md`: do not edit -->",
         "",
-        f"Titer against {clients}, on tiny models with random weights, in f32 on the CPU. Adapters were also written and "
-        "read by older versions of peft, which are named in front of the check. A difference of losses is the largest of "
-        "all steps or rows, and one of logits the largest of all tokens and words.",
+        f"Titer against {clients}, on tiny models with random weights, in f32 on the CPU. Adapters were also written "
+        "and read by older versions of peft, which are named in front of the check. A difference of losses is the "
+        "largest of all steps or rows, and one of logits the largest of all tokens and words.",
         "",
         "| part | check | result | figure |",
         "|---|---|---|---|",

@@ -2,8 +2,8 @@
 
     python write_adapters.py WORK OUT
 
-WORK holds the folders `llama` and `opt` with models and `prompts.json` with tokens; OUT is made. Runs on peft 0.5 and later, and
-imports nothing of the suite, since the other versions of peft need other versions of transformers.
+WORK holds the folders `llama` and `opt` with models and `prompts.json` with tokens; OUT is made. Runs on peft 0.5 and
+later, and imports nothing of the suite, since the other versions of peft need other versions of transformers.
 """
 
 import inspect
