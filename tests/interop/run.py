@@ -64,9 +64,17 @@ def table(entries):
         "| part | check | result | figure |",
         "|---|---|---|---|",
     ]
-    clean = lambda text: " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
-    lines += ["| " + " | ".join(map(clean, entry)) + " |" for entry in entries]
+    lines += ["| " + " | ".join(map(cell, entry)) + " |" for entry in entries]
     return "\n".join(lines) + "\n"
+
+
+def cell(text):
+    """A text as a cell of a table. Answers of random models may hold anything."""
+    text = " ".join(text.encode("ascii", "backslashreplace").decode().split())
+    text = text if len(text) <= 160 else text[:160] + " ..."
+    for sign, written in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("[", "\\["), ("`", "'")):
+        text = text.replace(sign, written)
+    return text
 
 
 if __name__ == "__main__":
