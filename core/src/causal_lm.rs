@@ -214,15 +214,7 @@ fn with_special_tokens(tokenizer: Tokenizer, folder: &Path, config: &Value) -> R
             None => Ok(Vec::new()),
         }
     };
-    // What transformers' own generation would obey, greedy decoding included.
-    for (key, neutral) in
-        [("repetition_penalty", json!(1.0)), ("no_repeat_ngram_size", json!(0)), ("min_new_tokens", json!(0))]
-    {
-        if !generation[key].is_null() && generation[key].as_f64() != neutral.as_f64() {
-            let (file, value) = (folder.join("generation_config.json"), generation[key].to_string());
-            tracing::warn!(file = %file.display(), key, value, "this setting of generation is not applied");
-        }
-    }
+    warn_of_generation(&generation, &folder.join("generation_config.json"));
     let ends = ids("eos_token_id")?;
     let named = read_optional(&folder.join("tokenizer_config.json"))?;
     let named = named["eos_token"].as_str().or_else(|| named["eos_token"]["content"].as_str());
@@ -234,6 +226,22 @@ fn with_special_tokens(tokenizer: Tokenizer, folder: &Path, config: &Value) -> R
     })?;
     let pad = ids("pad_token_id")?.first().copied().unwrap_or(eos);
     Ok(tokenizer.with_special(eos, ends, pad))
+}
+
+/// Warns of settings that transformers' own generation would obey, also when it decodes greedily, and that are not applied here.
+fn warn_of_generation(generation: &Value, file: &Path) {
+    for (key, neutral) in
+        [("repetition_penalty", 1.), ("no_repeat_ngram_size", 0.), ("min_new_tokens", 0.), ("min_length", 0.)]
+    {
+        if generation[key].as_f64().is_some_and(|value| value != neutral) {
+            tracing::warn!(file = %file.display(), key, value = %generation[key], "this setting of generation is not applied");
+        }
+    }
+    for key in ["suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias", "forced_bos_token_id"] {
+        if !generation[key].is_null() && generation[key] != json!([]) {
+            tracing::warn!(file = %file.display(), key, "this setting of generation is not applied");
+        }
+    }
 }
 
 /// A configuration that a model folder may lack; null if it does.

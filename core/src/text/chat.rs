@@ -272,6 +272,17 @@ mod tests {
         Ok(())
     }
 
+    /// As Mistral's, which puts the system prompt into the last turn if that is the user's.
+    #[test]
+    fn a_prompt_that_the_answer_changes_is_refused() {
+        let text = "{% for m in messages %}{% if m.role == 'user' %}[{{ system if loop.last }}{{ m.content }}]{% else %}\
+                    {{ m.content }}{% endif %}{% endfor %}";
+        let template = super::super::Template::from(chat(&text.replace("system if", "'be safe ' if")));
+        let error = template.render_answered(&Row::new("a", "b")).expect_err("another prompt").to_string();
+        assert!(error.contains("writes the prompt otherwise") && error.contains("key: template"), "{error}");
+        assert!(super::super::Template::from(chat(CHATML)).render_answered(&Row::new("a", "b")).is_ok());
+    }
+
     #[test]
     fn a_conversation_that_the_template_refuses_says_why() {
         let error = chat("{{ raise_exception('roles must alternate') }}").render(&Row::new("a", ""), false);

@@ -128,9 +128,16 @@ impl Template {
     /// The prompt of `row` and its answer, as the template writes them together.
     ///
     /// # Errors
-    /// As [`Template::render`].
+    /// As [`Template::render`], or a chat template writes another prompt where it has the answer: what is learnt would not be
+    /// the answer alone, and not what the model is asked later.
     pub fn render_answered(&self, row: &Row) -> Result<String> {
-        self.render_row(row, true)
+        let whole = self.render_row(row, true)?;
+        if whole.starts_with(&self.render(row)?) {
+            return Ok(whole);
+        }
+        Err(Error::config("the chat template writes the prompt otherwise where its answer follows, so that it cannot be trained with")
+            .key("template")
+            .help("some templates do so with a system prompt: leave `encoding.system` out, or write the format as a Jinja text"))
     }
 
     fn render_row(&self, row: &Row, answered: bool) -> Result<String> {
@@ -199,7 +206,9 @@ impl Template {
     /// # Errors
     /// As [`Template::render`], or the instruction does not reach the prompt.
     pub fn check(&self) -> Result<()> {
-        let prompt = self.render(&Row { input: Some("%input%".into()), ..Row::new("%instruction%", "") })?;
+        let row = Row { input: Some("%input%".into()), ..Row::new("%instruction%", "%output%") };
+        let prompt = self.render(&row)?;
+        self.render_answered(&row)?;
         if prompt.contains("%instruction%") {
             return Ok(());
         }

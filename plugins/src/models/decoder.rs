@@ -470,7 +470,13 @@ fn written<C: DecoderConfig>(config: &C) -> Value {
     let (key, names) = C::LAYOUT.activation_key;
     keys[key] = json!(names[0]);
     // A key that is not set would be read as one left out.
-    let value = |key: &str| if key == "head_dim" { json!(config.common().heads().width) } else { Value::Null };
+    let heads = config.common().heads();
+    let value = |key: &str| match key {
+        "head_dim" => json!(heads.width),
+        // The library refuses a null here.
+        "num_key_value_heads" => json!(heads.key_value),
+        _ => Value::Null,
+    };
     let set = C::left_out().as_object().into_iter().flatten().map(|(key, _)| (key.clone(), value(key))).collect();
     with_left_out(keys, Value::Object(set))
 }

@@ -55,8 +55,8 @@ const COMPANIONS: [&str; 9] = [
 const PICKLES: [&str; 4] = [".bin", ".pt", ".pth", ".ckpt"];
 
 /// What to do where the repository holds no model.
-const WRONG_REMEDY: &str = "take a repository in the form of transformers with a tokenizer.json; adapters and GGUF files are \
-                            no models for Titer";
+const WRONG_REMEDY: &str = "take a repository in the form of transformers with a tokenizer.json; adapters are no models, and \
+                            a GGUF file is given by its path";
 /// What to do where nothing may be downloaded and something is missing.
 const OFFLINE_REMEDY: &str =
     "download the model once: run the same command without --offline and HF_HUB_OFFLINE; or set HF_HOME to where it is";

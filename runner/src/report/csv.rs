@@ -29,7 +29,8 @@ pub(super) fn render(results: &Results) -> Result<String> {
     for (row, coordinates) in results.rows.iter().zip(&rows) {
         let axes = axes.iter().map(|axis| {
             let found = coordinates.iter().find(|coordinate| coordinate.name == *axis);
-            found.map_or_else(String::new, |coordinate| text(&coordinate.value))
+            let stated = found.filter(|coordinate| !coordinate.value.is_empty());
+            stated.map_or_else(String::new, |coordinate| text(&coordinate.value))
         });
         let settings =
             [text(&row.model), defense(&row.align), defense(&row.fine_tune), defense(&row.post), text(&row.lora)];

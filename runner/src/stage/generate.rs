@@ -45,6 +45,7 @@ pub fn generate(request: &Generation, device: &Device) -> Result<Vec<String>> {
         Template::MODEL => Template::of_model(&request.model, None)?,
         text => Template::new(text),
     };
+    template.check()?;
     let encoder = Encoder { tokenizer: base.tokenizer, template, max_length: usize::MAX };
     let prompts = request.prompts.iter().map(|prompt| encoder.prompt(&Row::new(prompt, "")));
     let prompts = prompts.collect::<Result<Vec<_>>>()?;
