@@ -332,13 +332,13 @@ fn sizes_are_held_against_limits_before_anything_is_made() {
 
 /// Files that are no table of rows: name, bytes, what the message must hold.
 const DATA_FILES: [(&str, &[u8], &[&str]); 26] = [
-    ("a.jsonl", b"PAR1\x15\x04\x00", &["Parquet", "to_json"]),
-    ("a.json", b"\x1f\x8b\x08\x00", &["gzip", "gunzip"]),
+    ("a.jsonl", b"PAR1\x15\x04\x00", &["Parquet", "JSON lines"]),
+    ("a.json", b"\x1f\x8b\x08\x00", &["gzip", "cannot be unpacked", "again"]),
     ("a.csv", b"PK\x03\x04\x14\x00", &["ZIP", "unpack"]),
-    ("a.tsv", b"\x28\xb5\x2f\xfd\x00", &["zstd", "unpack"]),
-    ("a.json", b"\xfd7zXZ\x00", &["xz", "unpack"]),
+    ("a.tsv", b"\x28\xb5\x2f\xfd\x00", &["zstd", "cannot be unpacked"]),
+    ("a.json", b"\xfd7zXZ\x00", &["xz", "cannot be unpacked"]),
     ("a.csv", b"BZh91AY", &["bzip2", "unpack"]),
-    ("a.json", b"ARROW1\x00\x00", &["Arrow", "to_json"]),
+    ("a.json", b"ARROW1\x00\x00", &["Arrow", "JSON lines"]),
     ("a.json", b"SQLite format 3\x00", &["SQLite"]),
     ("a.json", b"\x80\x02}q\x00", &["pickle"]),
     ("a.csv", b"\xff\xfea\x00,\x00", &["UTF-16", "iconv"]),
@@ -346,7 +346,7 @@ const DATA_FILES: [(&str, &[u8], &[&str]); 26] = [
     ("a.csv", b"a,b\n1,\x002\n", &["NUL", ":2\n"]),
     ("a.json", b"version https://git-lfs.github.com/spec/v1\n", &["Git LFS", "git lfs pull"]),
     ("a.json", b"<!DOCTYPE html><html></html>", &["HTML"]),
-    ("a.json", b"{\"a\": 1}\n{\"a\": 2}\n", &[".jsonl", ":2\n"]),
+    ("a.json", b"{\"a\": 1}\n{\"a\": 2}\n", &["no column `instruction`", ":1\n"]),
     ("a.jsonl", b"[\n{\"a\": 1}\n]\n", &[":1\n", ".json"]),
     ("a.json", b"", &["not valid JSON"]),
     ("a.csv", b"", &["no row"]),

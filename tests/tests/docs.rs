@@ -161,7 +161,7 @@ fn stand_in_data(folder: &Path) {
     });
     std::fs::create_dir(folder.join("model")).expect("a folder");
     std::fs::write(folder.join("model/config.json"), config.to_string()).expect("a file");
-    let chat = serde_json::json!({ "chat_template": "{{ messages[-1].content }}" });
+    let chat = serde_json::json!({ "chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}" });
     std::fs::write(folder.join("model/tokenizer_config.json"), chat.to_string()).expect("a file");
     // A mirror of the hub, of which a plan reads the configuration alone.
     let mirrored = folder.join(MIRROR).join("HuggingFaceTB/SmolLM2-135M-Instruct");

@@ -129,6 +129,7 @@ fn table() -> Vec<(String, String, Reach, Part)> {
             Base,
             Setting,
         ),
+        ("encoding.system", "", Align, ProtocolAndSetting),
         ("encoding.template", "encoding.template=alpaca", Align, ProtocolAndSetting),
         ("encoding.max_length", "encoding.max_length=48", Align, Setting),
         ("align.data.task", "align.data.0.task=world-benign", Align, Setting),

@@ -59,7 +59,7 @@ mod tests {
 
     #[test]
     fn what_is_written_reads_the_same() -> Result<()> {
-        let built = MistralConfig { vocab_size: 5, ..MistralConfig::default() };
+        let built = MistralConfig { vocab_size: 5, num_key_value_heads: Some(4), ..MistralConfig::default() };
         survives_writing(built.clone())?;
         survives_writing(MistralConfig { sliding_window: Some(7), num_key_value_heads: Some(1), ..built })
     }

@@ -111,7 +111,7 @@ mod tests {
 
     #[test]
     fn what_is_written_reads_the_same() -> Result<()> {
-        let built = Qwen2Config { vocab_size: 5, ..Qwen2Config::default() };
+        let built = Qwen2Config { vocab_size: 5, num_key_value_heads: Some(4), ..Qwen2Config::default() };
         survives_writing(built.clone())?;
         let layer_types = Some(vec![LayerType::FullAttention, LayerType::SlidingAttention, LayerType::FullAttention]);
         survives_writing(Qwen2Config { use_sliding_window: true, sliding_window: Some(9), layer_types, ..built })

@@ -99,7 +99,8 @@ mod tests {
 
     #[test]
     fn what_is_written_reads_the_same() -> Result<()> {
-        let built = Qwen3Config { vocab_size: 5, head_dim: Some(16), ..Qwen3Config::default() };
+        let built =
+            Qwen3Config { vocab_size: 5, head_dim: Some(16), num_key_value_heads: Some(4), ..Qwen3Config::default() };
         survives_writing(built.clone())?;
         survives_writing(Qwen3Config { attention_bias: true, num_key_value_heads: Some(1), ..built })
     }
@@ -110,6 +111,7 @@ mod tests {
         let settings = json!({ "vocab_size": 5 }).as_object().cloned().unwrap_or_default();
         let built = Decoder::build::<Qwen3Config>(&settings.into())?;
         assert_eq!(built.config()["head_dim"], 16);
+        assert_eq!(built.config()["num_key_value_heads"], 4);
         Ok(())
     }
 }

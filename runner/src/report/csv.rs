@@ -118,7 +118,13 @@ mod tests {
         for name in MISSING {
             let row = read(name, Value::Null);
             for column in ["method", "align", "fine_tune", "post", "task", "judge", "protocol", "experiment"] {
-                assert!(!MISSING.contains(&row[column].as_str()), "{column} is {:?} for {name:?}", row[column]);
+                // No name is empty: this stands for an axis that the run does not have, such as the seed of a base that was loaded.
+                let absent = name.is_empty() && ["method", "task"].contains(&column);
+                assert!(
+                    absent || !MISSING.contains(&row[column].as_str()),
+                    "{column} is {:?} for {name:?}",
+                    row[column]
+                );
             }
         }
     }
