@@ -472,8 +472,8 @@ fn written<C: DecoderConfig>(config: &C) -> Value {
     // A key that is not set would be read as one left out.
     let heads = config.common().heads();
     let value = |key: &str| match key {
-        "head_dim" => json!(heads.width),
-        // The library refuses a null here.
+        "head_dim" | "query_pre_attn_scalar" => json!(heads.width),
+        // The library refuses a null here, and above.
         "num_key_value_heads" => json!(heads.key_value),
         _ => Value::Null,
     };

@@ -2,11 +2,11 @@
 //! scores and logits bent towards a limit.
 
 use serde_json::{Value, json};
-use titer_core::{ModelEntry, Result, SettingsType, inventory};
+use titer_core::{ModelEntry, Result, SettingsType, bounds, inventory};
 
-use super::check_positive;
 use super::decoder::{Biases, Decoder, DecoderConfig, Family, Layout, SoftCaps, decoder_keys};
 use super::windows::{LayerType, SlidingPattern, Windows};
+use super::{check_positive, check_sizes};
 
 inventory::submit! {
     ModelEntry {
@@ -26,7 +26,7 @@ decoder_keys! {
         /// Whether the attention projections have biases.
         attention_bias: bool = false,
         /// Scores are divided by the root of this number; the width of a head if absent.
-        query_pre_attn_scalar: Option<f64> = None,
+        query_pre_attn_scalar: Option<usize> = None,
         /// How many positions back a token sees in every other block, its own included; all of them if absent.
         sliding_window: Option<usize> = None,
         /// The attention of each block, in place of every other one.
@@ -45,20 +45,20 @@ impl DecoderConfig for Gemma2Config {
     fn left_out() -> Value {
         json!({
             "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "head_dim": 256,
-            "max_position_embeddings": 8192, "num_key_value_heads": 4, "query_pre_attn_scalar": 256.0,
+            "max_position_embeddings": 8192, "num_key_value_heads": 4, "query_pre_attn_scalar": 256,
             "rms_norm_eps": 1e-6, "sliding_window": 4096, "tie_word_embeddings": true
         })
     }
 
     fn check(&self) -> Result<()> {
         let numbers = [
-            ("query_pre_attn_scalar", self.query_pre_attn_scalar, "256"),
             ("attn_logit_softcapping", self.attn_logit_softcapping, "50"),
             ("final_logit_softcapping", self.final_logit_softcapping, "30"),
         ];
         for (key, number, usual) in numbers {
             number.map_or(Ok(()), |number| check_positive(key, number, 1e6, usual))?;
         }
+        check_sizes(self.query_pre_attn_scalar.map(|scalar| ("query_pre_attn_scalar", scalar, bounds::WIDTH)))?;
         self.windows().check()
     }
 
@@ -67,7 +67,7 @@ impl DecoderConfig for Gemma2Config {
     }
 
     fn score_scale(&self) -> Option<f64> {
-        self.query_pre_attn_scalar
+        self.query_pre_attn_scalar.map(|scalar| scalar as f64)
     }
 
     fn soft_caps(&self) -> SoftCaps {
@@ -111,8 +111,13 @@ mod tests {
 
     #[test]
     fn what_is_written_reads_the_same() -> Result<()> {
-        let built =
-            Gemma2Config { vocab_size: 5, head_dim: Some(16), num_key_value_heads: Some(1), ..Default::default() };
+        let built = Gemma2Config {
+            vocab_size: 5,
+            head_dim: Some(16),
+            num_key_value_heads: Some(1),
+            query_pre_attn_scalar: Some(16),
+            ..Default::default()
+        };
         survives_writing(built.clone())?;
         survives_writing(Gemma2Config { final_logit_softcapping: Some(30.), sliding_window: Some(7), ..built })
     }

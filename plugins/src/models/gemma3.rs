@@ -2,11 +2,11 @@
 //! blocks with a window, whose rotary frequencies are others, to one without.
 
 use serde_json::{Value, json};
-use titer_core::{Error, ModelEntry, Result, SettingsType, inventory};
+use titer_core::{Error, ModelEntry, Result, SettingsType, bounds, inventory};
 
-use super::check_positive;
 use super::decoder::{Biases, Decoder, DecoderConfig, Family, Layout, SoftCaps, decoder_keys};
 use super::windows::{LayerType, SlidingPattern, Windows};
+use super::{check_positive, check_sizes};
 
 inventory::submit! {
     ModelEntry {
@@ -26,7 +26,7 @@ decoder_keys! {
         /// Whether the attention projections have biases.
         attention_bias: bool = false,
         /// Scores are divided by the root of this number; the width of a head if absent.
-        query_pre_attn_scalar: Option<f64> = None,
+        query_pre_attn_scalar: Option<usize> = None,
         /// How many positions back a token sees in blocks with a window, its own included; all of them if absent.
         sliding_window: Option<usize> = None,
         /// Every so many blocks have no window.
@@ -49,7 +49,7 @@ impl DecoderConfig for Gemma3Config {
     fn left_out() -> Value {
         json!({
             "head_dim": 256, "max_position_embeddings": 131_072, "num_key_value_heads": 4,
-            "query_pre_attn_scalar": 256.0, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "sliding_window": 4096,
+            "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "sliding_window": 4096,
             "tie_word_embeddings": true
         })
     }
@@ -64,13 +64,11 @@ impl DecoderConfig for Gemma3Config {
             return Err(error.key("sliding_window_pattern").help("6 is usual"));
         }
         check_positive("rope_local_base_freq", self.rope_local_base_freq, 1e12, "10000")?;
-        let numbers = [
-            ("query_pre_attn_scalar", self.query_pre_attn_scalar, "256"),
-            ("final_logit_softcapping", self.final_logit_softcapping, "30"),
-        ];
+        let numbers = [("final_logit_softcapping", self.final_logit_softcapping, "30")];
         for (key, number, usual) in numbers {
             number.map_or(Ok(()), |number| check_positive(key, number, 1e6, usual))?;
         }
+        check_sizes(self.query_pre_attn_scalar.map(|scalar| ("query_pre_attn_scalar", scalar, bounds::WIDTH)))?;
         self.windows().check()
     }
 
@@ -79,7 +77,7 @@ impl DecoderConfig for Gemma3Config {
     }
 
     fn score_scale(&self) -> Option<f64> {
-        self.query_pre_attn_scalar
+        self.query_pre_attn_scalar.map(|scalar| scalar as f64)
     }
 
     fn soft_caps(&self) -> SoftCaps {
@@ -146,8 +144,13 @@ mod tests {
 
     #[test]
     fn what_is_written_reads_the_same() -> Result<()> {
-        let built =
-            Gemma3Config { vocab_size: 5, head_dim: Some(16), num_key_value_heads: Some(1), ..Default::default() };
+        let built = Gemma3Config {
+            vocab_size: 5,
+            head_dim: Some(16),
+            num_key_value_heads: Some(1),
+            query_pre_attn_scalar: Some(16),
+            ..Default::default()
+        };
         survives_writing(built.clone())?;
         survives_writing(Gemma3Config { sliding_window: Some(7), sliding_window_pattern: 2, ..built })
     }
