@@ -10,7 +10,7 @@ use titer_core::data::Tokens;
 use titer_core::nn::layers::{Embedding, GatedMlp, Linear, RmsNorm, deviation};
 use titer_core::weights::{ParamId, ParamList};
 use titer_core::{Error, Forward, Model, ModelEntry, ModelSpec, Result, Settings, SettingsType, Traced, inventory};
-use titer_core::tensor::ops;
+use titer_core::tensor::ops::{self, Activation};
 
 titer_core::plugin!();
 
@@ -92,11 +92,11 @@ impl MyPlugin {
         let mut params = ParamList::default();
         let embedding = Embedding::new(&mut params, "model.embed_tokens", vocab_size, hidden_size, 0.05);
         let block = |index: usize| {
-            let module = format!("model.layers.{index}.mlp");
+            let (module, sizes) = (format!("model.layers.{index}.mlp"), (hidden_size, intermediate_size));
             let stds = [deviation(None, hidden_size, 1), deviation(None, intermediate_size, num_hidden_layers)];
             params.block(index, |params| {
                 let norm = RmsNorm::new(params, &format!("model.layers.{index}.norm"), hidden_size, 1e-5);
-                (norm, GatedMlp::new(params, &module, (hidden_size, intermediate_size), false, stds))
+                (norm, GatedMlp::new(params, &module, sizes, (false, false), stds, Activation::Silu))
             })
         };
         let blocks = (0..num_hidden_layers).map(block).collect();
