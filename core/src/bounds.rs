@@ -80,6 +80,20 @@ pub fn read_file(action: &str, path: &Path, most: u64) -> Result<Vec<u8>> {
         .help("check that it is the right file, or give a smaller one"))
 }
 
+/// The JSON file at `path`, which a model folder may lack; null if it does.
+///
+/// # Errors
+/// As [`read_file`], or it is no JSON.
+pub(crate) fn read_optional_json(path: &Path) -> Result<serde_json::Value> {
+    if !path.exists() {
+        return Ok(serde_json::Value::Null);
+    }
+    let bytes = read_file("read", path, JSON_BYTES)?;
+    serde_json::from_slice(&bytes).map_err(|error| {
+        Error::data("the file is not valid JSON").file(path).source(error).help("take it anew from the model's source")
+    })
+}
+
 /// The file at `path`, for reading.
 ///
 /// # Errors

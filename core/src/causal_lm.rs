@@ -204,7 +204,7 @@ fn model_entry(config: &Value, name: Option<&str>) -> Result<&'static ModelEntry
 /// configuration from `generation_config.json` if there is one, else from `config.json`. Training rows end in the tokenizer's
 /// `eos_token`, as in transformers, or else in the first id.
 fn with_special_tokens(tokenizer: Tokenizer, folder: &Path, config: &Value) -> Result<Tokenizer> {
-    let generation = read_optional(&folder.join("generation_config.json"))?;
+    let generation = bounds::read_optional_json(&folder.join("generation_config.json"))?;
     let ids = |key: &str| -> Result<Vec<u32>> {
         match [(&generation, "generation_config.json"), (config, "config.json")]
             .into_iter()
@@ -216,7 +216,7 @@ fn with_special_tokens(tokenizer: Tokenizer, folder: &Path, config: &Value) -> R
     };
     warn_of_generation(&generation, &folder.join("generation_config.json"));
     let ends = ids("eos_token_id")?;
-    let named = read_optional(&folder.join("tokenizer_config.json"))?;
+    let named = bounds::read_optional_json(&folder.join("tokenizer_config.json"))?;
     let named = named["eos_token"].as_str().or_else(|| named["eos_token"]["content"].as_str());
     let eos = named.and_then(|token| tokenizer.id(token)).or_else(|| ends.first().copied()).ok_or_else(|| {
         Error::data("no `eos_token_id`: nothing would end an answer")
@@ -242,17 +242,6 @@ fn warn_of_generation(generation: &Value, file: &Path) {
             tracing::warn!(file = %file.display(), key, "this setting of generation is not applied");
         }
     }
-}
-
-/// A configuration that a model folder may lack; null if it does.
-fn read_optional(path: &Path) -> Result<Value> {
-    if !path.exists() {
-        return Ok(Value::Null);
-    }
-    let bytes = bounds::read_file("read", path, bounds::JSON_BYTES)?;
-    serde_json::from_slice(&bytes).map_err(|error| {
-        Error::data("the file is not valid JSON").file(path).source(error).help("take it anew from the model's source")
-    })
 }
 
 /// The token ids of a configuration's key: one, or a list. `-1` is how old configurations say that there is none.

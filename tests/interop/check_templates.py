@@ -8,9 +8,8 @@ import json
 from pathlib import Path
 
 from tokenizers import AddedToken
-from transformers import LlamaConfig
 
-from check_tokens import config, unmatched
+from check_tokens import config, unmatched, write_model
 from common import (
     BOS,
     EOS,
@@ -21,7 +20,6 @@ from common import (
     greedy,
     load,
     mean_loss,
-    random_model,
     require,
     require_equal,
     short,
@@ -94,13 +92,7 @@ class Model:
         self.tokenizer = wrapped(tokenizer)
         self.tokenizer.eos_token = end
         self.tokenizer.chat_template = (HERE / f"{name}.jinja").read_text()
-        sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-        self.model = random_model(LlamaConfig(vocab_size=len(self.tokenizer), max_position_embeddings=1024, **sizes))
-        self.model.generation_config.eos_token_id = self.tokenizer.eos_token_id
-        self.model.save_pretrained(folder / "model")
-        self.tokenizer.save_pretrained(folder / "model")
-        write_rows(folder / "one.jsonl", ROWS[:1])
-        write_rows(folder / "rows.jsonl", ROWS)
+        self.model = write_model(folder, self.tokenizer, ROWS)
 
     def text(self):
         return config(len(ROWS), "rows.jsonl", "model", 1000)

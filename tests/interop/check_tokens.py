@@ -187,19 +187,25 @@ methods = [{{ name = "SFT", align = "sft" }}]
 """
 
 
+def write_model(folder, tokenizer, rows):
+    """A small model with this tokenizer, and rows to train it with: all of them, and the first alone."""
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    model = random_model(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=1024, **sizes))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    write_rows(folder / "one.jsonl", rows[:1])
+    write_rows(folder / "rows.jsonl", rows)
+    return model
+
+
 class Model:
     """A model with one of the tokenizers."""
 
     def __init__(self, titer, folder, make):
         self.titer, self.folder, self.tokenizer = titer, folder, make()
         folder.mkdir()
-        sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-        self.model = random_model(LlamaConfig(vocab_size=len(self.tokenizer), max_position_embeddings=1024, **sizes))
-        self.model.generation_config.eos_token_id = self.tokenizer.eos_token_id
-        self.model.save_pretrained(folder / "model")
-        self.tokenizer.save_pretrained(folder / "model")
-        write_rows(folder / "one.jsonl", ROWS[:1])
-        write_rows(folder / "rows.jsonl", ROWS)
+        self.model = write_model(folder, self.tokenizer, ROWS)
 
     def losses(self, rows, file, template, max_length, name):
         run = self.titer.run(self.folder, config(rows, file, template, max_length), name=name)

@@ -14,7 +14,7 @@ use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
 use super::jinja::rendered;
 use crate::bounds::{self, read_file};
 use crate::data::row::{Message, Row};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::gguf::Gguf;
 
 /// The chat template of a model, with what it is rendered with. It makes the prompt of a row that ends where the answer
@@ -60,17 +60,7 @@ impl ChatTemplate {
             });
             return Ok(Some(Self::new(text, special.collect())));
         }
-        let json = |name: &str| -> Result<serde_json::Value> {
-            let path = folder.join(name);
-            if !path.exists() {
-                return Ok(serde_json::Value::Null);
-            }
-            let bytes = read_file("read", &path, bounds::JSON_BYTES)?;
-            serde_json::from_str(bounds::text(&bytes, &path)?).map_err(|error| {
-                let error = Error::data("the file is not valid JSON").file(&path).source(error);
-                error.help("take it anew from the model's source")
-            })
-        };
+        let json = |name: &str| bounds::read_optional_json(&folder.join(name));
         let config = json("tokenizer_config.json")?;
         let file = folder.join("chat_template.jinja");
         let text = if file.exists() {

@@ -50,8 +50,8 @@ impl Encoder {
     /// # Errors
     /// The template or the tokenizer failed.
     pub fn example(&self, row: &Row) -> Result<Option<Example>> {
-        let prompt = self.prompt(row)?;
-        let mut tokens = self.tokens(&self.template.render_answered(row)?)?;
+        let [prompt, whole] = self.template.render_answered(row)?;
+        let (prompt, mut tokens) = (self.tokens(&prompt)?, self.tokens(&whole)?);
         let shared = prompt.iter().zip(&tokens).take_while(|(a, b)| a == b).count();
         let ended = || tokens[shared..].iter().any(|token| self.tokenizer.ends.contains(token));
         if !(self.template.is_chat() && ended()) {

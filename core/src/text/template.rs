@@ -122,32 +122,12 @@ impl Template {
     /// The Jinja text is malformed or does not use `instruction`, or the row has earlier turns, which only a chat
     /// template has a place for.
     pub fn render(&self, row: &Row) -> Result<String> {
-        self.render_row(row, false)
-    }
-
-    /// The prompt of `row` and its answer, as the template writes them together.
-    ///
-    /// # Errors
-    /// As [`Template::render`], or a chat template writes another prompt where it has the answer: what is learnt would not be
-    /// the answer alone, and not what the model is asked later.
-    pub fn render_answered(&self, row: &Row) -> Result<String> {
-        let whole = self.render_row(row, true)?;
-        if whole.starts_with(&self.render(row)?) {
-            return Ok(whole);
-        }
-        Err(Error::config("the chat template writes the prompt otherwise where its answer follows, so that it cannot be trained with")
-            .key("template")
-            .help("some templates do so with a system prompt: leave `encoding.system` out, or write the format as a Jinja text"))
-    }
-
-    fn render_row(&self, row: &Row, answered: bool) -> Result<String> {
-        let answer = if answered { row.output.as_str() } else { "" };
-        if row.instruction.is_empty() && row.input.is_none() && row.history.is_empty() {
-            return Ok(answer.to_owned());
+        if is_document(row) {
+            return Ok(String::new());
         }
         self.check_size()?;
         match &self.0 {
-            TemplateForm::Chat(chat) => chat.render(row, answered),
+            TemplateForm::Chat(chat) => chat.render(row, false),
             TemplateForm::Plain(_) if !row.history.is_empty() => {
                 Err(Error::config("the prompt template has no place for the earlier turns of a conversation")
                     .key("template")
@@ -159,17 +139,35 @@ impl Template {
                 let input = row.input.as_deref().unwrap_or("");
                 let told = context! { instruction => &row.instruction, input };
                 // The text is the prompt to the byte, so Jinja's habit of dropping a last newline is off.
-                let prompt = rendered(environment, self.text(), true, told).map_err(|error| {
+                rendered(environment, self.text(), true, told).map_err(|error| {
                     let names: Vec<&str> = TEMPLATES.iter().map(|(name, _)| *name).collect();
                     let help = format!(
                         "use one of {}, \"model\", or a Jinja text over `instruction` and `input`",
                         names.join(", ")
                     );
                     if error.remedy().is_none() { error.help(help) } else { error }
-                })?;
-                Ok(prompt + answer)
+                })
             }
         }
+    }
+
+    /// The prompt of `row`, and the prompt with the answer, as the template writes them together.
+    ///
+    /// # Errors
+    /// As [`Template::render`], or a chat template writes another prompt where it has the answer: what is learnt would not be
+    /// the answer alone, and not what the model is asked later.
+    pub fn render_answered(&self, row: &Row) -> Result<[String; 2]> {
+        let prompt = self.render(row)?;
+        let whole = match &self.0 {
+            TemplateForm::Chat(chat) if !is_document(row) => chat.render(row, true)?,
+            _ => format!("{prompt}{}", row.output),
+        };
+        if whole.starts_with(&prompt) {
+            return Ok([prompt, whole]);
+        }
+        Err(Error::config("the chat template writes the prompt otherwise where its answer follows, so that it cannot be trained with")
+            .key("template")
+            .help("some templates do so with a system prompt: leave `encoding.system` out, or write the format as a Jinja text"))
     }
 
     /// Fails if the template is so large or so deep that parsing it could exhaust the stack.
@@ -207,8 +205,7 @@ impl Template {
     /// As [`Template::render`], or the instruction does not reach the prompt.
     pub fn check(&self) -> Result<()> {
         let row = Row { input: Some("%input%".into()), ..Row::new("%instruction%", "%output%") };
-        let prompt = self.render(&row)?;
-        self.render_answered(&row)?;
+        let [prompt, _] = self.render_answered(&row)?;
         if prompt.contains("%instruction%") {
             return Ok(());
         }
@@ -216,6 +213,11 @@ impl Template {
             .key("template")
             .help("write `{{ instruction }}` where the user's request belongs"))
     }
+}
+
+/// Whether a row is a plain document, which has no prompt.
+fn is_document(row: &Row) -> bool {
+    row.instruction.is_empty() && row.input.is_none() && row.history.is_empty()
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! Weights from a seed or from a checkpoint, and the tensors to be written to one.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
@@ -50,31 +51,20 @@ impl Weights {
             let bare =
                 param.name.strip_prefix("model.").filter(|bare| !checkpoint.has(&param.name) && checkpoint.has(bare));
             let name = bare.map_or_else(|| param.name.clone(), str::to_owned);
-            let stored = checkpoint.read_stored(&name, device)?;
-            let tensor = match &stored {
-                StoredTensor::Plain(tensor) => tensor.clone(),
-                StoredTensor::Blocks(blocks) => blocks.dequantize(&Device::Cpu)?,
-            };
-            if tensor.dims() != param.shape {
-                return Err(Error::data(format!(
-                    "`{}` has shape {:?}, but the configuration asks for {:?}",
-                    param.name,
-                    tensor.dims(),
-                    param.shape
-                ))
-                .file(checkpoint.path())
-                .help("config.json and the weights belong to different models"));
+            if precision != Precision::Stored {
+                // Blocks are made on the host, so the tensor is read where it is wanted.
+                return precision
+                    .store(param, device, |device| checked(param, checkpoint.read(&name, device)?, checkpoint.path()));
             }
-            if !norm([&tensor])?.value()?.is_finite() {
-                return Err(Error::data(format!("`{}` holds a value that is not finite", param.name))
-                    .file(checkpoint.path())
-                    .help("the checkpoint is damaged: download or train it again"));
-            }
-            match stored {
-                StoredTensor::Blocks(blocks) if precision == Precision::Stored => {
+            match checkpoint.read_stored(&name, device)? {
+                StoredTensor::Plain(tensor) => {
+                    let tensor = checked(param, tensor, checkpoint.path())?;
+                    precision.store(param, device, |_| Ok(tensor))
+                }
+                StoredTensor::Blocks(blocks) => {
+                    checked(param, blocks.dequantize(&Device::Cpu)?, checkpoint.path())?;
                     precision.store_blocks(param, blocks, device)
                 }
-                _ => precision.store(param, device, |device| Ok(tensor.to_device(device)?)),
             }
         })
     }
@@ -113,4 +103,24 @@ impl Weights {
         });
         Ok(tensors.collect())
     }
+}
+
+/// The tensor, if it is one that the parameter can be.
+fn checked(param: &Param, tensor: Tensor, path: &Path) -> Result<Tensor> {
+    if tensor.dims() != param.shape {
+        return Err(Error::data(format!(
+            "`{}` has shape {:?}, but the configuration asks for {:?}",
+            param.name,
+            tensor.dims(),
+            param.shape
+        ))
+        .file(path)
+        .help("config.json and the weights belong to different models"));
+    }
+    if !norm([&tensor])?.value()?.is_finite() {
+        return Err(Error::data(format!("`{}` holds a value that is not finite", param.name))
+            .file(path)
+            .help("the checkpoint is damaged: download or train it again"));
+    }
+    Ok(tensor)
 }

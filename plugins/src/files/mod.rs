@@ -7,6 +7,7 @@ mod separated;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -210,10 +211,9 @@ const KINDS: &str = ".json, .jsonl, .csv, .tsv, .parquet or .arrow";
 
 /// The extension of a file's name, without that of a compression.
 fn kind_of(path: &Path) -> &str {
-    let extension = |path: &Path| -> Option<usize> { Some(path.extension()?.len()) };
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     let plain = [".gz", ".xz", ".zst"].iter().find_map(|packed| name.strip_suffix(packed)).unwrap_or(name);
-    extension(Path::new(plain)).map_or("", |length| &plain[plain.len() - length..])
+    Path::new(plain).extension().and_then(OsStr::to_str).unwrap_or_default()
 }
 
 /// The text at a path of dots into a column.

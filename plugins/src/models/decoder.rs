@@ -161,6 +161,13 @@ pub struct Biases {
     pub mlp: bool,
 }
 
+impl Biases {
+    /// All of attention's, or none.
+    pub fn of_attention(biased: bool) -> Self {
+        Self { qkv: biased, o: biased, mlp: false }
+    }
+}
+
 /// How a family computes, where families differ.
 #[expect(clippy::struct_excessive_bools, reason = "families differ in these ways independently")]
 #[derive(Debug, Clone, Copy)]
@@ -217,6 +224,17 @@ pub struct SoftCaps {
     pub logits: Option<f64>,
 }
 
+impl SoftCaps {
+    fn check(self) -> Result<()> {
+        for (key, cap, usual) in
+            [("attn_logit_softcapping", self.scores, "50"), ("final_logit_softcapping", self.logits, "30")]
+        {
+            cap.map_or(Ok(()), |cap| check_positive(key, cap, 1e6, usual))?;
+        }
+        Ok(())
+    }
+}
+
 /// How a family is called.
 #[derive(Debug, Clone, Copy)]
 pub struct Family {
@@ -256,7 +274,7 @@ pub trait DecoderConfig: CommonKeys + Serialize + DeserializeOwned + JsonSchema 
     }
 
     /// The number whose inverse root scales the scores of attention; the width of a head if absent.
-    fn score_scale(&self) -> Option<f64> {
+    fn query_pre_attn_scalar(&self) -> Option<usize> {
         None
     }
 
@@ -325,7 +343,7 @@ impl DecoderBlock {
         } else {
             (norm("post_attention_layernorm"), None)
         };
-        let scale = config.score_scale().map_or(heads.scale, |scale| scale.sqrt().recip());
+        let scale = config.query_pre_attn_scalar().map_or(heads.scale, |scalar| (scalar as f64).sqrt().recip());
         Self {
             sites: block_sites(index),
             attention: Attention { window, scale, cap: config.soft_caps().scores, ..heads },
@@ -395,6 +413,8 @@ impl Decoder {
         let keys = config.common();
         keys.check()?;
         config.check()?;
+        check_sizes(config.query_pre_attn_scalar().map(|scalar| ("query_pre_attn_scalar", scalar, bounds::WIDTH)))?;
+        config.soft_caps().check()?;
         let windows: Vec<Option<usize>> = (0..keys.num_hidden_layers).map(|index| config.window(index)).collect();
         check_sizes(windows.iter().flatten().map(|&window| ("sliding_window", window, usize::MAX)))?;
         let (vocabulary, width, std) = (keys.vocab_size, keys.hidden_size, keys.initializer_range);

@@ -38,7 +38,7 @@ impl DecoderConfig for GemmaConfig {
     }
 
     fn biases(&self) -> Biases {
-        Biases { qkv: self.attention_bias, o: self.attention_bias, mlp: false }
+        Biases::of_attention(self.attention_bias)
     }
 
     fn window(&self, _: usize) -> Option<usize> {

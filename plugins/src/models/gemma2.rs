@@ -2,11 +2,10 @@
 //! scores and logits bent towards a limit.
 
 use serde_json::{Value, json};
-use titer_core::{ModelEntry, Result, SettingsType, bounds, inventory};
+use titer_core::{ModelEntry, Result, SettingsType, inventory};
 
 use super::decoder::{Biases, Decoder, DecoderConfig, Family, Layout, SoftCaps, decoder_keys};
 use super::windows::{LayerType, SlidingPattern, Windows};
-use super::{check_positive, check_sizes};
 
 inventory::submit! {
     ModelEntry {
@@ -51,23 +50,15 @@ impl DecoderConfig for Gemma2Config {
     }
 
     fn check(&self) -> Result<()> {
-        let numbers = [
-            ("attn_logit_softcapping", self.attn_logit_softcapping, "50"),
-            ("final_logit_softcapping", self.final_logit_softcapping, "30"),
-        ];
-        for (key, number, usual) in numbers {
-            number.map_or(Ok(()), |number| check_positive(key, number, 1e6, usual))?;
-        }
-        check_sizes(self.query_pre_attn_scalar.map(|scalar| ("query_pre_attn_scalar", scalar, bounds::WIDTH)))?;
         self.windows().check()
     }
 
     fn biases(&self) -> Biases {
-        Biases { qkv: self.attention_bias, o: self.attention_bias, mlp: false }
+        Biases::of_attention(self.attention_bias)
     }
 
-    fn score_scale(&self) -> Option<f64> {
-        self.query_pre_attn_scalar.map(|scalar| scalar as f64)
+    fn query_pre_attn_scalar(&self) -> Option<usize> {
+        self.query_pre_attn_scalar
     }
 
     fn soft_caps(&self) -> SoftCaps {

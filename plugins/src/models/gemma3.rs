@@ -2,11 +2,11 @@
 //! blocks with a window, whose rotary frequencies are others, to one without.
 
 use serde_json::{Value, json};
-use titer_core::{Error, ModelEntry, Result, SettingsType, bounds, inventory};
+use titer_core::{Error, ModelEntry, Result, SettingsType, inventory};
 
+use super::check_positive;
 use super::decoder::{Biases, Decoder, DecoderConfig, Family, Layout, SoftCaps, decoder_keys};
 use super::windows::{LayerType, SlidingPattern, Windows};
-use super::{check_positive, check_sizes};
 
 inventory::submit! {
     ModelEntry {
@@ -64,20 +64,15 @@ impl DecoderConfig for Gemma3Config {
             return Err(error.key("sliding_window_pattern").help("6 is usual"));
         }
         check_positive("rope_local_base_freq", self.rope_local_base_freq, 1e12, "10000")?;
-        let numbers = [("final_logit_softcapping", self.final_logit_softcapping, "30")];
-        for (key, number, usual) in numbers {
-            number.map_or(Ok(()), |number| check_positive(key, number, 1e6, usual))?;
-        }
-        check_sizes(self.query_pre_attn_scalar.map(|scalar| ("query_pre_attn_scalar", scalar, bounds::WIDTH)))?;
         self.windows().check()
     }
 
     fn biases(&self) -> Biases {
-        Biases { qkv: self.attention_bias, o: self.attention_bias, mlp: false }
+        Biases::of_attention(self.attention_bias)
     }
 
-    fn score_scale(&self) -> Option<f64> {
-        self.query_pre_attn_scalar.map(|scalar| scalar as f64)
+    fn query_pre_attn_scalar(&self) -> Option<usize> {
+        self.query_pre_attn_scalar
     }
 
     fn soft_caps(&self) -> SoftCaps {

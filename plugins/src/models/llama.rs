@@ -35,7 +35,7 @@ impl DecoderConfig for LlamaConfig {
     }
 
     fn biases(&self) -> Biases {
-        Biases { qkv: self.attention_bias, o: self.attention_bias, mlp: self.mlp_bias }
+        Biases { mlp: self.mlp_bias, ..Biases::of_attention(self.attention_bias) }
     }
 
     fn window(&self, _: usize) -> Option<usize> {

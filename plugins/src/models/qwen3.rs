@@ -51,7 +51,7 @@ impl DecoderConfig for Qwen3Config {
     }
 
     fn biases(&self) -> Biases {
-        Biases { qkv: self.attention_bias, o: self.attention_bias, mlp: false }
+        Biases::of_attention(self.attention_bias)
     }
 
     fn window(&self, index: usize) -> Option<usize> {
