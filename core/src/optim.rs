@@ -124,7 +124,8 @@ impl AdamW {
             decay: (1. - learning_rate * self.config.weight_decay) as f32,
             rate: (learning_rate / (1. - libm::pow(beta1, age.into()))) as f32,
             root: (1. - libm::pow(beta2, age.into())).sqrt() as f32,
-            betas: [beta1 as f32, beta2 as f32],
+            beta2: beta2 as f32,
+            shares: [(1. - beta1) as f32, (1. - beta2) as f32],
             eps: self.config.eps as f32,
         }
     }

@@ -11,8 +11,10 @@ pub struct AdamWStep {
     pub rate: f32,
     /// `√(1 − β₂ᵗ)`.
     pub root: f32,
-    /// `β₁` and `β₂`.
-    pub betas: [f32; 2],
+    /// `β₂`.
+    pub beta2: f32,
+    /// A gradient's share of each moment: `1 − β₁` and `1 − β₂`, rounded once. In f32 alone, `1 − 0.999` is off by 1.3e-5.
+    pub shares: [f32; 2],
     /// `ε`.
     pub eps: f32,
 }
@@ -20,7 +22,7 @@ pub struct AdamWStep {
 impl AdamWStep {
     /// Updates the `moments`, first and second behind each other, from `gradient` times `factor`.
     pub fn update_moments(&self, moments: &mut [f32], gradient: &[f32], factor: f32) {
-        let [beta1, beta2] = self.betas;
+        let Self { beta2, shares: [share1, share2], .. } = *self;
         let (first, second) = moments.split_at_mut(gradient.len());
         rows2(
             first,
@@ -30,8 +32,8 @@ impl AdamWStep {
             |at, first, second| {
                 for ((m, v), &g) in first.iter_mut().zip(second).zip(&gradient[at..]) {
                     let g = g * factor;
-                    *m += (g - *m) * (1. - beta1);
-                    *v = *v * beta2 + g * g * (1. - beta2);
+                    *m += (g - *m) * share1;
+                    *v = *v * beta2 + g * g * share2;
                 }
             },
         );

@@ -23,14 +23,14 @@ impl Encoder {
     /// # Errors
     /// The template or the tokenizer failed.
     pub fn prompt(&self, row: &Row) -> Result<Vec<u32>> {
-        self.tokens(&self.template.render(row)?)
+        Ok(self.tokens(&self.template.render(row)?)?.into_iter().map(|(token, _)| token).collect())
     }
 
-    /// The tokens of a text. A chat template writes special tokens itself, so that the tokenizer adds none; before a text
-    /// that begins with the first token that it would add, it does not add that one.
-    fn tokens(&self, text: &str) -> Result<Vec<u32>> {
-        let mut tokens = self.tokenizer.encode(text, !self.template.is_chat())?;
-        if let [first, second, ..] = tokens[..]
+    /// The tokens of a text, and where they end in it. A chat template writes special tokens itself, so that the tokenizer
+    /// adds none; before a text that begins with the first token that it would add, it does not add that one.
+    fn tokens(&self, text: &str) -> Result<Vec<(u32, usize)>> {
+        let mut tokens = self.tokenizer.encode_with_ends(text, !self.template.is_chat())?;
+        if let [(first, _), (second, _), ..] = tokens[..]
             && first == second
             && !self.template.is_chat()
             && self.tokenizer.encode("", true)?.first() == Some(&first)
@@ -44,22 +44,25 @@ impl Encoder {
     ///
     /// Prompt and answer are tokenised together with nothing between them, as at the reference: what separates them is
     /// part of the template. Where a token spans the boundary, the mask ends before it, so that no part of the answer goes
-    /// unlearnt. What a chat template writes behind the answer is learnt with it; the end of text is added only where that
+    /// unlearnt and, but for that token, no part of the prompt is learnt. What a chat template writes behind the answer is learnt with it; the end of text is added only where that
     /// has no end token. `None` if the length limit leaves no label.
     ///
     /// # Errors
     /// The template or the tokenizer failed.
     pub fn example(&self, row: &Row) -> Result<Option<Example>> {
         let [prompt, whole] = self.template.render_answered(row)?;
-        let (prompt, mut tokens) = (self.tokens(&prompt)?, self.tokens(&whole)?);
-        let shared = prompt.iter().zip(&tokens).take_while(|(a, b)| a == b).count();
-        let ended = || tokens[shared..].iter().any(|token| self.tokenizer.ends.contains(token));
+        let (before, spans) = (self.tokens(&prompt)?, self.tokens(&whole)?);
+        let mut tokens: Vec<u32> = spans.iter().map(|&(token, _)| token).collect();
+        let whole_prompt = before.iter().zip(&tokens).take_while(|((a, _), b)| a == *b).count() == before.len();
+        let behind = || spans.iter().position(|&(_, end)| end > prompt.len()).unwrap_or(spans.len());
+        let masked = if whole_prompt { before.len() } else { behind() };
+        let ended = || tokens[masked..].iter().any(|token| self.tokenizer.ends.contains(token));
         if !(self.template.is_chat() && ended()) {
             tokens.push(self.tokenizer.eos);
         }
         tokens.truncate(self.max_length);
         // The first token has nothing before it to be predicted from.
-        let first_label = shared.max(1);
+        let first_label = masked.max(1);
         Ok((first_label < tokens.len()).then_some(Example { tokens, first_label }))
     }
 
@@ -123,6 +126,20 @@ mod tests {
         assert_eq!(text, ["<bos>", "hello", "a>there", "<eos>"]);
         assert_eq!(labels, ["a>there", "<eos>"]);
         assert_eq!(tokens("{{ instruction }} a> ").1, ["there", "<eos>"]);
+    }
+
+    /// The prompt alone is `x ab`, and with its answer `x a bc`: only `bc` has a letter of the answer.
+    #[test]
+    fn no_whole_token_of_the_prompt_is_learnt() {
+        let words = ["x", "a", "b", "c", "ab", "bc", "<eos>"];
+        let vocabulary = words.iter().zip(0..).map(|(word, id)| (word.to_string(), id)).collect();
+        let merges = [("b", "c"), ("a", "b")].map(|(left, right)| (left.to_owned(), right.to_owned()));
+        let model = tokenizers::models::bpe::BPE::new(vocabulary, merges.into());
+        let tokenizer = Tokenizer::new(tokenizers::Tokenizer::new(model), 6, 6);
+        let encoder = Encoder { tokenizer, template: Template::new("{{ instruction }}"), max_length: 100 };
+        assert_eq!(encoder.prompt(&Row::new("xab", "c")).expect("tokens"), [0, 4]);
+        let example = encoder.example(&Row::new("xab", "c")).expect("tokens").expect("a label");
+        assert_eq!((example.tokens, example.first_label), (vec![0, 1, 5, 6], 2));
     }
 
     /// The template writes the special tokens and the end of the answer; what stands behind that is learnt, too.

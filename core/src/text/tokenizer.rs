@@ -127,12 +127,21 @@ impl Tokenizer {
     /// # Errors
     /// The tokenizer failed.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
+        Ok(self.encode_with_ends(text, special)?.into_iter().map(|(token, _)| token).collect())
+    }
+
+    /// The tokens of [`Tokenizer::encode`], and where each ends in `text`, in bytes: 0 for one that is not in the text.
+    ///
+    /// # Errors
+    /// The tokenizer failed.
+    pub fn encode_with_ends(&self, text: &str, special: bool) -> Result<Vec<(u32, usize)>> {
         let encoding = parsed(|| self.inner.encode(text, special)).map_err(|why| {
             Error::data(format!("cannot tokenise `{}`: {why}", bounds::shortened(text))).help(
                 "a word-level tokenizer knows the words of its own language only; else `tokenizer.json` is damaged",
             )
         })?;
-        Ok(encoding.get_ids().to_vec())
+        let ends = encoding.get_offsets().iter().map(|&(_, end)| end);
+        Ok(encoding.get_ids().iter().copied().zip(ends).collect())
     }
 
     /// The text of `ids`, without special tokens.

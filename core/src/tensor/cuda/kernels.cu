@@ -991,12 +991,12 @@ extern "C" __global__ void __launch_bounds__(MAX_BLOCK)
     }
 }
 
-// One step of AdamW in place: g = grad · factor[0], m += (g − m) (1 − β₁), v = v β₂ + g² (1 − β₂),
-// w = w decay − rate · m / (√v / root + ε). With step size η at step t, decay = 1 − η λ, rate = η / (1 − β₁ᵗ) and
-// root = √(1 − β₂ᵗ). Rows are the addresses of w, grad, m and v, and the length.
+// One step of AdamW in place: g = grad · factor[0], m += (g − m) share1, v = v β₂ + g² share2,
+// w = w decay − rate · m / (√v / root + ε). With step size η at step t, decay = 1 − η λ, rate = η / (1 − β₁ᵗ),
+// root = √(1 − β₂ᵗ), and the shares are 1 − β₁ and 1 − β₂. Rows are the addresses of w, grad, m and v, and the length.
 extern "C" __global__ void __launch_bounds__(MAX_BLOCK)
-    adamw_many(const __grid_constant__ Table table, In<float> factor, float decay, float rate, float root, float beta1,
-               float beta2, float eps) {
+    adamw_many(const __grid_constant__ Table table, In<float> factor, float decay, float rate, float root, float beta2,
+               float share1, float share2, float eps) {
     const u64* row = table.words + 5 * blockIdx.y;
     const Out<float> w = reinterpret_cast<float*>(row[0]);
     const In<float> grad = reinterpret_cast<const float*>(row[1]);
@@ -1005,8 +1005,8 @@ extern "C" __global__ void __launch_bounds__(MAX_BLOCK)
     const float clip = factor[0];
     FOR_GRID(i, row[4]) {
         const float g = grad[i] * clip;
-        const float mean = m[i] + (g - m[i]) * (1.0f - beta1);
-        const float square = v[i] * beta2 + g * g * (1.0f - beta2);
+        const float mean = m[i] + (g - m[i]) * share1;
+        const float square = v[i] * beta2 + g * g * share2;
         m[i] = mean;
         v[i] = square;
         w[i] = w[i] * decay - rate * (mean / (sqrtf(square) / root + eps));

@@ -57,7 +57,8 @@ pub(in crate::tensor) fn adamw(tensors: &[&[Tensor; 3]], factor: &Scalar, step: 
     let rows = tensors.iter().map(|tensors| row(tensors)).collect::<Result<Vec<_>>>()?;
     let factor = address(&factor, F32)?;
     launch_tables(first, "adamw_many", &rows, |_| {
-        let step = [step.decay, step.rate, step.root, step.betas[0], step.betas[1], step.eps];
+        let [share1, share2] = step.shares;
+        let step = [step.decay, step.rate, step.root, step.beta2, share1, share2, step.eps];
         [Arg::U64(factor)].into_iter().chain(step.map(Arg::F32)).collect()
     })
 }
