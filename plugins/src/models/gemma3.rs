@@ -27,8 +27,8 @@ decoder_keys! {
         attention_bias: bool = false,
         /// Scores are divided by the root of this number; the width of a head if absent.
         query_pre_attn_scalar: Option<usize> = None,
-        /// How many positions back a token sees in blocks with a window, its own included; all of them if absent.
-        sliding_window: Option<usize> = None,
+        /// How many positions back a token sees in blocks with a window, its own included.
+        sliding_window: Option<usize> = Some(4096),
         /// Every so many blocks have no window.
         sliding_window_pattern: usize = 6,
         /// The attention of each block, in place of `sliding_window_pattern`.
