@@ -118,6 +118,12 @@ fn cargo(command: &str, manifest: &Path) -> Command {
     // The cargo of an outer cargo, such as that of a test, is another version's only if the user wants it so.
     let mut cargo = Command::new("cargo");
     cargo.arg(command).arg("--manifest-path").arg(manifest);
+    // What an outer cargo has told about its own package, a build script takes for news: it runs again.
+    for name in std::env::vars_os().filter_map(|(name, _)| name.into_string().ok()) {
+        if name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_") {
+            cargo.env_remove(name);
+        }
+    }
     cargo
 }
 
