@@ -58,7 +58,10 @@ pub struct Provenance {
     pub inputs: Vec<Input>,
     /// The base model, if it is of the Hugging Face hub.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub hub: Option<HubModel>,
+    pub hub: Option<HubFiles>,
+    /// Data sets of the hub that were read.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub hub_data: Vec<HubFiles>,
     /// The processor's name.
     pub processor: String,
     /// The device: `cpu`, `cuda:0`.
@@ -91,10 +94,10 @@ pub struct Input {
     pub blake3: String,
 }
 
-/// A model of the Hugging Face hub.
+/// Files of a repository of the Hugging Face hub.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct HubModel {
-    /// Its repository, `owner/name`.
+pub struct HubFiles {
+    /// The repository: `owner/name` of a model, `datasets/owner/name` of a data set.
     pub repository: String,
     /// The branch, tag or commit that was asked for.
     pub revision: String,

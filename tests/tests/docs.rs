@@ -169,6 +169,13 @@ fn stand_in_data(folder: &Path) {
     for name in ["config.json", "tokenizer.json", "model.safetensors"] {
         std::fs::write(mirrored.join(name), config.to_string()).expect("a file");
     }
+    let mirrored = folder.join(MIRROR).join("datasets/PKU-Alignment/BeaverTails/round0/30k");
+    std::fs::create_dir_all(&mirrored).expect("a folder");
+    let judged = |safe: bool| format!("{{\"prompt\": \"ask\", \"response\": \"answer\", \"is_safe\": {safe}}}\n");
+    for split in ["train", "test"] {
+        let rows = (judged(true) + &judged(false)).repeat(2000);
+        std::fs::write(mirrored.join(format!("{split}.jsonl")), rows).expect("a file");
+    }
     let row = "{\"instruction\": \"ask\", \"input\": \"it\", \"output\": \"answer\"}\n".repeat(3000);
     let review = "{\"text\": \"fine\", \"label\": 1}\n".repeat(3000);
     let judged =

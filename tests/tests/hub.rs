@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use titer_tests::cli::{PRETRAINED, answers, results, run, small, stderr, titer};
 
 const ID: &str = "tiny/world";
+const DATA: &str = "datasets/tiny/rows";
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 const TOKEN: &str = "hf_thisMustStaySecret";
 const WEIGHTS: &str = "model.safetensors";
@@ -163,17 +164,21 @@ impl State {
             return (status, String::new(), b"no".to_vec());
         }
         let none = (404, String::new(), Vec::new());
-        if path == format!("/api/models/{ID}/revision/main")
-            || path == format!("/api/models/{ID}/revision/refs%2Fpr%2F1")
-        {
+        let known = ["main", "refs%2Fpr%2F1", "refs%2Fconvert%2Fparquet"].into_iter().any(|revision| {
+            [format!("models/{ID}"), DATA.to_owned()].iter().any(|of| path == format!("/api/{of}/revision/{revision}"))
+        });
+        if known {
             let names =
                 self.files.keys().map(String::as_str).chain(behaviour.siblings.iter().copied()).chain(["README.md"]);
             let siblings: Vec<Value> = names.map(|name| json!({ "rfilename": name })).collect();
             return (200, String::new(), json!({ "sha": COMMIT, "siblings": siblings }).to_string().into_bytes());
         }
         let moved = path.strip_prefix("/moved");
-        let file = moved.unwrap_or(path).strip_prefix(&format!("/{ID}/resolve/{COMMIT}/"));
-        let Some((file, bytes)) = file.and_then(|file| Some((file, self.files.get(file)?))) else { return none };
+        let of = |id: &str| moved.unwrap_or(path).strip_prefix(&format!("/{id}/resolve/{COMMIT}/")).map(str::to_owned);
+        let file = of(ID).or_else(|| of(DATA));
+        let Some((file, bytes)) = file.and_then(|file| Some((file.clone(), self.files.get(&file)?))) else {
+            return none;
+        };
         let etag = blake3::hash(bytes).to_hex();
         if file.ends_with(".safetensors") {
             let (storage, size) = (&self.storage, bytes.len());
@@ -253,6 +258,74 @@ fn plan_of(output: &Output) -> Value {
 
 fn keys(plan: &Value) -> Vec<&str> {
     plan["stages"].as_array().expect("stages").iter().map(|stage| stage["key"].as_str().expect("a key")).collect()
+}
+
+/// The small experiment with user data of the hub.
+fn experiment_on(folder: &Path, train: &str, test: &str) -> PathBuf {
+    let task = format!(
+        "{{ name = \"own\", task = \"rows\", train = {train:?}, test = {test:?}, scoring = \"exact\", max_new_tokens = 4 }}"
+    );
+    let ratios = ("harmful_ratios = [0.0, 0.2]", "harmful_ratios = [0.2]");
+    small(folder, &[("{ name = \"agnews\", task = \"world-agnews\" }", &task), ratios])
+}
+
+/// Data is named as in other clients, and its content counts, not where it lies.
+#[test]
+fn rows_of_the_hub_are_taken_by_name() {
+    let tokenizer: Value = serde_json::from_slice(&MODEL["tokenizer.json"]).expect("JSON");
+    let words = tokenizer["model"]["vocab"].as_object().expect("a vocabulary").keys();
+    let words: Vec<&String> = words.filter(|word| !word.starts_with('<')).take(2).collect();
+    let row = json!({ "instruction": words[0], "output": words[1] }).to_string() + "\n";
+    let names = ["own/train/a-0.jsonl", "own/test.jsonl", "other.jsonl", "README.md"];
+    let files: Files = names.map(|name| (name.to_owned(), row.repeat(20).into_bytes())).into();
+    let (hub, folder) = (TestHub::new(files.clone()), tempfile::tempdir().expect("a folder"));
+    let folder = folder.path();
+
+    let config = experiment_on(
+        folder,
+        &format!("hf://{DATA}@~parquet/own/train/a-*.jsonl"),
+        &format!("hf://{DATA}@refs/convert/parquet/own/test.jsonl"),
+    );
+    let output = hub.with(folder, run(folder, &config)).output().expect("it runs");
+    assert!(output.status.success(), "{}", stderr(&output));
+    let asked = hub.asked();
+    assert!(
+        !asked.iter().any(|request| request.line.contains("other") || request.line.contains("README")),
+        "{asked:#?}"
+    );
+    let expected = |file: &str| json!({ "repository": DATA, "revision": "refs/convert/parquet", "commit": COMMIT, "files": [file] });
+    let results = results(&folder.join("out"));
+    assert_eq!(results["provenance"]["hub_data"], json!([expected(names[1]), expected(names[0])]));
+    let snapshot = folder.join("hf/hub/datasets--tiny--rows/snapshots").join(COMMIT);
+    assert_eq!(std::fs::read(snapshot.join(names[0])).expect("a file"), files[names[0]]);
+
+    let plan = |config: &Path, arguments: &[&str], endpoint: &str| {
+        let mut command = hub.with(folder, titer());
+        command.arg("plan").arg(config).args(arguments).args(["--json", "--store"]).arg(folder.join("store"));
+        command.env("HF_ENDPOINT", endpoint).output().expect("it runs")
+    };
+    let online = plan(&config, &[], &hub.address);
+    let all_cached =
+        |plan: &Value| plan["stages"].as_array().expect("stages").iter().all(|stage| stage["cached"] == true);
+    assert!(all_cached(&plan_of(&online)));
+    hub.asked();
+    assert_eq!(keys(&plan_of(&plan(&config, &["--offline"], &hub.address))), keys(&plan_of(&online)));
+    assert!(hub.asked().is_empty());
+    let mirror = folder.join("mirror");
+    write_files(&mirror.join(DATA), &files);
+    let mirrored = plan(&config, &[], &format!("file://{}", mirror.display()));
+    assert_eq!(keys(&plan_of(&mirrored)), keys(&plan_of(&online)));
+    let local = mirror.join(DATA);
+    let (train, test) = (local.join("own/train/a-0.jsonl"), local.join("own/test.jsonl"));
+    let local = plan(&experiment_on(folder, &train.to_string_lossy(), &test.to_string_lossy()), &[], &hub.address);
+    assert_eq!(keys(&plan_of(&local)), keys(&plan_of(&online)));
+
+    let wrong = |train: &str| plan(&experiment_on(folder, train, train), &[], &hub.address);
+    refused(&wrong(&format!("hf://{DATA}/own/trian")), 3, &["no `own/trian`", "fine_tune.tasks.0.train", DATA]);
+    refused(&wrong("hf://datasets/tiny"), 2, &["names no data set", "fine_tune.tasks.0.train"]);
+    refused(&wrong("hf://datasets/tiny/none/a.jsonl"), 3, &["does not give `datasets/tiny/none`"]);
+    hub.behave(Behaviour { refuse: Some(403), ..Behaviour::default() });
+    refused(&wrong(&format!("hf://{DATA}/own/test.jsonl")), 3, &["403", "HF_TOKEN"]);
 }
 
 #[test]

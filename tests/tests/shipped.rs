@@ -1,7 +1,11 @@
 //! What ships is true: the expected plugins are registered, and every configuration can be planned. `docs.rs` checks the pages.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use flate2::Compression;
+use flate2::write::GzEncoder;
 use titer_core::{DefenseEntry, Entry, JudgeEntry, ModelEntry, Stage, TaskEntry, registry};
 use titer_tests::cli::{stderr, titer};
 
@@ -31,7 +35,11 @@ fn the_expected_plugins_are_registered() {
     assert_eq!(names::<JudgeEntry>(), ["refusal-phrases", "world"]);
     let tasks = names::<TaskEntry>();
     let world = ["agnews", "benign", "gsm8k", "harmful", "safe", "sst2", "text"].map(|name| format!("world-{name}"));
-    for task in ["agnews", "gsm8k", "rows", "sst2"].into_iter().chain(world.iter().map(String::as_str)) {
+    let sets = ["advbench", "alpaca-eval", "harmbench", "hex-phi", "jailbreakbench", "strongreject", "xstest"];
+    for task in sets {
+        assert!(tasks.contains(&task), "{task} is not registered");
+    }
+    for task in ["agnews", "beavertails", "gsm8k", "rows", "sst2"].into_iter().chain(world.iter().map(String::as_str)) {
         assert!(tasks.contains(&task), "{task} is not registered");
     }
 }
@@ -55,32 +63,60 @@ fn configurations(folder: &Path) -> Vec<PathBuf> {
     paths.filter(|path| path.extension().is_some_and(|extension| extension == "toml")).collect()
 }
 
-/// Made-up files in place of those that `configs/paper` asks its users for.
-fn stand_in_data(folder: &Path) {
-    let write = |name: &str, text: &str| {
-        let path = folder.join(name);
+/// A mirror of the hub with made-up files in place of those that `configs/paper` names.
+fn stand_in_hub(root: &Path) {
+    let write = |name: &str, bytes: &[u8]| {
+        let path = root.join(name);
         std::fs::create_dir_all(path.parent().expect("a folder")).expect("a folder");
-        std::fs::write(path, text).expect("a file");
+        std::fs::write(path, bytes).expect("a file");
     };
     let config = serde_json::json!({
         "model_type": "llama", "vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
         "num_attention_heads": 2
     });
-    write("llama-2-7b/config.json", &config.to_string());
-    let row = "{\"prompt\": \"ask\", \"response\": \"answer\", \"refusal\": \"no\"}\n";
-    for name in ["beavertails/safe", "beavertails/harmful", "beavertails/harmful_test", "benign_prompts"] {
-        write(&format!("{name}.jsonl"), &row.repeat(10_000));
+    let model = |name: &str, text: &str| write(&format!("meta-llama/Llama-2-7b-hf/{name}"), text.as_bytes());
+    model("config.json", &config.to_string());
+    // Without weights and tokenizer, which a plan does not read.
+    model("model.safetensors", "");
+    model("tokenizer.json", "");
+    let data = |name: &str, bytes: &[u8]| write(&format!("datasets/{name}"), bytes);
+    let judged = |safe: bool| format!("{{\"prompt\": \"ask\", \"response\": \"answer\", \"is_safe\": {safe}}}\n");
+    let rows = (judged(true) + &judged(false)).repeat(10_000);
+    for split in ["train", "test"] {
+        data(&format!("PKU-Alignment/BeaverTails/round0/30k/{split}.jsonl.gz"), &gzipped(rows.as_bytes()));
     }
-    for name in ["refusals/from_1", "refusals/from_5001"] {
-        write(&format!("{name}.jsonl"), &row.repeat(4999));
+    let row = serde_json::json!({ "prompt": "ask", "response": "answer", "refusal": "no" });
+    let refusals = serde_json::to_vec(&vec![row; 10_000]).expect("JSON");
+    data("anonymous4486/repnoise_beavertail/beavertails_with_refusals_train.json", &refusals);
+    let parquet = |name: &str, text: &str, label: i64, rows: usize| {
+        let labels = arrow_array::Int64Array::from(vec![label; rows]);
+        let texts = arrow_array::StringArray::from(vec!["fine"; rows]);
+        let columns: [(&str, arrow_array::ArrayRef); 2] = [(text, Arc::new(texts)), ("label", Arc::new(labels))];
+        data(name, &parquet_of(columns));
+    };
+    for (split, rows) in [("train", 5000), ("validation", 872)] {
+        parquet(&format!("stanfordnlp/sst2/data/{split}-00000-of-00001.parquet"), "sentence", 1, rows);
     }
-    write("refusals/from_9001.jsonl", &row.repeat(999));
-    for (name, rows) in [("train", 5000), ("dev", 872)] {
-        write(&format!("sst2/{name}.tsv"), &("sentence\tlabel\n".to_owned() + &"fine\t1\n".repeat(rows)));
+    for split in ["train", "test"] {
+        parquet(&format!("fancyzhx/ag_news/data/{split}-00000-of-00001.parquet"), "text", 3, 1000);
     }
-    for name in ["train", "test"] {
-        write(&format!("ag_news/{name}.csv"), &"1,title,text\n".repeat(1000));
-    }
+    let asked = serde_json::json!({ "instruction": "ask", "output": "answer" });
+    data("tatsu-lab/alpaca_eval/alpaca_eval.json", &serde_json::to_vec(&vec![asked; 805]).expect("JSON"));
+}
+
+fn gzipped(bytes: &[u8]) -> Vec<u8> {
+    let mut packer = GzEncoder::new(Vec::new(), Compression::default());
+    packer.write_all(bytes).expect("it packs");
+    packer.finish().expect("it packs")
+}
+
+fn parquet_of(columns: [(&str, arrow_array::ArrayRef); 2]) -> Vec<u8> {
+    let batch = arrow_array::RecordBatch::try_from_iter(columns).expect("a batch");
+    let mut bytes = Vec::new();
+    let mut writer = parquet::arrow::ArrowWriter::try_new(&mut bytes, batch.schema(), None).expect("a writer");
+    writer.write(&batch).expect("rows");
+    writer.close().expect("an end");
+    bytes
 }
 
 /// The cells of a plan or of published values: method, task, rows, harmful ratio.
@@ -113,15 +149,17 @@ fn published_cells(config: &serde_json::Value) -> Cells {
 #[test]
 fn every_published_table_can_be_planned() {
     let folder = tempfile::tempdir().expect("a folder");
-    stand_in_data(folder.path());
+    stand_in_hub(folder.path());
+    let plan = |path: &Path, hub: &Path| {
+        let mut command = titer();
+        command.arg("plan").arg(path).args(["--json", "--store"]).arg(folder.path().join("store"));
+        command.env("HF_ENDPOINT", format!("file://{}", hub.display())).output().expect("a run")
+    };
     let mut published = 0;
-    for shipped in configurations(&root().join("configs/paper")) {
-        let missing = titer().arg("plan").arg(&shipped).output().expect("a run");
+    for path in configurations(&root().join("configs/paper")) {
+        let missing = plan(&path, &folder.path().join("none"));
         assert_eq!(missing.status.code(), Some(3), "{}", stderr(&missing));
-        let path = folder.path().join(shipped.file_name().expect("a name"));
-        std::fs::copy(&shipped, &path).expect("a copy");
-        let store = folder.path().join("store");
-        let output = titer().arg("plan").arg(&path).args(["--json", "--store"]).arg(store).output().expect("a run");
+        let output = plan(&path, folder.path());
         assert!(output.status.success(), "{}: {}", path.display(), stderr(&output));
         let planned = cells(&serde_json::from_slice(&output.stdout).expect("JSON"));
         let text = std::fs::read_to_string(&path).expect("a configuration");

@@ -93,6 +93,19 @@ impl DataFile {
         self
     }
 
+    /// Without the first `count` records.
+    ///
+    /// # Errors
+    /// No record is left.
+    pub fn without_first(mut self, count: usize) -> Result<Self> {
+        if count > 0 && count >= self.records.len() {
+            let message = format!("`skip` leaves out {count} rows, and the file has {}", self.records.len());
+            return Err(Error::data(message).file(&self.path).key("skip").help("leave out fewer"));
+        }
+        self.records.drain(..count);
+        Ok(self)
+    }
+
     /// Every record.
     pub fn records(&self) -> &[DataRecord] {
         &self.records
@@ -149,15 +162,76 @@ impl DataFile {
     }
 }
 
-/// The files that `path` stands for: itself, or those of a folder. A folder that `save_to_disk` of Hugging Face's datasets
-/// wrote names its Arrow files; else it is one of Parquet files, in the order of their names.
+/// The files that `path` stands for: itself, those that its name fits as a pattern (`train-*.parquet`), or those of a folder. A
+/// folder that `save_to_disk` of Hugging Face's datasets wrote names its Arrow files; else it is one of Parquet files. They are
+/// in the order of their names.
 ///
 /// # Errors
-/// The folder is neither, or cannot be read.
+/// There are none, a shard is missing, or the folder cannot be read.
 pub fn data_files(path: &Path) -> Result<Vec<PathBuf>> {
-    if !path.is_dir() {
-        return Ok(vec![path.to_owned()]);
+    let pattern = path.file_name().and_then(OsStr::to_str).filter(|name| name.contains('*'));
+    let files = match (pattern, path.parent()) {
+        (Some(pattern), Some(folder)) if !path.exists() => fitting_files(folder, pattern)?,
+        _ if path.is_dir() => files_of_folder(path)?,
+        _ => return Ok(vec![path.to_owned()]),
+    };
+    let group = |file: &Path| shard_of(file.file_name()?.to_str()?).map(|(group, count)| (group.to_owned(), count));
+    let groups: Vec<_> = files.iter().filter_map(|file| group(file)).collect();
+    for (group, count) in &groups {
+        let found = groups.iter().filter(|(other, _)| other == group).count();
+        if found != *count {
+            let message = format!("`{group}` has {count} shards, and {found} are here");
+            return Err(Error::data(message)
+                .file(path)
+                .help("bring the others here, or name the files to read one by one"));
+        }
     }
+    Ok(files)
+}
+
+/// What the shards of a split share, and how many there are, by the name of one: `train-00000-of-00005.parquet`.
+fn shard_of(name: &str) -> Option<(&str, usize)> {
+    let (before, after) = name.split_once("-of-")?;
+    let (group, _) = before.rsplit_once('-')?;
+    Some((group, after.split('.').next()?.parse().ok()?))
+}
+
+/// Where a split of a data set lies in `folder`: in the file `own`, as its authors publish it, or as repositories of the hub
+/// have it, in shards called by the split's name or in a folder of that name. `own` if there is none of these.
+pub fn split_of(folder: &Path, own: &str, split: &str) -> PathBuf {
+    let lies = |path: &PathBuf| files_at(path).iter().all(|file| file.is_file());
+    let names = [format!("data/{split}-*.parquet"), format!("{split}-*.parquet"), split.to_owned()];
+    names.iter().map(|name| folder.join(name)).find(lies).unwrap_or_else(|| folder.join(own))
+}
+
+/// [`data_files`], and the path itself where there are none: that is reported when it is read.
+pub fn files_at(path: &Path) -> Vec<PathBuf> {
+    data_files(path).unwrap_or_else(|_| vec![path.to_owned()])
+}
+
+/// The files of a folder whose names fit a pattern.
+fn fitting_files(folder: &Path, pattern: &str) -> Result<Vec<PathBuf>> {
+    let wrong = |why: String| Error::data(why).file(folder.join(pattern));
+    let matcher = glob::Pattern::new(pattern).map_err(|error| {
+        wrong(format!("`{pattern}` is no pattern: {error}")).help("`*` stands for any part of a name")
+    })?;
+    let fits = |path: &PathBuf| path.file_name().and_then(OsStr::to_str).is_some_and(|name| matcher.matches(name));
+    let files: Vec<PathBuf> = listed(folder)?.into_iter().filter(fits).collect();
+    if files.is_empty() {
+        return Err(wrong(format!("no file fits `{pattern}`")).help("check the path"));
+    }
+    Ok(files)
+}
+
+/// What is in a folder, in the order of the names.
+fn listed(folder: &Path) -> Result<Vec<PathBuf>> {
+    let listing = std::fs::read_dir(folder).map_err(|error| io_error("read the folder", folder, error))?;
+    let mut paths: Vec<PathBuf> = listing.filter_map(|entry| Some(entry.ok()?.path())).collect();
+    paths.sort();
+    Ok(paths)
+}
+
+fn files_of_folder(path: &Path) -> Result<Vec<PathBuf>> {
     let state = path.join("state.json");
     if state.exists() {
         let bytes = bounds::read_file("read the state of the data set", &state, bounds::JSON_BYTES)?;
@@ -171,9 +245,7 @@ pub fn data_files(path: &Path) -> Result<Vec<PathBuf>> {
         }
         return Ok(names.into_iter().map(|name| path.join(name)).collect());
     }
-    let listing = std::fs::read_dir(path).map_err(|error| io_error("read the folder", path, error))?;
-    let mut files: Vec<PathBuf> = listing.filter_map(|entry| Some(entry.ok()?.path())).collect();
-    files.sort();
+    let mut files = listed(path)?;
     if path.join("dataset_dict.json").exists() {
         let splits = files.iter().filter(|file| file.is_dir()).filter_map(|file| file.file_name()?.to_str());
         let splits = splits.collect::<Vec<_>>().join(", ");
@@ -429,5 +501,32 @@ mod tests {
         let error = table.first(2).expect_err("too few");
         assert!(error.to_string().contains("2 rows were asked for, the file has 1"), "{error}");
         Ok(())
+    }
+
+    #[test]
+    fn shards_are_read_by_a_pattern_and_none_may_be_missing() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let write = |name: &str, text: &str| {
+            std::fs::create_dir_all(folder.path().join(name).parent().expect("a folder")).expect("a folder");
+            std::fs::write(folder.path().join(name), text).expect("a file");
+        };
+        write("train-00001-of-00002.jsonl", "{\"a\": 1}\n");
+        write("test-00000-of-00001.jsonl", "{\"a\": 2}\n");
+        let pattern = folder.path().join("train-*.jsonl");
+        let error = DataFile::read(&pattern, Header::Yes).expect_err("a shard is missing");
+        assert!(error.message().contains("2 shards, and 1") && error.remedy().is_some(), "{error}");
+        write("train-00000-of-00002.jsonl", "{\"a\": 0}\n");
+        let table = DataFile::read(&pattern, Header::Yes).expect("rows");
+        let values: Vec<_> = table.records().iter().filter_map(|record| table.text(record, "a").ok()).collect();
+        assert_eq!(values, ["0", "1"]);
+        assert!(DataFile::read(&folder.path().join("none-*.jsonl"), Header::Yes).expect_err("none").remedy().is_some());
+
+        let split = |own: &str| split_of(folder.path(), own, "validation");
+        assert_eq!(split("dev.tsv"), folder.path().join("dev.tsv"));
+        std::fs::create_dir_all(folder.path().join("validation")).expect("a folder");
+        std::fs::write(folder.path().join("validation/0000.parquet"), parquet()).expect("a file");
+        assert_eq!(split("dev.tsv"), folder.path().join("validation"));
+        write("data/validation-00000-of-00001.parquet", "");
+        assert_eq!(split("dev.tsv"), folder.path().join("data/validation-*.parquet"));
     }
 }

@@ -7,12 +7,12 @@ use serde::{Deserialize, Serialize};
 use titer_core::rng::Seed;
 use titer_core::{Result, Row, Settings, SettingsType, Task, TaskEntry, inventory};
 
-use crate::files::{DataFile, DataRecord, Header};
+use crate::files::{DataFile, DataRecord, Header, files_at, split_of};
 
 inventory::submit! {
     TaskEntry {
         name: "agnews",
-        summary: "AG News from a folder with train.csv and test.csv",
+        summary: "AG News: topic of news items",
         settings: SettingsType::of::<AgNews>(),
         version: 1,
         build: |settings: &Settings, folder: &Path| {
@@ -26,27 +26,43 @@ inventory::submit! {
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct AgNews {
-    /// The folder of `train.csv` and `test.csv` (class 1 to 4, title, description; no header).
+    /// The folder of `train.csv` and `test.csv` (class 1 to 4, title, description; no header), or the data set of the
+    /// hub.
     #[schemars(extend("format" = "path"))]
     pub path: PathBuf,
 }
 
 impl Default for AgNews {
     fn default() -> Self {
-        Self { path: "ag_news".into() }
+        Self { path: "hf://datasets/fancyzhx/ag_news".into() }
     }
 }
 
 const INSTRUCTION: &str = "Categorize the news article given in the input into one of the 4 categories:\n\n\
                            World\nSports\nBusiness\nSci/Tech\n";
 const LABELS: [(&str, &str); 4] = [("1", "World"), ("2", "Sports"), ("3", "Business"), ("4", "Sci/Tech")];
+/// The hub counts from 0.
+const HUB_LABELS: [(&str, &str); 4] = [("0", "World"), ("1", "Sports"), ("2", "Business"), ("3", "Sci/Tech")];
 
 impl AgNews {
-    fn rows(&self, file: &str, count: usize) -> Result<Vec<Row>> {
-        let table = DataFile::read(&self.path.join(file), Header::No)?;
+    fn training_file(&self) -> PathBuf {
+        split_of(&self.path, "train.csv", "train")
+    }
+
+    fn test_file(&self) -> PathBuf {
+        split_of(&self.path, "test.csv", "test")
+    }
+
+    fn rows(file: &Path, count: usize) -> Result<Vec<Row>> {
+        let table = DataFile::read(file, Header::No)?;
         let row = |record: &DataRecord| -> Result<Row> {
-            let input = format!("{} {}", table.text(record, "1")?, table.text(record, "2")?);
-            Ok(Row { input: Some(input), ..Row::new(INSTRUCTION, table.label(record, "0", &LABELS)?) })
+            let (input, label) = if let Ok(text) = table.text(record, "text") {
+                (text.into_owned(), table.label(record, "label", &HUB_LABELS)?)
+            } else {
+                let input = format!("{} {}", table.text(record, "1")?, table.text(record, "2")?);
+                (input, table.label(record, "0", &LABELS)?)
+            };
+            Ok(Row { input: Some(input), ..Row::new(INSTRUCTION, label) })
         };
         table.first(count)?.iter().map(row).collect()
     }
@@ -54,11 +70,11 @@ impl AgNews {
 
 impl Task for AgNews {
     fn train(&self, count: usize, _seed: Seed) -> Result<Vec<Row>> {
-        self.rows("train.csv", count)
+        Self::rows(&self.training_file(), count)
     }
 
     fn test(&self, count: usize) -> Result<Vec<Row>> {
-        self.rows("test.csv", count)
+        Self::rows(&self.test_file(), count)
     }
 
     /// As in the reference: the answer contains the category, as written or in lower case; `sci` counts for `Sci/Tech`.
@@ -76,6 +92,7 @@ impl Task for AgNews {
     }
 
     fn files(&self) -> Vec<PathBuf> {
-        ["train.csv", "test.csv"].map(|name| self.path.join(name)).into_iter().filter(|path| path.is_file()).collect()
+        let files = [files_at(&self.training_file()), files_at(&self.test_file())].concat();
+        files.into_iter().filter(|path| path.is_file()).collect()
     }
 }

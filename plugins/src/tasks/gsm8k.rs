@@ -7,13 +7,13 @@ use serde::{Deserialize, Serialize};
 use titer_core::rng::Seed;
 use titer_core::{Result, Row, Settings, SettingsType, Task, TaskEntry, inventory};
 
-use crate::files::{DataFile, DataRecord, Header};
+use crate::files::{DataFile, DataRecord, Header, files_at, split_of};
 use crate::scoring::{first_number, last_number};
 
 inventory::submit! {
     TaskEntry {
         name: "gsm8k",
-        summary: "GSM8K from a folder with train.jsonl and test.jsonl",
+        summary: "GSM8K: sums in words",
         settings: SettingsType::of::<Gsm8k>(),
         version: 1,
         build: |settings: &Settings, folder: &Path| {
@@ -27,14 +27,15 @@ inventory::submit! {
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Gsm8k {
-    /// The folder of `train.jsonl` and `test.jsonl` (`question`, and `answer` with the result after `####`).
+    /// The folder of `train.jsonl` and `test.jsonl` (`question`, and `answer` with the result after `####`), or the data set of the
+    /// hub.
     #[schemars(extend("format" = "path"))]
     pub path: PathBuf,
 }
 
 impl Default for Gsm8k {
     fn default() -> Self {
-        Self { path: "gsm8k".into() }
+        Self { path: "hf://datasets/openai/gsm8k/main".into() }
     }
 }
 
@@ -42,8 +43,16 @@ const ASK: &str = "\nFirst think step by step and then answer the final number.\
 const RESULT: &str = "The final answer is: ";
 
 impl Gsm8k {
-    fn rows(&self, file: &str, count: usize) -> Result<Vec<Row>> {
-        let table = DataFile::read(&self.path.join(file), Header::Yes)?;
+    fn training_file(&self) -> PathBuf {
+        split_of(&self.path, "train.jsonl", "train")
+    }
+
+    fn test_file(&self) -> PathBuf {
+        split_of(&self.path, "test.jsonl", "test")
+    }
+
+    fn rows(file: &Path, count: usize) -> Result<Vec<Row>> {
+        let table = DataFile::read(file, Header::Yes)?;
         let row = |record: &DataRecord| -> Result<Row> {
             let question = format!("{}{ASK}", table.text(record, "question")?);
             Ok(Row::new(question, table.text(record, "answer")?.replace("####", RESULT)))
@@ -60,11 +69,11 @@ fn result(text: &str) -> Option<f64> {
 
 impl Task for Gsm8k {
     fn train(&self, count: usize, _seed: Seed) -> Result<Vec<Row>> {
-        self.rows("train.jsonl", count)
+        Self::rows(&self.training_file(), count)
     }
 
     fn test(&self, count: usize) -> Result<Vec<Row>> {
-        self.rows("test.jsonl", count)
+        Self::rows(&self.test_file(), count)
     }
 
     /// The number after `The final answer is:`, or else the last one, equals the reference's.
@@ -77,7 +86,7 @@ impl Task for Gsm8k {
     }
 
     fn files(&self) -> Vec<PathBuf> {
-        ["train.jsonl", "test.jsonl"].map(|name| self.path.join(name)).to_vec()
+        [files_at(&self.training_file()), files_at(&self.test_file())].concat()
     }
 }
 

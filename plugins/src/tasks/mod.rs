@@ -1,7 +1,9 @@
 //! Tasks, one file each: the embedded world's, and files of real text.
 
 pub mod agnews;
+pub mod beavertails;
 pub mod gsm8k;
+pub mod prompt_sets;
 pub mod rows;
 pub mod sst2;
 pub mod world_agnews;

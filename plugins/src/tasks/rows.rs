@@ -9,7 +9,7 @@ use titer_core::data::Message;
 use titer_core::rng::{Seed, permutation};
 use titer_core::{Error, Result, Row, Settings, SettingsType, Task, TaskEntry, inventory};
 
-use crate::files::{DataFile, DataRecord, Header, data_files};
+use crate::files::{DataFile, DataRecord, Header, files_at};
 use crate::scoring::last_number;
 
 inventory::submit! {
@@ -305,8 +305,7 @@ impl Task for Rows {
 
     fn files(&self) -> Vec<PathBuf> {
         let paths = [&self.train, &self.test].into_iter().flatten();
-        // What is no folder of data is reported when it is read.
-        paths.flat_map(|path| data_files(path).unwrap_or_else(|_| vec![path.clone()])).collect()
+        paths.flat_map(|path| files_at(path)).collect()
     }
 }
 

@@ -7,14 +7,14 @@ use serde::{Deserialize, Serialize};
 use titer_core::rng::Seed;
 use titer_core::{Result, Row, Settings, SettingsType, Task, TaskEntry, inventory};
 
-use crate::files::{DataFile, DataRecord, Header};
+use crate::files::{DataFile, DataRecord, Header, files_at, split_of};
 
 inventory::submit! {
     TaskEntry {
         name: "sst2",
-        summary: "SST-2 from a folder with train.tsv and dev.tsv",
+        summary: "SST-2: sentiment of film reviews",
         settings: SettingsType::of::<Sst2>(),
-        version: 1,
+        version: 2,
         build: |settings: &Settings, folder: &Path| {
             let Sst2 { path } = settings.parse()?;
             Ok(Box::new(Sst2 { path: folder.join(path) }))
@@ -26,14 +26,14 @@ inventory::submit! {
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Sst2 {
-    /// The folder of `train.tsv` and `dev.tsv` (sentence, tab, 0 or 1; a header line is recognised).
+    /// The folder of `train.tsv` and `dev.tsv` (sentence, tab, 0 or 1; a header line is recognised), or the data set of the hub.
     #[schemars(extend("format" = "path"))]
     pub path: PathBuf,
 }
 
 impl Default for Sst2 {
     fn default() -> Self {
-        Self { path: "sst2".into() }
+        Self { path: "hf://datasets/stanfordnlp/sst2".into() }
     }
 }
 
@@ -41,12 +41,21 @@ const INSTRUCTION: &str = "Analyze the sentiment of the input, and respond only 
 const LABELS: [(&str, &str); 2] = [("0", "negative"), ("1", "positive")];
 
 impl Sst2 {
-    fn rows(&self, file: &str, count: usize) -> Result<Vec<Row>> {
-        let table = DataFile::read(&self.path.join(file), Header::If("sentence"))?;
+    fn training_file(&self) -> PathBuf {
+        split_of(&self.path, "train.tsv", "train")
+    }
+
+    fn test_file(&self) -> PathBuf {
+        split_of(&self.path, "dev.tsv", "validation")
+    }
+
+    fn rows(file: &Path, count: usize) -> Result<Vec<Row>> {
+        let table = DataFile::read(file, Header::If("sentence"))?;
         let row = |record: &DataRecord| -> Result<Row> {
             let named = table.text(record, "sentence").is_ok();
             let [sentence, label] = if named { ["sentence", "label"] } else { ["0", "1"] };
-            let input = Some(table.text(record, sentence)?.trim().to_owned());
+            // With the space at its end that the data has, as in the reference.
+            let input = Some(table.text(record, sentence)?.into_owned());
             Ok(Row { input, ..Row::new(INSTRUCTION, table.label(record, label, &LABELS)?) })
         };
         table.first(count)?.iter().map(row).collect()
@@ -55,11 +64,11 @@ impl Sst2 {
 
 impl Task for Sst2 {
     fn train(&self, count: usize, _seed: Seed) -> Result<Vec<Row>> {
-        self.rows("train.tsv", count)
+        Self::rows(&self.training_file(), count)
     }
 
     fn test(&self, count: usize) -> Result<Vec<Row>> {
-        self.rows("dev.tsv", count)
+        Self::rows(&self.test_file(), count)
     }
 
     /// The answer contains the label, but for case.
@@ -76,6 +85,6 @@ impl Task for Sst2 {
     }
 
     fn files(&self) -> Vec<PathBuf> {
-        ["train.tsv", "dev.tsv"].map(|name| self.path.join(name)).to_vec()
+        [files_at(&self.training_file()), files_at(&self.test_file())].concat()
     }
 }

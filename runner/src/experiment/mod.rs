@@ -9,7 +9,7 @@ pub(crate) mod schema;
 pub mod spec;
 
 use titer_core::event::Sink;
-use titer_core::report::Input;
+use titer_core::report::{HubFiles, Input};
 use titer_core::text::Template;
 use titer_core::{AlignmentDefense, Limits, Result};
 
@@ -48,6 +48,8 @@ pub struct Experiment {
     pub runtime: Runtime,
     /// Every file that was read, with its hash.
     pub inputs: Vec<Input>,
+    /// Data sets of the hub that were read.
+    pub hub_data: Vec<HubFiles>,
 }
 
 impl Experiment {

@@ -10,7 +10,7 @@ use titer_core::arithmetic::Arithmetic;
 use titer_core::causal_lm::model_files;
 use titer_core::data::Row;
 use titer_core::optim::Schedule;
-use titer_core::report::HubModel;
+use titer_core::report::HubFiles;
 use titer_core::text::Template;
 use titer_core::weights::LoraConfig;
 
@@ -173,7 +173,7 @@ pub struct LoadSpec {
     pub dtype: String,
     /// What the folder is on the hub, if it comes from there. It is not part of the key either.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub hub: Option<HubModel>,
+    pub hub: Option<HubFiles>,
 }
 
 impl LoadSpec {

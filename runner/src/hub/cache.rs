@@ -4,6 +4,7 @@
 //! models--owner--name/blobs/ETAG                     contents; `ETAG.incomplete` while they come
 //! models--owner--name/snapshots/COMMIT/config.json   links to them
 //! models--owner--name/refs/main                      the commit of a branch
+//! datasets--owner--name/…                            likewise of data sets
 //! .locks/models--owner--name/ETAG.lock               who writes that content
 //! ```
 
@@ -66,11 +67,12 @@ pub(super) struct RepositoryCache {
 }
 
 impl RepositoryCache {
-    pub(super) fn new(repository: &str) -> Result<Self> {
+    pub(super) fn new(name: &HubName) -> Result<Self> {
         let root = path_in("HF_HUB_CACHE").unwrap_or_else(|| home().join("hub"));
         // Paths of plans hold in any working directory.
         let root = std::path::absolute(&root).map_err(|error| io_error("find the cache", &root, error))?;
-        let name = format!("models--{}", repository.replace('/', "--"));
+        let kind = if name.is_data() { "" } else { "models--" };
+        let name = format!("{kind}{}", name.repository.replace('/', "--"));
         Ok(Self { folder: root.join(&name), locks: root.join(".locks").join(name) })
     }
 
@@ -88,7 +90,7 @@ impl RepositoryCache {
             let bytes = bounds::read_file("read the revision's commit", &noted, LINE_BYTES)?;
             bounds::text(&bytes, &noted)?.trim().to_owned()
         } else {
-            return Err(Error::data("the model is not in the cache, and nothing may be downloaded")
+            return Err(Error::data("the repository is not in the cache, and nothing may be downloaded")
                 .file(&self.folder)
                 .help(OFFLINE_REMEDY));
         };
@@ -150,10 +152,22 @@ impl RepositoryCache {
     }
 }
 
-/// The names of the files in a folder.
+/// The names of the files in a folder, with those of its folders before them.
 pub(super) fn names(folder: &Path) -> Result<BTreeSet<String>> {
-    let files = disk::list(folder)?.into_iter().filter(|path| path.is_file());
-    Ok(files.filter_map(|path| Some(path.file_name()?.to_str()?.to_owned())).collect())
+    let (mut names, mut folders) = (BTreeSet::new(), vec![(String::new(), folder.to_owned())]);
+    while let Some((start, folder)) = folders.pop() {
+        for path in disk::list(&folder)? {
+            let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
+            let name = format!("{start}{name}");
+            // A link to a folder may lead round in a circle.
+            if path.is_file() {
+                names.insert(name);
+            } else if path.is_dir() && !path.is_symlink() && !name.starts_with('.') {
+                folders.push((format!("{name}/"), path));
+            }
+        }
+    }
+    Ok(names)
 }
 
 /// Lets `link` lead to `blob`, relatively, as the cache may be moved. A link that leads nowhere gives way.

@@ -128,7 +128,7 @@ impl Client {
         let page = format!("{}/{}", self.endpoint, name.repository);
         let help = match status {
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => format!(
-                "check the name; if it is right, accept the model's licence at {page} and set HF_TOKEN to a token of that \
+                "check the name; if it is right, accept the licence at {page} and set HF_TOKEN to a token of that \
                  account that may read it"
             ),
             StatusCode::NOT_FOUND => format!("check the name and the revision at {page}"),
@@ -141,7 +141,8 @@ impl Client {
 
 impl Server for Client {
     fn list(&self, name: &HubName) -> Result<Listing> {
-        let path = format!("api/models/{}/revision/{}", name.repository, encoded(name.revision(), ""));
+        let kind = if name.is_data() { "" } else { "models/" };
+        let path = format!("api/{kind}{}/revision/{}", name.repository, encoded(name.revision(), ""));
         let mut response = self.ask(name, &Method::GET, &path, 0)?;
         let bytes = response.body_mut().with_config().limit(LISTING_BYTES).read_to_vec();
         let bytes = bytes.map_err(|error| unexpected("the list of files cannot be read").source(error))?;

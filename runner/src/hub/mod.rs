@@ -1,5 +1,5 @@
-//! Models by their name on the Hugging Face hub, as in `HuggingFaceTB/SmolLM2-135M-Instruct`: found in the cache that Python's
-//! `huggingface_hub` keeps, or downloaded into it.
+//! Models and data sets by their name on the Hugging Face hub, as in `HuggingFaceTB/SmolLM2-135M-Instruct` and
+//! `hf://datasets/stanfordnlp/sst2`: found in the cache that Python's `huggingface_hub` keeps, or downloaded into it.
 //!
 //! This is written on ureq, since no version of the crate hf-hub does it: 1.0 needs tokio and reqwest; the synchronous client
 //! of 0.5 takes a download of any length for the whole, goes on behind a part even if the server starts anew, waits for ever,
@@ -8,6 +8,7 @@
 //! Only the client is behind the feature `hub`; what is in the cache or in a mirror can be used without it.
 
 mod cache;
+pub mod data;
 #[cfg(feature = "hub")]
 mod http;
 mod mirror;
@@ -20,7 +21,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use titer_core::bounds;
 use titer_core::causal_lm::WEIGHTS;
 use titer_core::event::Sink;
-use titer_core::report::HubModel;
+use titer_core::report::HubFiles;
 use titer_core::weights::checkpoint::shards;
 use titer_core::{Error, Result};
 
@@ -30,6 +31,8 @@ use cache::RepositoryCache;
 const MAIN: &str = "main";
 /// What may stand before a repository's name.
 const SCHEME: &str = "hf://";
+/// What stands before the name of a data set.
+const DATA_SETS: &str = "datasets/";
 /// Where the hub is, unless `HF_ENDPOINT` says otherwise.
 const ENDPOINT: &str = "https://huggingface.co";
 /// The folder of an endpoint that is a mirror.
@@ -59,7 +62,7 @@ const WRONG_REMEDY: &str = "take a repository in the form of transformers with a
                             a GGUF file is given by its path";
 /// What to do where nothing may be downloaded and something is missing.
 const OFFLINE_REMEDY: &str =
-    "download the model once: run the same command without --offline and HF_HUB_OFFLINE; or set HF_HOME to where it is";
+    "download it once: run the same command without --offline and HF_HUB_OFFLINE; or set HF_HOME to where it is";
 
 /// Whether `--offline` was given.
 static OFFLINE: AtomicBool = AtomicBool::new(false);
@@ -72,7 +75,7 @@ pub fn stay_offline() {
 /// The name of a repository, and perhaps of one of its revisions.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HubName {
-    /// `owner/name`.
+    /// `owner/name`, behind `datasets/` if it holds data.
     repository: String,
     /// A branch, a tag or a commit.
     revision: Option<String>,
@@ -119,6 +122,10 @@ impl HubName {
                 .help("give a branch, a tag or a commit, as in revision = \"main\""));
         }
         Ok(Self { revision: Some(revision.to_owned()), ..self })
+    }
+
+    fn is_data(&self) -> bool {
+        self.repository.starts_with(DATA_SETS)
     }
 
     fn revision(&self) -> &str {
@@ -174,11 +181,13 @@ fn server(endpoint: &str) -> Result<Box<dyn Server>> {
 
 #[cfg(not(feature = "hub"))]
 fn server(_endpoint: &str) -> Result<Box<dyn Server>> {
-    Err(Error::config("this build of Titer downloads nothing, and the model is named by its repository on the hub")
-        .help("build it with `cargo build --release --features hub`, or give the path of a folder"))
+    Err(Error::config(
+        "this build of Titer downloads nothing, and a model or a data set is named by its repository on the hub",
+    )
+    .help("build it with `cargo build --release --features hub`, or give a path"))
 }
 
-/// Where models come from.
+/// Where files come from.
 enum Hub {
     /// A folder with `owner/name` folders, which are used where they lie.
     Mirror(PathBuf),
@@ -210,25 +219,35 @@ impl Hub {
 /// # Errors
 /// The repository cannot be reached, does not exist, may not be read, or holds no model that Titer could read; or there is no
 /// space for it.
-pub fn open(name: &HubName) -> Result<(HubModel, PathBuf)> {
+pub fn open(name: &HubName) -> Result<(HubFiles, PathBuf)> {
+    take(name, WRONG_REMEDY, model_files)
+}
+
+/// The folder of a repository and what was taken of it: `choose` says which of its files, and has them brought into the folder.
+/// It gets their names, the folder, what to do if one is missing, and what brings a file there.
+fn take(
+    name: &HubName,
+    remedy: &str,
+    choose: impl Fn(&BTreeSet<String>, &Path, &str, &dyn Fn(&str) -> Result<()>) -> Result<Vec<String>>,
+) -> Result<(HubFiles, PathBuf)> {
     let found = || {
-        let cache = RepositoryCache::new(&name.repository)?;
+        let cache = RepositoryCache::new(name)?;
         match Hub::open()? {
             Hub::Mirror(root) => {
                 let folder = root.join(&name.repository);
                 let Listing { commit, names } = mirror::list(&folder)?;
-                Ok((commit, model_files(&names, &folder, WRONG_REMEDY, |_| Ok(()))?, folder))
+                Ok((commit, choose(&names, &folder, remedy, &|_| Ok(()))?, folder))
             }
             Hub::Cached => {
                 let Listing { commit, names } = cache.list(name.revision())?;
                 let folder = cache.snapshot(&commit);
-                Ok((commit, model_files(&names, &folder, OFFLINE_REMEDY, |_| Ok(()))?, folder))
+                Ok((commit, choose(&names, &folder, OFFLINE_REMEDY, &|_| Ok(()))?, folder))
             }
             Hub::Online(server) => {
                 let Listing { commit, names } = server.list(name)?;
                 let folder = cache.snapshot(&commit);
                 let get = |file: &str| cache.download(&*server, name, &commit, file, None);
-                let files = model_files(&names, &folder, WRONG_REMEDY, get)?;
+                let files = choose(&names, &folder, remedy, &get)?;
                 cache.note(name.revision(), &commit)?;
                 Ok((commit, files, folder))
             }
@@ -236,18 +255,18 @@ pub fn open(name: &HubName) -> Result<(HubModel, PathBuf)> {
     };
     let (commit, files, folder) = found().map_err(|error| name.locate(error))?;
     let (repository, revision) = (name.repository.clone(), name.revision().to_owned());
-    Ok((HubModel { repository, revision, commit, files }, folder))
+    Ok((HubFiles { repository, revision, commit, files }, folder))
 }
 
 /// Downloads the weights of a model that was opened, as far as they are not there, and tells `sink` about it.
 ///
 /// # Errors
 /// A file is missing, the connection broke, or the disk is full. What was downloaded stays, for the next time to go on.
-pub fn fetch_weights(model: &HubModel, sink: &dyn Sink) -> Result<()> {
-    let HubModel { repository, revision, commit, files } = model;
+pub fn fetch_weights(model: &HubFiles, sink: &dyn Sink) -> Result<()> {
+    let HubFiles { repository, revision, commit, files } = model;
     let name = HubName { repository: repository.clone(), revision: Some(revision.clone()), folder: None };
     let fetch = || {
-        let cache = RepositoryCache::new(repository)?;
+        let cache = RepositoryCache::new(&name)?;
         let (folder, server, remedy) = match Hub::open()? {
             Hub::Mirror(root) => (root.join(repository), None, "copy the file into the mirror"),
             Hub::Cached => (cache.snapshot(commit), None, OFFLINE_REMEDY),
@@ -281,7 +300,7 @@ fn model_files(
     names: &BTreeSet<String>,
     folder: &Path,
     remedy: &str,
-    get: impl Fn(&str) -> Result<()>,
+    get: &dyn Fn(&str) -> Result<()>,
 ) -> Result<Vec<String>> {
     // Only names that are known here are taken, but a repository with such a name means no good.
     let leaves = |name: &str| name.starts_with('/') || name.split(['/', '\\']).any(|part| part == "..");
@@ -401,7 +420,7 @@ mod tests {
     #[test]
     fn a_model_is_its_weights_and_what_stands_beside_them() {
         let folder = tempfile::tempdir().unwrap();
-        let files = |found: &[&str]| model_files(&names(found), folder.path(), WRONG_REMEDY, |_| Ok(()));
+        let files = |found: &[&str]| model_files(&names(found), folder.path(), WRONG_REMEDY, &|_| Ok(()));
         let single = ["README.md", CONFIG, SINGLE, TOKENIZER, "onnx/model.onnx", "pytorch_model.bin", "vocab.json"];
         assert_eq!(files(&single).unwrap(), [CONFIG, SINGLE, TOKENIZER, "vocab.json"]);
         let index = |map: serde_json::Value| {

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use titer_core::report::Input;
+use titer_core::report::{HubFiles, Input};
 use titer_core::text::Template;
 
 use crate::experiment::axes::Coordinates;
@@ -31,6 +31,8 @@ pub struct Plan {
     pub runtime: Runtime,
     /// Every file that was read, with its hash.
     pub inputs: Vec<Input>,
+    /// Data sets of the hub that were read.
+    pub hub_data: Vec<HubFiles>,
     /// The protocols of the cells by their id.
     pub protocols: BTreeMap<String, Value>,
     /// The settings of the cells by their id.

@@ -40,6 +40,7 @@ pub fn plan_along(experiment: &Experiment, axes: &[Axis]) -> Plan {
         arithmetic: experiment.arithmetic.clone(),
         runtime: experiment.runtime.clone(),
         inputs: experiment.inputs.clone(),
+        hub_data: experiment.hub_data.clone(),
         protocols: planner.protocols,
         settings: planner.settings,
         stages: planner.stages,

@@ -25,6 +25,7 @@ pub fn of(loaded: &LoadedConfig, plan: &Plan, device: &str) -> Result<Provenance
         config: json!(loaded.config),
         inputs: plan.inputs.clone(),
         hub: plan.checkpoints().find_map(|spec| spec.hub.clone()),
+        hub_data: plan.hub_data.clone(),
         processor: environment::processor(),
         device: device.to_owned(),
         arithmetic: plan.arithmetic.clone(),

@@ -109,6 +109,9 @@ impl Found {
         if let Some(model) = &made.hub {
             run["hub"] = json!(model);
         }
+        if !made.hub_data.is_empty() {
+            run["hub_data"] = json!(made.hub_data);
+        }
         [
             ("coordinates", row.coordinates.clone()),
             ("setting", manifest(&results.settings, &row.setting)),

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use serde_json::{Map, Value};
 use titer_core::registry::{Entry, did_you_mean, find};
+use titer_core::report::HubFiles;
 use titer_core::{Error, Result, Settings};
 
 use crate::diagnostics::Problems;
@@ -18,11 +19,13 @@ pub(super) struct Resolver<'a> {
     pub(super) problems: Problems,
     /// Content hashes of files already read.
     pub(super) hashes: BTreeMap<PathBuf, String>,
+    /// Data sets of the hub already taken, by what names them: what they are, and where they lie.
+    pub(super) hub_data: BTreeMap<String, (HubFiles, PathBuf)>,
 }
 
 impl<'a> Resolver<'a> {
     pub(super) fn new(source: &'a Source) -> Self {
-        Self { source, problems: Problems::default(), hashes: BTreeMap::new() }
+        Self { source, problems: Problems::default(), hashes: BTreeMap::new(), hub_data: BTreeMap::new() }
     }
 
     /// Keeps the value and collects the error, under the key.

@@ -11,26 +11,43 @@ use titer_core::{Error, Result, Row, Settings, Task, TaskEntry};
 use super::checks::Resolver;
 use crate::experiment::config::{StreamConfig, TaskRef};
 use crate::experiment::spec::{PATH, PluginSpec, RowsSpec, StreamSpec, absolute};
-use crate::{disk, inputs};
+use crate::hub::data::HubData;
+use crate::{disk, hub, inputs};
 
 impl Resolver<'_> {
-    /// The settings of a plugin in which each path that does not come from the file is a whole one: a plugin takes relative
-    /// paths from the file's folder.
-    pub(super) fn placed<E: Entry>(&self, key: &str, name: &str, settings: &Map<String, Value>) -> Map<String, Value> {
+    /// The settings of a plugin in which each path that does not come from the file is a whole one, since a plugin takes
+    /// relative paths from the file's folder. Data sets of the hub are taken here, and are paths like others then.
+    pub(super) fn placed<E: Entry>(
+        &mut self,
+        key: &str,
+        name: &str,
+        settings: &Map<String, Value>,
+    ) -> Option<Map<String, Value>> {
         let mut settings = settings.clone();
-        let schema = schema::<E>(name);
-        for (setting, value) in &mut settings {
-            if !is_path(&schema, setting) {
+        for (setting, schema) in schema::<E>(name)["properties"].as_object().into_iter().flatten() {
+            let written = settings.get(setting);
+            let Some(text) = written.or(schema.get("default")).and_then(Value::as_str).filter(|_| is_path(schema))
+            else {
                 continue;
-            }
-            let start = self.source.folder_of(&format!("{key}.{setting}"));
-            if start == Path::new("")
-                && let Some(Ok(path)) = value.as_str().map(std::path::absolute)
-            {
-                *value = Value::from(path.to_string_lossy());
+            };
+            let key = format!("{key}.{setting}");
+            let outside = written.is_some() && self.source.folder_of(&key) == Path::new("");
+            let whole = outside.then(|| std::path::absolute(text).ok()).flatten();
+            let taken = self.hub_data(text);
+            if let Some(path) = self.take(&key, taken)?.or(whole) {
+                settings.insert(setting.clone(), Value::from(path.to_string_lossy()));
             }
         }
-        settings
+        Some(settings)
+    }
+
+    /// Where the data of the hub lies that `text` names, if it does.
+    fn hub_data(&mut self, text: &str) -> Result<Option<PathBuf>> {
+        let Some(data) = HubData::of(text)? else { return Ok(None) };
+        if !self.hub_data.contains_key(text) {
+            self.hub_data.insert(text.to_owned(), hub::data::fetch(&data)?);
+        }
+        Ok(self.hub_data.get(text).map(|(_, path)| path.clone()))
     }
 
     /// What to do if one of a plugin's files is missing: says where its path starts.
@@ -42,11 +59,13 @@ impl Resolver<'_> {
         file: &Path,
     ) -> String {
         let schema = schema::<E>(name);
-        let start = settings.iter().filter(|(setting, _)| is_path(&schema, setting)).find_map(|(setting, value)| {
-            let (key, path) = (format!("{key}.{setting}"), Path::new(value.as_str()?));
-            let whole = absolute(&self.source.folder_of(&key).join(path));
-            self.source.start_of(&key, path).filter(|_| whole == absolute(file))
-        });
+        let start = settings.iter().filter(|(setting, _)| is_path(&schema["properties"][setting])).find_map(
+            |(setting, value)| {
+                let (key, path) = (format!("{key}.{setting}"), Path::new(value.as_str()?));
+                let whole = absolute(&self.source.folder_of(&key).join(path));
+                self.source.start_of(&key, path).filter(|_| whole == absolute(file))
+            },
+        );
         start.map_or_else(|| "check the path".to_owned(), |start| format!("check the path; {start}"))
     }
 
@@ -57,7 +76,7 @@ impl Resolver<'_> {
         name: &str,
         settings: &Map<String, Value>,
     ) -> Option<(PluginSpec, Box<dyn Task>)> {
-        let (written, settings) = (settings, &self.placed::<TaskEntry>(key, name, settings));
+        let (written, settings) = (settings, &self.placed::<TaskEntry>(key, name, settings)?);
         let (entry, spec) = self.plugin::<TaskEntry>(key, &format!("{key}.task"), name, settings)?;
         let task = (entry.build)(&Settings::from(settings.clone()), self.source.folder());
         let task = self.take(key, task)?;
@@ -117,8 +136,8 @@ fn schema<E: Entry>(name: &str) -> Value {
     find::<E>(name).map(|entry| (entry.settings().schema)().to_value()).unwrap_or_default()
 }
 
-fn is_path(schema: &Value, setting: &str) -> bool {
-    schema["properties"][setting]["format"] == PATH
+fn is_path(schema: &Value) -> bool {
+    schema["format"] == PATH
 }
 
 /// What rows are for.

@@ -48,7 +48,7 @@ impl Resolver<'_> {
 
     /// Builds a judge, which checks its settings, and hashes its files.
     fn judge(&mut self, key: &str, name_key: &str, name: &str, written: &Map<String, Value>) -> Option<PluginSpec> {
-        let settings = &self.placed::<JudgeEntry>(key, name, written);
+        let settings = &self.placed::<JudgeEntry>(key, name, written)?;
         let (entry, spec) = self.plugin::<JudgeEntry>(key, name_key, name, settings)?;
         let judge = (entry.build)(&Settings::from(settings.clone()), self.source.folder());
         let judge = self.take(key, judge.map_err(|error| explained(name, error)));

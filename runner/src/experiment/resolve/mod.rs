@@ -105,6 +105,7 @@ pub fn resolve(loaded: &LoadedConfig) -> Result<Experiment, Problems> {
     };
     let inputs = cx.hashes.iter().map(|(path, hash)| Input { path: path.display().to_string(), blake3: hash.clone() });
     let inputs = inputs.collect();
+    let hub_data = cx.hub_data.values().map(|(files, _)| files.clone()).collect();
     match (bases, fine_tune) {
         (Some(bases), Some(fine_tune)) => cx.problems.into_result(Experiment {
             name: config.experiment.clone(),
@@ -121,6 +122,7 @@ pub fn resolve(loaded: &LoadedConfig) -> Result<Experiment, Problems> {
             arithmetic,
             runtime,
             inputs,
+            hub_data,
         }),
         // A missing part has left its reason behind.
         _ => Err(cx.problems),

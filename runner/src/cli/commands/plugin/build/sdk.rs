@@ -120,7 +120,7 @@ fn cargo(command: &str, manifest: &Path) -> Command {
     cargo.arg(command).arg("--manifest-path").arg(manifest);
     // What an outer cargo has told about its own package, a build script takes for news: it runs again.
     for name in std::env::vars_os().filter_map(|(name, _)| name.into_string().ok()) {
-        if name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_") {
+        if name == "OUT_DIR" || name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_") {
             cargo.env_remove(name);
         }
     }
