@@ -1,5 +1,6 @@
 //! Sets of requests that the field asks models, without right answers: whether an answer is harmful is for a judge to say.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use schemars::JsonSchema;
@@ -60,7 +61,7 @@ impl PromptSet {
         };
         let table = table.filtered(counts).without_first(skip)?;
         let one_of = |record: &DataRecord, names: &[&str]| {
-            names.iter().find_map(|name| table.text(record, name).ok()).map(|text| text.into_owned())
+            names.iter().find_map(|name| table.text(record, name).ok()).map(Cow::into_owned)
         };
         let row = |record: &DataRecord| {
             let request = one_of(record, self.request).ok_or_else(|| {

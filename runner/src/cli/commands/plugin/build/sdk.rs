@@ -118,12 +118,6 @@ fn cargo(command: &str, manifest: &Path) -> Command {
     // The cargo of an outer cargo, such as that of a test, is another version's only if the user wants it so.
     let mut cargo = Command::new("cargo");
     cargo.arg(command).arg("--manifest-path").arg(manifest);
-    // What an outer cargo has told about its own package, a build script takes for news: it runs again.
-    for name in std::env::vars_os().filter_map(|(name, _)| name.into_string().ok()) {
-        if name == "OUT_DIR" || name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_") {
-            cargo.env_remove(name);
-        }
-    }
     cargo
 }
 
@@ -161,6 +155,12 @@ fn artifacts(cargo: &mut Command, failure: &str) -> Result<Vec<BuiltArtifact>> {
 }
 
 fn output(command: &mut Command, failure: &str) -> Result<String> {
+    // What an outer cargo has told about its own package, build scripts take for news: they run again.
+    for name in std::env::vars_os().filter_map(|(name, _)| name.into_string().ok()) {
+        if name == "OUT_DIR" || name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_") {
+            command.env_remove(name);
+        }
+    }
     let started = command.stderr(Stdio::inherit()).output();
     let output = started.map_err(|error| {
         let error = Error::config("cannot start cargo").source(error);
