@@ -321,8 +321,8 @@ fn rows_of_the_hub_are_taken_by_name() {
     assert_eq!(keys(&plan_of(&local)), keys(&plan_of(&online)));
 
     let wrong = |train: &str| plan(&experiment_on(folder, train, train), &[], &hub.address);
-    refused(&wrong(&format!("hf://{DATA}/own/trian")), 3, &["no `own/trian`", "fine_tune.tasks.0.train", DATA]);
-    refused(&wrong("hf://datasets/tiny"), 2, &["names no data set", "fine_tune.tasks.0.train"]);
+    refused(&wrong(&format!("hf://{DATA}/own/trian")), 3, &["no `own/trian`", "fine_tune.tasks.0.test", DATA]);
+    refused(&wrong("hf://datasets/tiny"), 2, &["names no data set", "fine_tune.tasks.0.test"]);
     refused(&wrong("hf://datasets/tiny/none/a.jsonl"), 3, &["does not give `datasets/tiny/none`"]);
     hub.behave(Behaviour { refuse: Some(403), ..Behaviour::default() });
     refused(&wrong(&format!("hf://{DATA}/own/test.jsonl")), 3, &["403", "HF_TOKEN"]);
@@ -426,9 +426,10 @@ fn walk(folder: &Path) -> Vec<PathBuf> {
 }
 
 fn write_files(folder: &Path, files: &Files) {
-    std::fs::create_dir_all(folder).expect("a folder");
     for (name, bytes) in files {
-        std::fs::write(folder.join(name), bytes).expect("a file");
+        let path = folder.join(name);
+        std::fs::create_dir_all(path.parent().expect("a folder")).expect("a folder");
+        std::fs::write(path, bytes).expect("a file");
     }
 }
 
