@@ -8,10 +8,10 @@ use titer_kernels::gemm::instructions;
 use crate::device::DeviceChoice;
 
 /// The version of the device's kernels, to be raised with any change of a bit.
-const CUDA_VERSION: u32 = 4;
+const CUDA_VERSION: u32 = 5;
 
 /// What decides the rounding on `device` if `arithmetic` is chosen: `portable/4`, `native/4 avx512+amx bf16 int8`,
-/// `cuda/4 sm_90`. `bf16` says that the tile unit multiplies weights in bf16 as they are stored, `int8` that answers with
+/// `cuda/5 sm_90`. `bf16` says that the tile unit multiplies weights in bf16 as they are stored, `int8` that answers with
 /// quantized weights are computed from activations rounded to 8 bits.
 pub fn identity(arithmetic: Arithmetic, device: DeviceChoice) -> String {
     if let DeviceChoice::Cuda { capability: (major, minor), .. } = device {
