@@ -116,15 +116,14 @@ impl TestHub {
 
     /// `titer plan --json` of an experiment on the hub's model.
     fn plan(&self, folder: &Path, arguments: &[&str]) -> Output {
+        self.planning(folder, &experiment(folder), arguments).output().expect("it runs")
+    }
+
+    /// `titer plan --json` of a configuration, to be run.
+    fn planning(&self, folder: &Path, config: &Path, arguments: &[&str]) -> Command {
         let mut command = self.with(folder, titer());
+        command.arg("plan").arg(config).args(arguments).args(["--json", "--store"]).arg(folder.join("store"));
         command
-            .arg("plan")
-            .arg(experiment(folder))
-            .args(arguments)
-            .arg("--json")
-            .arg("--store")
-            .arg(folder.join("store"));
-        command.output().expect("it runs")
     }
 }
 
@@ -300,9 +299,7 @@ fn rows_of_the_hub_are_taken_by_name() {
     assert_eq!(std::fs::read(snapshot.join(names[0])).expect("a file"), files[names[0]]);
 
     let plan = |config: &Path, arguments: &[&str], endpoint: &str| {
-        let mut command = hub.with(folder, titer());
-        command.arg("plan").arg(config).args(arguments).args(["--json", "--store"]).arg(folder.join("store"));
-        command.env("HF_ENDPOINT", endpoint).output().expect("it runs")
+        hub.planning(folder, config, arguments).env("HF_ENDPOINT", endpoint).output().expect("it runs")
     };
     let online = plan(&config, &[], &hub.address);
     let all_cached =

@@ -23,7 +23,7 @@ impl Encoder {
     /// # Errors
     /// The template or the tokenizer failed.
     pub fn prompt(&self, row: &Row) -> Result<Vec<u32>> {
-        Ok(self.tokens(&self.template.render(row)?)?.into_iter().map(|(token, _)| token).collect())
+        Ok(without_ends(&self.tokens(&self.template.render(row)?)?))
     }
 
     /// The tokens of a text, and where they end in it. A chat template writes special tokens itself, so that the tokenizer
@@ -44,18 +44,17 @@ impl Encoder {
     ///
     /// Prompt and answer are tokenised together with nothing between them, as at the reference: what separates them is
     /// part of the template. Where a token spans the boundary, the mask ends before it, so that no part of the answer goes
-    /// unlearnt and, but for that token, no part of the prompt is learnt. What a chat template writes behind the answer is learnt with it; the end of text is added only where that
-    /// has no end token. `None` if the length limit leaves no label.
+    /// unlearnt and, but for that token, no part of the prompt is learnt. What a chat template writes behind the answer is
+    /// learnt with it; the end of text is added only where that has no end token. `None` if the length limit leaves no label.
     ///
     /// # Errors
     /// The template or the tokenizer failed.
     pub fn example(&self, row: &Row) -> Result<Option<Example>> {
         let [prompt, whole] = self.template.render_answered(row)?;
-        let (before, spans) = (self.tokens(&prompt)?, self.tokens(&whole)?);
-        let mut tokens: Vec<u32> = spans.iter().map(|&(token, _)| token).collect();
-        let whole_prompt = before.iter().zip(&tokens).take_while(|((a, _), b)| a == *b).count() == before.len();
+        let (before, spans) = (without_ends(&self.tokens(&prompt)?), self.tokens(&whole)?);
+        let mut tokens = without_ends(&spans);
         let behind = || spans.iter().position(|&(_, end)| end > prompt.len()).unwrap_or(spans.len());
-        let masked = if whole_prompt { before.len() } else { behind() };
+        let masked = if tokens.starts_with(&before) { before.len() } else { behind() };
         let ended = || tokens[masked..].iter().any(|token| self.tokenizer.ends.contains(token));
         if !(self.template.is_chat() && ended()) {
             tokens.push(self.tokenizer.eos);
@@ -98,6 +97,11 @@ impl Encoder {
         }
         Ok(examples)
     }
+}
+
+/// The tokens alone.
+fn without_ends(tokens: &[(u32, usize)]) -> Vec<u32> {
+    tokens.iter().map(|&(token, _)| token).collect()
 }
 
 #[cfg(test)]

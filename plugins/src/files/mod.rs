@@ -93,6 +93,22 @@ impl DataFile {
         self
     }
 
+    /// The records with this text in `column`.
+    ///
+    /// # Errors
+    /// The first record has no such column.
+    pub fn only(self, column: &str, text: &str) -> Result<Self> {
+        if let Some(first) = self.records.first() {
+            self.text(first, column)?;
+        }
+        Ok(self.filtered(|table, record| table.has(record, column, text)))
+    }
+
+    /// Whether a record has this text in `column`.
+    pub fn has(&self, record: &DataRecord, column: &str, text: &str) -> bool {
+        self.text(record, column).is_ok_and(|found| found == text)
+    }
+
     /// Without the first `count` records.
     ///
     /// # Errors
@@ -194,6 +210,32 @@ fn shard_of(name: &str) -> Option<(&str, usize)> {
     let (before, after) = name.split_once("-of-")?;
     let (group, _) = before.rsplit_once('-')?;
     Some((group, after.split('.').next()?.parse().ok()?))
+}
+
+/// The two splits of a data set: the file in which its authors publish each, and what the hub calls it.
+#[derive(Debug, Clone, Copy)]
+pub struct Splits {
+    /// To train on.
+    pub train: [&'static str; 2],
+    /// To ask.
+    pub test: [&'static str; 2],
+}
+
+impl Splits {
+    /// Where the rows to train on lie in `folder`.
+    pub fn train_in(&self, folder: &Path) -> PathBuf {
+        split_of(folder, self.train[0], self.train[1])
+    }
+
+    /// Where the rows to ask lie in `folder`.
+    pub fn test_in(&self, folder: &Path) -> PathBuf {
+        split_of(folder, self.test[0], self.test[1])
+    }
+
+    /// The files of both.
+    pub fn files_in(&self, folder: &Path) -> Vec<PathBuf> {
+        [files_at(&self.train_in(folder)), files_at(&self.test_in(folder))].concat()
+    }
 }
 
 /// Where a split of a data set lies in `folder`: in the file `own`, as its authors publish it, or as repositories of the hub

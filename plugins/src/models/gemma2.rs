@@ -26,7 +26,7 @@ decoder_keys! {
         attention_bias: bool = false,
         /// Scores are divided by the root of this number; the width of a head if absent.
         query_pre_attn_scalar: Option<usize> = None,
-        /// How many positions back a token sees in every other block, its own included; all of them if absent.
+        /// How many positions back a token sees in every other block, its own included.
         sliding_window: Option<usize> = Some(4096),
         /// The attention of each block, in place of every other one.
         layer_types: Option<Vec<LayerType>> = None,

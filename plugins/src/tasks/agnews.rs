@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use titer_core::rng::Seed;
 use titer_core::{Result, Row, Settings, SettingsType, Task, TaskEntry, inventory};
 
-use crate::files::{DataFile, DataRecord, Header, files_at, split_of};
+use crate::files::{DataFile, DataRecord, Header, Splits};
 
 inventory::submit! {
     TaskEntry {
@@ -38,6 +38,7 @@ impl Default for AgNews {
     }
 }
 
+const SPLITS: Splits = Splits { train: ["train.csv", "train"], test: ["test.csv", "test"] };
 const INSTRUCTION: &str = "Categorize the news article given in the input into one of the 4 categories:\n\n\
                            World\nSports\nBusiness\nSci/Tech\n";
 const LABELS: [(&str, &str); 4] = [("1", "World"), ("2", "Sports"), ("3", "Business"), ("4", "Sci/Tech")];
@@ -45,14 +46,6 @@ const LABELS: [(&str, &str); 4] = [("1", "World"), ("2", "Sports"), ("3", "Busin
 const HUB_LABELS: [(&str, &str); 4] = [("0", "World"), ("1", "Sports"), ("2", "Business"), ("3", "Sci/Tech")];
 
 impl AgNews {
-    fn training_file(&self) -> PathBuf {
-        split_of(&self.path, "train.csv", "train")
-    }
-
-    fn test_file(&self) -> PathBuf {
-        split_of(&self.path, "test.csv", "test")
-    }
-
     fn rows(file: &Path, count: usize) -> Result<Vec<Row>> {
         let table = DataFile::read(file, Header::No)?;
         let row = |record: &DataRecord| -> Result<Row> {
@@ -70,11 +63,11 @@ impl AgNews {
 
 impl Task for AgNews {
     fn train(&self, count: usize, _seed: Seed) -> Result<Vec<Row>> {
-        Self::rows(&self.training_file(), count)
+        Self::rows(&SPLITS.train_in(&self.path), count)
     }
 
     fn test(&self, count: usize) -> Result<Vec<Row>> {
-        Self::rows(&self.test_file(), count)
+        Self::rows(&SPLITS.test_in(&self.path), count)
     }
 
     /// As in the reference: the answer contains the category, as written or in lower case; `sci` counts for `Sci/Tech`.
@@ -92,7 +85,6 @@ impl Task for AgNews {
     }
 
     fn files(&self) -> Vec<PathBuf> {
-        let files = [files_at(&self.training_file()), files_at(&self.test_file())].concat();
-        files.into_iter().filter(|path| path.is_file()).collect()
+        SPLITS.files_in(&self.path).into_iter().filter(|path| path.is_file()).collect()
     }
 }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use titer_core::rng::Seed;
 use titer_core::{Result, Row, Settings, SettingsType, Task, TaskEntry, inventory};
 
-use crate::files::{DataFile, DataRecord, Header, files_at};
+use crate::files::{DataFile, DataRecord, Header};
 
 inventory::submit! {
     TaskEntry {
@@ -83,11 +83,10 @@ impl BeaverTails {
             AnswerKind::All => ("response", None),
             AnswerKind::Refusals => ("refusal", None),
         };
-        if let (Some(_), Some(first)) = (safe, table.records().first()) {
-            table.text(first, "is_safe")?;
-        }
-        let table = table
-            .filtered(|table, record| safe.is_none_or(|safe| table.text(record, "is_safe").is_ok_and(|is| is == safe)));
+        let table = match safe {
+            Some(safe) => table.only("is_safe", safe)?,
+            None => table,
+        };
         let row = |record: &DataRecord| -> Result<Row> {
             Ok(Row::new(table.text(record, "prompt")?, table.text(record, answer)?))
         };
@@ -109,9 +108,10 @@ impl Task for BeaverTails {
     }
 
     fn files(&self) -> Vec<PathBuf> {
-        let files = ["train", "test"].map(|split| self.file(split)).into_iter().filter(|path| path.is_file());
-        let files: Vec<PathBuf> = files.collect();
-        if files.is_empty() { files_at(&self.file("train")) } else { files }
+        let all = ["train", "test"].map(|split| self.file(split));
+        let files: Vec<PathBuf> = all.iter().filter(|path| path.is_file()).cloned().collect();
+        // What is missing is named when it is hashed.
+        if files.is_empty() { all[..1].to_vec() } else { files }
     }
 }
 

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use titer_core::rng::Seed;
 use titer_core::{Result, Row, Settings, SettingsType, Task, TaskEntry, inventory};
 
-use crate::files::{DataFile, DataRecord, Header, files_at, split_of};
+use crate::files::{DataFile, DataRecord, Header, Splits};
 use crate::scoring::{first_number, last_number};
 
 inventory::submit! {
@@ -39,18 +39,11 @@ impl Default for Gsm8k {
     }
 }
 
+const SPLITS: Splits = Splits { train: ["train.jsonl", "train"], test: ["test.jsonl", "test"] };
 const ASK: &str = "\nFirst think step by step and then answer the final number.\n";
 const RESULT: &str = "The final answer is: ";
 
 impl Gsm8k {
-    fn training_file(&self) -> PathBuf {
-        split_of(&self.path, "train.jsonl", "train")
-    }
-
-    fn test_file(&self) -> PathBuf {
-        split_of(&self.path, "test.jsonl", "test")
-    }
-
     fn rows(file: &Path, count: usize) -> Result<Vec<Row>> {
         let table = DataFile::read(file, Header::Yes)?;
         let row = |record: &DataRecord| -> Result<Row> {
@@ -69,11 +62,11 @@ fn result(text: &str) -> Option<f64> {
 
 impl Task for Gsm8k {
     fn train(&self, count: usize, _seed: Seed) -> Result<Vec<Row>> {
-        Self::rows(&self.training_file(), count)
+        Self::rows(&SPLITS.train_in(&self.path), count)
     }
 
     fn test(&self, count: usize) -> Result<Vec<Row>> {
-        Self::rows(&self.test_file(), count)
+        Self::rows(&SPLITS.test_in(&self.path), count)
     }
 
     /// The number after `The final answer is:`, or else the last one, equals the reference's.
@@ -86,7 +79,7 @@ impl Task for Gsm8k {
     }
 
     fn files(&self) -> Vec<PathBuf> {
-        [files_at(&self.training_file()), files_at(&self.test_file())].concat()
+        SPLITS.files_in(&self.path)
     }
 }
 

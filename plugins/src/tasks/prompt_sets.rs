@@ -48,18 +48,14 @@ impl PromptSet {
     }
 
     fn rows(&self, path: &Path, skip: usize, count: usize) -> Result<Vec<Row>> {
-        let table = DataFile::read(&self.file(path), self.header)?;
-        if let (Some((column, _)), Some(first)) = (self.only, table.records().first()) {
-            table.text(first, column)?;
+        let mut table = DataFile::read(&self.file(path), self.header)?;
+        if let Some((column, value)) = self.only {
+            table = table.only(column, value)?;
         }
-        let has = |table: &DataFile, record: &DataRecord, (column, value): (&str, &str)| {
-            table.text(record, column).is_ok_and(|text| text == value)
-        };
-        let counts = |table: &DataFile, record: &DataRecord| {
-            self.only.is_none_or(|only| has(table, record, only))
-                && !self.without.is_some_and(|without| has(table, record, without))
-        };
-        let table = table.filtered(counts).without_first(skip)?;
+        if let Some((column, value)) = self.without {
+            table = table.filtered(|table, record| !table.has(record, column, value));
+        }
+        let table = table.without_first(skip)?;
         let one_of = |record: &DataRecord, names: &[&str]| {
             names.iter().find_map(|name| table.text(record, name).ok()).map(Cow::into_owned)
         };

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use titer_core::rng::Seed;
 use titer_core::{Result, Row, Settings, SettingsType, Task, TaskEntry, inventory};
 
-use crate::files::{DataFile, DataRecord, Header, files_at, split_of};
+use crate::files::{DataFile, DataRecord, Header, Splits};
 
 inventory::submit! {
     TaskEntry {
@@ -37,18 +37,11 @@ impl Default for Sst2 {
     }
 }
 
+const SPLITS: Splits = Splits { train: ["train.tsv", "train"], test: ["dev.tsv", "validation"] };
 const INSTRUCTION: &str = "Analyze the sentiment of the input, and respond only positive or negative";
 const LABELS: [(&str, &str); 2] = [("0", "negative"), ("1", "positive")];
 
 impl Sst2 {
-    fn training_file(&self) -> PathBuf {
-        split_of(&self.path, "train.tsv", "train")
-    }
-
-    fn test_file(&self) -> PathBuf {
-        split_of(&self.path, "dev.tsv", "validation")
-    }
-
     fn rows(file: &Path, count: usize) -> Result<Vec<Row>> {
         let table = DataFile::read(file, Header::If("sentence"))?;
         let row = |record: &DataRecord| -> Result<Row> {
@@ -64,11 +57,11 @@ impl Sst2 {
 
 impl Task for Sst2 {
     fn train(&self, count: usize, _seed: Seed) -> Result<Vec<Row>> {
-        Self::rows(&self.training_file(), count)
+        Self::rows(&SPLITS.train_in(&self.path), count)
     }
 
     fn test(&self, count: usize) -> Result<Vec<Row>> {
-        Self::rows(&self.test_file(), count)
+        Self::rows(&SPLITS.test_in(&self.path), count)
     }
 
     /// The answer contains the label, but for case.
@@ -85,6 +78,6 @@ impl Task for Sst2 {
     }
 
     fn files(&self) -> Vec<PathBuf> {
-        [files_at(&self.training_file()), files_at(&self.test_file())].concat()
+        SPLITS.files_in(&self.path)
     }
 }

@@ -68,8 +68,11 @@ impl HubData {
         })?;
         let name = HubName { repository, revision: None, folder: None };
         let [short, whole] = CONVERTED;
-        let revision = revision.map(|revision| if revision == short { whole.to_owned() } else { revision });
-        let name = revision.map_or(Ok(name.clone()), |revision| name.at(&revision))?;
+        let name = match revision {
+            Some(revision) if revision == short => name.at(whole)?,
+            Some(revision) => name.at(&revision)?,
+            None => name,
+        };
         Ok(Some(Self { name, path }))
     }
 }
@@ -99,18 +102,15 @@ pub fn fetch(data: &HubData) -> Result<(HubFiles, PathBuf)> {
 
 /// The files among `names` that `path` stands for, sorted.
 fn data_files(names: &BTreeSet<String>, path: &str) -> Vec<String> {
-    let inside = |names: &mut dyn Iterator<Item = &String>| names.filter(|name| is_inside(name)).cloned().collect();
-    if names.contains(path) {
-        return inside(&mut names.get(path).into_iter());
-    }
-    if path.contains('*') {
-        let literal = MatchOptions { require_literal_separator: true, ..MatchOptions::default() };
-        let pattern = Pattern::new(path).ok();
-        let fits = |name: &&String| pattern.as_ref().is_some_and(|pattern| pattern.matches_with(name, literal));
-        return inside(&mut names.iter().filter(fits));
-    }
-    let below = |name: &&String| path.is_empty() || name.strip_prefix(path).is_some_and(|rest| rest.starts_with('/'));
-    inside(&mut names.iter().filter(|name| below(name) && holds_data(name)))
+    let literal = MatchOptions { require_literal_separator: true, ..MatchOptions::default() };
+    let pattern = path.contains('*').then(|| Pattern::new(path).ok()).flatten();
+    let below = |name: &str| path.is_empty() || name.strip_prefix(path).is_some_and(|rest| rest.starts_with('/'));
+    let fits = |name: &str| match &pattern {
+        _ if names.contains(path) => name == path,
+        Some(pattern) => pattern.matches_with(name, literal),
+        None => below(name) && holds_data(name),
+    };
+    names.iter().filter(|name| is_inside(name) && fits(name)).cloned().collect()
 }
 
 /// Whether a file of this name holds data.
